@@ -1,0 +1,27 @@
+# Two commands matter: `make demo` and `make test`. Each sets up .venv by itself.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint format clean
+
+.venv/.stamp: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev,hf]'
+	@touch $@
+
+demo: .venv/.stamp
+	$(BIN)/omnimix vision fit --name demo --overwrite
+
+test: .venv/.stamp
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: .venv/.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build dist *.egg-info runs

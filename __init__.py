@@ -1,0 +1,48 @@
+"""omnimix: any modality, any efficient sequence mixer, one backbone."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it. Nothing is imported before it is asked for, so that `import omnimix` and
+# `omnimix --help` cost nothing.
+_LAZY = {
+    "Backbone": ".backbones",
+    "BackboneConfig": ".backbones",
+    "Layout": ".backbones",
+    "State": ".backbones",
+    "list_mixers": ".backbones",
+    "list_models": ".modalities",
+    "create_model": ".modalities",
+    "ImageClassifier": ".modalities",
+    "ImageClassifierConfig": ".modalities",
+    "PatchTokenizer": ".modalities",
+    "PatchTokenizerConfig": ".modalities",
+    "ClassificationHead": ".backbones.heads",
+}
+_MODULES = {
+    "backbones": ".backbones",
+    "errors": ".errors",
+    "kernels": ".kernels",
+    "modalities": ".modalities",
+    "timm_models": ".backbones.interop.timm",
+}
+
+__all__ = [*_LAZY, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(_MODULES[name], __name__)
+    if name in _LAZY:
+        value = getattr(import_module(_LAZY[name], __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

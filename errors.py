@@ -1,0 +1,52 @@
+"""The exceptions that omnimix raises on purpose. Each message names the argument, its value and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class OmnimixError(Exception):
+    """Base of every error that omnimix raises on purpose."""
+
+
+class UnknownName(OmnimixError, ValueError):
+    """A name that no registry holds."""
+
+    def __init__(self, kind: str, name: object, known: Iterable[str]):
+        known = sorted(known)
+        near = difflib.get_close_matches(str(name), known, n=3)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
+        super().__init__(f"no {kind} is called {name!r}; {hint}")
+
+
+class ConfigError(OmnimixError, ValueError):
+    """A configuration whose values cannot work together."""
+
+
+class UnsupportedShape(OmnimixError, ValueError):
+    """An argument whose shape or dtype cannot be served."""
+
+
+class UnsupportedCall(OmnimixError, NotImplementedError):
+    """A capability that is declared missing was asked for."""
+
+
+class BackendUnavailable(OmnimixError, RuntimeError):
+    """A named kernel backend cannot serve the call, with the reason."""
+
+
+class MediaError(OmnimixError, OSError):
+    """An image, video or audio file that cannot be read."""
+
+
+class CheckpointError(OmnimixError, RuntimeError):
+    """A checkpoint or weights file that is corrupt or does not fit; nothing of it has been loaded."""
+
+
+class MissingPackage(OmnimixError, ImportError):
+    """An optional package is needed, with the command that installs it."""
+
+    def __init__(self, package: str, purpose: str, extra: str | None = None):
+        command = f"pip install 'omnimix[{extra}]'" if extra else f"pip install {package}"
+        super().__init__(f"{purpose} needs the package {package!r}: {command}")

@@ -1,0 +1,21 @@
+"""Functions on tensors: the few kernels that every mixer stands on. No modules, no configuration."""
+
+from .attention import attention
+from .gated_linear import gated_linear
+from .norm import norm
+from .registry import Case, Draw, Op, explain, get_op, ops, strict
+from .short_conv import short_conv
+
+__all__ = [
+    "Case",
+    "Draw",
+    "Op",
+    "attention",
+    "explain",
+    "gated_linear",
+    "get_op",
+    "norm",
+    "ops",
+    "short_conv",
+    "strict",
+]

@@ -1,0 +1,142 @@
+"""Gated linear recurrence with a matrix state: linear attention, RetNet, GLA, RWKV-6, mLSTM and Mamba-2 in one op."""
+
+from __future__ import annotations
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ...errors import UnsupportedShape
+from ..registry import Backend, Case, Draw, Op, register_op
+from ..tools import triton_refusal
+
+
+def gated_linear(
+    q: Float[Tensor, "b t g k"],
+    k: Float[Tensor, "b t g k"],
+    v: Float[Tensor, "b t h v"],
+    decay: Float[Tensor, "..."] | None = None,
+    *,
+    bonus: Float[Tensor, "h k"] | None = None,
+    scale: float | None = None,
+    initial_state: Float[Tensor, "n h k v"] | None = None,
+    cu_seqlens: Int[Tensor, "n_plus_1"] | None = None,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "n h k v"]]:
+    """S_t = diag(exp(decay_t)) S_{t-1} + k_t v_tᵀ,  o_t = scale · S_tᵀ q_t.
+
+    With `bonus` u (RWKV-6, arXiv 2404.05892, eq. 19) the output reads the state before the update:
+    o_t = scale · (S_{t-1} + diag(u) k_t v_tᵀ)ᵀ q_t.
+
+    Args:
+        q, k: queries and keys; `g` groups of heads share them, and `g` divides `h` (Mamba-2's groups). Head i uses
+            group i // (h / g).
+        v: values.
+        decay: log decay, at most 0 (not checked, for speed): None for no decay, `(h,)` constant per head (RetNet),
+            `(b, t, h)` a scalar per step and head (Mamba-2), `(b, t, h, k)` per channel (GLA).
+        bonus: RWKV-6's weight on the current token.
+        scale: factor on the output; k ** -0.5 by default.
+        initial_state: the state to go on from, zeros by default; one per sequence: n = b, or the number of packed
+            sequences.
+        cu_seqlens: for packed sequences (b = 1): 0, then the running total of their lengths, int32 or int64. None of
+            them may be empty.
+        backend: "auto", "reference", "chunked" or "triton".
+
+    Returns:
+        The output in v's dtype, and the state after the last step: float32, or float64 where v is.
+
+    Raises:
+        UnsupportedShape: shapes that do not fit, with the argument's name.
+        BackendUnavailable: the named backend cannot serve the call.
+    """
+    _check(q, k, v, decay, bonus, initial_state, cu_seqlens)
+    return OP.dispatch(
+        backend,
+        q=q,
+        k=k,
+        v=v,
+        decay=decay,
+        bonus=bonus,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+    )
+
+
+def _check(q, k, v, decay, bonus, initial_state, cu_seqlens) -> None:
+    b, t, h, dv = v.shape
+    g, dk = q.shape[2:]
+    if q.shape != k.shape or q.shape[:2] != (b, t):
+        raise UnsupportedShape(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be equal and start with v's {(b, t)}")
+    if t < 1:
+        raise UnsupportedShape("v: the sequence is empty (t = 0); pass at least one step")
+    if g < 1 or h % g:
+        raise UnsupportedShape(f"q: its {g} heads must divide v's {h} heads")
+    if decay is not None and tuple(decay.shape) not in {(h,), (b, t, h), (b, t, h, dk)}:
+        raise UnsupportedShape(f"decay: shape {tuple(decay.shape)} is none of {(h,)}, {(b, t, h)}, {(b, t, h, dk)}")
+    if bonus is not None and tuple(bonus.shape) != (h, dk):
+        raise UnsupportedShape(f"bonus: shape {tuple(bonus.shape)} is not {(h, dk)}")
+    if cu_seqlens is not None and b != 1:
+        raise UnsupportedShape(f"cu_seqlens: packed sequences need batch 1, not {b}")
+    n = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if initial_state is not None and tuple(initial_state.shape) != (n, h, dk, dv):
+        raise UnsupportedShape(f"initial_state: shape {tuple(initial_state.shape)} is not {(n, h, dk, dv)}")
+
+
+def _case(name: str, decay: str | None, groups: int = 2, bonus: bool = False, heads: int = 2) -> Case:
+    def arguments(draw: Draw, b: int, t: int, g: int, h: int, dk: int, dv: int):
+        shapes = {"head": (h,), "scalar": (b, t, h), "channel": (b, t, h, dk)}
+        made = {
+            "q": draw.normal(b, t, g, dk),
+            "k": draw.normal(b, t, g, dk, scale=dk**-0.5),
+            "v": draw.normal(b, t, h, dv),
+            "decay": None if decay is None else draw.log_decay(*shapes[decay]),
+        }
+        return made | ({"bonus": draw.normal(h, dk)} if bonus else {})
+
+    # On a GPU: Mamba-2's sizes where heads share q and k, GLA's otherwise.
+    large = (1, 8, 128, 64) if groups < heads else (4, 4, 64, 128)
+    return Case(
+        name=name,
+        make=lambda draw, b, t: arguments(draw, b, t, groups, heads, 5, 7),
+        state=lambda draw, n: draw.normal(n, heads, 5, 7),
+        compile=lambda draw: arguments(draw, 2, 1024, *large),
+    )
+
+
+def _cases() -> tuple[Case, ...]:
+    return (
+        _case("no decay", None),
+        _case("decay per head", "head"),
+        _case("scalar decay", "scalar"),
+        _case("scalar decay, grouped", "scalar", groups=1, heads=4),
+        _case("decay per channel", "channel"),
+        _case("decay per channel, grouped", "channel", groups=1),
+        _case("bonus", "channel", bonus=True),
+        _case("bonus, scalar decay", "scalar", bonus=True),
+    )
+
+
+OP = register_op(
+    Op(
+        name="gated_linear",
+        backends=(
+            Backend(
+                name="triton",
+                module=".gated_linear.triton",
+                function="gated_linear_triton",
+                refuse=triton_refusal,
+                devices=frozenset({"cuda"}),
+            ),
+            Backend(name="chunked", module=".gated_linear.chunked", function="gated_linear_chunked"),
+            Backend(
+                name="reference",
+                module=".gated_linear.reference",
+                function="gated_linear_reference",
+                devices=frozenset(),
+            ),
+        ),
+        sequences=("q", "k", "v", "decay"),
+        cases=_cases,
+        summary="S_t = diag(e^{g_t}) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t",
+    )
+)

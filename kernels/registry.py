@@ -1,0 +1,236 @@
+"""Ops, their backends, and the choice between them.
+
+An op is one function on tensors with one meaning and several backends. `reference` defines the meaning; the others must
+agree with it, which the laws in tests/laws check for everything that is registered here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendUnavailable, UnknownName
+
+Arguments = Mapping[str, Any]
+
+
+def serves_everything(arguments: Arguments) -> None:
+    """The `refuse` of a backend that has no limits."""
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """One implementation of an op.
+
+    Args:
+        name: "reference", "chunked", "triton", ...
+        module: the module that holds it, relative to `omnimix.kernels` (".gated_linear.chunked"); imported when first
+            chosen, so that no backend costs anything before it is used.
+        function: the name of the callable in that module. It takes the op's keyword arguments.
+        refuse: given the call's arguments, says why this backend cannot serve them, or None where it can.
+        devices: device types on which `backend="auto"` considers it; None is every device; the empty set is never.
+    """
+
+    name: str
+    module: str
+    function: str
+    refuse: Callable[[Arguments], str | None] = serves_everything
+    devices: frozenset[str] | None = None
+
+    def load(self) -> Callable[..., Any]:
+        return getattr(import_module(self.module, package="omnimix.kernels"), self.function)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """Makes the random tensors of a `Case`, all from one generator, device and dtype."""
+
+    generator: torch.Generator
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float64
+
+    @staticmethod
+    def seeded(seed: int = 0, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float64) -> Draw:
+        return Draw(generator=torch.Generator().manual_seed(seed), device=torch.device(device), dtype=dtype)
+
+    def _on_device(self, x: Tensor) -> Tensor:
+        # Drawn in float64 on the CPU, so that every dtype and device sees the same numbers.
+        return x.to(device=self.device, dtype=self.dtype)
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return self._on_device(torch.randn(*shape, generator=self.generator, dtype=torch.float64) * scale)
+
+    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
+        x = torch.rand(*shape, generator=self.generator, dtype=torch.float64)
+        return self._on_device(x * (high - low) + low)
+
+    def log_decay(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Log decays: negative, mostly small, now and then large."""
+        x = torch.rand(*shape, generator=self.generator, dtype=torch.float64)
+        return self._on_device(-scale * x.pow(3) * 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One region of an op's argument space, from which the laws, `kernels check` and `kernels compile` draw calls.
+
+    Args:
+        name: what is special about it.
+        make: `(draw, batch, time) -> keyword arguments`, without `initial_state`, `cu_seqlens` and `backend`. Small,
+            odd sizes (K != V, heads > 1).
+        state: `(draw, batch) -> initial state`, or None where the op keeps none.
+        packed: whether `cu_seqlens` may be passed with these arguments.
+        compile: the same arguments as `make` at the sizes that matter on a GPU, for ahead-of-time compilation and
+            resource tables; None leaves the case out of it.
+    """
+
+    name: str
+    make: Callable[[Draw, int, int], dict[str, Any]]
+    state: Callable[[Draw, int], Tensor] | None = None
+    packed: bool = True
+    compile: Callable[[Draw], dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Op:
+    """A registered op.
+
+    Args:
+        name: the name of the public function in `omnimix.kernels`.
+        backends: in `auto`'s order of preference.
+        sequences: names of the arguments whose dimensions 0 and 1 are batch and time (in calls where they have these:
+            a decay of shape `(heads,)` is none).
+        cases: returns the op's cases (a function, so that nothing is built at import).
+        summary: one line, the recurrence or formula.
+        causal: whether output t depends on inputs up to t only, for all cases.
+    """
+
+    name: str
+    backends: tuple[Backend, ...]
+    sequences: tuple[str, ...]
+    cases: Callable[[], tuple[Case, ...]]
+    summary: str
+    causal: bool = True
+    _warned: set[str] = field(default_factory=set, repr=False, compare=False)
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The public function, which checks its arguments and calls `dispatch`."""
+        return getattr(import_module(f".{self.name}", package="omnimix.kernels"), self.name)
+
+    def backend(self, name: str) -> Backend:
+        for backend in self.backends:
+            if backend.name == name:
+                return backend
+        raise UnknownName(f"backend of {self.name}", name, ["auto", *(b.name for b in self.backends)])
+
+    def choose(self, backend: str, arguments: Arguments) -> Backend:
+        """The backend that serves `arguments`.
+
+        Raises:
+            UnknownName: no such backend.
+            BackendUnavailable: the named backend refuses this call; in strict mode also where `auto` would have to
+                pass over the backend preferred on this device.
+        """
+        if backend != "auto":
+            chosen = self.backend(backend)
+            if reason := chosen.refuse(arguments):
+                raise BackendUnavailable(f"{self.name}: backend {backend!r} cannot serve this call: {reason}")
+            return chosen
+        device = device_of(arguments)
+        passed: list[str] = []
+        for candidate in self.backends:
+            if candidate.devices is not None and device not in candidate.devices:
+                continue
+            reason = candidate.refuse(arguments)
+            if reason is None:
+                if passed:
+                    self._passed_over(candidate, device, "; ".join(passed))
+                return candidate
+            passed.append(f"{candidate.name}: {reason}")
+        raise BackendUnavailable(f"{self.name}: no backend serves this call on {device} ({'; '.join(passed)})")
+
+    def _passed_over(self, chosen: Backend, device: str, reasons: str) -> None:
+        message = f"{self.name}: {chosen.name!r} serves this call on {device}, because {reasons}"
+        if _strict.get():
+            raise BackendUnavailable(f"{message} (strict mode allows only the preferred backend)")
+        if not torch.compiler.is_compiling() and message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=4)
+
+    def dispatch(self, backend: str, **arguments: Any) -> Any:
+        return self.choose(backend, arguments).load()(**arguments)
+
+    def explain(self, arguments: Arguments) -> list[dict[str, str]]:
+        """One row a backend: its name, whether `auto` takes it for this call, and why (not)."""
+        device = device_of(arguments)
+        rows, taken = [], False
+        for backend in self.backends:
+            reason = backend.refuse(arguments)
+            if reason is None and backend.devices is not None and device not in backend.devices:
+                reason = f"only when named, on {device}" if not backend.devices else f"not preferred on {device}"
+                verdict = "on request"
+            elif reason is not None:
+                verdict = "no"
+            elif taken:
+                verdict, reason = "on request", "a preferred backend serves"
+            else:
+                verdict, reason, taken = "chosen", "first in order of preference", True
+            rows.append({"op": self.name, "backend": backend.name, "auto": verdict, "why": reason})
+        return rows
+
+
+_strict: ContextVar[bool] = ContextVar("omnimix_strict", default=False)
+_ops: dict[str, Op] = {}
+
+
+@contextlib.contextmanager
+def strict(enabled: bool = True) -> Iterator[None]:
+    """Within it, `backend="auto"` raises where it would have to pass over the backend preferred on the device."""
+    token = _strict.set(enabled)
+    try:
+        yield
+    finally:
+        _strict.reset(token)
+
+
+def device_of(arguments: Arguments) -> str:
+    return next((a.device.type for a in arguments.values() if isinstance(a, Tensor)), "cpu")
+
+
+def register_op(op: Op) -> Op:
+    if op.name in _ops:
+        raise ValueError(f"an op called {op.name!r} is registered already")
+    _ops[op.name] = op
+    return op
+
+
+def ops() -> tuple[Op, ...]:
+    """Every registered op, by name."""
+    return tuple(_ops[name] for name in sorted(_ops))
+
+
+def get_op(name: str) -> Op:
+    if name not in _ops:
+        raise UnknownName("kernel op", name, _ops)
+    return _ops[name]
+
+
+def explain(op: str, **arguments: Any) -> list[dict[str, str]]:
+    """Which backend `auto` takes for this call, and why: one row (op, backend, auto, why) a backend.
+
+    Without arguments the op's first case at batch 1 and 16 steps on the CPU is explained.
+    """
+    entry = get_op(op)
+    if not arguments:
+        arguments = entry.cases()[0].make(Draw.seeded(dtype=torch.float32), 1, 16)
+    return entry.explain(arguments)
