@@ -1,6 +1,7 @@
 """What every Triton kernel of ours shares on the host: when it may run, how it is tuned, what a launch checks.
 
-Importing this module does not import triton; device functions are in `triton_tools`, which only the triton.py files import.
+Importing this module does not import triton; device functions are in `triton_tools`, which only the triton.py files
+import.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def tile(size: int, largest: int = 128) -> int:
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """`x` with neighbouring elements in its last dimension, as our kernels read them; copied only where it is not so."""
+    """`x` with neighbouring elements in its last dimension, as our kernels read them; copied where it is not so."""
     return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
 
 
@@ -117,8 +118,8 @@ def chunk_table(cu_seqlens: Tensor, size: int, total: int) -> tuple[Tensor, Tens
         total: the sum of the lengths.
 
     Returns:
-        `table` (m, 2) int32: sequence and chunk within it, for each of m = total // size + n chunks, which is as many as
-        there can be; rows past the last chunk hold sequence n and are skipped by the kernels.
+        `table` (m, 2) int32: sequence and chunk within it, for each of m = total // size + n chunks, which is as many
+        as there can be; rows past the last chunk hold sequence n and are skipped by the kernels.
         `first` (n,) int32: each sequence's first row in the table.
     """
     n = cu_seqlens.shape[0] - 1

@@ -1,4 +1,4 @@
-"""Device functions that the Triton kernels share. Imported by the triton.py files only, so that triton stays optional."""
+"""Device functions that the Triton kernels share; only the triton.py files import it, so triton stays optional."""
 
 from __future__ import annotations
 
