@@ -1,0 +1,63 @@
+"""What the tokens of a batch are: their order in time, their borders, their place on a grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+from torch import Tensor
+
+from ..errors import ConfigError, UnsupportedShape
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Layout:
+    """Built once per batch and shared by all layers.
+
+    Args:
+        causal: True, a token sees itself and what came before; False, all of its sequence; "block", its own block of
+            `block` tokens and what came before.
+        cu_seqlens: packed sequences, batch 1: 0, then the running total of their lengths; `(n + 1,)`, int32 or int64.
+        grid: (t, h, w), the tokens in raster order; None where they have no such place.
+        extra: positions in the sequence of tokens that are not on the grid (class token, registers), ascending. The
+            sequence then has t · h · w + len(extra) tokens.
+        block: tokens per block, where `causal="block"`.
+    """
+
+    causal: bool | Literal["block"] = True
+    cu_seqlens: Tensor | None = None
+    grid: tuple[int, int, int] | None = None
+    extra: tuple[int, ...] = ()
+    block: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.causal not in (True, False, "block"):
+            raise ConfigError(f"causal is {self.causal!r}; it must be True, False or 'block'")
+        if (self.causal == "block") != (self.block is not None):
+            raise ConfigError(f"block is {self.block!r} with causal={self.causal!r}; they go together")
+        if self.grid is not None and (len(self.grid) != 3 or min(self.grid) < 1):
+            raise ConfigError(f"grid is {self.grid!r}; it must be (t, h, w), each at least 1")
+        if self.extra and self.grid is None:
+            raise ConfigError("extra names tokens beside a grid, but grid is None")
+        if self.extra and (list(self.extra) != sorted(set(self.extra)) or not 0 <= self.extra[-1] < self.length):
+            raise ConfigError(f"extra is {self.extra}; it must be ascending positions below {self.length}")
+
+    @property
+    def length(self) -> int | None:
+        """Tokens a sequence, where the grid says so."""
+        return None if self.grid is None else prod(self.grid) + len(self.extra)
+
+    def sequences(self, batch: int) -> int:
+        """How many sequences, and so states, a batch of `batch` rows holds."""
+        return batch if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    def check(self, x: Tensor) -> None:
+        """Raise UnsupportedShape where `x` (b, t, d) does not fit this layout."""
+        if self.cu_seqlens is not None and x.shape[0] != 1:
+            raise UnsupportedShape(f"layout.cu_seqlens: packed sequences need batch 1, and x has {x.shape[0]} rows")
+        if self.length is not None and self.cu_seqlens is None and x.shape[1] != self.length:
+            raise UnsupportedShape(
+                f"x has {x.shape[1]} tokens, but layout.grid {self.grid} with {len(self.extra)} extra tokens "
+                f"says {self.length}"
+            )

@@ -1,0 +1,60 @@
+"""What a mixer remembers between two calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Named tensors, each with the sequences of the batch along dimension 0, or nested states.
+
+    A pytree: `torch.utils._pytree` and torch.compile look inside. It is never changed in place: forward returns a new
+    one, and the gradient flows through it.
+    """
+
+    parts: dict[str, Tensor | State]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.parts[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.parts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> State:
+        """A state with `function` applied to every tensor."""
+        return State({k: v.map(function) if isinstance(v, State) else function(v) for k, v in self.parts.items()})
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor, nested ones included, in a fixed order."""
+        return [t for v in self.parts.values() for t in (v.tensors() if isinstance(v, State) else [v])]
+
+    def select(self, index: Tensor) -> State:
+        """The states of the sequences `index` (int64), in that order; repeats are allowed (beam search)."""
+        return self.map(lambda t: t.index_select(0, index))
+
+    def detach(self) -> State:
+        """The same values without their history (truncated backpropagation)."""
+        return self.map(torch.Tensor.detach)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the tensors hold."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+
+pytree.register_pytree_node(
+    State,
+    lambda state: (list(state.parts.values()), list(state.parts)),
+    lambda values, names: State(dict(zip(names, values, strict=True))),
+    serialized_type_name="omnimix.State",
+)
