@@ -1,0 +1,120 @@
+"""RMSNorm, plain or gated, whole or in groups."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ...errors import UnknownName, UnsupportedShape
+from ..registry import Backend, Case, Draw, Op, register_op
+from ..tools import triton_refusal
+
+
+def norm(
+    x: Float[Tensor, "*rows d"],
+    weight: Float[Tensor, d] | None = None,
+    *,
+    gate: Float[Tensor, "*rows d"] | None = None,
+    gate_activation: Literal["silu", "sigmoid"] = "silu",
+    norm_before_gate: bool = True,
+    groups: int = 1,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> Float[Tensor, "*rows d"]:
+    """y = weight · x / √(mean(x²) + eps) over each of `groups` equal slices of d (RMSNorm, arXiv 1910.07467).
+
+    With a gate: norm(x) · act(gate) (GLA, arXiv 2312.06635), or norm(x · act(gate)) where `norm_before_gate` is False
+    (Mamba-2, arXiv 2405.21060).
+
+    Args:
+        x: any leading dimensions.
+        weight: None for all ones.
+        gate: of x's shape.
+        gate_activation: "silu" or "sigmoid".
+        norm_before_gate: whether the gate multiplies the normalised x, or x.
+        groups: divides d.
+        eps: keeps rows of zeros finite.
+        backend: "auto", "reference", "chunked" or "triton".
+
+    Returns:
+        The output in x's dtype. Statistics are taken in float32, or float64 where x is.
+
+    Raises:
+        UnsupportedShape: shapes that do not fit, with the argument's name.
+        BackendUnavailable: the named backend cannot serve the call.
+    """
+    _check(x, weight, gate, gate_activation, groups)
+    return OP.dispatch(
+        backend,
+        x=x,
+        weight=weight,
+        gate=gate,
+        gate_activation=gate_activation,
+        norm_before_gate=norm_before_gate,
+        groups=groups,
+        eps=eps,
+    )
+
+
+def _check(x, weight, gate, gate_activation, groups) -> None:
+    if x.ndim < 1 or x.numel() < 1:
+        raise UnsupportedShape(f"x: shape {tuple(x.shape)} has nothing to normalise")
+    d = x.shape[-1]
+    if weight is not None and tuple(weight.shape) != (d,):
+        raise UnsupportedShape(f"weight: shape {tuple(weight.shape)} is not {(d,)}")
+    if gate is not None and gate.shape != x.shape:
+        raise UnsupportedShape(f"gate: shape {tuple(gate.shape)} is not that of x, {tuple(x.shape)}")
+    if gate_activation not in ("silu", "sigmoid"):
+        raise UnknownName("gate activation", gate_activation, ["silu", "sigmoid"])
+    if groups < 1 or d % groups:
+        raise UnsupportedShape(f"groups: {groups} does not divide x's {d} channels")
+
+
+def _case(name: str, gated: bool = False, weight: bool = True, heads: int | None = None, **settings) -> Case:
+    def arguments(draw: Draw, b: int, t: int, d: int):
+        shape = (b, t, d) if heads is None else (b, t, heads, d)
+        made = {"x": draw.normal(*shape), "weight": draw.normal(d) if weight else None, **settings}
+        return made | ({"gate": draw.normal(*shape)} if gated else {})
+
+    return Case(
+        name=name,
+        make=lambda draw, b, t: arguments(draw, b, t, 6),
+        packed=False,
+        compile=lambda draw: arguments(draw, 2, 2048, 1536 if heads is None else 128),
+    )
+
+
+def _cases() -> tuple[Case, ...]:
+    return (
+        _case("plain"),
+        _case("no weight", weight=False),
+        _case("per head", heads=3),
+        _case("groups", groups=2, eps=1e-3),
+        _case("gated", gated=True, heads=2),
+        _case("gated by sigmoid", gated=True, gate_activation="sigmoid", groups=3),
+        _case("gate first", gated=True, norm_before_gate=False),
+        _case("gate first, groups, no weight", gated=True, norm_before_gate=False, groups=2, weight=False),
+    )
+
+
+OP = register_op(
+    Op(
+        name="norm",
+        backends=(
+            Backend(
+                name="triton",
+                module=".norm.triton",
+                function="norm_triton",
+                refuse=triton_refusal,
+                devices=frozenset({"cuda"}),
+            ),
+            Backend(name="chunked", module=".norm.chunked", function="norm_chunked"),
+            Backend(name="reference", module=".norm.reference", function="norm_reference", devices=frozenset()),
+        ),
+        sequences=("x", "gate"),
+        cases=_cases,
+        summary="y = weight x / sqrt(mean(x^2) + eps), times act(gate) before or after",
+    )
+)

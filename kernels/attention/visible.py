@@ -1,0 +1,33 @@
+"""Which query sees which key."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def visible_keys(p: Tensor, s: Tensor, *, causal: bool, window: int | None, sinks: int) -> Tensor:
+    """Whether the query at position p sees the key at position s.
+
+    Args:
+        p, s: integer positions, of any shapes that broadcast; a negative s is an empty slot.
+
+    Returns:
+        Booleans of the broadcast shape.
+    """
+    seen = (s >= 0) & (s <= p) if causal else (s >= 0).expand(torch.broadcast_shapes(p.shape, s.shape))
+    if window is not None:
+        seen = seen & (((p - s).abs() < window) | (s < sinks))
+    return seen
+
+
+def positions(
+    q_positions: Tensor | None, k_positions: Tensor | None, tq: int, tk: int, device
+) -> tuple[Tensor, Tensor]:
+    """The positions of the queries [b or 1, tq] and keys [b or 1, tk], with the defaults filled in."""
+    if k_positions is None:
+        k_positions = torch.arange(tk, device=device)[None]
+        last = torch.arange(tk - tq, tk, device=device)[None]
+    else:
+        last = k_positions[:, -tq:]
+    return last if q_positions is None else q_positions, k_positions
