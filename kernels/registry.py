@@ -27,6 +27,16 @@ def serves_everything(arguments: Arguments) -> None:
     return None
 
 
+_loaded: dict[tuple[str, str], Callable[..., Any]] = {}
+
+
+# torch.compile cannot trace an import. It calls this while tracing, and takes only constants such as None from it.
+@torch.compiler.assume_constant_result
+def _load(module: str, function: str) -> None:
+    if (module, function) not in _loaded:
+        _loaded[module, function] = getattr(import_module(module, package="omnimix.kernels"), function)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Backend:
     """One implementation of an op.
@@ -47,7 +57,8 @@ class Backend:
     devices: frozenset[str] | None = None
 
     def load(self) -> Callable[..., Any]:
-        return getattr(import_module(self.module, package="omnimix.kernels"), self.function)
+        _load(self.module, self.function)
+        return _loaded[self.module, self.function]
 
 
 @dataclass(frozen=True, kw_only=True)
