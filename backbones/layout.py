@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
+import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedShape
@@ -61,3 +63,31 @@ class Layout:
                 f"x has {x.shape[1]} tokens, but layout.grid {self.grid} with {len(self.extra)} extra tokens "
                 f"says {self.length}"
             )
+
+    def positions(self, x: Tensor, start: Int[Tensor, "n"] | None = None) -> Int[Tensor, "b t"]:
+        """Each token's place in its sequence, from 0 or from its sequence's `start`."""
+        place = torch.arange(x.shape[1], device=x.device)
+        if self.cu_seqlens is None:
+            place = place.expand(x.shape[:2])
+            return place if start is None else place + start[:, None]
+        cu_seqlens = self.cu_seqlens.long()
+        sequence = torch.searchsorted(cu_seqlens, place, right=True) - 1
+        place = place - cu_seqlens[sequence]
+        return (place if start is None else place + start[sequence])[None]
+
+    def lengths(self, x: Tensor) -> Int[Tensor, "n"]:
+        """Tokens in each sequence of `x` (b, t, ...)."""
+        if self.cu_seqlens is None:
+            return torch.full((x.shape[0],), x.shape[1], device=x.device)
+        return self.cu_seqlens.long().diff()
+
+
+def unpack(x: Tensor, cu_seqlens: Int[Tensor, "n_plus_1"], fill: float = 0) -> Tensor:
+    """Packed `x` (1, t, ...) as one row a sequence, `(n, longest, ...)`, filled up at the end with `fill`."""
+    rows = x[0].split(cu_seqlens.diff().tolist())
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+
+
+def repack(x: Tensor, cu_seqlens: Int[Tensor, "n_plus_1"]) -> Tensor:
+    """The inverse of `unpack`."""
+    return torch.cat([row[:length] for row, length in zip(x, cu_seqlens.diff().tolist(), strict=True)])[None]

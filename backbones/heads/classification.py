@@ -1,0 +1,86 @@
+"""One label for a whole sequence of tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ...errors import ConfigError, UnsupportedCall
+from ..config import fraction
+from ..layout import Layout
+
+POOLS = ("mean", "max", "class_token", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationHeadConfig:
+    """Options of a classification head.
+
+    Args:
+        classes: number of logits; 0 leaves the classifier out, and the head returns the pooled features.
+        pool: "mean" or "max" of the grid tokens (class token and registers left out); "class_token", the first of the
+            layout's extra tokens; "none", a prediction for every token.
+        dropout: of the pooled features.
+    """
+
+    classes: int = 1000
+    pool: Literal["mean", "max", "class_token", "none"] = "mean"
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.classes < 0:
+            raise ConfigError(f"classes is {self.classes}; it must be at least 0")
+        if self.pool not in POOLS:
+            raise ConfigError(f"pool is {self.pool!r}; it must be one of {', '.join(POOLS)}")
+        fraction(self, "dropout")
+
+
+class ClassificationHead(nn.Module):
+    """Pools the tokens of a sequence and gives its logits."""
+
+    def __init__(self, dim: int, config: ClassificationHeadConfig):
+        super().__init__()
+        self.config = config
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier: nn.Module = nn.Identity()
+        if config.classes:
+            self.classifier = nn.Linear(dim, config.classes)
+            nn.init.trunc_normal_(self.classifier.weight, std=0.02)
+            nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, tokens: Float[Tensor, "b t d"], layout: Layout) -> Float[Tensor, "b *t classes"]:
+        """Logits `(b, classes)`, or `(b, t, classes)` with `pool="none"`.
+
+        Raises:
+            UnsupportedCall: packed sequences, or a class token asked for where the layout has none.
+        """
+        return self.classifier(self.features(tokens, layout))
+
+    def features(self, tokens: Float[Tensor, "b t d"], layout: Layout) -> Float[Tensor, "b *t d"]:
+        """What the classifier is given: the pooled tokens after dropout."""
+        return self.dropout(self._pool(tokens, layout))
+
+    def _pool(self, tokens: Tensor, layout: Layout) -> Tensor:
+        layout.check(tokens)
+        pool = self.config.pool
+        if pool == "none":
+            return tokens
+        if layout.cu_seqlens is not None:
+            raise UnsupportedCall(f"pool={pool!r} over packed sequences (layout.cu_seqlens); pass them one a row")
+        if pool == "class_token":
+            if not layout.extra:
+                raise UnsupportedCall(
+                    "pool='class_token', but layout.extra is empty: the tokenizer adds no class token"
+                )
+            return tokens[:, layout.extra[0]]
+        if layout.extra:
+            edges = (-1, *layout.extra, tokens.shape[1])
+            # Slices between the extra tokens instead of an index: nothing is gathered.
+            runs = [tokens[:, a + 1 : b] for a, b in pairwise(edges) if b > a + 1]
+            tokens = runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)
+        return tokens.mean(1) if pool == "mean" else tokens.amax(1)

@@ -1,0 +1,7 @@
+"""The registry of sequence mixers."""
+
+from ..registry import Registry
+from .base import Mixer
+
+MIXERS: Registry[Mixer] = Registry("mixer")
+register_mixer = MIXERS.register

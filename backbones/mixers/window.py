@@ -1,0 +1,64 @@
+"""Sliding-window attention with attention sinks (arXiv 2004.05150, 2309.17453)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import Site, positive
+from ..state import State
+from .attention import Attention, AttentionConfig
+from .registry import register_mixer
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowConfig(AttentionConfig):
+    """Options of `window`: those of `attention`, and
+
+    Args:
+        window: tokens that a token sees, itself included; both ways, fewer than this many to each side.
+        sinks: first tokens of the sequence that every later token sees.
+    """
+
+    window: int = 512
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "window")
+
+
+@register_mixer(
+    "window",
+    WindowConfig,
+    summary="sliding-window attention with sinks, a constant cache",
+    source="arXiv 2309.17453",
+    examples=(WindowConfig(heads=4, window=4), WindowConfig(heads=4, kv_heads=2, window=3, sinks=2)),
+)
+class Window(Attention):
+    """Attention to the last `window` tokens and the first `sinks`; the state holds just these."""
+
+    constant_state = True
+
+    def __init__(self, dim: int, config: WindowConfig, site: Site):
+        super().__init__(dim, config, site)
+        self.window, self.sinks = config.window, config.sinks
+        self.slots = config.window - 1 + config.sinks
+
+    def _keep(self, k: Tensor, v: Tensor, slots: Tensor, position: Tensor) -> State:
+        missing = max(0, self.slots - slots.shape[1])
+        k, v, slots = (
+            F.pad(k, (0, 0, 0, 0, missing, 0)),
+            F.pad(v, (0, 0, 0, 0, missing, 0)),
+            F.pad(slots, (missing, 0), value=-1),
+        )
+        needed = (slots > position[:, None] - self.window) | (slots < self.sinks)
+        slots, index = torch.where(needed, slots, -1).topk(self.slots, dim=1)
+        index = index[:, :, None, None].expand(-1, -1, *k.shape[2:])
+        return super()._keep(k.gather(1, index), v.gather(1, index), slots, position)
+
+    def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:
+        return self._empty(batch, self.slots, device=device, dtype=dtype)

@@ -1,0 +1,39 @@
+"""What each parameter says of itself: whether weight decay may touch it, and whether it keeps its own initial values."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+_DECAY = "omnimix_decay"
+_INITIALISED = "omnimix_initialised"
+
+
+def mark(parameter: nn.Parameter, *, decay: bool = True, initialised: bool = False) -> nn.Parameter:
+    """Say of a parameter whether weight decay applies and whether its module has initialised it for good."""
+    setattr(parameter, _DECAY, decay)
+    setattr(parameter, _INITIALISED, initialised)
+    return parameter
+
+
+def no_weight_decay(module: nn.Module) -> set[str]:
+    """Names of the parameters that weight decay must leave alone: vectors and scalars, and those marked so."""
+    return {name for name, p in module.named_parameters() if p.ndim <= 1 or not getattr(p, _DECAY, True)}
+
+
+def initialise(module: nn.Module, std: float = 0.02) -> None:
+    """Give every linear layer below `module` a truncated normal weight and a zero bias, unless it is marked."""
+    for layer in module.modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        if not getattr(layer.weight, _INITIALISED, False):
+            nn.init.trunc_normal_(layer.weight, std=std)
+        if layer.bias is not None and not getattr(layer.bias, _INITIALISED, False):
+            nn.init.zeros_(layer.bias)
+
+
+def scale_residual_outputs(layers: list[nn.Linear], depth: int) -> None:
+    """Shrink the layers that write into the residual stream by sqrt(2 · depth) (GPT-2)."""
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.mul_((2 * depth) ** -0.5)

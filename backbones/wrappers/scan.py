@@ -1,0 +1,160 @@
+"""Directions and scan orders: index permutations of the tokens, with exact inverses.
+
+A mixer that only looks backwards sees a whole image or video by running over it in several orders. Each order is a
+permutation of the sequence: tokens of the grid are visited in another order, tokens beside it (class token, registers)
+stay where they are; `-reverse` then turns the whole sequence round.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ...errors import ConfigError, UnsupportedCall, UnknownName
+from ..layout import Layout
+
+# Named sets of orders, as the published models use them.
+SCANS: dict[str, tuple[str, ...]] = {
+    "forward": ("forward",),
+    "both": ("forward", "backward"),  # Vim, ViG, VideoMamba (spatial first)
+    "cross": ("forward", "backward", "columns", "columns-reverse"),  # VMamba
+    "snake": ("snake", "snake-reverse", "snake-columns", "snake-columns-reverse"),  # PlainMamba
+    "window": ("window", "window-reverse"),  # LocalMamba
+    "hilbert": ("hilbert", "hilbert-reverse"),
+    "temporal-first": ("temporal", "temporal-reverse"),
+}
+ORDERS = ("forward", "columns", "snake", "snake-columns", "window", "hilbert", "temporal")
+WINDOW = 2  # side of LocalMamba's windows
+
+
+def scan_orders(scan: str) -> tuple[str, ...]:
+    """The orders of a named set, or of several orders joined by commas.
+
+    Raises:
+        UnknownName: neither a set nor an order.
+    """
+    if scan in SCANS:
+        return SCANS[scan]
+    orders = tuple(part.strip() for part in scan.split(","))
+    known = [*ORDERS, "backward", *(f"{order}-reverse" for order in ORDERS)]
+    for order in orders:
+        if order not in known:
+            raise UnknownName("scan", order, [*SCANS, *known])
+    if len(set(orders)) != len(orders):
+        raise ConfigError(f"scan is {scan!r}; an order stands in it twice")
+    return orders
+
+
+def permute(x: Tensor, order: str, layout: Layout) -> Tensor:
+    """`x` (b, t, ...) with its tokens in the given order."""
+    return _apply(x, order, layout, inverse=False)
+
+
+def restore(x: Tensor, order: str, layout: Layout) -> Tensor:
+    """The inverse of `permute`."""
+    return _apply(x, order, layout, inverse=True)
+
+
+def _apply(x: Tensor, order: str, layout: Layout, *, inverse: bool) -> Tensor:
+    if order == "forward":
+        return x
+    if layout.cu_seqlens is not None:
+        if order != "backward":
+            raise UnsupportedCall(f"scan order {order!r} needs a grid, and packed sequences (cu_seqlens) have none")
+        return x.index_select(1, _reversed_in_place(layout.cu_seqlens, x.shape[1]))
+    if order == "backward":
+        return x.flip(1)
+    if layout.grid is None:
+        raise UnsupportedCall(
+            f"scan order {order!r} needs layout.grid, which is None; only forward and backward do not"
+        )
+    forward, backward = grid_permutation(order, layout.grid, layout.extra)
+    return x.index_select(1, (backward if inverse else forward).to(x.device))
+
+
+def _reversed_in_place(cu_seqlens: Int[Tensor, "n_plus_1"], length: int) -> Int[Tensor, "t"]:
+    """Index that turns each packed sequence round where it stands; its own inverse."""
+    cu_seqlens = cu_seqlens.long()
+    position = torch.arange(length, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens, position, right=True) - 1
+    return cu_seqlens[sequence] + cu_seqlens[sequence + 1] - 1 - position
+
+
+@torch.compiler.assume_constant_result
+def grid_permutation(order: str, grid: tuple[int, int, int], extra: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """(index, inverse) on the CPU, int64, of a whole sequence with its tokens beside the grid."""
+    return _grid_permutation(order, grid, extra)
+
+
+@lru_cache(maxsize=256)
+def _grid_permutation(order: str, grid: tuple[int, int, int], extra: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    base, reverse = (order.removesuffix("-reverse"), order.endswith("-reverse"))
+    visits = _visits(base, *grid)
+    index = torch.arange(visits.numel() + len(extra))
+    beside = torch.zeros_like(index, dtype=torch.bool)
+    beside[list(extra)] = True
+    on_grid = index[~beside]
+    index[~beside] = on_grid[visits]
+    if reverse:
+        index = index.flip(0)
+    return index, torch.argsort(index)
+
+
+def _visits(order: str, t: int, h: int, w: int) -> Int[Tensor, "n"]:
+    """Raster indices of the grid's cells in the order of their visit."""
+    cells = torch.arange(t * h * w).view(t, h, w)
+    if order == "columns":
+        return cells.transpose(1, 2).reshape(-1)
+    if order == "temporal":
+        return cells.permute(1, 2, 0).reshape(-1)
+    if order == "snake":
+        return _snake(cells)
+    if order == "snake-columns":
+        return _snake(cells.transpose(1, 2))
+    if order == "window":
+        return _windows(cells)
+    if order == "hilbert":
+        return torch.cat([frame.reshape(-1)[_hilbert(h, w)] for frame in cells])
+    return cells.reshape(-1)
+
+
+def _snake(cells: Int[Tensor, "t h w"]) -> Int[Tensor, "n"]:
+    """Rows alternately left to right and right to left; each frame goes on where the last one stopped."""
+    rows = cells.clone()
+    rows[:, 1::2] = rows[:, 1::2].flip(2)
+    frames = rows.flatten(1)
+    frames[1::2] = frames[1::2].flip(1)
+    return frames.reshape(-1)
+
+
+def _windows(cells: Int[Tensor, "t h w"]) -> Int[Tensor, "n"]:
+    """Window by window, raster order inside each; windows at the edge may be smaller (LocalMamba, arXiv 2403.09338)."""
+    return torch.cat(
+        [
+            window.reshape(-1)
+            for frame in cells
+            for band in frame.split(WINDOW, dim=0)
+            for window in band.split(WINDOW, dim=1)
+        ]
+    )
+
+
+def _hilbert(h: int, w: int) -> Int[Tensor, "n"]:
+    """Raster indices along the Hilbert curve of the enclosing power-of-two square, without its cells outside."""
+    bits = max(1, (max(h, w) - 1).bit_length())
+    steps = torch.arange(4**bits)
+    x, y = torch.zeros_like(steps), torch.zeros_like(steps)
+    for level in range(bits):
+        pair = steps >> (2 * level)
+        right, up = (pair >> 1) & 1, (pair ^ (pair >> 1)) & 1
+        # A quadrant on the diagonal is the smaller curve transposed, and mirrored where the curve leaves.
+        turn, mirror = up == 0, (up == 0) & (right == 1)
+        side = 1 << level
+        x, y = torch.where(mirror, side - 1 - x, x), torch.where(mirror, side - 1 - y, y)
+        x, y = torch.where(turn, y, x), torch.where(turn, x, y)
+        x, y = x + right * side, y + up * side
+    inside = (x < w) & (y < h)
+    return (y * w + x)[inside]
