@@ -1,4 +1,4 @@
-"""What each parameter says of itself: whether weight decay may touch it, and whether it keeps its own initial values."""
+"""What each parameter says of itself: whether weight decay may touch it, whether its initial values are its own."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ...errors import ConfigError, UnsupportedCall, UnknownName
+from ...errors import ConfigError, UnknownName, UnsupportedCall
 from ..layout import Layout
 
 # Named sets of orders, as the published models use them.
