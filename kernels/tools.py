@@ -7,9 +7,11 @@ import.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from ..errors import UnsupportedShape
 LENGTHS = frozenset({"t", "time", "length", "seqlen", "total", "tokens", "chunks", "rows", "n", "b", "batch"})
 MOST_CONFIGS = 4
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
+_ahead: ContextVar[bool] = ContextVar("omnimix_launching_ahead", default=False)
 
 
 def interpreting() -> bool:
@@ -38,6 +41,42 @@ def triton_refusal(arguments: Mapping[str, Any]) -> str | None:
     if unusable:
         return f"Triton needs a GPU, and the tensors are on {', '.join(sorted(unusable))}"
     return None
+
+
+@contextlib.contextmanager
+def launching_ahead() -> Iterator[None]:
+    """Within it, custom ops called on meta tensors go through their launchers (see `launches`)."""
+    token = _ahead.set(True)
+    try:
+        yield
+    finally:
+        _ahead.reset(token)
+
+
+def launches(launcher: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates the `register_fake` function of a custom op whose implementation is `launcher`.
+
+    Fake and meta tensors see the shapes only, except while kernels are compiled ahead of time: then the launcher itself
+    runs on meta tensors, so that every launch is compiled with the arguments it would really have.
+
+        @torch.library.custom_op("omnimix::f", mutates_args=())
+        def _f(x: Tensor) -> Tensor:
+            return _launch_f(x)
+
+        @_f.register_fake
+        @launches(_launch_f)
+        def _(x):
+            return torch.empty_like(x)
+    """
+
+    def decorate(shapes: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(shapes)
+        def fake(*args: Any, **kwargs: Any) -> Any:
+            return (launcher if _ahead.get() else shapes)(*args, **kwargs)
+
+        return fake
+
+    return decorate
 
 
 def tuned(configs: Sequence[Mapping[str, int]], *, key: Sequence[str]) -> Callable[[Any], Any]:
@@ -64,22 +103,28 @@ def tuned(configs: Sequence[Mapping[str, int]], *, key: Sequence[str]) -> Callab
     return triton.autotune(made, key=list(key))
 
 
-def dot_mode(dtype: torch.dtype) -> str:
+def dot_mode(dtype: torch.dtype, *, wide: bool = False) -> str:
     """The mode of `triton_tools.dot` for inputs of this dtype, a constexpr of the kernel.
 
-    "bfloat16" and "float16" feed the tensor cores in that dtype; "tf32x3" and "ieee" keep float32's precision;
-    "float64" computes in float64. The interpreter's bfloat16 dot is wrong, so it always works in float32 or float64.
+    "bfloat16" and "float16" feed the tensor cores in that dtype; "tf32", "tf32x3" and "ieee" multiply float32 with 11, 22
+    and 24 bits; "float64" computes in float64. The interpreter's bfloat16 dot is wrong, so there it is float32 or float64.
+
+    Args:
+        dtype: the inputs' dtype.
+        wide: whether the operands may leave float16's range (states, unnormalised scores).
     """
     if dtype == torch.float64:
         return "float64"
     if interpreting():
         return "ieee"
-    if dtype in (torch.bfloat16, torch.float16):
+    if dtype == torch.bfloat16 or (dtype == torch.float16 and not wide):
         return str(dtype).removeprefix("torch.")
     import triton
 
     # Three TF32 products are as precise as float32 and use NVIDIA's tensor cores; AMD multiplies float32 as it is.
-    return "tf32x3" if triton.runtime.driver.active.get_current_target().backend == "cuda" else "ieee"
+    if triton.runtime.driver.active.get_current_target().backend != "cuda":
+        return "ieee"
+    return "tf32" if dtype == torch.float16 else "tf32x3"
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
