@@ -97,10 +97,11 @@ def results(
     if backward:
         weights = weights_for(outputs, seed) if weights is None else weights
         loss = sum((o * w).sum() for o, w in zip(outputs, weights, strict=True))
-        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        gradients = {
-            name: torch.zeros_like(leaves[name]) if g is None else g for name, g in zip(names, found, strict=True)
-        }
+        # A loss on which nothing acts has gradients too: zeros, which a comparison then finds.
+        connected = names if loss.requires_grad else []
+        found = torch.autograd.grad(loss, [leaves[n] for n in connected], allow_unused=True) if connected else ()
+        gradients = {name: torch.zeros_like(leaves[name]) for name in names}
+        gradients |= {name: g for name, g in zip(connected, found, strict=True) if g is not None}
     return Results(outputs=tuple(o.detach() for o in outputs), gradients=gradients)
 
 

@@ -25,13 +25,15 @@ def short_conv_reference(
         sequences = list(x.split(cu_seqlens.diff().tolist(), dim=1))
     if initial_state is None:
         initial_state = x.new_zeros(len(sequences), d, width - 1)
+    # Cast once: gradients of a cast at each step would be summed in the low precision.
+    weight, bias = weight.to(compute), None if bias is None else bias.to(compute)
     outputs, states = [], []
     for sequence, state in zip(sequences, initial_state.to(compute), strict=True):
         for x_t in sequence[0].to(compute):
             window = torch.cat([state, x_t[:, None]], dim=1)
-            y_t = (weight.to(compute) * window).sum(1)
+            y_t = (weight * window).sum(1)
             if bias is not None:
-                y_t = y_t + bias.to(compute)
+                y_t = y_t + bias
             outputs.append(y_t * torch.sigmoid(y_t) if activation == "silu" else y_t)
             state = window[:, 1:]
         states.append(state)

@@ -1,0 +1,250 @@
+"""The laws of kernels as functions: each takes an op's function and arguments and raises AssertionError if broken.
+
+A function here is an op's public one with the backend named (`call_of`). Calls are made in float64 on the CPU unless a
+law says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from omnimix.kernels import Case, Draw
+from omnimix.kernels.check import (
+    Results,
+    arguments_of,
+    cast,
+    differentiable,
+    error,
+    low_precision_excess,
+    results,
+    weights_for,
+)
+
+Function = Callable[..., Any]
+Arguments = dict[str, Any]
+
+TOLERANCE = 1e-9
+# Rows of a matrix product may be summed in another order when there are more of them.
+BLEED = 1e-12
+
+
+def assert_equal(found: Results, truth: Results, tolerance: float = TOLERANCE) -> None:
+    names = truth.named()
+    assert found.named().keys() == names.keys()
+    for name, x in found.named().items():
+        assert x.dtype == names[name].dtype, f"{name}: {x.dtype} is not {names[name].dtype}"
+        assert x.shape == names[name].shape, f"{name}: shape {tuple(x.shape)} is not {tuple(names[name].shape)}"
+        assert (e := error(x, names[name])) <= tolerance, f"{name}: relative error {e:.2e} exceeds {tolerance:.0e}"
+
+
+def agrees(function: Function, reference: Function, arguments: Arguments, *, backward: bool = True) -> None:
+    """Laws 1 and 10: outputs, final state and every gradient are the definition's."""
+    truth = results(reference, arguments, backward=backward)
+    assert_equal(results(function, arguments, backward=backward), truth)
+
+
+def has_true_gradients(reference: Function, arguments: Arguments) -> None:
+    """Law 1: the definition's gradients are its finite differences."""
+    names = differentiable(arguments)
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs = reference(**(arguments | dict(zip(names, tensors, strict=True))))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        # gradcheck refuses outputs on which no input acts, such as a state of no elements.
+        return tuple(o for o in outputs if o.numel())
+
+    assert torch.autograd.gradcheck(call, [arguments[n].detach().requires_grad_() for n in names])
+
+
+def _is_sequence(name: str, arguments: Arguments, sequences: Sequence[str], steps: tuple[int, int]) -> bool:
+    x = arguments.get(name)
+    return name in sequences and isinstance(x, Tensor) and x.ndim >= 2 and tuple(x.shape[:2]) == steps
+
+
+def _steps(arguments: Arguments, sequences: Sequence[str]) -> tuple[int, int]:
+    return tuple(arguments[sequences[0]].shape[:2])
+
+
+def _over_sequences(arguments: Arguments, sequences: Sequence[str], cut: Callable[[Tensor], Tensor]) -> Arguments:
+    steps = _steps(arguments, sequences)
+    return {n: cut(a) if _is_sequence(n, arguments, sequences, steps) else a for n, a in arguments.items()}
+
+
+def splits(function: Function, arguments: Arguments, sequences: Sequence[str], lengths: Sequence[int]) -> None:
+    """Law 2: pieces of `lengths`, each started with the state of the one before, are the whole, gradients too."""
+
+    def in_pieces(**whole: Any) -> tuple[Tensor, ...]:
+        state, outputs, start = whole.get("initial_state"), [], 0
+        for length in lengths:
+            piece = _over_sequences(whole, sequences, lambda x, a=start, n=length: x[:, a : a + n])
+            *output, state = function(**(piece | {"initial_state": state}))
+            outputs.append(output)
+            start += length
+        return (*(torch.cat(o, dim=1) for o in zip(*outputs, strict=True)), state)
+
+    assert sum(lengths) == _steps(arguments, sequences)[1]
+    assert_equal(results(in_pieces, arguments), results(function, arguments))
+
+
+def _alone(function: Function, sequences: Sequence[str], lengths: Sequence[int], has_state: bool) -> Function:
+    """A packed call as one call per sequence."""
+
+    def call(*, cu_seqlens: Tensor, **packed: Any) -> tuple[Tensor, ...]:
+        state, outputs, start = packed.get("initial_state"), [], 0
+        for i, length in enumerate(lengths):
+            one = _over_sequences(packed, sequences, lambda x, a=start, n=length: x[:, a : a + n])
+            if state is not None:
+                one["initial_state"] = state[i : i + 1]
+            output = function(**one)
+            outputs.append(output if isinstance(output, tuple) else (output,))
+            start += length
+        joined = list(zip(*outputs, strict=True))
+        states = [torch.cat(joined.pop(), dim=0)] if has_state else []
+        return (*(torch.cat(o, dim=1) for o in joined), *states)
+
+    return call
+
+
+def packs(
+    function: Function, arguments: Arguments, sequences: Sequence[str], lengths: Sequence[int], *, has_state: bool
+) -> None:
+    """Law 3: packed sequences give what each gives alone, and no gradient crosses a border."""
+    truth = results(_alone(function, sequences, lengths, has_state), arguments)
+    assert_equal(results(function, arguments), truth)
+    _no_gradient_crosses(function, arguments, sequences, lengths, has_state)
+
+
+def _no_gradient_crosses(function, arguments, sequences, lengths, has_state) -> None:
+    # Only the second sequence is in the loss: the others' inputs must get no gradient at all.
+    start, stop = lengths[0], lengths[0] + lengths[1]
+    weights = weights_for(results(function, arguments, backward=False).outputs, 0)
+    for i, w in enumerate(weights):
+        inside = torch.zeros_like(w, dtype=torch.bool)
+        if has_state and i == len(weights) - 1:
+            inside[1] = True
+        else:
+            inside[:, start:stop] = True
+        w.masked_fill_(~inside, 0)
+    steps = _steps(arguments, sequences)
+    for name, g in results(function, arguments, weights=weights).gradients.items():
+        if name == "initial_state":
+            outside = torch.cat([g[:1], g[2:]])
+        elif _is_sequence(name, arguments, sequences, steps):
+            outside = torch.cat([g[:, :start], g[:, stop:]], dim=1)
+        else:
+            continue
+        worst = outside.abs().max().item() if outside.numel() else 0.0
+        assert worst <= BLEED, f"a gradient of {worst:.1e} with respect to {name} crosses a border"
+
+
+def rows_are_independent(function: Function, arguments: Arguments, sequences: Sequence[str]) -> None:
+    """Law 5: each batch row gives what it gives alone."""
+    batch = _steps(arguments, sequences)[0]
+
+    def row_by_row(**whole: Any) -> tuple[Tensor, ...]:
+        outputs = []
+        for i in range(batch):
+            row = _over_sequences(whole, sequences, lambda x, i=i: x[i : i + 1])
+            if row.get("initial_state") is not None:
+                row["initial_state"] = row["initial_state"][i : i + 1]
+            output = function(**row)
+            outputs.append(output if isinstance(output, tuple) else (output,))
+        return tuple(torch.cat(o) for o in zip(*outputs, strict=True))
+
+    assert_equal(results(function, arguments), results(row_by_row, arguments))
+
+
+def repeats(function: Function, arguments: Arguments) -> None:
+    """Law 5: twice in a row is equal to the bit."""
+    first, second = results(function, arguments).named(), results(function, arguments).named()
+    for name, x in first.items():
+        assert torch.equal(x, second[name]), f"{name} differs from one call to the next"
+
+
+def is_causal(function: Function, arguments: Arguments, sequences: Sequence[str], at: int) -> None:
+    """Law 4: the outputs before step `at` have no gradient with respect to the inputs from `at` on."""
+    steps = _steps(arguments, sequences)
+    outputs = results(function, arguments, backward=False).outputs
+    weights = [torch.zeros_like(o) for o in outputs]
+    for o, w in zip(outputs, weights, strict=True):
+        if tuple(o.shape[:2]) == steps:
+            w[:, :at] = 1
+    for name, g in results(function, arguments, weights=weights).gradients.items():
+        if _is_sequence(name, arguments, sequences, steps):
+            worst = g[:, at:].abs().max().item()
+            assert worst <= BLEED, f"a gradient of {worst:.1e} reaches back from {name} after step {at}"
+
+
+def keeps_precision(function: Function, reference: Function, arguments: Arguments) -> None:
+    """Law 7: in bfloat16 the error is at most twice that of rounding the inputs and the results."""
+    dtype = torch.bfloat16
+    truth = results(reference, arguments)
+    weights = [w.to(dtype) for w in weights_for(truth.outputs, 0)]
+    rounded = cast(arguments, dtype)
+    exact = results(reference, cast(rounded, torch.float64), weights=[w.double() for w in weights])
+    found = results(function, rounded)
+    plain = exact.to(dtype).named()
+    for name, x in found.named().items():
+        excess = low_precision_excess(x, plain[name], truth.named()[name])
+        assert excess <= 1, f"{name}: in bfloat16 the error is {excess:.2f} times what is allowed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtremeDraw(Draw):
+    """Inputs a hundred times as large, and decays that forget everything, nothing, or next to nothing."""
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return Draw.normal(self, *shape, scale=100 * scale)
+
+    def log_decay(self, *shape: int, scale: float = 1.0) -> Tensor:
+        levels = torch.tensor([0.0, -1e-4, -1.0, -1e4], dtype=torch.float64)
+        return self._on_device(levels[torch.randint(4, shape, generator=self.generator)])
+
+
+def stays_finite(function: Function, case: Case, time: int, dtype: torch.dtype, *, backward: bool) -> None:
+    """Law 7: nothing overflows at extreme inputs."""
+    draw = ExtremeDraw(generator=torch.Generator().manual_seed(5), dtype=dtype)
+    for name, x in results(function, arguments_of(case, draw, 1, time), backward=backward).named().items():
+        assert x.isfinite().all(), f"{name} is not finite in {dtype} at {time} steps"
+
+
+def compiles(function: Function, arguments: Arguments) -> None:
+    """Law 8: torch.compile takes it whole, forward and backward, and changes nothing."""
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_equal(results(compiled, arguments), results(function, arguments))
+
+
+class _CustomOps(TorchDispatchMode):
+    """Records the calls of our custom ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple[Any, tuple, dict]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "omnimix":
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def custom_ops_are_sound(function: Function, arguments: Arguments) -> None:
+    """Law 8: torch.library.opcheck accepts every custom op that a call and its backward run."""
+    with _CustomOps() as forward:
+        results(function, arguments, backward=False)
+    with _CustomOps() as both:
+        results(function, arguments)
+    for i, (op, args, kwargs) in enumerate(both.calls):
+        # Only the ops of the forward pass are differentiated.
+        wanted = i < len(forward.calls)
+
+        def leaf(x: Any, wanted: bool = wanted) -> Any:
+            floating = isinstance(x, Tensor) and x.is_floating_point()
+            return x.detach().clone().requires_grad_(wanted) if floating else x
+
+        torch.library.opcheck(op, tuple(map(leaf, args)), {name: leaf(x) for name, x in kwargs.items()})

@@ -1,0 +1,158 @@
+"""The laws, over every registered op, case and backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from omnimix.kernels import Case, Draw, Op, ops
+from omnimix.kernels.check import arguments_of, call_of
+
+from . import checker
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One backend of one op on one case."""
+
+    op: Op
+    case: Case
+    backend: str
+
+    def __str__(self) -> str:
+        return f"{self.op.name}-{self.case.name}-{self.backend}".replace(" ", "_")
+
+    @property
+    def call(self) -> Callable:
+        return call_of(self.op, self.backend)
+
+    @property
+    def reference(self) -> Callable:
+        return call_of(self.op, "reference")
+
+    @property
+    def stateful(self) -> bool:
+        return self.case.state is not None
+
+    def draw(self, batch: int, time: int, **options) -> dict:
+        return arguments_of(self.case, Draw.seeded(time), batch, time, **options)
+
+
+def subjects(keep: Callable[[Subject], bool] = lambda subject: True) -> pytest.MarkDecorator:
+    every = [Subject(op, case, backend.name) for op in ops() for case in op.cases() for backend in op.backends]
+    return pytest.mark.parametrize("subject", [s for s in every if keep(s)], ids=str)
+
+
+def is_reference(subject: Subject) -> bool:
+    return subject.backend == "reference"
+
+
+def is_optimised(subject: Subject) -> bool:
+    return subject.backend != "reference"
+
+
+def is_interpreted(subject: Subject) -> bool:
+    """Triton's interpreter computes bfloat16 wrongly and takes minutes for long inputs."""
+    return subject.backend == "triton"
+
+
+def strided(arguments: dict) -> dict:
+    """The same values behind other strides: heads before time, or every other element of a larger tensor."""
+
+    def spread(x):
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            return x
+        if x.ndim == 4:
+            return x.transpose(1, 2).contiguous().transpose(1, 2)
+        return torch.stack([x, x], dim=-1)[..., 0]
+
+    return {name: spread(x) for name, x in arguments.items()}
+
+
+def expanded(arguments: dict) -> dict:
+    """One row for the whole batch, with stride 0."""
+    batch = 2
+    return {
+        name: x[:1].expand_as(x) if isinstance(x, torch.Tensor) and x.ndim > 1 and x.shape[0] == batch else x
+        for name, x in arguments.items()
+    }
+
+
+@subjects(is_reference)
+def test_the_definition_has_true_gradients(subject):
+    checker.has_true_gradients(subject.reference, subject.draw(1, 3))
+
+
+@subjects(is_optimised)
+@pytest.mark.parametrize("time", [1, 2, 63, 64, 65, 127])
+def test_agrees_with_the_definition(subject, time):
+    arguments = subject.draw(2 if time < 127 else 1, time, state=time in (1, 63, 65))
+    checker.agrees(subject.call, subject.reference, arguments, backward=time in (1, 65, 127))
+
+
+@subjects(is_optimised)
+@pytest.mark.parametrize("layout", [strided, expanded])
+def test_agrees_with_the_definition_at_any_strides(subject, layout):
+    checker.agrees(subject.call, subject.reference, layout(subject.draw(2, 18)))
+
+
+@subjects(lambda s: s.stateful)
+@pytest.mark.parametrize("lengths", [[1, 66], [64, 3], [37, 30], [1] * 5], ids=str)
+def test_pieces_are_the_whole(subject, lengths):
+    arguments = subject.draw(1, sum(lengths), state=lengths[0] != 64)
+    checker.splits(subject.call, arguments, subject.op.sequences, lengths)
+
+
+@subjects(lambda s: s.case.packed)
+@pytest.mark.parametrize("lengths", [[3, 64, 1, 20], [5, 2]], ids=str)
+def test_packed_sequences_are_each_alone(subject, lengths):
+    arguments = subject.draw(1, sum(lengths), lengths=lengths, state=len(lengths) > 2)
+    checker.packs(subject.call, arguments, subject.op.sequences, lengths, has_state=subject.stateful)
+
+
+@subjects(lambda s: is_optimised(s) and s.case.packed)
+def test_packed_sequences_agree_with_the_definition(subject):
+    checker.agrees(subject.call, subject.reference, strided(subject.draw(1, 76, lengths=[1, 65, 10])))
+
+
+@subjects(lambda s: s.op.causal)
+def test_causal(subject):
+    checker.is_causal(subject.call, subject.draw(1, 20), subject.op.sequences, at=13)
+
+
+@subjects()
+def test_batch_rows_are_independent(subject):
+    checker.rows_are_independent(subject.call, subject.draw(2, 18), subject.op.sequences)
+
+
+@subjects()
+def test_repeats_to_the_bit(subject):
+    checker.repeats(subject.call, subject.draw(2, 18))
+
+
+@subjects(lambda s: not is_interpreted(s))
+def test_keeps_precision_in_bfloat16(subject):
+    checker.keeps_precision(subject.call, subject.reference, subject.draw(2, 65))
+
+
+@subjects(lambda s: is_optimised(s) and not is_interpreted(s))
+def test_stays_finite(subject):
+    checker.stays_finite(subject.call, subject.case, 1024, torch.float32, backward=True)
+    checker.stays_finite(subject.call, subject.case, 16384, torch.bfloat16, backward=False)
+
+
+@subjects(is_optimised)
+def test_custom_ops_are_sound(subject):
+    checker.custom_ops_are_sound(subject.call, subject.draw(2, 5))
+    if subject.case.packed:
+        checker.custom_ops_are_sound(subject.call, subject.draw(1, 7, lengths=[2, 5], state=False))
+
+
+@subjects(is_optimised)
+def test_compiles_whole(subject, without_shape_checks):
+    checker.compiles(subject.call, subject.draw(2, 17))
+    if subject.case.packed:
+        checker.compiles(subject.call, subject.draw(1, 17, lengths=[4, 13]))

@@ -1,0 +1,319 @@
+"""The ten laws, for every registered mixer and for hybrids. A new mixer inherits them by registering."""
+
+from __future__ import annotations
+
+import io
+from functools import partial
+
+import pytest
+import safetensors.torch
+import torch
+from torch.func import functional_call
+
+from omnimix import kernels
+from omnimix.backbones import Layout, list_mixers
+from omnimix.backbones.wrappers.scan import SCANS
+from omnimix.errors import UnsupportedCall, UnsupportedShape
+from omnimix.kernels.check import error, low_precision_excess, results
+
+from .checker import assert_equal
+from .subjects import DIM, Subject, arguments, call, capability, floating, leaves, subjects, with_leaves
+
+CAUSAL = Layout(causal=True)
+GRID = (1, 3, 3)
+BOTH = Layout(causal=False, grid=GRID, extra=(4,))
+LENGTHS = (1, 5, 3)
+BORDERS = torch.tensor([0, 1, 6, 9], dtype=torch.int32)
+
+causal_subjects = pytest.mark.parametrize("subject", subjects(), ids=lambda s: s.name)
+both_way_subjects = pytest.mark.parametrize("subject", subjects("both"), ids=lambda s: s.name)
+
+
+def tokens(batch: int, time: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
+    return torch.randn(batch, time, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def on_backend(name: str, function):
+    def run(**named):
+        with kernels.using(name):
+            return function(**named)
+
+    return run
+
+
+@causal_subjects
+@pytest.mark.parametrize("time", [1, 9, 70])
+def test_law_1_the_fast_path_is_the_reference(subject: Subject, time: int):
+    module = subject.module()
+    function, given = call(module, CAUSAL), arguments(module, tokens(2, time))
+    assert_equal(results(function, given), results(on_backend("reference", function), given))
+
+
+@causal_subjects
+@pytest.mark.parametrize("lengths", [(1, 8), (8, 1), (4, 5), (1,) * 9, (2, 1, 6)], ids=str)
+def test_law_2_pieces_are_the_whole(subject: Subject, lengths: tuple[int, ...]):
+    module = subject.module()
+    assert capability(module, "streaming")
+
+    def in_pieces(*, x, **parameters):
+        outputs, state = [], None
+        for piece in x.split(list(lengths), dim=1):
+            y, state = functional_call(module, parameters, (piece, CAUSAL, state))
+            outputs.append(y)
+        return (torch.cat(outputs, dim=1), *floating(state))
+
+    given = arguments(module, tokens(2, sum(lengths)))
+    assert_equal(results(in_pieces, given), results(call(module, CAUSAL), given))
+
+
+@causal_subjects
+def test_law_2_the_initial_state_is_no_state(subject: Subject):
+    module = subject.module()
+    x = tokens(2, 5)
+    y, _ = module(x, CAUSAL, module.init_state(2, device=torch.device("cpu"), dtype=x.dtype))
+    assert error(y, module(x, CAUSAL)[0]) < 1e-9
+
+
+@causal_subjects
+def test_law_3_packed_is_each_alone(subject: Subject):
+    module = subject.module()
+    packed = Layout(causal=True, cu_seqlens=BORDERS)
+    assert capability(module, "packed")
+
+    def each_alone(*, x, **parameters):
+        outputs = []
+        for first, second in zip(x[:, :9].split(list(LENGTHS), 1), x[:, 9:].split(list(LENGTHS), 1), strict=True):
+            y, state = functional_call(module, parameters, (first, CAUSAL))
+            z, _ = functional_call(module, parameters, (second, CAUSAL, state))
+            outputs.append((y, z))
+        return tuple(torch.cat(part, dim=1) for part in zip(*outputs, strict=True))
+
+    def together(*, x, **parameters):
+        y, state = functional_call(module, parameters, (x[:, :9], packed))
+        z, _ = functional_call(module, parameters, (x[:, 9:], packed, state))
+        return y, z
+
+    given = arguments(module, tokens(1, 18))
+    assert_equal(results(together, given), results(each_alone, given))
+
+
+@causal_subjects
+def test_law_3_a_packed_state_goes_on_as_a_batch(subject: Subject):
+    module = subject.module()
+    _, state = module(tokens(1, 9), Layout(causal=True, cu_seqlens=BORDERS))
+    next_tokens = tokens(3, 2, seed=1)
+    y, _ = module(next_tokens, CAUSAL, state)
+    for i, x in enumerate(tokens(1, 9).split(list(LENGTHS), dim=1)):
+        _, alone = module(x, CAUSAL)
+        z, _ = module(next_tokens[i : i + 1], CAUSAL, alone)
+        assert error(y[i : i + 1], z) < 1e-9
+
+
+@causal_subjects
+def test_law_3_no_gradient_crosses_a_border(subject: Subject):
+    module = subject.module()
+    x = tokens(1, 9).requires_grad_()
+    y, state = module(x, Layout(causal=True, cu_seqlens=BORDERS))
+    second = y[:, 1:6].sum() + sum(t[1].sum() for t in floating(state))
+    (g,) = torch.autograd.grad(second, x)
+    assert g[:, 1:6].abs().min() > 0
+    assert g[:, :1].abs().max() == 0 and g[:, 6:].abs().max() == 0
+
+
+@both_way_subjects
+def test_law_3_packed_is_each_alone_both_ways(subject: Subject):
+    module = subject.module()
+
+    def each_alone(*, x, **parameters):
+        rows = [
+            functional_call(module, parameters, (row, Layout(causal=False)))[0] for row in x.split(list(LENGTHS), 1)
+        ]
+        return (torch.cat(rows, dim=1),)
+
+    given = arguments(module, tokens(1, 9))
+    packed = call(module, Layout(causal=False, cu_seqlens=BORDERS))
+    assert_equal(results(packed, given), results(each_alone, given))
+
+
+@causal_subjects
+def test_law_4_no_token_sees_the_future(subject: Subject):
+    module = subject.module()
+    x = tokens(2, 8).requires_grad_()
+    y, _ = module(x, CAUSAL)
+    (g,) = torch.autograd.grad(y[:, :4].square().sum(), x)
+    assert g[:, 4:].abs().max() == 0
+    assert (g[:, :4].abs().amax(-1) > 0).all()
+
+
+@pytest.mark.parametrize("scan", [name for name in SCANS if name != "forward"])
+@pytest.mark.parametrize("name", list_mixers())
+def test_law_4_both_ways_every_token_sees_every_other(name: str, scan: str):
+    module = next(s for s in subjects(scan) if s.name == f"{name}-0").module()
+    assert module.bidirectional
+    x = tokens(1, 10).requires_grad_()
+    y, state = module(x, BOTH)
+    assert state is None
+    reached = torch.stack(
+        [torch.autograd.grad(y[:, i].sum(), x, retain_graph=True)[0].abs().amax(-1)[0] for i in range(10)]
+    )
+    seen = reached > 0
+    if window := getattr(module, "window", None):
+        place = torch.arange(10)
+        near = (place[:, None] - place).abs() < window
+        assert torch.equal(seen, near | (place < module.sinks))
+    else:
+        assert seen.all()
+
+
+@causal_subjects
+def test_law_5_rows_are_independent_and_runs_repeat(subject: Subject):
+    module = subject.module()
+    given = arguments(module, tokens(3, 9))
+
+    def row_by_row(*, x, **parameters):
+        rows = [call(module, CAUSAL)(x=row, **parameters) for row in x.split(1)]
+        return tuple(torch.cat(part) for part in zip(*rows, strict=True))
+
+    once = results(call(module, CAUSAL), given)
+    assert_equal(once, results(row_by_row, given))
+    again = results(call(module, CAUSAL), given).named()
+    assert all(torch.equal(x, again[name]) for name, x in once.named().items())
+
+
+@causal_subjects
+def test_law_6_a_gradient_reaches_every_parameter_and_the_state(subject: Subject):
+    module = subject.module()
+    _, state = module(tokens(2, 5), CAUSAL)
+    given = [t.detach().requires_grad_() for t in floating(state)]
+    y, _ = module(tokens(2, 5, seed=1), CAUSAL, with_leaves(state, given))
+    y.square().sum().backward()
+    for name, p in module.named_parameters():
+        assert p.grad is not None and p.grad.abs().max() > 0, f"no gradient reaches {name}"
+    for t in given:
+        assert t.grad is not None and t.grad.abs().max() > 0, f"no gradient reaches a state of shape {tuple(t.shape)}"
+
+
+@pytest.mark.parametrize("scan", [name for name in SCANS if name != "forward"])
+@pytest.mark.parametrize("name", list_mixers())
+def test_law_6_a_gradient_reaches_every_direction(name: str, scan: str):
+    module = next(s for s in subjects(scan) if s.name == f"{name}-0").module()
+    module(tokens(2, 10), BOTH)[0].square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in module.parameters())
+
+
+@causal_subjects
+def test_law_7_low_precision_costs_no_more_than_it_must(subject: Subject):
+    exact, rounded = subject.module(), subject.module(torch.bfloat16)
+    with torch.no_grad():
+        for p, q in zip(exact.parameters(), rounded.parameters(), strict=True):
+            p.copy_(q)
+    x = tokens(2, 70, torch.bfloat16)
+    truth = results(call(exact, CAUSAL, keep=False), arguments(exact, x.double()))
+    function = call(rounded, CAUSAL, keep=False)
+    found = results(function, arguments(rounded, x)).named()
+    plain = results(on_backend("reference", function), arguments(rounded, x)).named()
+    for name, wanted in truth.named().items():
+        excess = low_precision_excess(found[name], plain[name], wanted)
+        assert excess <= 1, f"{name}: in bfloat16 the error is {excess:.2f} times what is allowed"
+
+
+@causal_subjects
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_law_7_long_and_large_inputs_stay_finite(subject: Subject, dtype: torch.dtype):
+    module = subject.module(dtype)
+    x = (tokens(1, 16384, dtype) * 100).requires_grad_()
+    y, state = module(x, CAUSAL)
+    y.sum().backward()
+    for t in [y, x.grad, *leaves(state), *(p.grad for p in module.parameters())]:
+        assert t.isfinite().all()
+
+
+@causal_subjects
+def test_law_8_builds_without_memory_and_saves_whole(subject: Subject):
+    module = subject.module()
+    with torch.device("meta"):
+        shell = subject.build()
+    assert all(p.is_meta for p in shell.parameters())
+    saved = safetensors.torch.save(module.state_dict())
+    shell.to(torch.float64).to_empty(device="cpu").load_state_dict(safetensors.torch.load(saved))
+    x = tokens(2, 5)
+    assert torch.equal(shell(x, CAUSAL)[0], module(x, CAUSAL)[0])
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True).keys() == module.state_dict().keys()
+
+
+@causal_subjects
+def test_law_8_compiles_whole(subject: Subject, without_shape_checks):
+    module = subject.module()
+    x = tokens(2, 9)
+    _, state = module(tokens(2, 3, seed=1), CAUSAL)
+
+    def step(x, state):
+        y, after = module(x, CAUSAL, state)
+        return y, after
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for before in (None, state):
+        plain = x.clone().requires_grad_(), x.clone().requires_grad_()
+        (y, after), (z, wanted) = compiled(plain[0], before), step(plain[1], before)
+        assert error(y, z) < 1e-12
+        assert all(error(a, b) < 1e-12 for a, b in zip(floating(after), floating(wanted), strict=True))
+        y.square().sum().backward()
+        z.square().sum().backward()
+        assert error(plain[0].grad, plain[1].grad) < 1e-12
+
+
+@both_way_subjects
+def test_law_8_compiles_whole_both_ways(subject: Subject, without_shape_checks):
+    module = subject.module()
+    x = tokens(2, 10)
+    compiled = torch.compile(lambda x: module(x, BOTH)[0], fullgraph=True, backend="aot_eager")
+    assert error(compiled(x), module(x, BOTH)[0]) < 1e-12
+
+
+@causal_subjects
+def test_law_9_the_state_stays_as_small_as_declared(subject: Subject):
+    module = subject.module()
+    sizes = [sum(t.nbytes for t in leaves(module(tokens(1, t), CAUSAL)[1])) for t in (1, 7, 30)]
+    if capability(module, "constant_state"):
+        assert len(set(sizes)) == 1
+    else:
+        assert sizes[0] < sizes[1] < sizes[2]
+
+
+@causal_subjects
+def test_law_10_triton_is_the_reference(subject: Subject):
+    module = subject.module()
+    function, given = call(module, CAUSAL), arguments(module, tokens(1, 19))
+    assert_equal(results(on_backend("triton", function), given), results(on_backend("reference", function), given))
+
+
+@causal_subjects
+def test_what_is_not_declared_raises(subject: Subject):
+    module = subject.module()
+    x = tokens(2, 9)
+    with pytest.raises(UnsupportedCall, match="block"):
+        module(x, Layout(causal="block", block=3))
+    with pytest.raises(UnsupportedShape, match="batch 1"):
+        module(x, Layout(cu_seqlens=BORDERS))
+    _, state = module(x, CAUSAL)
+    with pytest.raises(UnsupportedShape, match="2 sequences"):
+        module(tokens(3, 1), CAUSAL, state)
+    with pytest.raises(UnsupportedShape, match="no tokens"):
+        module(x[:, :0], CAUSAL)
+    if not capability(module, "bidirectional"):
+        with pytest.raises(UnsupportedCall, match="scan='both'"):
+            module(x, Layout(causal=False))
+
+
+@both_way_subjects
+def test_several_directions_refuse_causal(subject: Subject):
+    module = subject.module()
+    run = partial(module, tokens(2, 9), CAUSAL)
+    if capability(module, "causal"):
+        run()
+    else:
+        with pytest.raises(UnsupportedCall, match="scan='forward'"):
+            run()
