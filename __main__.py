@@ -1,0 +1,93 @@
+"""The command `omnimix`. It imports only what the chosen command needs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from importlib import import_module
+
+# Command -> the function that runs it with the remaining arguments, and what it does.
+COMMANDS = {
+    "vision fit": (".recipes.vision_classification:fit", "train an image classifier (default: handwritten digits)"),
+    "vision validate": (".recipes.vision_classification:validate", "measure a run on its held-out images"),
+    "vision test": (".recipes.vision_classification:test", "measure a run on its test images"),
+    "vision predict": (".recipes.vision_classification:predict", "name the class of image files with a run"),
+    "list mixers": (".commands:list_mixers", "the sequence mixers"),
+    "list models": (".commands:list_models", "the models that create_model builds by name"),
+    "list recipes": (".commands:list_recipes", "the training recipes and their configurations"),
+    "env": (".commands:env", "versions, devices, and the backend of every kernel with the reason"),
+    "kernels check": (".kernels.check:main", "compare every kernel with the float64 oracle on this device"),
+    "kernels compile": (".kernels.compile:main", "compile the Triton kernels ahead of time for named GPUs"),
+    "kernels explain": (".commands:explain", "which backend serves an op, and why"),
+    "bench kernels": (".kernels.bench:main", "time the kernels"),
+    "bench models": (".modalities.bench:main", "time whole models beside their peers"),
+}
+
+
+def usage(group: str | None = None) -> str:
+    rows = [(name, text) for name, (_, text) in COMMANDS.items() if group is None or name.split()[0] == group]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"  omnimix {name:<{width}}  {text}" for name, text in rows]
+    return "\n".join(
+        [
+            "usage: omnimix COMMAND [OPTIONS]        (omnimix COMMAND --help for its options)",
+            "",
+            *lines,
+            "",
+            "  --debug    show the traceback of an error",
+            "  --version  print the version",
+        ]
+    )
+
+
+def unknown(words: list[str]) -> int:
+    tried = " ".join(words)
+    near = difflib.get_close_matches(tried, COMMANDS, n=1) or difflib.get_close_matches(
+        words[0], [*COMMANDS, *{name.split()[0] for name in COMMANDS}], n=1
+    )
+    hint = f"did you mean 'omnimix {near[0]}'?" if near else "see omnimix --help"
+    print(f"omnimix: error: no command is called {tried!r}; {hint}", file=sys.stderr)
+    return 2
+
+
+def run(argv: list[str]) -> int:
+    words = argv[:2]
+    name = next((name for name in (" ".join(words), words[0]) if name in COMMANDS), None)
+    if name is None:
+        groups = {command.split()[0] for command in COMMANDS}
+        if words[0] in groups and (len(words) == 1 or words[1] in {"-h", "--help"}):
+            print(usage(words[0]), file=sys.stdout if len(words) > 1 else sys.stderr)
+            return 0 if len(words) > 1 else 2
+        return unknown([word for word in words if not word.startswith("-")] or words)
+    module, function = COMMANDS[name][0].split(":")
+    command = getattr(import_module(module, package=__package__), function)
+    return command(argv[len(name.split()) :]) or 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [word for word in argv if word != "--debug"]
+    if not argv or argv[0] in {"-h", "--help", "help"}:
+        print(usage(), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from . import __version__
+
+        print(f"omnimix {__version__}")
+        return 0
+    from .errors import OmnimixError
+
+    try:
+        return run(argv)
+    except OmnimixError as error:
+        if debug:
+            raise
+        print(f"omnimix: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,347 @@
+"""Image data for the recipes: what every data set shares, handwritten digits, tensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..console import write_atomically
+from ..errors import CheckpointError, ConfigError, MediaError
+from ..modalities.image import load_image
+from .loading import EpochLoader, Key, uniform
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """How an image file becomes what the model was trained on; saved with a run, so that predict repeats it.
+
+    Args:
+        classes: names, by index.
+        size: side of the square that the model sees.
+        channels: 1 (grey) or 3.
+        mean: of each channel, subtracted.
+        std: of each channel, divided by.
+        crop: the part of the shorter side that is kept.
+    """
+
+    classes: tuple[str, ...]
+    size: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop: float = 1.0
+
+    def load(self, source: object) -> Float[Tensor, "c h w"]:
+        """Read, resize the shorter side, cut out the centre, normalise.
+
+        Raises:
+            MediaError: the file cannot be read.
+        """
+        from torchvision.transforms.v2 import functional as tv
+
+        image = load_image(source, "L" if self.channels == 1 else "RGB")
+        image = tv.resize(image, [round(self.size / self.crop)], antialias=True)
+        return self.normalise(tv.center_crop(image, [self.size, self.size]))
+
+    def normalise(self, images: Float[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
+        mean, std = (images.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
+        return (images - mean) / std
+
+    def restore(self, images: Float[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
+        """The inverse of `normalise`, in 0..1, to look at."""
+        mean, std = (images.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
+        return (images * std + mean).clamp(0, 1)
+
+    def save(self, path: Path) -> None:
+        write_atomically(path, json.dumps(asdict(self), indent=1) + "\n")
+
+    @staticmethod
+    def read(path: Path) -> Preprocess:
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return Preprocess(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} does not say how images were prepared: {error}") from error
+
+
+class ImageData(pl.LightningDataModule):
+    """Base of the image data sets. A batch is a dict: image (b, c, h, w), label (b,), problems [(file, reason)].
+
+    Subclasses set `preprocess` when they are built and their three sets in `setup`; a set that is None does not exist.
+
+    Args:
+        batch_size: images a step, on each device.
+        workers: processes that read ahead; 0 for what lies in memory.
+        seed: of order and augmentation; the recipe passes its own.
+        policy: what an unreadable file does: "skip" leaves it out and names it at the end, "raise" stops.
+    """
+
+    preprocess: Preprocess
+
+    def __init__(self, *, batch_size: int, workers: int, seed: int, policy: Literal["skip", "raise"] = "skip"):
+        super().__init__()
+        if policy not in ("skip", "raise"):
+            raise ConfigError(f"policy is {policy!r}; it must be 'skip' or 'raise'")
+        self.batch_size, self.workers, self.seed, self.policy = batch_size, workers, seed, policy
+        self.unreadable: dict[str, str] = {}
+        self.train_set: Any = None
+        self.val_set: Any = None
+        self.test_set: Any = None
+
+    @property
+    def classes(self) -> int:
+        return len(self.preprocess.classes)
+
+    @property
+    def in_channels(self) -> int:
+        return self.preprocess.channels
+
+    @property
+    def image_size(self) -> int:
+        return self.preprocess.size
+
+    def _loader(self, dataset: Any, *, shuffle: bool) -> EpochLoader:
+        return EpochLoader(
+            dataset,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            shuffle=shuffle,
+            workers=self.workers,
+            collate=None if hasattr(dataset, "__getitems__") else collate_images,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world=self.trainer.world_size if self.trainer else 1,
+        )
+
+    def train_dataloader(self) -> EpochLoader:
+        return self._loader(self.train_set, shuffle=True)
+
+    def val_dataloader(self) -> EpochLoader:
+        return self._loader(self.val_set, shuffle=False)
+
+    def test_dataloader(self) -> EpochLoader:
+        """The test images; the held-out ones where the data has no third split."""
+        return self._loader(self.val_set if self.test_set is None else self.test_set, shuffle=False)
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        # Here and not in the workers: only this process knows of all files, and an exception that a worker raises
+        # arrives with its traceback in the message.
+        for path, reason in batch["problems"]:
+            if self.policy == "raise":
+                raise MediaError(f"{reason} (data.policy 'skip' leaves such files out)")
+            self.unreadable.setdefault(path, reason)
+        if len(batch["label"]) == 0:
+            raise MediaError(f"no file of a whole batch can be read, among them {batch['problems'][0][0]!r}")
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"unreadable": dict(self.unreadable)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.unreadable.update(state["unreadable"])
+
+
+def collate_images(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    good = [sample for sample in samples if sample["problem"] is None]
+    return {
+        "image": torch.stack([sample["image"] for sample in good]) if good else torch.empty(0),
+        "label": torch.tensor([sample["label"] for sample in good], dtype=torch.int64),
+        "problems": [sample["problem"] for sample in samples if sample["problem"] is not None],
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jitter:
+    """Random geometry for images in memory.
+
+    Args:
+        rotate: at most, degrees.
+        shift: at most, as a part of the side.
+        scale: at most, as a part of the size, up or down.
+        flip: whether to mirror every other image.
+    """
+
+    rotate: float = 0.0
+    shift: float = 0.0
+    scale: float = 0.0
+    flip: bool = False
+
+    def __call__(self, images: Float[Tensor, "b c h w"], u: Float[Tensor, "b 5"]) -> Float[Tensor, "b c h w"]:
+        """The images, moved by `u`, numbers in [0, 1)."""
+        if self == Jitter():
+            return images
+        centred = 2 * u - 1
+        angle = torch.deg2rad(self.rotate * centred[:, 0])
+        size = 1 + self.scale * centred[:, 1]
+        cos, sin = torch.cos(angle) / size, torch.sin(angle) / size
+        mirror = torch.where(u[:, 4] < 0.5, -1.0, 1.0) if self.flip else torch.ones_like(cos)
+        shift = 2 * self.shift * centred[:, 2:4]
+        affine = torch.stack([cos * mirror, -sin, shift[:, 0], sin * mirror, cos, shift[:, 1]], dim=1).view(-1, 2, 3)
+        grid = F.affine_grid(affine, list(images.shape), align_corners=False)
+        return F.grid_sample(images, grid, align_corners=False, padding_mode="zeros")
+
+
+class TensorImages:
+    """Images in memory, read and augmented a batch at a time."""
+
+    def __init__(
+        self,
+        images: Float[Tensor, "n c h w"],
+        labels: Int[Tensor, "n"],
+        preprocess: Preprocess,
+        *,
+        jitter: Jitter | None = None,
+        seed: int = 0,
+    ):
+        self.images, self.labels, self.preprocess = images, labels, preprocess
+        self.jitter, self.seed = jitter, seed
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, keys: list[Key]) -> dict[str, Any]:
+        index = torch.tensor([index for _, index in keys])
+        images = self.images[index]
+        if self.jitter is not None:
+            images = self.jitter(images, uniform(self.seed, keys, 5))
+        return {"image": self.preprocess.normalise(images), "label": self.labels[index], "problems": []}
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        return self.__getitems__([key])
+
+
+class TensorData(ImageData):
+    """Images and labels as tensors: in memory, or in a .safetensors or .pt file.
+
+    Args:
+        path: a file that holds `train_images` (n, c, h, w), `train_labels` (n,), `val_images`, `val_labels`, and
+            perhaps `test_images`, `test_labels`. Images are floating point in 0..1, or uint8.
+        tensors: the same, given in memory; then `path` stays away.
+        class_names: by index; numbers by default.
+        batch_size: images a step, on each device.
+        workers: 0 reads in this process, which is fastest for tensors.
+        seed: of order and augmentation.
+        jitter: augmentation of the training images.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str | None = None,
+        tensors: dict[str, Tensor] | None = None,
+        class_names: list[str] | None = None,
+        batch_size: int = 64,
+        workers: int = 0,
+        seed: int = 0,
+        jitter: Jitter = Jitter(),
+    ):
+        super().__init__(batch_size=batch_size, workers=workers, seed=seed)
+        if (path is None) == (tensors is None):
+            raise ConfigError("TensorData takes one of path and tensors")
+        self._splits = self._check(tensors if tensors is not None else read_tensors(Path(str(path))))
+        self.jitter = jitter
+        images, labels = self._splits["train"]
+        names = class_names or [str(i) for i in range(int(labels.max()) + 1)]
+        top = max(int(labels.max()) for _, labels in self._splits.values())
+        if top >= len(names):
+            raise ConfigError(f"a label is {top}, but there are {len(names)} class names")
+        self.preprocess = Preprocess(
+            classes=tuple(names),
+            size=images.shape[-1],
+            channels=images.shape[1],
+            mean=tuple(images.mean((0, 2, 3)).tolist()),
+            std=tuple(images.std((0, 2, 3)).clamp_min(1e-3).tolist()),
+        )
+
+    @staticmethod
+    def _check(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        splits = {}
+        for split in ("train", "val", "test"):
+            images, labels = tensors.get(f"{split}_images"), tensors.get(f"{split}_labels")
+            if images is None and labels is None and split == "test":
+                continue
+            if images is None or labels is None:
+                raise ConfigError(f"the tensors lack {split}_images or {split}_labels; there are {sorted(tensors)}")
+            if images.ndim != 4 or images.shape[2] != images.shape[3] or not 0 < len(images) == len(labels):
+                raise ConfigError(
+                    f"{split}_images is {tuple(images.shape)} with {len(labels)} labels; it must be (n, c, size, size)"
+                )
+            images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+            splits[split] = (images, labels.to(torch.int64))
+        return splits
+
+    def setup(self, stage: str) -> None:
+        for split, (images, labels) in self._splits.items():
+            jitter = self.jitter if split == "train" else None
+            made = TensorImages(images, labels, self.preprocess, jitter=jitter, seed=self.seed)
+            setattr(self, f"{split}_set", made)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or .pt file, read without executing code."""
+    if not path.is_file():
+        raise ConfigError(f"data.path is {str(path)!r}; there is no such file")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, weights_only=True)
+
+
+class DigitsData(TensorData):
+    """scikit-learn's handwritten digits: 1,797 real grey images of 8 x 8 pixels, from 43 people.
+
+    Args:
+        holdout: the part of each class that is held out, always the same images.
+        batch_size: images a step.
+        seed: of order and augmentation.
+        jitter: augmentation of the training images.
+    """
+
+    def __init__(
+        self,
+        *,
+        holdout: float = 0.2,
+        batch_size: int = 64,
+        seed: int = 0,
+        jitter: Jitter = Jitter(rotate=10.0, shift=0.1, scale=0.1),
+    ):
+        if not 0 < holdout < 1:
+            raise ConfigError(f"holdout is {holdout}; it must be between 0 and 1")
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        images = torch.from_numpy(digits.images).float()[:, None] / 16
+        labels = torch.from_numpy(digits.target).to(torch.int64)
+        train, val = stratified_split(labels, holdout)
+        super().__init__(
+            tensors={
+                "train_images": images[train],
+                "train_labels": labels[train],
+                "val_images": images[val],
+                "val_labels": labels[val],
+            },
+            batch_size=batch_size,
+            seed=seed,
+            jitter=jitter,
+        )
+
+
+def stratified_split(labels: Int[Tensor, "n"], holdout: float) -> tuple[Int[Tensor, "a"], Int[Tensor, "b"]]:
+    """Indices to train on and to hold out: of every class the same part, the same for every seed of a run."""
+    generator = torch.Generator().manual_seed(0)
+    train, val = [], []
+    for label in labels.unique():
+        members = torch.nonzero(labels == label).flatten()
+        members = members[torch.randperm(len(members), generator=generator)]
+        held = max(1, round(holdout * len(members)))
+        val.append(members[:held])
+        train.append(members[held:])
+    return torch.cat(train).sort().values, torch.cat(val).sort().values

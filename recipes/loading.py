@@ -1,0 +1,167 @@
+"""Batches whose order and randomness follow from (seed, epoch, index) alone, so that a run resumes where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..errors import ConfigError
+
+Key = tuple[int, int]
+_MASK = (1 << 63) - 1
+
+
+class KeyedDataset(Protocol):
+    """A dataset read by (epoch, index): what it draws at random it draws from these and its seed.
+
+    With `__getitems__` a whole batch is read at once; its result is then the batch, unless the loader has a collate
+    function.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: Key) -> Any: ...
+
+
+def mix(*numbers: int) -> int:
+    """One well-spread seed from several numbers (SplitMix64, Steele et al., OOPSLA 2014), in 0 .. 2^63 - 1."""
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state & _MASK
+
+
+def uniform(seed: int, keys: list[Key], draws: int) -> Tensor:
+    """Uniform numbers in [0, 1), `(len(keys), draws)`: a row depends on the seed and its key, not on the batch.
+
+    A generator a row would cost more than the augmentation itself, so the rows come from a hash of (seed, key, draw)
+    in vectorised integer arithmetic.
+    """
+    start = torch.tensor([mix(seed, epoch, index) for epoch, index in keys], dtype=torch.int64)
+    x = start[:, None] + torch.arange(1, draws + 1) * -0x61C8864680B583EB
+    # int64 wraps as uint64 does; only the shifts must not drag the sign along.
+    x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15
+    x = x ^ _shift(x, 31)
+    return (_shift(x, 40).to(torch.float32)) / (1 << 24)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+class _EpochBatches:
+    """The keys of each batch of one epoch."""
+
+    def __init__(self, size: int, batch_size: int, seed: int, shuffle: bool, rank: int, world: int):
+        self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, shuffle
+        self.rank, self.world = rank, world
+        self.epoch, self.start = 0, 0
+
+    def order(self) -> list[int]:
+        if not self.shuffle:
+            return list(range(self.rank, self.size, self.world))
+        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
+        order = torch.randperm(self.size, generator=generator).tolist()
+        # Every rank takes equally many steps; at most world - 1 samples are seen twice in an epoch.
+        order += order[: -self.size % self.world]
+        return order[self.rank :: self.world]
+
+    def __len__(self) -> int:
+        ranked = len(range(self.rank, self.size, self.world))
+        if not self.shuffle:
+            return -(-ranked // self.batch_size)
+        # A last batch of a few samples would be a noisy step; a set smaller than a batch is one batch.
+        return max(1, -(-self.size // self.world) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order = self.order()
+        for batch in range(self.start, len(self)):
+            at = batch * self.batch_size
+            yield [(self.epoch, index) for index in order[at : at + self.batch_size]]
+
+
+class EpochLoader:
+    """A loader that Lightning resumes at any batch, with any number of workers before and after.
+
+    Its state is (epoch, batches done): nothing of the workers needs saving, since no sample depends on them.
+
+    Args:
+        dataset: read by (epoch, index).
+        batch_size: of each rank.
+        seed: of the order.
+        shuffle: a new order each epoch, whole batches only; otherwise every sample exactly once, in order.
+        workers: processes that read ahead; 0 reads in this one.
+        collate: makes a batch of a list of samples.
+        rank: of this process among `world` that train together.
+        world: their number.
+    """
+
+    def __init__(
+        self,
+        dataset: KeyedDataset,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = False,
+        workers: int = 0,
+        collate: Callable[[Any], Any] | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        if batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
+        if workers < 0:
+            raise ConfigError(f"workers is {workers}; it must be at least 0")
+        if len(dataset) == 0:
+            raise ConfigError("the data set is empty")
+        self.dataset = dataset
+        self._batches = _EpochBatches(len(dataset), batch_size, seed, shuffle, rank, world)
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=self._batches,  # type: ignore[arg-type]
+            num_workers=workers,
+            collate_fn=collate or _as_it_is,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+        self._done = 0
+        self._resumed: tuple[int, int] | None = None
+
+    @property
+    def sampler(self) -> EpochLoader:
+        """Where Lightning looks for `set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        self._batches.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        # The body of a generator runs at the first `next`: Lightning calls `iter` before it says the first epoch.
+        epoch, done = self._resumed or (-1, 0)
+        self._resumed = None
+        self._batches.start = done if epoch == self._batches.epoch and done < len(self) else 0
+        self._done = self._batches.start
+        for batch in self._loader:
+            self._done += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self._batches.epoch, "batches": self._done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._resumed = (state["epoch"], state["batches"])
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
