@@ -1,7 +1,7 @@
 """The definition of `gated_linear`: the recurrence, one step at a time.
 
-Linear attention: arXiv 2006.16236, eq. 18-20, without the normaliser. RetNet: arXiv 2307.08621, the recurrent form. GLA:
-arXiv 2312.06635, the recurrent form. Mamba-2: arXiv 2405.21060, the scalar-identity SSM, with B for k and C for q.
+Linear attention: arXiv 2006.16236, eq. 18-20, without the normaliser. RetNet: arXiv 2307.08621, the recurrent form.
+GLA: arXiv 2312.06635, the recurrent form. Mamba-2: arXiv 2405.21060, the scalar-identity SSM, with B for k and C for q.
 RWKV-6: arXiv 2404.05892, eq. 19.
 """
 

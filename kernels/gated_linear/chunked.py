@@ -1,0 +1,220 @@
+"""`gated_linear` by matrix products over chunks of time, in plain torch, on any device.
+
+The state goes from block to block in a loop whose scratch memory fits into the cache (`chunked_plan`); the algebra of
+a block is in `chunked_forms`. Forward and backward are custom ops, because torch.compile cannot trace a loop over
+blocks that depends on the decays' values. The backward pass starts from the states at the blocks' starts, which the
+forward pass keeps; everything within a block it computes again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .chunked_channel import ChannelForm
+from .chunked_forms import Adjoint, Form
+from .chunked_plan import Block, Packing, batch_blocks, saved_states
+from .chunked_scalar import ScalarForm
+from .reference import gated_linear_reference
+
+
+def gated_linear_chunked(
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    bonus: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    b, t, h, _ = v.shape
+    if t == 1 and cu_seqlens is None:
+        return gated_linear_reference(
+            q=q,
+            k=k,
+            v=v,
+            decay=decay,
+            bonus=bonus,
+            scale=scale,
+            initial_state=initial_state,
+            cu_seqlens=None,
+        )
+    wide = torch.promote_types(v.dtype, torch.float32)
+    decay = v.new_zeros(h, dtype=wide) if decay is None else decay
+    if decay.dim() == 1:
+        # In the working dtype before it is expanded, so that its gradient is summed in it.
+        decay = decay.to(wide).expand(b, t, h)
+    inputs = (q, k, v, decay, initial_state)
+    train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    output, state, _ = _forward(q, k, v, decay, initial_state, cu_seqlens, scale, bonus is not None, train)
+    if bonus is not None:
+        output = output + scale * _current(q.to(wide), k.to(wide), bonus.to(wide)) * v
+    return output.to(v.dtype), state
+
+
+def _current(q: Tensor, k: Tensor, bonus: Tensor) -> Tensor:
+    """The bonus's weight on the current token, (q ⊙ k)ᵀ u per head: `(b, t, h, 1)`."""
+    per_group = bonus.unflatten(0, (q.shape[2], -1))
+    return torch.einsum("btgk,gjk->btgj", q * k, per_group).flatten(2).unsqueeze(-1)
+
+
+def _form(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: float, exclusive: bool) -> Form:
+    groups = q.shape[2]
+    kind = ChannelForm if decay.dim() == 4 else ScalarForm
+    v, decay = (x.unflatten(2, (groups, -1)) for x in (v, decay))
+    return kind(q=q, k=k, v=v, decay=decay, scale=scale, exclusive=exclusive)
+
+
+def _chunk_bytes(q: Tensor, v: Tensor) -> int:
+    """About what one chunk of one sequence occupies while it is worked on."""
+    dk, (h, dv) = q.shape[-1], v.shape[-2:]
+    return 4 * h * (64 * (dk + 2 * dv) + dk * dv)
+
+
+def _blocks(v: Tensor, packing: Packing | None, chunk_bytes: int) -> list[Block]:
+    return packing.blocks if packing else list(batch_blocks(v.shape[0], v.shape[1], chunk_bytes))
+
+
+@torch.library.custom_op("omnimix::gated_linear_chunked", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    exclusive: bool,
+    train: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    chunk_bytes = _chunk_bytes(q, v)
+    output, final, saved = _outputs(q, k, v, decay, initial_state, cu_seqlens, scale, exclusive, train)
+    packing = None if cu_seqlens is None else Packing(cu_seqlens, chunk_bytes)
+    if packing:
+        q, k, v, decay = (packing.pack(x) for x in (q, k, v, decay))
+    form = _form(q, k, v, decay, scale, exclusive)
+    if initial_state is None:
+        state = final.new_zeros(final.shape[0], *form.state_shape)
+    else:
+        state = form.import_state(packing.sort(initial_state) if packing else initial_state)
+    dense = torch.empty_like(v, dtype=output.dtype) if packing else output
+    by_group = dense.unflatten(2, (form.groups, -1))
+    for block in _blocks(v, packing, chunk_bytes):
+        now = state[block.states]
+        if train:
+            saved[block.saved : block.saved + block.alive] = now[: block.alive].flatten(1)
+        form.forward(block, now, by_group)
+    state = form.export_state(state)
+    if packing:
+        return packing.unpack(dense), packing.unsort(state), saved
+    return output, state, saved
+
+
+@_forward.register_fake
+def _outputs(q, k, v, decay, initial_state, cu_seqlens, scale, exclusive, train):
+    """Empty tensors of the shapes of the output, the final state and the saved states."""
+    (b, t, h, dv), dk = v.shape, q.shape[-1]
+    sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    n = b if sequences is None else sequences
+    wide = torch.promote_types(v.dtype, torch.float32)
+    rows = saved_states(b, t, _chunk_bytes(q, v), sequences) if train else 0
+    return (
+        v.new_empty(b, t, h, dv, dtype=wide),
+        v.new_empty(n, h, dk, dv, dtype=wide),
+        v.new_empty(rows, h * dk * dv, dtype=wide),
+    )
+
+
+@torch.library.custom_op("omnimix::gated_linear_chunked_backward", mutates_args=())
+def _backward(
+    doutput: Tensor,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    cu_seqlens: Tensor | None,
+    output: Tensor,
+    final: Tensor,
+    saved: Tensor,
+    scale: float,
+    exclusive: bool,
+    decay_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    chunk_bytes = _chunk_bytes(q, v)
+    packing = None if cu_seqlens is None else Packing(cu_seqlens, chunk_bytes)
+    if packing:
+        q, k, v, decay, output, doutput = (packing.pack(x) for x in (q, k, v, decay, output, doutput))
+        final = packing.sort(final)
+        dfinal = None if dfinal is None else packing.sort(dfinal)
+    form = _form(q, k, v, decay, scale, exclusive)
+    end = form.import_state(final)
+    dstate = torch.zeros_like(end) if dfinal is None else form.import_state(dfinal)
+    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, decay)]
+    dq, dk, dv, ddecay = gradients
+    output, doutput, dv, ddecay = (x.unflatten(2, (form.groups, -1)) for x in (output, doutput, dv, ddecay))
+    into = Adjoint(output=output, doutput=doutput, q=dq, k=dk, v=dv, decay=ddecay if decay_gradient else None)
+    for block in reversed(_blocks(v, packing, chunk_bytes)):
+        start = saved[block.saved : block.saved + block.alive].view(block.alive, *form.state_shape)
+        now = form.scratch("start", *start.shape).copy_(start)
+        form.backward(block, now, end[block.states], dstate[block.states], into)
+        end[block.states][: block.alive].copy_(start)
+    dstate = form.export_state(dstate)
+    if packing:
+        gradients = [packing.unpack(x) for x in gradients]
+        dstate = packing.unsort(dstate)
+    if not decay_gradient:
+        gradients[3] = decay.new_empty(0)
+    return (*gradients, dstate)
+
+
+@_backward.register_fake
+def _(doutput, dfinal, q, k, v, decay, cu_seqlens, output, final, saved, scale, exclusive, decay_gradient):
+    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, decay)]
+    if not decay_gradient:
+        gradients[3] = decay.new_empty(0)
+    return (*gradients, torch.empty_like(final))
+
+
+def _setup(ctx, inputs, output) -> None:
+    q, k, v, decay, initial_state, cu_seqlens, ctx.scale, ctx.exclusive, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.state_dtype = None if initial_state is None else initial_state.dtype
+    ctx.save_for_backward(q, k, v, decay, cu_seqlens, *output)
+
+
+def _gradients(ctx, doutput: Tensor | None, dfinal: Tensor | None, _: Tensor | None):
+    q, k, v, decay, cu_seqlens, output, final, saved = ctx.saved_tensors
+    doutput = torch.zeros_like(output) if doutput is None else doutput.contiguous()
+    dfinal = None if dfinal is None else dfinal.contiguous()
+    dq, dk, dv, ddecay, dstate = _backward(
+        doutput,
+        dfinal,
+        q,
+        k,
+        v,
+        decay,
+        cu_seqlens,
+        output,
+        final,
+        saved,
+        ctx.scale,
+        ctx.exclusive,
+        ctx.needs_input_grad[3],
+    )
+    return (
+        dq,
+        dk,
+        dv,
+        ddecay if ctx.needs_input_grad[3] else None,
+        None if ctx.state_dtype is None else dstate.to(ctx.state_dtype),
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)

@@ -1,0 +1,129 @@
+"""The chunked form for a decay per channel: q and k carry the decay, and every head has its own products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .chunked_forms import FACTORISE, SHORT, Adjoint, Form, Operands, reversed_sum
+from .chunked_plan import Block
+
+
+class ChannelForm(Form):
+    """Operands are `(N, c, k)` and `(N, c, v)`, N running over chunks, their parts and heads.
+
+    Where a chunk decays too much to be factorised it is divided into short ones, and where even these do, their scores
+    are summed from e^{b_i - b_j} channel by channel.
+    """
+
+    def layout(self, dk: int, dv: int) -> tuple[tuple[int, ...], tuple[int, int]]:
+        return (self.groups * self.heads, dk, dv), (dk, dv)
+
+    def import_state(self, state: Tensor) -> Tensor:
+        return torch.empty_like(state, dtype=self.dtype, memory_format=torch.contiguous_format).copy_(state)
+
+    def export_state(self, state: Tensor) -> Tensor:
+        return state
+
+    def _view(self, block: Block, x: Tensor, parts: int) -> Tensor:
+        """`(b, t, g, ..., w)` -> `(m, r, parts, g, h / g or 1, c, w)`"""
+        x = block.view(x, parts)
+        x = x if x.dim() == 7 else x.unsqueeze(5)
+        return x.movedim(3, 5)
+
+    def _decays(self, block: Block) -> tuple[Tensor, Tensor, bool, int]:
+        """The log decays, their running sums, whether these can not be factorised, and the number of parts."""
+        short = block.chunk // SHORT if block.chunk % SHORT == 0 else 1
+        for parts in dict.fromkeys((1, short)):
+            steps = self._view(block, self.decay, parts)
+            steps = self.scratch("steps", *steps.shape).copy_(steps).clamp_(min=self.lowest)
+            total = torch.cumsum(steps, -2, out=self.scratch("total", *steps.shape))
+            exact = total[..., -1, :].amin().item() < -FACTORISE
+            if not exact:
+                break
+        return steps, total, exact, parts
+
+    def load(self, block: Block) -> Operands:
+        steps, total, exact, parts = self._decays(block)
+        last = total[..., -1:, :]
+        shape, flat = total.shape, (-1, *total.shape[-2:])
+        reach = total.sub(steps) if self.exclusive else total
+        out = self.scratch("out", *shape)
+        out = torch.exp(reach, out=out) if exact else torch.sub(reach, last, out=out).exp_()
+        into = torch.sub(last, total, out=self.scratch("into", *shape)).exp_()
+        q, k, v = (self._view(block, x, parts) for x in (self.q, self.k, self.v))
+        return Operands(
+            q=torch.mul(q, out, out=self.scratch("q", *shape)).view(flat),
+            k=torch.mul(k, into, out=self.scratch("k", *shape)).view(flat),
+            v=self.dense("v", v),
+            through=last.exp().flatten(3, 4).flatten(0, 1).mT,
+            parts=parts,
+            exact=exact,
+            extra={"out": out, "into": into, "total": total, "reach": reach},
+        )
+
+    def store(self, block: Block, x: Operands, product: Tensor, output: Tensor) -> None:
+        if x.exact:
+            product.baddbmm_(self._exact(block, x)[0], x.v)
+        output = self._view(block, output, x.parts)
+        torch.mul(product.view(output.shape), self.scale, out=output)
+
+    def _exact(self, block: Block, x: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Scores `(N, c, c)`, e^{b_i - b_j} `(N, c, c, k)` (zero where j > i), and q and k per head `(N, c, k)`."""
+        total, reach = x.extra["total"], x.extra["reach"]
+        shape = total.shape
+        n, c, dk = x.q.shape
+        q, k = (
+            self.scratch(f"plain {name}", *shape).copy_(self._view(block, source, x.parts)).view(n, c, dk)
+            for name, source in (("q", self.q), ("k", self.k))
+        )
+        ratio = self.scratch("ratio", n, c, c, dk)
+        torch.sub(reach.view(n, c, 1, dk), total.view(n, 1, c, dk), out=ratio)
+        past = torch.ones(c, c, dtype=torch.bool, device=ratio.device).tril(-1 if self.exclusive else 0)
+        ratio.masked_fill_(~past.unsqueeze(-1), -torch.inf).exp_()
+        keys = torch.mul(ratio, k.unsqueeze(1), out=self.scratch("keys", n, c, c, dk))
+        scores = torch.bmm(keys.view(n * c, c, dk), q.reshape(n * c, dk, 1))
+        return scores.view(n, c, c), ratio, q, k
+
+    def load_gradient(self, block: Block, x: Operands, gradient: Tensor) -> Tensor:
+        gradient = self._view(block, gradient, x.parts)
+        return torch.mul(gradient, self.scale, out=self.scratch("doutput", *gradient.shape)).view(x.v.shape)
+
+    def store_gradients(
+        self, block: Block, x: Operands, dq: Tensor, dk: Tensor, dv: Tensor, state: tuple[Tensor, Tensor], into: Adjoint
+    ) -> None:
+        shape = x.extra["out"].shape
+        dq, dk = dq.view(shape).mul_(x.extra["out"]), dk.view(shape).mul_(x.extra["into"])
+        if x.exact:
+            do = self.load_gradient(block, x, into.doutput)
+            scores, ratio, q, k = self._exact(block, x)
+            dv.baddbmm_(scores.mT, do)
+            ratio.mul_(torch.bmm(do, x.v.mT).unsqueeze(-1))
+            dq += (ratio * k.unsqueeze(1)).sum(2).view(shape)
+            dk += (ratio * q.unsqueeze(2)).sum(1).view(shape)
+        if into.decay is not None:
+            self._store_decay(block, x, dq, dk, state, into)
+        for gradient, to in ((dq, into.q), (dk, into.k)):
+            to = self._view(block, to, x.parts)
+            to.copy_(gradient if self.heads == 1 else gradient.sum(4, keepdim=True))
+        to = self._view(block, into.v, x.parts)
+        to.copy_(dv.view(to.shape))
+
+    def _store_decay(
+        self, block: Block, x: Operands, dq: Tensor, dk: Tensor, state: tuple[Tensor, Tensor], into: Adjoint
+    ) -> None:
+        """e^{b_i} multiplies q_i, and e^{-b_j} k_j: the gradient of b_i is q_i dq_i - k_i dk_i, channel by channel. The
+        state after the chunk adds its product with its own gradient to the last b."""
+        to = self._view(block, into.decay, x.parts)
+        n, c, _ = x.q.shape
+        reads = torch.mul(self._view(block, self.q, x.parts), dq, out=self.scratch("reads q", *to.shape))
+        gradient = self.scratch("reads k", *to.shape)
+        torch.mul(self._view(block, self.k, x.parts), dk, out=gradient)
+        torch.sub(reads, gradient, out=gradient)
+        last = torch.mul(*state, out=self.scratch("after", *state[0].shape)).sum(-1)
+        last = last.view(n, 1, -1)
+        sums = reversed_sum(c, self.dtype, dq.device).expand(n, c, c)
+        suffix = torch.baddbmm(last, sums, gradient.view(n, c, -1), out=self.scratch("suffix", *x.q.shape)).view(
+            to.shape
+        )
+        to.copy_(suffix.sub_(reads) if self.exclusive else suffix)

@@ -1,0 +1,235 @@
+"""The chunked algebra of `gated_linear` on one block, in two forms: a decay per channel and a decay per step and head.
+
+With b the cumulative log decay within a chunk, b' its last value, S the state at the chunk's start:
+
+    o_i  = scale (e^{b_i} q_i)ᵀ S + scale Σ_{j<=i} (q_i e^{b_i - b_j} k_j) v_j
+    S'   = e^{b'} S + Σ_j (e^{b' - b_j} k_j) v_jᵀ
+
+(GLA, arXiv 2312.06635, section 4; Mamba-2, arXiv 2405.21060, section 6). e^{b_i - b_j} factorises into e^{b_i - b'}
+times e^{b' - b_j}: all is then plain products of Q = q e^{b - b'}, K = k e^{b' - b} and R = e^{b'} S,
+
+    O = tril(Q Kᵀ) V + Q R,     S' = R + Kᵀ V.
+
+The first factor grows up to e^{-b'}, so that form is only taken while b' is at least -FACTORISE; otherwise the part
+within the chunk takes e^{b_i - b_j} as it stands ("exact").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .chunked_plan import Block, Scratch
+
+# e^50 leaves float32 a factor of 1e16 for the values themselves.
+FACTORISE = 50.0
+# Length of the sub-chunks that take over where a whole chunk decays too much per channel.
+SHORT = 16
+
+
+@dataclass(kw_only=True)
+class Operands:
+    """What the shared products of a block need.
+
+    Args:
+        q, k, v: `(N, c, ...)`, scaled with their share of the decay.
+        through: e^{b'}, to be multiplied with `(chunks, parts, *state shape)`.
+        parts: into how many shorter chunks each chunk is divided.
+        exact: the part within a chunk is left to the form; q reads the state at the chunk's start, not R.
+        extra: the form's own tensors.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    through: Tensor
+    parts: int
+    exact: bool
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class Adjoint:
+    """What a backward pass reads (`output`, `doutput`) and where it writes the gradients, in the layout of the inputs.
+
+    `decay` is None where its gradient is not wanted.
+    """
+
+    output: Tensor
+    doutput: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor | None
+
+
+@lru_cache(maxsize=16)
+def reversed_sum(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """U with (U x)_i = Σ_{j>=i} x_j."""
+    return torch.ones(size, size, dtype=dtype, device=device).triu()
+
+
+class Form:
+    """One block at a time, forwards or backwards; the subclasses scale, store and handle exact chunks.
+
+    Args:
+        q, k: `(b, t, g, k)`.
+        v: `(b, t, g, h / g, v)`.
+        decay: `(b, t, g, h / g)` or `(b, t, g, h / g, k)`.
+        exclusive: the output reads the state before the update, without the current token.
+    """
+
+    def __init__(self, *, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: float, exclusive: bool):
+        self.q, self.k, self.v, self.decay = q, k, v, decay
+        self.scale, self.exclusive = scale, exclusive
+        self.dtype = torch.promote_types(v.dtype, torch.float32)
+        self.scratch = Scratch(v, self.dtype)
+        # Below it e^decay is zero in this dtype; without the bound, sums of -1e4 would lose the small decays' digits.
+        self.lowest = -746.0 if self.dtype == torch.float64 else -104.0
+        self.groups, self.heads = v.shape[2:4]
+        self.state_shape, self.matrix = self.layout(q.shape[-1], v.shape[-1])
+
+    # What the forms differ in.
+
+    def layout(self, dk: int, dv: int) -> tuple[tuple[int, ...], tuple[int, int]]:
+        """The layout of one sequence's state, and the shape of the matrices in it that the products take."""
+        raise NotImplementedError
+
+    def import_state(self, state: Tensor) -> Tensor:
+        """`(n, h, k, v)` -> `(n, *state_shape)`, a copy of its own."""
+        raise NotImplementedError
+
+    def export_state(self, state: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def load(self, block: Block) -> Operands:
+        raise NotImplementedError
+
+    def store(self, block: Block, x: Operands, product: Tensor, output: Tensor) -> None:
+        """Turn the products `(N, c, w)` into the output; add the part within exact chunks."""
+        raise NotImplementedError
+
+    def load_gradient(self, block: Block, x: Operands, gradient: Tensor) -> Tensor:
+        """The output's gradient as `(N, c, w)`, scaled so that it is the gradient of the products."""
+        raise NotImplementedError
+
+    def store_gradients(
+        self, block: Block, x: Operands, dq: Tensor, dk: Tensor, dv: Tensor, state: tuple[Tensor, Tensor], into: Adjoint
+    ) -> None:
+        """Undo the scaling of dq, dk, dv, add what exact chunks lack, and derive the decay's gradient.
+
+        Args:
+            state: the state after each chunk, and its gradient there.
+        """
+        raise NotImplementedError
+
+    # What they share.
+
+    def dense(self, name: str, x: Tensor) -> Tensor:
+        """`(m, r, p, ..., c, w)` -> `(N, c, w)` in the working dtype, copied only where it must be."""
+        lead = x.shape[:-2]
+        several = [n for n in lead if n > 1]
+        if x.dtype == self.dtype and len(several) <= 1 and x.stride(-1) == 1:
+            return x.flatten(0, -3)
+        return self.scratch(name, *x.shape).copy_(x).view(-1, *x.shape[-2:])
+
+    def scores(self, x: Operands) -> Tensor:
+        n, c, _ = x.q.shape
+        scores = torch.bmm(x.q, x.k.mT, out=self.scratch("scores", n, c, c))
+        return scores.tril_(-1 if self.exclusive else 0)
+
+    def _slots(self, name: str, block: Block, parts: int) -> Tensor:
+        count = sum(n for _, n in block.steps)
+        return self.scratch(name, count, parts, *self.state_shape)
+
+    def _flat(self, states: Tensor) -> Tensor:
+        return states.view(-1, *self.matrix)
+
+    def advance(self, block: Block, x: Operands, state: Tensor, ends: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Move `state`, in place, over the block.
+
+        Returns:
+            What each chunk's queries read, and, if asked, the state after each chunk: `(chunks, parts, *state shape)`.
+        """
+        reads = self._slots("reads", block, x.parts)
+        if len(block.steps) == 1 and x.parts == 1:
+            now, through = state[: block.alive], x.through[:, 0]
+            if x.exact:
+                reads[:, 0].copy_(now)
+                now.mul_(through)
+            else:
+                now.mul_(through)
+                reads[:, 0].copy_(now)
+            self._flat(now).baddbmm_(x.k.mT, x.v)
+            return reads, None
+        after = self._slots("after", block, x.parts)
+        torch.bmm(x.k.mT, x.v, out=self._flat(after))
+        for first, n in block.steps:
+            for p in range(x.parts):
+                at = (slice(first, first + n), p)
+                now = state[:n]
+                if x.exact:
+                    reads[at].copy_(now)
+                    torch.addcmul(after[at], now, x.through[at], out=now)
+                else:
+                    torch.mul(now, x.through[at], out=reads[at])
+                    torch.add(after[at], reads[at], out=now)
+                if ends:
+                    after[at].copy_(now)
+        return reads, after
+
+    def forward(self, block: Block, state: Tensor, output: Tensor) -> None:
+        """Write the block's output and move `state`, in place, to its end."""
+        x = self.load(block)
+        reads, _ = self.advance(block, x, state)
+        product = self.scratch("product", *x.v.shape)
+        if x.exact:
+            torch.bmm(x.q, self._flat(reads), out=product)
+        else:
+            torch.bmm(self.scores(x), x.v, out=product)
+            product.baddbmm_(x.q, self._flat(reads))
+        self.store(block, x, product, output)
+
+    def retreat(self, block: Block, x: Operands, doutput: Tensor, dstate: Tensor) -> Tensor:
+        """Move `dstate`, in place, from the block's end to its start; returns the gradient at each chunk's end."""
+        dends = self._slots("dends", block, x.parts)
+        reads = self._slots("dreads", block, x.parts)
+        torch.bmm(x.q.mT, doutput, out=self._flat(reads))
+        for first, n in reversed(block.steps):
+            for p in reversed(range(x.parts)):
+                at = (slice(first, first + n), p)
+                now = dstate[:n]
+                dends[at].copy_(now)
+                if x.exact:
+                    torch.addcmul(reads[at], now, x.through[at], out=now)
+                else:
+                    now.add_(reads[at]).mul_(x.through[at])
+        return dends
+
+    def backward(self, block: Block, start: Tensor, end: Tensor, dstate: Tensor, into: Adjoint) -> None:
+        """Write the block's gradients and move `dstate`, in place, to its start.
+
+        Args:
+            start: the state at the block's start; overwritten.
+            end: the state after the block.
+        """
+        x = self.load(block)
+        do = self.load_gradient(block, x, into.doutput)
+        reads, ends = self.advance(block, x, start, ends=True)
+        if ends is None:
+            ends = end[: block.alive].unsqueeze(1)
+        dends = self.retreat(block, x, do, dstate)
+        reads, flat_dends = self._flat(reads), self._flat(dends)
+        dq = torch.bmm(do, reads.mT, out=self.scratch("dq", *x.q.shape))
+        dk = torch.bmm(x.v, flat_dends.mT, out=self.scratch("dk", *x.k.shape))
+        dv = torch.bmm(x.k, flat_dends, out=self.scratch("dv", *x.v.shape))
+        if not x.exact:
+            dv.baddbmm_(self.scores(x).mT, do)
+            dscores = torch.bmm(do, x.v.mT, out=self.scratch("dscores", *x.q.shape[:2], x.q.shape[1]))
+            dscores.tril_(-1 if self.exclusive else 0)
+            dq.baddbmm_(dscores, x.k)
+            dk.baddbmm_(dscores.mT, x.q)
+        self.store_gradients(block, x, dq, dk, dv, (ends, dends), into)

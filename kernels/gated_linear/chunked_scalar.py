@@ -1,0 +1,123 @@
+"""The chunked form for a decay per step and head, where heads that share q and k also share all products with them.
+
+The decay scales v and the output instead of q and k, so that q kᵀ, q S and kᵀ v are one product for all heads of a
+group, (c, k) by (k, h / g * v): Mamba-2's sizes then run as large matrix products on the inputs as they lie in memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .chunked_forms import FACTORISE, Adjoint, Form, Operands, reversed_sum
+from .chunked_plan import Block
+
+
+class ScalarForm(Form):
+    """Operands are `(N, c, k)` and `(N, c, h / g * v)`, N running over chunks and groups."""
+
+    def layout(self, dk: int, dv: int) -> tuple[tuple[int, ...], tuple[int, int]]:
+        return (self.groups, dk, self.heads, dv), (dk, self.heads * dv)
+
+    def import_state(self, state: Tensor) -> Tensor:
+        split = state.unflatten(1, (self.groups, self.heads)).movedim(2, 3)
+        return torch.empty_like(split, dtype=self.dtype, memory_format=torch.contiguous_format).copy_(split)
+
+    def export_state(self, state: Tensor) -> Tensor:
+        return state.movedim(3, 2).flatten(1, 2).contiguous()
+
+    def _view(self, block: Block, x: Tensor) -> Tensor:
+        """`(b, t, g, ...)` -> `(m, r, 1, g, c, ...)`"""
+        return block.view(x).movedim(4, 3)
+
+    def load(self, block: Block) -> Operands:
+        steps = self._view(block, self.decay)
+        steps = self.scratch("steps", *steps.shape).copy_(steps).clamp_(min=self.lowest)
+        total = steps.cumsum(-2)
+        last = total[..., -1:, :]
+        exact = last.amin().item() < -FACTORISE
+        reach = total - steps if self.exclusive else total
+        out = (reach if exact else reach - last).exp().mul_(self.scale)
+        into = (last - total).exp_()
+        v = self._view(block, self.v)
+        return Operands(
+            q=self.dense("q", self._view(block, self.q)),
+            k=self.dense("k", self._view(block, self.k)),
+            v=self._scaled("v", v, into),
+            through=last.exp().unsqueeze(-1).flatten(0, 1),
+            parts=1,
+            exact=exact,
+            extra={"out": out.unsqueeze(-1), "into": into.unsqueeze(-1), "total": total, "reach": reach},
+        )
+
+    def _scaled(self, name: str, x: Tensor, factor: Tensor) -> Tensor:
+        scaled = torch.mul(x, factor.unsqueeze(-1), out=self.scratch(name, *x.shape))
+        return scaled.view(-1, x.shape[4], self.matrix[1])
+
+    def store(self, block: Block, x: Operands, product: Tensor, output: Tensor) -> None:
+        output = self._view(block, output)
+        product = product.view(output.shape)
+        if x.exact:
+            weights, _ = self._weights(x)
+            within = torch.bmm(weights, self._per_head("v heads", self._view(block, self.v)))
+            product.mul_(x.extra["out"]).add_(self._per_step(within, output), alpha=self.scale)
+            output.copy_(product)
+        else:
+            torch.mul(product, x.extra["out"], out=output)
+
+    def _per_head(self, name: str, x: Tensor) -> Tensor:
+        """`(m, r, 1, g, c, h / g, v)` -> `(N * h / g, c, v)`"""
+        x = x.movedim(5, 4)
+        return self.scratch(name, *x.shape).copy_(x).view(-1, *x.shape[-2:])
+
+    @staticmethod
+    def _per_step(x: Tensor, like: Tensor) -> Tensor:
+        """`(N * h / g, c, v)` -> `(m, r, 1, g, c, h / g, v)`"""
+        *lead, c, heads, dv = like.shape
+        return x.view(*lead, heads, c, dv).movedim(4, 5)
+
+    def _weights(self, x: Operands) -> tuple[Tensor, Tensor]:
+        """(q_i k_j) e^{b_i - b_j} `(N * h / g, c, c)` and e^{b_i - b_j} `(N, h / g, c, c)`; zero where j > i."""
+        reach, total = (x.extra[n].mT.flatten(0, 3) for n in ("reach", "total"))
+        (n, heads, c) = total.shape
+        ratio = torch.sub(reach.unsqueeze(-1), total.unsqueeze(-2), out=self.scratch("ratio", n, heads, c, c))
+        past = torch.ones(c, c, dtype=torch.bool, device=ratio.device).tril(-1 if self.exclusive else 0)
+        ratio.masked_fill_(~past, -torch.inf).exp_()
+        scores = torch.bmm(x.q, x.k.mT).unsqueeze(1)
+        weights = torch.mul(ratio, scores, out=self.scratch("weights", n, heads, c, c))
+        return weights.view(-1, c, c), ratio
+
+    def load_gradient(self, block: Block, x: Operands, gradient: Tensor) -> Tensor:
+        return self._scaled("doutput", self._view(block, gradient), x.extra["out"].squeeze(-1))
+
+    def store_gradients(
+        self, block: Block, x: Operands, dq: Tensor, dk: Tensor, dv: Tensor, state: tuple[Tensor, Tensor], into: Adjoint
+    ) -> None:
+        do, v = self._view(block, into.doutput), self._view(block, self.v)
+        dv = dv.view(v.shape).mul_(x.extra["into"])
+        if x.exact:
+            weights, ratio = self._weights(x)
+            do_heads = self._per_head("do heads", do).mul_(self.scale)
+            v_heads = self._per_head("v heads", v)
+            dweights = torch.bmm(do_heads, v_heads.mT).view(ratio.shape)
+            dscores = dweights.mul_(ratio).sum(1)
+            dq.baddbmm_(dscores, x.k)
+            dk.baddbmm_(dscores.mT, x.q)
+            dv.add_(self._per_step(torch.bmm(weights.mT, do_heads), v))
+        for gradient, to in ((dq, into.q), (dk, into.k), (dv, into.v)):
+            to = self._view(block, to)
+            to.copy_(gradient.view(to.shape))
+        if into.decay is not None:
+            self._store_decay(block, do, dv, state, into)
+
+    def _store_decay(self, block: Block, do: Tensor, dv: Tensor, state: tuple[Tensor, Tensor], into: Adjoint) -> None:
+        """e^{b_i} multiplies all of o_i, and e^{-b_j} all that comes of v_j: the gradient of b_i is do_i o_i - v_i dv_i.
+        The state after the chunk adds its product with its own gradient to the last b."""
+        to = self._view(block, into.decay)
+        product = self.scratch("product", *dv.shape)
+        reads = torch.mul(do, self._view(block, into.output), out=product).sum(-1)
+        gradient = reads - torch.mul(self._view(block, self.v), dv, out=product).sum(-1)
+        last = torch.mul(*state, out=self.scratch("after", *state[0].shape)).sum((-3, -1))
+        suffix = torch.matmul(reversed_sum(block.chunk, self.dtype, dv.device), gradient)
+        suffix += last.view(*to.shape[:4], 1, self.heads)
+        to.copy_(suffix.sub_(reads) if self.exclusive else suffix)
