@@ -106,8 +106,9 @@ def tuned(configs: Sequence[Mapping[str, int]], *, key: Sequence[str]) -> Callab
 def dot_mode(dtype: torch.dtype, *, wide: bool = False) -> str:
     """The mode of `triton_tools.dot` for inputs of this dtype, a constexpr of the kernel.
 
-    "bfloat16" and "float16" feed the tensor cores in that dtype; "tf32", "tf32x3" and "ieee" multiply float32 with 11, 22
-    and 24 bits; "float64" computes in float64. The interpreter's bfloat16 dot is wrong, so there it is float32 or float64.
+    "bfloat16" and "float16" feed the tensor cores in that dtype; "tf32", "tf32x3" and "ieee" multiply float32 with 11,
+    22 and 24 bits; "float64" computes in float64. The interpreter's bfloat16 dot is wrong, so there it is float32 or
+    float64.
 
     Args:
         dtype: the inputs' dtype.
