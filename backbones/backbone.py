@@ -82,6 +82,8 @@ class Backbone(nn.Module):
         """`forward` with the outputs of the blocks `taps` and the losses; stops after `depth` blocks where given."""
         if x.shape[-1] != self.config.dim:
             raise UnsupportedShape(f"x has {x.shape[-1]} channels, and the backbone {self.config.dim}")
+        if x.shape[1] < 1:
+            raise UnsupportedShape(f"x has no tokens, {tuple(x.shape)}")
         if state is not None and len(state) != len(self.blocks):
             raise UnsupportedShape(f"state has {len(state)} entries, and the backbone {len(self.blocks)} blocks")
         states: list[State | None] = []

@@ -82,7 +82,7 @@ class Layout:
         return self.cu_seqlens.long().diff()
 
 
-def unpack(x: Tensor, cu_seqlens: Int[Tensor, "n_plus_1"], fill: float = 0) -> Tensor:
+def unpack(x: Tensor, cu_seqlens: Int[Tensor, "n_plus_1"], fill: int = 0) -> Tensor:
     """Packed `x` (1, t, ...) as one row a sequence, `(n, longest, ...)`, filled up at the end with `fill`."""
     rows = x[0].split(cu_seqlens.diff().tolist())
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)

@@ -3,7 +3,7 @@
 from .attention import attention
 from .gated_linear import gated_linear
 from .norm import norm
-from .registry import Case, Draw, Op, explain, get_op, ops, strict
+from .registry import Case, Draw, Op, explain, get_op, ops, strict, using
 from .short_conv import short_conv
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "ops",
     "short_conv",
     "strict",
+    "using",
 ]

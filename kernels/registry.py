@@ -157,6 +157,8 @@ class Op:
             if reason := chosen.refuse(arguments):
                 raise BackendUnavailable(f"{self.name}: backend {backend!r} cannot serve this call: {reason}")
             return chosen
+        if (named := _using.get()) in (b.name for b in self.backends):
+            return self.choose(named, arguments)
         device = device_of(arguments)
         passed: list[str] = []
         for candidate in self.backends:
@@ -201,6 +203,7 @@ class Op:
 
 
 _strict: ContextVar[bool] = ContextVar("omnimix_strict", default=False)
+_using: ContextVar[str | None] = ContextVar("omnimix_using", default=None)
 _ops: dict[str, Op] = {}
 
 
@@ -212,6 +215,16 @@ def strict(enabled: bool = True) -> Iterator[None]:
         yield
     finally:
         _strict.reset(token)
+
+
+@contextlib.contextmanager
+def using(backend: str) -> Iterator[None]:
+    """Within it, `backend="auto"` is this backend in every op that has it; whole models run on it, to compare or debug."""
+    token = _using.set(backend)
+    try:
+        yield
+    finally:
+        _using.reset(token)
 
 
 def device_of(arguments: Arguments) -> str:

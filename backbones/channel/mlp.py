@@ -40,7 +40,11 @@ class SwiGLUConfig(MLPConfig):
 
 
 @register_channel(
-    "mlp", MLPConfig, summary="two linear layers around GELU", source="arXiv 1606.08415", examples=(MLPConfig(ratio=2),)
+    "mlp",
+    MLPConfig,
+    summary="two linear layers around GELU",
+    source="arXiv 1606.08415",
+    examples=(MLPConfig(ratio=2.0),),
 )
 class MLP(Channel):
     """W₂ GELU(W₁ x)."""
@@ -59,7 +63,7 @@ class MLP(Channel):
     SwiGLUConfig,
     summary="a linear layer gated by swish",
     source="arXiv 2002.05202",
-    examples=(SwiGLUConfig(ratio=2),),
+    examples=(SwiGLUConfig(ratio=2.0),),
 )
 class SwiGLU(Channel):
     """W₂ (swish(W₁ x) ⊙ W₃ x)."""

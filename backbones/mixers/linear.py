@@ -72,7 +72,7 @@ class Linear(Mixer):
         else:
             rows = (unpack(s, layout.cu_seqlens) for s in (q, k, v))
             o = repack(self._both_ways(*rows), layout.cu_seqlens)
-        o = o[..., :-1] / (o[..., -1:] + self.eps)
+        o = (o[..., :-1] / (o[..., -1:] + self.eps)).to(x.dtype)
         return self.out_proj(o.flatten(-2)), state
 
     def _features(self, x: Tensor) -> Tensor:
@@ -80,8 +80,8 @@ class Linear(Mixer):
 
     def _both_ways(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         wide = torch.promote_types(v.dtype, torch.float32)
-        memory = torch.einsum("bthk,bthv->bhkv", k.to(wide) / k.shape[1], v.to(wide))
-        return torch.einsum("bthk,bhkv->bthv", q, memory.to(q.dtype))
+        memory = torch.einsum("bthk,bthv->bhkv", k.to(wide), v.to(wide))
+        return torch.einsum("bthk,bhkv->bthv", q.to(wide), memory)
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:
         wide = torch.promote_types(dtype, torch.float32)

@@ -58,7 +58,9 @@ class Window(Attention):
         needed = (slots > position[:, None] - self.window) | (slots < self.sinks)
         slots, index = torch.where(needed, slots, -1).topk(self.slots, dim=1)
         index = index[:, :, None, None].expand(-1, -1, *k.shape[2:])
-        return super()._keep(k.gather(1, index), v.gather(1, index), slots, position)
+        empty = (slots < 0)[:, :, None, None]
+        k, v = (s.gather(1, index).masked_fill(empty, 0) for s in (k, v))
+        return super()._keep(k, v, slots, position)
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:
         return self._empty(batch, self.slots, device=device, dtype=dtype)

@@ -190,6 +190,8 @@ def test_law_6_a_gradient_reaches_every_parameter_and_the_state(subject: Subject
     for name, p in module.named_parameters():
         assert p.grad is not None and p.grad.abs().max() > 0, f"no gradient reaches {name}"
     for t in given:
+        if not t.numel():  # mamba2's convolution of one tap remembers nothing
+            continue
         assert t.grad is not None and t.grad.abs().max() > 0, f"no gradient reaches a state of shape {tuple(t.shape)}"
 
 
