@@ -299,7 +299,7 @@ def _scale(image: Tensor) -> Float[Tensor, "c h w"]:
     return image.to(torch.float32) / (255 if image.dtype == torch.uint8 else 65535)
 
 
-def _channels(image: Float[Tensor, "c h w"], mode: str) -> Float[Tensor, "c h w"]:
+def _channels(image: Float[Tensor, "c h w"], mode: str) -> Float[Tensor, "new_c h w"]:
     if image.shape[0] in (2, 4):
         colour, alpha = image[:-1], image[-1:]
         image = colour * alpha + (1 - alpha)

@@ -1,0 +1,144 @@
+"""Named models, and models as folders."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import CheckpointError, ConfigError, UnknownName
+from .vision import VISION_MODELS, ImageClassifier, image_classifier
+from .weights import CONFIG, WEIGHTS, build_config, load_weights, read_config, save_weights, unwrap, write_config
+
+_factories: dict[str, Callable[..., Any]] = {}
+_classes: dict[str, type[nn.Module]] = {}
+
+
+def register_model(name: str, factory: Callable[..., Any]) -> None:
+    """Give a configuration a name.
+
+    Args:
+        name: what users write.
+        factory: returns the configuration of a registered class; its keyword arguments, all with defaults, are what
+            `create_model` lets users override.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in _factories:
+        raise ValueError(f"a model called {name!r} is registered already")
+    _factories[name] = factory
+
+
+def register_class(model_class: type[nn.Module]) -> type[nn.Module]:
+    """Make a class of models known to `create_model`, `save_model` and `load_model`.
+
+    The class is built from one configuration, of its attribute `config_class`, and an instance has it as `config`.
+    """
+    _classes[model_class.__name__] = model_class
+    return model_class
+
+
+def list_models() -> list[str]:
+    """Names of all registered models."""
+    return sorted(_factories)
+
+
+def model_config(name: str, **overrides: Any) -> Any:
+    """The configuration of a named model.
+
+    Args:
+        overrides: what to change, by the names of the factory's arguments; for image classifiers: classes, size, patch,
+            channels, positions, class_token, pool, dropout, drop_path, depth, dim, mixer.
+
+    Raises:
+        UnknownName: no such model.
+        ConfigError: an override that this model does not have, or values that cannot work.
+    """
+    if name not in _factories:
+        raise UnknownName("model", name, _factories)
+    known = list(inspect.signature(_factories[name]).parameters)
+    for override in overrides:
+        if override not in known:
+            near = difflib.get_close_matches(override, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(known)}"
+            raise ConfigError(f"{name} has no option {override!r}; {hint}")
+    return _factories[name](**overrides)
+
+
+def create_model(name: str, **overrides: Any) -> nn.Module:
+    """A named model with new weights; see `model_config` for the overrides and errors."""
+    return build_model(model_config(name, **overrides))
+
+
+def build_model(config: Any) -> nn.Module:
+    """The model that a configuration describes.
+
+    Raises:
+        ConfigError: no registered class is built from such a configuration.
+    """
+    for model_class in _classes.values():
+        if model_class.config_class is type(config):
+            return model_class(config)
+    kinds = ", ".join(c.config_class.__name__ for c in _classes.values())
+    raise ConfigError(f"config is a {type(config).__name__}; models are built from: {kinds}")
+
+
+def save_model(model: nn.Module, folder: str | Path, *, details: dict[str, Any] | None = None) -> None:
+    """Write `model.safetensors` and `config.json`, each whole or not at all.
+
+    Args:
+        model: of a registered class, or wrapped by torch.compile or data parallelism.
+        details: anything that goes into JSON and that whoever uses the model needs, such as the names of the classes;
+            `read_details` returns it.
+
+    Raises:
+        ConfigError: a model of no registered class.
+    """
+    inner = unwrap(model)
+    kind = next((name for name, c in _classes.items() if isinstance(inner, c)), None)
+    if kind is None:
+        raise ConfigError(f"model is a {type(inner).__name__}; it must be one of: {', '.join(_classes)}")
+    save_weights(inner, Path(folder) / WEIGHTS)
+    write_config(inner.config, kind, Path(folder) / CONFIG, details)
+
+
+def load_model(folder: str | Path, *, size: int | tuple[int, int] | None = None) -> nn.Module:
+    """The model that `save_model` wrote, in evaluation mode. No code in the files is run.
+
+    Args:
+        size: an image size other than the one that the model was saved with; its positions are resized.
+
+    Raises:
+        CheckpointError: a file is missing or corrupt, or the two do not fit each other; nothing is loaded.
+    """
+    file = Path(folder) / CONFIG
+    content = read_config(file)
+    if content["model"] not in _classes:
+        raise CheckpointError(f"{file}: {UnknownName('class of models', content['model'], _classes)}")
+    config = build_config(_classes[content["model"]].config_class, content["config"], file)
+    if size is not None:
+        config = replace(config, image=replace(config.image, size=size))
+    model = build_model(config)
+    load_weights(model, Path(folder) / WEIGHTS, resize=size is not None)
+    return model.eval()
+
+
+def read_details(folder: str | Path) -> dict[str, Any]:
+    """The `details` that `save_model` was given.
+
+    Raises:
+        CheckpointError: the folder has no readable `config.json`.
+    """
+    return read_config(Path(folder) / CONFIG)["details"]
+
+
+register_class(ImageClassifier)
+for _name, _options in VISION_MODELS.items():
+    register_model(_name, partial(image_classifier, **_options))

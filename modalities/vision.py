@@ -1,0 +1,109 @@
+"""Models that begin with images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..backbones import Backbone, BackboneConfig, Layout, list_mixers
+from ..backbones.heads import ClassificationHead, ClassificationHeadConfig
+from ..backbones.mixers import get_mixer
+from ..errors import ConfigError
+from .image import PatchTokenizer, PatchTokenizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageClassifierConfig:
+    """An image classifier: tokenizer, backbone and head, whose widths agree."""
+
+    image: PatchTokenizerConfig
+    backbone: BackboneConfig
+    head: ClassificationHeadConfig
+
+    def __post_init__(self) -> None:
+        if self.image.dim != self.backbone.dim:
+            raise ConfigError(f"image.dim is {self.image.dim} and backbone.dim {self.backbone.dim}; they must be equal")
+        if self.head.pool == "class_token" and self.image.class_token is None:
+            raise ConfigError("head.pool is 'class_token', but image.class_token is None; set 'first' or 'middle'")
+
+
+class ImageClassifier(nn.Module):
+    """Images of any size to logits."""
+
+    config_class = ImageClassifierConfig
+
+    def __init__(self, config: ImageClassifierConfig):
+        super().__init__()
+        self.tokenizer = PatchTokenizer(config.image)
+        self.backbone = Backbone(config.backbone)
+        self.head = ClassificationHead(config.backbone.dim, config.head)
+
+    @property
+    def config(self) -> ImageClassifierConfig:
+        """The configuration that builds this model as it is now, resized or with another head."""
+        return ImageClassifierConfig(image=self.tokenizer.config, backbone=self.backbone.config, head=self.head.config)
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b *t classes"]:
+        """Logits, `(b, classes)`; see `ClassificationHead` for other pools.
+
+        Args:
+            images: floating point, normalised as the model was trained.
+        """
+        return self.forward_head(*self.forward_features(images))
+
+    def forward_features(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b t d"], Layout]:
+        """The backbone's tokens after its last norm, and where they are."""
+        tokens, layout = self.tokenizer(images)
+        tokens, _ = self.backbone(tokens, layout)
+        return tokens, layout
+
+    def forward_head(self, tokens: Float[Tensor, "b t d"], layout: Layout) -> Float[Tensor, "b *t classes"]:
+        """Logits from what `forward_features` returned."""
+        return self.head(tokens, layout)
+
+
+def image_classifier(
+    *,
+    mixer: str,
+    dim: int,
+    depth: int,
+    classes: int = 1000,
+    size: int | tuple[int, int] = 224,
+    patch: int | tuple[int, int] = 16,
+    channels: int = 3,
+    positions: str = "learned",
+    class_token: str | None = None,
+    pool: str = "mean",
+    dropout: float = 0.0,
+    drop_path: float = 0.0,
+) -> ImageClassifierConfig:
+    """The configuration of a plain, ViT-shaped classifier around one mixer (or several, "attention+gla").
+
+    Mixers that only look backwards run in both directions, the others ignore the scan. Attention has no rotary
+    positions where the tokenizer gives learned ones.
+    """
+    options: dict[str, Any] = {}
+    for name in mixer.split("+"):
+        config = get_mixer(name).config
+        if positions != "none" and "rope" in config.__dataclass_fields__:
+            options[name] = config(rope=False)
+    return ImageClassifierConfig(
+        image=PatchTokenizerConfig(
+            dim=dim, patch=patch, channels=channels, size=size, positions=positions, class_token=class_token
+        ),
+        backbone=BackboneConfig(
+            dim=dim, depth=depth, pattern=(mixer,), mixers=options, scan="both", drop_path=drop_path
+        ),
+        head=ClassificationHeadConfig(classes=classes, pool=pool, dropout=dropout),
+    )
+
+
+# ViG, published with 6, 23 and 89 million parameters (arXiv 2405.18425, table 2).
+VISION_MODELS: dict[str, dict[str, Any]] = {
+    "vig_tiny_patch16_224": {"mixer": "gla", "dim": 192, "depth": 12},
+    "vig_small_patch16_224": {"mixer": "gla", "dim": 384, "depth": 12},
+    "vig_base_patch16_224": {"mixer": "gla", "dim": 768, "depth": 12},
+} | {f"vit_tiny_{mixer}_patch16_224": {"mixer": mixer, "dim": 192, "depth": 12} for mixer in list_mixers()}
