@@ -1,0 +1,22 @@
+"""Recipes: training from a configuration to a model, its numbers and a picture of what it learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CONFIGS = Path(__file__).parent / "configs"
+
+# Configuration -> the command that trains with it. The first line of its YAML file says what it is.
+RECIPES = {
+    "vision_classification": "omnimix vision fit",
+    "vision_folder": "omnimix vision fit --config vision_folder --data.root DIR",
+}
+
+
+def recipe_rows() -> list[dict[str, str]]:
+    """One row a configuration: its name, the command that trains with it, and what it is."""
+    rows = []
+    for name, command in RECIPES.items():
+        first = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+        rows.append({"configuration": name, "command": command, "summary": first.lstrip("# ")})
+    return rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +12,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..console import write_atomically
 from ..errors import CheckpointError, ConfigError, MediaError
 from ..modalities.image import load_image
 from .loading import EpochLoader, Key, uniform
@@ -60,16 +58,21 @@ class Preprocess:
         mean, std = (images.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
         return (images * std + mean).clamp(0, 1)
 
-    def save(self, path: Path) -> None:
-        write_atomically(path, json.dumps(asdict(self), indent=1) + "\n")
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for the details of a saved model."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @staticmethod
-    def read(path: Path) -> Preprocess:
+    def from_dict(values: dict[str, Any]) -> Preprocess:
+        """The inverse of `to_dict`.
+
+        Raises:
+            CheckpointError: other keys.
+        """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            return Preprocess(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{path} does not say how images were prepared: {error}") from error
+            return Preprocess(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        except TypeError as error:
+            raise CheckpointError(f"the model does not say how images were prepared: {error}") from error
 
 
 class ImageData(pl.LightningDataModule):

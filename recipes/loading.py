@@ -140,6 +140,11 @@ class EpochLoader:
         """Where Lightning looks for `set_epoch`."""
         return self
 
+    @property
+    def batch_sampler(self) -> None:
+        """What Lightning asks of everything that has a sampler."""
+        return None
+
     def set_epoch(self, epoch: int) -> None:
         self._batches.epoch = epoch
 

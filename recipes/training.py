@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +132,11 @@ class AverageWeights(WeightAveraging):
 
         super().__init__(use_buffers=False, multi_avg_fn=average)
 
+    def adopt(self, module: pl.LightningModule) -> None:
+        """Give the module the averaged weights, if there are any; a fit with nothing left to do has not done it."""
+        if self._average_model is not None:
+            self._copy_average_to_current(module)
+
 
 class Interrupted(OmnimixError):
     """Training was stopped from outside after its state had been saved."""
@@ -153,6 +159,8 @@ class LastCheckpoint(Checkpoint):
         self._handlers: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # only the main thread may hear signals
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._ask)
 

@@ -1,0 +1,309 @@
+"""The command line of a recipe: Lightning's, in front of one folder a run."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import re
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from ..backbones.config import ChannelConfig, MixerConfig
+from ..errors import CheckpointError, ConfigError
+from ..modalities import load_weights
+from . import CONFIGS
+from .training import History, LastCheckpoint, SeedEveryStep, precision
+
+set_parsing_settings(subclasses_enabled=[MixerConfig, ChannelConfig])
+
+_OF_THE_CALL = ("overwrite", "resume", "ckpt_path", "weights_only", "json", "run")
+
+
+class RunFolder:
+    """Everything of one run: `config.yaml`, `checkpoints/`, `logs/`, and at the end the model, numbers and report."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = path / "config.yaml"
+        self.checkpoints = path / "checkpoints"
+        self.last = self.checkpoints / "last.ckpt"
+        self.metrics = path / "metrics.json"
+        self.report = path / "report.png"
+
+    @staticmethod
+    def named(runs: str, name: str) -> RunFolder:
+        if not re.fullmatch(r"[\w.+=-]+", name) or not name.strip("."):
+            raise ConfigError(f"name is {name!r}; it must be one word that can name a folder")
+        return RunFolder(Path(runs) / name)
+
+    @staticmethod
+    def finished(run: str) -> RunFolder:
+        """The run in a folder, or of that name under `runs/`.
+
+        Raises:
+            CheckpointError: no such run, or it has no model yet.
+        """
+        for path in (Path(run), Path("runs") / run):
+            folder = RunFolder(path)
+            if folder.config.is_file():
+                if not (path / "model.safetensors").is_file():
+                    raise CheckpointError(f"the run {str(path)!r} has no model yet; go on with --resume")
+                return folder
+        raise CheckpointError(f"{run!r} is no run: it holds no config.yaml")
+
+    def check(self, *, overwrite: bool, resume: bool) -> None:
+        """Raise ConfigError where a new run would meet an old one."""
+        if resume or not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not self.config.is_file():
+            raise ConfigError(f"{str(self.path)!r} is not empty and no run; choose another --name")
+        if not overwrite:
+            raise ConfigError(f"the run {str(self.path)!r} exists; go on with --resume, or start anew with --overwrite")
+
+    def create(self, *, resume: bool) -> None:
+        if self.path.exists() and not resume:
+            shutil.rmtree(self.path)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser, whose complaints are exceptions with the nearest option."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
+        raise ConfigError(self._with_hint(" ".join(str(message).split()))) from ex
+
+    def _with_hint(self, message: str) -> str:
+        unknown = re.search(r"does not accept option '([^']+)'|[Uu]nrecognized arguments: --?([^\s=]+)", message)
+        if unknown is None:
+            return message
+        word = next(group for group in unknown.groups() if group)
+        word = word.removeprefix("fit.").removeprefix("validate.").removeprefix("test.")
+        options = {o.lstrip("-") for action in self._options() for o in action.option_strings}
+        near = difflib.get_close_matches(word, options, n=1)
+        return f"{message}; did you mean '--{near[0]}'?" if near else message
+
+    def _options(self) -> list[argparse.Action]:
+        parsers = [self, *(self._subcommands_action.choices.values() if self._subcommands_action else ())]
+        return [action for parser in parsers for action in parser._actions]
+
+
+class EpochLines(pl.Callback):
+    """One line an epoch, for logs in which a progress bar cannot move."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        shown = "  ".join(f"{name} {float(value):.4f}" for name, value in sorted(trainer.callback_metrics.items()))
+        print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {shown}", flush=True)
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI for one subcommand of one recipe, all of whose files lie in the folder of the run.
+
+    Args:
+        command: "fit", "validate" or "test".
+        model: the LightningModule.
+        data: the base class of the data modules; `--data NAME` chooses one of them.
+        recipe: the configuration that holds the defaults.
+        argv: what the user typed after the command.
+        links: (attribute of the data, argument of the model) pairs that the user need not repeat.
+        monitor: the metric by which `best.ckpt` is kept, the larger the better.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        *,
+        model: type[pl.LightningModule],
+        data: type[pl.LightningDataModule],
+        recipe: str,
+        argv: list[str],
+        links: list[tuple[str, str]],
+        monitor: str,
+    ):
+        self.command, self.links, self.monitor = command, links, monitor
+        self.history = History()
+        argv, self.configuration = _packaged_configs(argv, recipe)
+        program = sys.argv
+        # Lightning complains where both its arguments and those of the process are given.
+        sys.argv = [f"omnimix {recipe.split('_')[0]}"]
+        _quiet()
+        try:
+            super().__init__(
+                model,
+                data,
+                subclass_mode_data=True,
+                save_config_callback=None,
+                trainer_defaults={"enable_model_summary": False, "num_sanity_val_steps": 0, "log_every_n_steps": 10},
+                seed_everything_default=0,
+                parser_class=Parser,
+                parser_kwargs={command: {"default_config_files": [str(CONFIGS / f"{recipe}.yaml")]}},
+                auto_configure_optimizers=False,
+                args=[command, *argv],
+            )
+        finally:
+            sys.argv = program
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        return {self.command: LightningCLI.subcommands()[self.command]}
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--seed_everything", type=int, default=0, help="seed of weights, order and augmentation")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        fitting = self.command == "fit"
+
+        def shown(text: str) -> str:
+            return text if fitting else argparse.SUPPRESS
+
+        parser.add_argument("--name", default="run", help=shown("of the run: its folder under --runs"))
+        parser.add_argument("--runs", default="runs", help=shown("the folder that holds the runs"))
+        parser.add_argument(
+            "--checkpoint_steps", type=int, default=0, help=shown("save the state within an epoch too, every N steps")
+        )
+        if fitting:
+            parser.add_argument("--overwrite", action="store_true", help="delete an older run of this name first")
+            parser.add_argument("--resume", action="store_true", help="go on with the run where its state was saved")
+        else:
+            parser.add_argument("--run", required=True, help="folder of the run, or its name under runs/")
+            parser.add_argument("--json", help="write the numbers as JSON too ('-': to standard output, alone)")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+        for source, target in self.links:
+            parser.link_arguments(f"data.{source}", f"model.{target}", apply_on="instantiate")
+
+    @property
+    def options(self) -> Any:
+        return self.config[self.command]
+
+    def before_instantiate_classes(self) -> None:
+        if self.command == "fit":
+            self.folder = RunFolder.named(self.options.runs, self.options.name)
+            self.folder.check(overwrite=self.options.overwrite, resume=self.options.resume)
+        else:
+            self.folder = RunFolder.finished(self.options.run)
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        config = self.options.trainer
+        accelerator = config.accelerator
+        if accelerator == "auto":
+            accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+        chosen: dict[str, Any] = {
+            "default_root_dir": str(self.folder.path),
+            "precision": precision(config.precision, accelerator),
+            "logger": self._loggers() if config.logger is None and self.command == "fit" else config.logger or False,
+        }
+        trainer = super().instantiate_trainer(**chosen, **kwargs)
+        return trainer
+
+    def _loggers(self) -> list[Any]:
+        # Of a resumed run each part has its own version, since CSVLogger would replace what the first part wrote.
+        parts = len(list((self.folder.path / "logs").glob("version_*"))) if self.options.resume else 0
+        place = {"save_dir": str(self.folder.path), "name": "logs", "version": parts}
+        return [CSVLogger(**place), TensorBoardLogger(**place)]
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> pl.Trainer:
+        ours = [RichProgressBar(leave=False)] if sys.stdout.isatty() else []
+        if self.command == "fit":
+            ours += [*([] if ours else [EpochLines()]), SeedEveryStep(self.options.seed_everything), self.history]
+            ours += [
+                ModelCheckpoint(
+                    self.folder.checkpoints,
+                    filename="best",
+                    monitor=self.monitor,
+                    mode="max",
+                    enable_version_counter=False,
+                    save_on_train_epoch_end=True,
+                ),
+                LastCheckpoint(self.folder.checkpoints, self.options.checkpoint_steps),
+            ]
+        config.setdefault("enable_checkpointing", None)
+        if not sys.stdout.isatty():
+            config["enable_progress_bar"] = False
+        return super()._instantiate_trainer(config, [*callbacks, *ours])
+
+    def fit(self, model: pl.LightningModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
+        folder = self.folder
+        folder.create(resume=self.options.resume)
+        if self.options.resume:
+            ckpt_path = str(folder.last) if folder.last.is_file() else None
+            if ckpt_path is None:
+                print(f"no state was saved in {folder.checkpoints} yet: starting from the beginning")
+        self._save_config()
+        self.trainer.fit(model, ckpt_path=ckpt_path, **{**kwargs, "weights_only": True})
+
+    def validate(self, model: pl.LightningModule, datamodule: pl.LightningDataModule, **kwargs: Any) -> None:
+        self._load(model)
+        self.measured = self.trainer.validate(model, datamodule=datamodule, verbose=False)
+
+    def test(self, model: pl.LightningModule, datamodule: pl.LightningDataModule, **kwargs: Any) -> None:
+        self._load(model)
+        self.measured = self.trainer.test(model, datamodule=datamodule, verbose=False)
+
+    def _load(self, module: pl.LightningModule) -> None:
+        load_weights(module.model, self.folder.path / "model.safetensors")
+
+    def _save_config(self) -> None:
+        config = self.options.clone()
+        for name in _OF_THE_CALL:
+            config.pop(name, None)
+        parser = self._parser(self.command)
+        parser.save(
+            config, str(self.folder.config), skip_none=False, skip_validation=True, overwrite=True, multifile=False
+        )
+
+
+def argument(argv: list[str], name: str, default: str) -> str:
+    """The value of `--name VALUE` or `--name=VALUE` in a command line, before it is parsed."""
+    for i, word in enumerate(argv):
+        if word == name and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+    return default
+
+
+def with_run_config(argv: list[str], folder: RunFolder) -> list[str]:
+    """The command line with the configuration that a run was started with in front, so that flags still win."""
+    return ["--config", str(folder.config), *argv] if folder.config.is_file() else argv
+
+
+def _packaged_configs(argv: list[str], recipe: str) -> tuple[list[str], str]:
+    """Replace `--config NAME` by the file of that name in the package; also says which configuration is the last."""
+    argv, name = list(argv), recipe
+    for i, word in enumerate(argv):
+        if word in {"-c", "--config"} and i + 1 < len(argv):
+            at, value, prefix = i + 1, argv[i + 1], ""
+        elif word.startswith("--config="):
+            at, value, prefix = i, word.partition("=")[2], "--config="
+        else:
+            continue
+        packaged = CONFIGS / f"{value}.yaml"
+        if not Path(value).exists():
+            if not packaged.is_file():
+                known = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+                raise ConfigError(f"no configuration {value!r}: no such file, and the package has {', '.join(known)}")
+            argv[at] = prefix + str(packaged)
+        name = Path(value).stem
+    return argv, name
+
+
+def _quiet() -> None:
+    """Leave out what Lightning says of itself; warnings about the run stay."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*`isinstance.*LeafSpec.*")

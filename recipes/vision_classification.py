@@ -1,0 +1,384 @@
+"""Image classification: `omnimix vision fit`, `validate`, `test` and `predict`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy
+
+from ..backbones.config import MixerConfig, to_dict
+from ..backbones.mixers import get_mixer
+from ..console import emit
+from ..errors import ConfigError, MediaError
+from ..modalities import ImageClassifier, load_model, read_details, save_model
+from ..modalities.vision import image_classifier
+from .cli import RecipeCLI, RunFolder, argument, with_run_config
+from .data import DigitsData, ImageData, Preprocess, TensorData
+from .folders import ImageFolderData, image_files
+from .report import Row, Shown, confusion, curves, gallery, write_metrics, write_report
+from .training import AverageWeights, Interrupted, TrainingConfig, adamw
+
+RECIPE = "vision_classification"
+__all__ = ["DigitsData", "ImageFolderData", "TensorData", "VisionClassification"]
+
+
+class VisionClassification(pl.LightningModule):
+    """An image classifier and how it is trained.
+
+    Args:
+        mixer: the sequence mixer, by name; several, joined by commas, are tiled over the depth ("gla,gla,attention"),
+            and joined by "+" they run in parallel ("attention+gla").
+        dim: width of the tokens.
+        depth: number of blocks.
+        patch: side of a patch in pixels; null gives 8 to 15 patches along a side.
+        scan: the orders in which mixers that only look backwards run over the patches.
+        channel: the other half of a block: "swiglu", "mlp" or null.
+        mixers: options by mixer name.
+        drop_path: stochastic depth in the last block.
+        training: optimiser, schedule, regularisation and averaging.
+        classes: number of classes; the data says it.
+        in_channels: 1 or 3; the data says it.
+        image_size: side of the images; the data says it.
+    """
+
+    def __init__(
+        self,
+        *,
+        mixer: str = "gla",
+        dim: int = 64,
+        depth: int = 4,
+        patch: int | None = None,
+        scan: str = "both",
+        channel: str | None = "swiglu",
+        mixers: dict[str, MixerConfig] = {},  # noqa: B006 - jsonargparse cannot write a factory's value
+        drop_path: float = 0.0,
+        training: TrainingConfig = TrainingConfig(),  # noqa: B008 - frozen
+        classes: int = 10,
+        in_channels: int = 1,
+        image_size: int = 8,
+    ):
+        super().__init__()
+        pattern = tuple(part.strip() for part in mixer.split(","))
+        names = [name for entry in pattern for name in entry.split("+")]
+        for name in names:
+            get_mixer(name)
+        plain = image_classifier(
+            mixer="+".join(dict.fromkeys(names)),
+            dim=dim,
+            depth=depth,
+            classes=classes,
+            size=image_size,
+            patch=patch_for(image_size) if patch is None else patch,
+            channels=in_channels,
+            drop_path=drop_path,
+        )
+        options = plain.backbone.mixers | mixers
+        backbone = replace(plain.backbone, pattern=pattern, scan=scan, channel=channel, mixers=options)
+        self.mixer, self.training_config = mixer, training
+        self.model = ImageClassifier(replace(plain, backbone=backbone))
+        self.acc1 = MulticlassAccuracy(classes, top_k=1, average="micro")
+        self.acc5 = MulticlassAccuracy(classes, top_k=min(5, classes), average="micro")
+        self._mixing = mixing(training, classes)
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
+        return self.model(images)
+
+    def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
+        images, targets = batch["image"], batch["label"]
+        if self._mixing is not None:
+            images, targets = self._mixing(images, targets)
+        loss = F.cross_entropy(self(images).float(), targets, label_smoothing=self.training_config.label_smoothing)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images))
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], index: int) -> dict[str, Tensor]:
+        return self._measure(batch, "val")
+
+    def test_step(self, batch: dict[str, Any], index: int) -> dict[str, Tensor]:
+        return self._measure(batch, "test")
+
+    def _measure(self, batch: dict[str, Any], split: str) -> dict[str, Tensor]:
+        images, labels = batch["image"], batch["label"]
+        logits = self(images).float()
+        self.acc1(logits, labels)
+        self.acc5(logits, labels)
+        self.log(f"{split}/loss", F.cross_entropy(logits, labels), batch_size=len(images))
+        self.log(f"{split}/acc1", self.acc1, prog_bar=True, batch_size=len(images))
+        self.log(f"{split}/acc5", self.acc5, batch_size=len(images))
+        return {"logits": logits, "label": labels}
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return adamw(self, self.training_config)
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return [AverageWeights(self.training_config.ema)] if self.training_config.ema else []
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["model"] = to_dict(self.model.config)
+
+
+def patch_for(size: int) -> int:
+    """The power of two that gives 8 to 15 patches along a side (1 pixel for images under 16)."""
+    patch = 1
+    while size // (2 * patch) >= 8:
+        patch *= 2
+    return patch
+
+
+def mixing(training: TrainingConfig, classes: int) -> Any:
+    """Mixup and CutMix of torchvision as configured, or None; they draw from the global generator."""
+    from torchvision.transforms import v2
+
+    ways: list[Any] = []
+    if training.mixup > 0:
+        ways.append(v2.MixUp(alpha=training.mixup, num_classes=classes))
+    if training.cutmix > 0:
+        ways.append(v2.CutMix(alpha=training.cutmix, num_classes=classes))
+    if not ways:
+        return None
+    share = training.mix_probability
+    return v2.RandomChoice([*ways, v2.Identity()], p=[*(share / len(ways) for _ in ways), 1 - share])
+
+
+class Predictions(pl.Callback):
+    """Keeps what a validation or test pass predicted, and enough images for a gallery, wrong ones first.
+
+    Args:
+        shown: images to keep.
+    """
+
+    def __init__(self, shown: int):
+        self.shown = shown
+        self.labels: list[Tensor] = []
+        self.predictions: list[Tensor] = []
+        self.right: list[tuple[Tensor, int, int, float]] = []
+        self.wrong: list[tuple[Tensor, int, int, float]] = []
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int, loader: int = 0
+    ) -> None:
+        probability, prediction = outputs["logits"].softmax(-1).max(-1)
+        labels = outputs["label"].cpu()
+        probability, prediction = probability.cpu(), prediction.cpu()
+        self.labels.append(labels)
+        self.predictions.append(prediction)
+        for i, (truth, said) in enumerate(zip(labels.tolist(), prediction.tolist(), strict=True)):
+            kept = self.right if truth == said else self.wrong
+            if len(kept) < self.shown:
+                kept.append((batch["image"][i].cpu(), truth, said, float(probability[i])))
+
+    def confusion(self, classes: int) -> Tensor:
+        """Counts, truth down, prediction across."""
+        cells = torch.cat(self.labels) * classes + torch.cat(self.predictions)
+        return torch.bincount(cells, minlength=classes * classes).view(classes, classes)
+
+    def gallery(self, preprocess: Preprocess) -> list[Shown]:
+        wrong = self.wrong[: self.shown // 2]
+        # Evenly over the pass: data sets are often in the order of their classes.
+        room = self.shown - len(wrong)
+        step = max(1, len(self.right) // room)
+        names = preprocess.classes
+        return [
+            Shown(image=preprocess.restore(image), truth=names[truth], prediction=names[said], probability=probability)
+            for image, truth, said, probability in [*wrong, *self.right[::step][:room]]
+        ]
+
+
+def fit(argv: list[str]) -> int:
+    """`omnimix vision fit`."""
+    name, runs = argument(argv, "--name", "run"), argument(argv, "--runs", "runs")
+    if "--resume" in argv:
+        argv = with_run_config(argv, RunFolder.named(runs, name))
+    try:
+        cli = _cli("fit", argv)
+    except Interrupted as stop:
+        place = "" if runs == "runs" else f" --runs {runs}"
+        print(f"\n{stop}\ngo on with: omnimix vision fit --name {name}{place} --resume")
+        return 130
+    _finish(cli)
+    return 0
+
+
+def _cli(command: str, argv: list[str]) -> RecipeCLI:
+    return RecipeCLI(
+        command,
+        model=VisionClassification,
+        data=ImageData,
+        recipe=RECIPE,
+        argv=argv,
+        links=[("classes", "classes"), ("in_channels", "in_channels"), ("image_size", "image_size")],
+        monitor="val/acc1",
+    )
+
+
+def _finish(cli: RecipeCLI) -> None:
+    """Measure the averaged weights once more, and write model, numbers and picture into the run's folder."""
+    model, data, folder = cli.model, cli.datamodule, cli.folder
+    for callback in cli.trainer.callbacks:
+        if isinstance(callback, AverageWeights):
+            callback.adopt(model)
+    seen = Predictions(shown=36)
+    cli.trainer.callbacks.append(seen)
+    measured = cli.trainer.validate(model, datamodule=data, verbose=False)[0]
+    if not cli.trainer.is_global_zero:
+        return
+    save_model(model.model, folder.path, details={"preprocess": data.preprocess.to_dict()})
+    metrics = {
+        **{name: round(value, 6) for name, value in measured.items()},
+        "train_seconds": round(cli.history.seconds, 1),
+        "seconds_per_epoch": round(cli.history.seconds / max(1, len(cli.history.rows)), 2),
+        "epochs": len(cli.history.rows),
+        "parameters": sum(p.numel() for p in model.model.parameters()),
+        "configuration": cli.configuration,
+        "mixer": model.mixer,
+        "seed": cli.options.seed_everything,
+        "precision": cli.trainer.precision,
+        "threads": torch.get_num_threads(),
+        "train_images": len(data.train_set),
+        "val_images": int(sum(map(len, seen.labels))),
+        "unreadable": data.unreadable,
+    }
+    write_metrics(folder.metrics, metrics)
+    _picture(cli, seen, metrics)
+    _say(cli, metrics)
+
+
+def _picture(cli: RecipeCLI, seen: Predictions, metrics: dict[str, Any]) -> None:
+    preprocess, history = cli.datamodule.preprocess, cli.history.rows
+    counts = seen.confusion(len(preprocess.classes))
+    total, right = int(counts.sum()), int(counts.diagonal().sum())
+    shown = seen.gallery(preprocess)
+    title = f"{metrics['val/acc1']:.1%} of {total} held-out images right"
+    subtitle = (
+        f"{metrics['configuration']} · mixer {metrics['mixer']} · {metrics['parameters']:,} parameters · "
+        f"{metrics['epochs']} epochs in {metrics['train_seconds']:.0f} s · {metrics['train_images']} training images"
+    )
+    rows = [
+        Row(
+            panels=[
+                curves(history, {"training": "train/loss", "held out": "val/loss"}, "loss"),
+                curves(
+                    history, {"top 1": "val/acc1", "top 5": "val/acc5"}, "accuracy on held-out images", percent=True
+                ),
+                confusion(counts, preprocess.classes),
+            ],
+            height=4.6,
+        ),
+        Row(panels=[gallery(shown, f"held-out images: {total - right} of {total} are wrong")], height=4.9),
+    ]
+    write_report(cli.folder.report, title, subtitle, rows)
+
+
+def _say(cli: RecipeCLI, metrics: dict[str, Any]) -> None:
+    folder = cli.folder
+    row = {
+        "run": folder.path.name,
+        "mixer": metrics["mixer"],
+        "top 1": f"{metrics['val/acc1']:.2%}",
+        "top 5": f"{metrics['val/acc5']:.2%}",
+        "parameters": f"{metrics['parameters']:,}",
+        "seconds": f"{metrics['train_seconds']:.0f}",
+        "s / epoch": f"{metrics['seconds_per_epoch']:.2f}",
+    }
+    emit("on held-out images", [row])
+    for path, reason in sorted(cli.datamodule.unreadable.items()):
+        print(f"skipped: {path} ({reason})")
+    print(f"picture: {folder.report}    numbers: {folder.metrics}    model: {folder.path / 'model.safetensors'}")
+
+
+def validate(argv: list[str]) -> int:
+    """`omnimix vision validate`."""
+    return _evaluate("validate", argv)
+
+
+def test(argv: list[str]) -> int:
+    """`omnimix vision test`."""
+    return _evaluate("test", argv)
+
+
+def _evaluate(command: str, argv: list[str]) -> int:
+    run = argument(argv, "--run", "")
+    if run:
+        argv = with_run_config(argv, RunFolder.finished(run))
+    cli = _cli(command, argv)
+    measured = cli.measured[0]
+    row = {"run": str(cli.folder.path), **{name: float(value) for name, value in measured.items()}}
+    emit(f"{command} {run}", [row], cli.options.json)
+    return 0
+
+
+def predict(argv: list[str]) -> int:
+    """`omnimix vision predict`."""
+    parser = argparse.ArgumentParser(
+        prog="omnimix vision predict", description="Name the class of image files, or of all images in folders."
+    )
+    parser.add_argument("files", nargs="+", help="image files and folders")
+    parser.add_argument("--run", required=True, help="folder of the run, or its name under runs/")
+    parser.add_argument("--top", type=int, default=1, help="classes to name for each image")
+    parser.add_argument("--policy", choices=("skip", "raise"), default="skip", help="what an unreadable file does")
+    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON too ('-': to standard output, alone)")
+    options = parser.parse_args(argv)
+    folder = RunFolder.finished(options.run)
+    rows = list(predict_files(folder.path, named_files(options.files), top=options.top, policy=options.policy))
+    emit(f"predictions of {folder.path}", rows, options.json)
+    return 0 if any(row["class"] for row in rows) else 1
+
+
+def named_files(words: list[str]) -> list[Path]:
+    """The files, and those below the folders, that a user named.
+
+    Raises:
+        ConfigError: there is no such file or folder, or a folder without images.
+    """
+    files: list[Path] = []
+    for word in words:
+        path = Path(word)
+        if not path.exists():
+            raise ConfigError(f"there is no file or folder {word!r}")
+        found = image_files(path) if path.is_dir() else [path]
+        if not found:
+            raise ConfigError(f"the folder {word!r} holds no images")
+        files += found
+    return files
+
+
+@torch.inference_mode()
+def predict_files(
+    folder: Path, files: list[Path], *, top: int = 1, policy: str = "skip", batch_size: int = 64
+) -> list[dict[str, Any]]:
+    """One row a file and class, the likeliest first: file, rank, class, probability, and why where it is unreadable.
+
+    Raises:
+        CheckpointError: the folder holds no model of this recipe.
+        MediaError: an unreadable file, with `policy="raise"`.
+    """
+    model = load_model(folder)
+    preprocess = Preprocess.from_dict(read_details(folder).get("preprocess", {}))
+    top = min(max(1, top), len(preprocess.classes))
+    rows: list[dict[str, Any]] = []
+    for at in range(0, len(files), batch_size):
+        images, readable = [], []
+        for path in files[at : at + batch_size]:
+            try:
+                images.append(preprocess.load(path))
+                readable.append(path)
+            except MediaError as error:
+                if policy == "raise":
+                    raise
+                rows.append({"file": str(path), "rank": None, "class": None, "probability": None, "note": str(error)})
+        if not images:
+            continue
+        values, indices = model(torch.stack(images)).float().softmax(-1).topk(top)
+        for path, probabilities, classes in zip(readable, values.tolist(), indices.tolist(), strict=True):
+            for rank, (probability, index) in enumerate(zip(probabilities, classes, strict=True), 1):
+                name = preprocess.classes[index]
+                rows.append({"file": str(path), "rank": rank, "class": name, "probability": probability, "note": ""})
+    return rows
