@@ -40,6 +40,19 @@ class ClassificationHeadConfig:
         fraction(self, "dropout")
 
 
+def split_tokens(
+    tokens: Float[Tensor, "b t d"], layout: Layout
+) -> tuple[Float[Tensor, "b grid d"], Float[Tensor, "b extra d"]]:
+    """The tokens of the grid, and those beside it (class token, registers), each in order."""
+    if not layout.extra:
+        return tokens, tokens[:, :0]
+    edges = (-1, *layout.extra, tokens.shape[1])
+    # Slices between the extra tokens instead of an index: nothing is gathered.
+    runs = [tokens[:, a + 1 : b] for a, b in pairwise(edges) if b > a + 1]
+    grid = runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)
+    return grid, torch.cat([tokens[:, i : i + 1] for i in layout.extra], dim=1)
+
+
 class ClassificationHead(nn.Module):
     """Pools the tokens of a sequence and gives its logits."""
 
@@ -78,9 +91,5 @@ class ClassificationHead(nn.Module):
                     "pool='class_token', but layout.extra is empty: the tokenizer adds no class token"
                 )
             return tokens[:, layout.extra[0]]
-        if layout.extra:
-            edges = (-1, *layout.extra, tokens.shape[1])
-            # Slices between the extra tokens instead of an index: nothing is gathered.
-            runs = [tokens[:, a + 1 : b] for a, b in pairwise(edges) if b > a + 1]
-            tokens = runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)
+        tokens, _ = split_tokens(tokens, layout)
         return tokens.mean(1) if pool == "mean" else tokens.amax(1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -17,14 +16,6 @@ from omnimix.backbones.heads import ClassificationHead, ClassificationHeadConfig
 from omnimix.errors import ConfigError, MediaError, UnsupportedCall, UnsupportedShape
 from omnimix.modalities import PatchTokenizer, PatchTokenizerConfig, load_image
 from omnimix.modalities.image import fit_positions, resize_table
-
-
-@pytest.fixture
-def unchecked():
-    """Off with the test run's type checks, so that a user's wrong literal reaches our own."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def tokenizer(**options) -> PatchTokenizer:
@@ -123,7 +114,7 @@ def test_resized_patches_see_the_same_in_a_resized_image():
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "uint8"),
     ],
 )
-def test_images_that_cannot_be_served(unchecked, x, words):
+def test_images_that_cannot_be_served(without_shape_checks, x, words):
     with pytest.raises(UnsupportedShape, match=words):
         tokenizer()(x)
 
@@ -141,7 +132,7 @@ def test_images_that_cannot_be_served(unchecked, x, words):
         {"registers": -1},
     ],
 )
-def test_configurations_that_cannot_be(unchecked, options):
+def test_configurations_that_cannot_be(without_shape_checks, options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         PatchTokenizerConfig(**{"dim": 8} | options)
 
@@ -171,7 +162,7 @@ def test_the_class_token_is_pooled():
         head(tokens[:, :15], Layout(causal=False, grid=(1, 3, 5)))
 
 
-def test_head_options(unchecked):
+def test_head_options(without_shape_checks):
     for options in ({"classes": -1}, {"pool": "min"}, {"dropout": 1.0}):
         with pytest.raises(ConfigError, match=next(iter(options))):
             ClassificationHeadConfig(**options)
@@ -294,7 +285,7 @@ def test_damaged_bytes_give_an_image_or_a_media_error(tmp_path, photo):
         (7, "a int"),
     ],
 )
-def test_sources_that_are_no_images(unchecked, source, words):
+def test_sources_that_are_no_images(without_shape_checks, source, words):
     with pytest.raises(UnsupportedShape, match=words):
         load_image(source)
     with pytest.raises(ConfigError, match="mode"):
