@@ -74,20 +74,23 @@ class Draw:
         return Draw(generator=torch.Generator().manual_seed(seed), device=torch.device(device), dtype=dtype)
 
     def _on_device(self, x: Tensor) -> Tensor:
-        # Drawn in float64 on the CPU, so that every dtype and device sees the same numbers.
         return x.to(device=self.device, dtype=self.dtype)
 
+    def _random(self, sampler: Callable[..., Tensor], *shape: int) -> Tensor:
+        if self.device.type == "meta":
+            return torch.empty(*shape, device="meta", dtype=torch.float64)
+        # Drawn in float64 on the CPU, so that every dtype and device sees the same numbers.
+        return sampler(*shape, generator=self.generator, dtype=torch.float64)
+
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        return self._on_device(torch.randn(*shape, generator=self.generator, dtype=torch.float64) * scale)
+        return self._on_device(self._random(torch.randn, *shape) * scale)
 
     def uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        x = torch.rand(*shape, generator=self.generator, dtype=torch.float64)
-        return self._on_device(x * (high - low) + low)
+        return self._on_device(self._random(torch.rand, *shape) * (high - low) + low)
 
     def log_decay(self, *shape: int, scale: float = 1.0) -> Tensor:
         """Log decays: negative, mostly small, now and then large."""
-        x = torch.rand(*shape, generator=self.generator, dtype=torch.float64)
-        return self._on_device(-scale * x.pow(3) * 4)
+        return self._on_device(-scale * self._random(torch.rand, *shape).pow(3) * 4)
 
 
 @dataclass(frozen=True, kw_only=True)

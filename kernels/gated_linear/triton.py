@@ -85,7 +85,7 @@ def _segments(decay, t, i, j, low, high, stride, ACC: tl.constexpr, BONUS: tl.co
     return tl.cumsum(tl.where(i[:, None] > j[None, :] + BONUS, own, 0.0), 0)
 
 
-@tuned([{"num_warps": 4, "num_stages": 2}, {"num_warps": 4, "num_stages": 3}], key=["K", "V", "DECAY", "REVERSE"])
+@tuned([{"num_warps": 4, "num_stages": 2}], key=["K", "V", "DECAY", "REVERSE"])
 @triton.jit
 def _state_kernel(
     x, y, decay, initial, states, final, first, bounds,
@@ -147,7 +147,7 @@ def _state_kernel(
     tl.store(final + pid * K * V + at, state, mask=inside)
 
 
-@tuned([{"num_warps": 4}, {"num_warps": 2}], key=["K", "DECAY"])
+@tuned([{"num_warps": 4}], key=["K", "DECAY"])
 @triton.jit
 def _score_kernel(
     q, k, decay, bonus, scores, table, bounds,
@@ -179,8 +179,8 @@ def _score_kernel(
         kt = _load(k, low + j, low, high, column, K, k_strides[1], ACC)
         if BONUS:
             own = _load(k, low + i, low, high, column, K, k_strides[1], ACC)
-            weight = tl.load(bonus + head * K + column, mask=column < K, other=0.0).to(ACC)
-            diagonal += tl.sum(qt * own * weight[None, :], 1)
+            with_bonus = tl.load(bonus + head * K + column, mask=column < K, other=0.0).to(ACC)
+            diagonal += tl.sum(qt * own * with_bonus[None, :], 1)
         if DECAY == CHANNEL:
             prefix = tl.cumsum(_load(decay, low + i - BONUS, start, high, column, K, d_strides[1], ACC), 0)
             until = tl.minimum(start, high)
@@ -323,7 +323,7 @@ def _channel_pairs(q, k, qt, kt, grads, decay, t, low, high, column, width, q_st
     return dq, dk, dd
 
 
-@tuned([{"num_warps": 4}, {"num_warps": 8}], key=["K", "V", "DECAY"])
+@tuned([{"num_warps": 8}], key=["K", "V", "DECAY"])
 @triton.jit
 def _gradient_kernel(
     q, k, v, do, decay, bonus, states, state_grads, score_grads, dq, dk, dd, du, table, bounds,
@@ -427,23 +427,28 @@ class _Call:
     def _new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.v.new_empty(shape, dtype=dtype or self.dtype)
 
+    @staticmethod
+    def _tile(width: int, form: int) -> int:
+        # A decay per channel is a tile of its own, with its sums: narrower, they stay in registers.
+        return tile(width, 32 if form == CHANNEL.value else 64)
+
     def _common(self, scale: float, x: Tensor, form: int, bonus: bool) -> dict[str, object]:
         return {
             "d_strides": (0, 0, 0) if form == NONE.value else self.decay.stride()[:3],
             "length": self.length, "chunks": self.chunks, "bounds": self.bounds,
             "H": self.heads, "G": x.shape[2], "K": x.shape[3], "scale": scale, "C": self.size, "DECAY": form,
-            "MODE": self.mode, "PACKED": self.table is not None, "BONUS": int(bonus), "BK": tile(x.shape[3], 64),
+            "MODE": self.mode, "PACKED": self.table is not None, "BONUS": int(bonus), "BK": self._tile(x.shape[3], form),
         }  # fmt: skip
 
     def states(self, x, y, initial, scale: float, reverse: bool) -> tuple[Tensor, Tensor]:
         """The state at each chunk, (rows, h, k, v), and behind the last, (n, h, k, v)."""
         shape = (self.heads, self.width, self.width_v)
         states, final = self._new(self.rows, *shape, dtype=self.stored), self._new(self.sequences, *shape)
-        tiles = triton.cdiv(self.width, tile(self.width, 64)) * triton.cdiv(self.width_v, tile(self.width_v, 64))
+        bv = tile(self.width_v, 64)
+        tiles = triton.cdiv(self.width, self._tile(self.width, self.form)) * triton.cdiv(self.width_v, bv)
         _state_kernel[grid(self.sequences * self.heads, tiles)](
             x, y, self.decay, initial, states, final, self.first, x_strides=x.stride()[:3], y_strides=y.stride()[:3],
-            V=self.width_v, REVERSE=reverse, BV=tile(self.width_v, 64),
-            **self._common(scale, x, self.form, self.bonus is not None),
+            V=self.width_v, REVERSE=reverse, BV=bv, **self._common(scale, x, self.form, self.bonus is not None),
         )  # fmt: skip
         return states, final
 
@@ -473,7 +478,7 @@ class _Call:
         b, t, h, g, k = self.batch, self.length, self.heads, self.q.shape[2], self.width
         common = self._common(scale, self.q, self.form, self.bonus is not None)
         common["BK"] = tile(k, 32)
-        parts = triton.cdiv(k, common["BK"])
+        parts = triton.cdiv(k, 32)
         dq, dk = (self._new(b, t, h, k, dtype=self.q.dtype if g == h else self.dtype) for _ in range(2))
         shapes = {NONE.value: (0,), SCALAR.value: (parts, b, t, h), CHANNEL.value: (b, t, h, k)}
         dd = self._new(*shapes[self.form])
