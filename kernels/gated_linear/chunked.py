@@ -6,8 +6,6 @@ blocks that depends on the decays' values. The backward pass starts from the sta
 forward pass keeps; everything within a block it computes again.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -16,6 +14,9 @@ from .chunked_forms import Adjoint, Form
 from .chunked_plan import Block, Packing, batch_blocks, saved_states
 from .chunked_scalar import ScalarForm
 from .reference import gated_linear_reference
+
+# After so many chunks the decays' gradient is taken afresh from the state.
+FRESH = 8
 
 
 def gated_linear_chunked(
@@ -150,17 +151,27 @@ def _backward(
         final = packing.sort(final)
         dfinal = None if dfinal is None else packing.sort(dfinal)
     form = _form(q, k, v, decay, scale, exclusive)
-    end = form.import_state(final)
-    dstate = torch.zeros_like(end) if dfinal is None else form.import_state(dfinal)
+    if dfinal is None:
+        dstate = final.new_zeros(final.shape[0], *form.state_shape)
+        tail = torch.zeros_like(form.overlap(dstate, dstate))
+    else:
+        dstate = form.import_state(dfinal)
+        tail = form.overlap(dstate, form.import_state(final))
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, decay)]
-    dq, dk, dv, ddecay = gradients
-    output, doutput, dv, ddecay = (x.unflatten(2, (form.groups, -1)) for x in (output, doutput, dv, ddecay))
-    into = Adjoint(output=output, doutput=doutput, q=dq, k=dk, v=dv, decay=ddecay if decay_gradient else None)
+    dq, dk, *by_head = gradients
+    dv, ddecay, output, doutput = (x.unflatten(2, (form.groups, -1)) for x in (*by_head, output, doutput))
+    ddecay = ddecay if decay_gradient else None
+    into = Adjoint(output=output, doutput=doutput, q=dq, k=dk, v=dv, decay=ddecay, tail=tail)
+    chunks = 0
     for block in reversed(_blocks(v, packing, chunk_bytes)):
         start = saved[block.saved : block.saved + block.alive].view(block.alive, *form.state_shape)
-        now = form.scratch("start", *start.shape).copy_(start)
-        form.backward(block, now, end[block.states], dstate[block.states], into)
-        end[block.states][: block.alive].copy_(start)
+        now = dstate[block.states]
+        form.backward(block, start, now, into)
+        chunks += len(block.steps)
+        if decay_gradient and chunks >= FRESH:
+            # The tail is a running sum over time; taken from the state it is exact, and rounding does not pile up.
+            tail[block.states][: block.alive] = form.overlap(now[: block.alive], start)
+            chunks = 0
     dstate = form.export_state(dstate)
     if packing:
         gradients = [packing.unpack(x) for x in gradients]

@@ -25,6 +25,9 @@ class ChannelForm(Form):
     def export_state(self, state: Tensor) -> Tensor:
         return state
 
+    def overlap(self, dstate: Tensor, state: Tensor) -> Tensor:
+        return torch.mul(dstate, state, out=self.scratch("dreads", *state.shape)).sum(-1)
+
     def _view(self, block: Block, x: Tensor, parts: int) -> Tensor:
         """`(b, t, g, ..., w)` -> `(m, r, parts, g, h / g or 1, c, w)`"""
         x = block.view(x, parts)
@@ -36,12 +39,11 @@ class ChannelForm(Form):
         short = block.chunk // SHORT if block.chunk % SHORT == 0 else 1
         for parts in dict.fromkeys((1, short)):
             steps = self._view(block, self.decay, parts)
-            steps = self.scratch("steps", *steps.shape).copy_(steps).clamp_(min=self.lowest)
-            total = torch.cumsum(steps, -2, out=self.scratch("total", *steps.shape))
-            exact = total[..., -1, :].amin().item() < -FACTORISE
-            if not exact:
-                break
-        return steps, total, exact, parts
+            total = torch.cumsum(steps, -2, dtype=self.dtype, out=self.scratch("total", *steps.shape))
+            if not total[..., -1, :].amin().item() < -FACTORISE:
+                return steps, total, False, parts
+        steps = self.scratch("steps", *steps.shape).copy_(steps).clamp_(min=self.lowest)
+        return steps, torch.cumsum(steps, -2, out=total), True, parts
 
     def load(self, block: Block) -> Operands:
         steps, total, exact, parts = self._decays(block)
@@ -50,7 +52,11 @@ class ChannelForm(Form):
         reach = total.sub(steps) if self.exclusive else total
         out = self.scratch("out", *shape)
         out = torch.exp(reach, out=out) if exact else torch.sub(reach, last, out=out).exp_()
-        into = torch.sub(last, total, out=self.scratch("into", *shape)).exp_()
+        into = self.scratch("into", *shape)
+        if exact or self.exclusive:
+            torch.sub(last, total, out=into).exp_()
+        else:
+            torch.reciprocal(out, out=into)
         q, k, v = (self._view(block, x, parts) for x in (self.q, self.k, self.v))
         return Operands(
             q=torch.mul(q, out, out=self.scratch("q", *shape)).view(flat),
@@ -89,9 +95,7 @@ class ChannelForm(Form):
         gradient = self._view(block, gradient, x.parts)
         return torch.mul(gradient, self.scale, out=self.scratch("doutput", *gradient.shape)).view(x.v.shape)
 
-    def store_gradients(
-        self, block: Block, x: Operands, dq: Tensor, dk: Tensor, dv: Tensor, state: tuple[Tensor, Tensor], into: Adjoint
-    ) -> None:
+    def store_gradients(self, block: Block, x: Operands, dq: Tensor, dk: Tensor, dv: Tensor, into: Adjoint) -> None:
         shape = x.extra["out"].shape
         dq, dk = dq.view(shape).mul_(x.extra["out"]), dk.view(shape).mul_(x.extra["into"])
         if x.exact:
@@ -102,28 +106,22 @@ class ChannelForm(Form):
             dq += (ratio * k.unsqueeze(1)).sum(2).view(shape)
             dk += (ratio * q.unsqueeze(2)).sum(1).view(shape)
         if into.decay is not None:
-            self._store_decay(block, x, dq, dk, state, into)
+            self._store_decay(block, x, dq, dk, into)
         for gradient, to in ((dq, into.q), (dk, into.k)):
             to = self._view(block, to, x.parts)
             to.copy_(gradient if self.heads == 1 else gradient.sum(4, keepdim=True))
         to = self._view(block, into.v, x.parts)
         to.copy_(dv.view(to.shape))
 
-    def _store_decay(
-        self, block: Block, x: Operands, dq: Tensor, dk: Tensor, state: tuple[Tensor, Tensor], into: Adjoint
-    ) -> None:
-        """e^{b_i} multiplies q_i, and e^{-b_j} k_j: the gradient of b_i is q_i dq_i - k_i dk_i, channel by channel. The
-        state after the chunk adds its product with its own gradient to the last b."""
+    def _store_decay(self, block: Block, x: Operands, dq: Tensor, dk: Tensor, into: Adjoint) -> None:
+        """e^{b_i} multiplies q_i, and e^{-b_j} k_j: the gradient of b_i is q_i dq_i - k_i dk_i, channel by channel."""
         to = self._view(block, into.decay, x.parts)
-        n, c, _ = x.q.shape
+        n, c, dk_size = x.q.shape
         reads = torch.mul(self._view(block, self.q, x.parts), dq, out=self.scratch("reads q", *to.shape))
-        gradient = self.scratch("reads k", *to.shape)
-        torch.mul(self._view(block, self.k, x.parts), dk, out=gradient)
+        gradient = torch.mul(self._view(block, self.k, x.parts), dk, out=self.scratch("reads k", *to.shape))
         torch.sub(reads, gradient, out=gradient)
-        last = torch.mul(*state, out=self.scratch("after", *state[0].shape)).sum(-1)
-        last = last.view(n, 1, -1)
         sums = reversed_sum(c, self.dtype, dq.device).expand(n, c, c)
-        suffix = torch.baddbmm(last, sums, gradient.view(n, c, -1), out=self.scratch("suffix", *x.q.shape)).view(
-            to.shape
-        )
+        suffix = torch.bmm(sums, gradient.view(n, c, dk_size), out=self.scratch("suffix", n, c, dk_size))
+        tails = self.tails(block, into, suffix[:, 0].view(*x.through.shape[:-1]))
+        suffix = suffix.add_(tails.view(n, 1, dk_size)).view(to.shape)
         to.copy_(suffix.sub_(reads) if self.exclusive else suffix)

@@ -55,7 +55,8 @@ class Operands:
 class Adjoint:
     """What a backward pass reads (`output`, `doutput`) and where it writes the gradients, in the layout of the inputs.
 
-    `decay` is None where its gradient is not wanted.
+    `decay` is None where its gradient is not wanted. `tail` holds, per sequence, the gradient of the last cumulative
+    decay of the next chunk on the way back: what later steps and the final state contribute; it moves along in place.
     """
 
     output: Tensor
@@ -64,6 +65,14 @@ class Adjoint:
     k: Tensor
     v: Tensor
     decay: Tensor | None
+    tail: Tensor
+
+
+def in_order(block: Block, *slots: Tensor) -> list[tuple[Tensor, ...]]:
+    """`(chunks, parts, ...)` each -> in order of time, the slices `(sequences, ...)` that may be handled at once."""
+    counts = [n for _, n in block.steps]
+    parts = [zip(*(x[:, p].split(counts) for x in slots), strict=True) for p in range(slots[0].shape[1])]
+    return [at for step in zip(*parts, strict=True) for at in step]
 
 
 @lru_cache(maxsize=16)
@@ -105,6 +114,10 @@ class Form:
     def export_state(self, state: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def overlap(self, dstate: Tensor, state: Tensor) -> Tensor:
+        """The gradient of the last cumulative decay before a state: their product, summed over what a decay spans."""
+        raise NotImplementedError
+
     def load(self, block: Block) -> Operands:
         raise NotImplementedError
 
@@ -116,14 +129,8 @@ class Form:
         """The output's gradient as `(N, c, w)`, scaled so that it is the gradient of the products."""
         raise NotImplementedError
 
-    def store_gradients(
-        self, block: Block, x: Operands, dq: Tensor, dk: Tensor, dv: Tensor, state: tuple[Tensor, Tensor], into: Adjoint
-    ) -> None:
-        """Undo the scaling of dq, dk, dv, add what exact chunks lack, and derive the decay's gradient.
-
-        Args:
-            state: the state after each chunk, and its gradient there.
-        """
+    def store_gradients(self, block: Block, x: Operands, dq: Tensor, dk: Tensor, dv: Tensor, into: Adjoint) -> None:
+        """Undo the scaling of dq, dk, dv, add what exact chunks lack, and derive the decay's gradient."""
         raise NotImplementedError
 
     # What they share.
@@ -135,6 +142,15 @@ class Form:
         if x.dtype == self.dtype and len(several) <= 1 and x.stride(-1) == 1:
             return x.flatten(0, -3)
         return self.scratch(name, *x.shape).copy_(x).view(-1, *x.shape[-2:])
+
+    def tails(self, block: Block, into: Adjoint, sums: Tensor) -> Tensor:
+        """Given the sums of the decays' gradients in each chunk, `(chunks, parts, ...)`, the tail each of them has."""
+        tails = torch.empty_like(sums)
+        for tail, chunk in reversed(in_order(block, tails, sums)):
+            now = into.tail[block.states][: tail.shape[0]]
+            tail.copy_(now)
+            now.add_(chunk)
+        return tails
 
     def scores(self, x: Operands) -> Tensor:
         n, c, _ = x.q.shape
@@ -148,88 +164,82 @@ class Form:
     def _flat(self, states: Tensor) -> Tensor:
         return states.view(-1, *self.matrix)
 
-    def advance(self, block: Block, x: Operands, state: Tensor, ends: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Move `state`, in place, over the block.
-
-        Returns:
-            What each chunk's queries read, and, if asked, the state after each chunk: `(chunks, parts, *state shape)`.
-        """
+    def advance(self, block: Block, x: Operands, state: Tensor) -> Tensor:
+        """Move `state`, in place, over the block; returns what each chunk's queries read, `(chunks, parts, ...)`."""
         reads = self._slots("reads", block, x.parts)
-        if len(block.steps) == 1 and x.parts == 1:
-            now, through = state[: block.alive], x.through[:, 0]
+        writes = self._slots("writes", block, x.parts)
+        torch.bmm(x.k.mT, x.v, out=self._flat(writes))
+        for read, write, through in in_order(block, reads, writes, x.through):
+            now = state[: read.shape[0]]
             if x.exact:
-                reads[:, 0].copy_(now)
-                now.mul_(through)
+                read.copy_(now)
+                torch.addcmul(write, now, through, out=now)
             else:
-                now.mul_(through)
-                reads[:, 0].copy_(now)
-            self._flat(now).baddbmm_(x.k.mT, x.v)
-            return reads, None
-        after = self._slots("after", block, x.parts)
-        torch.bmm(x.k.mT, x.v, out=self._flat(after))
-        for first, n in block.steps:
-            for p in range(x.parts):
-                at = (slice(first, first + n), p)
-                now = state[:n]
-                if x.exact:
-                    reads[at].copy_(now)
-                    torch.addcmul(after[at], now, x.through[at], out=now)
-                else:
-                    torch.mul(now, x.through[at], out=reads[at])
-                    torch.add(after[at], reads[at], out=now)
-                if ends:
-                    after[at].copy_(now)
-        return reads, after
+                torch.mul(now, through, out=read)
+                torch.add(write, read, out=now)
+        return reads
+
+    def retreat(self, block: Block, x: Operands, do: Tensor, dstate: Tensor) -> Tensor:
+        """Move `dstate`, in place, to the block's start; returns the gradient at each chunk's end."""
+        dends = self._slots("dends", block, x.parts)
+        dreads = self._slots("dreads", block, x.parts)
+        torch.bmm(x.q.mT, do, out=self._flat(dreads))
+        for dend, dread, through in reversed(in_order(block, dends, dreads, x.through)):
+            now = dstate[: dend.shape[0]]
+            dend.copy_(now)
+            if x.exact:
+                torch.addcmul(dread, now, through, out=now)
+            else:
+                now.add_(dread).mul_(through)
+        return dends
 
     def forward(self, block: Block, state: Tensor, output: Tensor) -> None:
         """Write the block's output and move `state`, in place, to its end."""
         x = self.load(block)
-        reads, _ = self.advance(block, x, state)
+        single = len(block.steps) == 1 and x.parts == 1
+        now = state[: block.alive]
+        if single and not x.exact:
+            now.mul_(x.through[:, 0])
+        reads = self._flat(now if single else self.advance(block, x, state))
         product = self.scratch("product", *x.v.shape)
         if x.exact:
-            torch.bmm(x.q, self._flat(reads), out=product)
+            torch.bmm(x.q, reads, out=product)
         else:
             torch.bmm(self.scores(x), x.v, out=product)
-            product.baddbmm_(x.q, self._flat(reads))
+            product.baddbmm_(x.q, reads)
+        if single:
+            # With one chunk the state itself serves as what is read: two passes over it fewer.
+            if x.exact:
+                now.mul_(x.through[:, 0])
+            reads.baddbmm_(x.k.mT, x.v)
         self.store(block, x, product, output)
 
-    def retreat(self, block: Block, x: Operands, doutput: Tensor, dstate: Tensor) -> Tensor:
-        """Move `dstate`, in place, from the block's end to its start; returns the gradient at each chunk's end."""
-        dends = self._slots("dends", block, x.parts)
-        reads = self._slots("dreads", block, x.parts)
-        torch.bmm(x.q.mT, doutput, out=self._flat(reads))
-        for first, n in reversed(block.steps):
-            for p in reversed(range(x.parts)):
-                at = (slice(first, first + n), p)
-                now = dstate[:n]
-                dends[at].copy_(now)
-                if x.exact:
-                    torch.addcmul(reads[at], now, x.through[at], out=now)
-                else:
-                    now.add_(reads[at]).mul_(x.through[at])
-        return dends
-
-    def backward(self, block: Block, start: Tensor, end: Tensor, dstate: Tensor, into: Adjoint) -> None:
-        """Write the block's gradients and move `dstate`, in place, to its start.
-
-        Args:
-            start: the state at the block's start; overwritten.
-            end: the state after the block.
-        """
+    def backward(self, block: Block, start: Tensor, dstate: Tensor, into: Adjoint) -> None:
+        """Write the block's gradients and move `dstate`, in place, to its start, where the state was `start`."""
         x = self.load(block)
+        single = len(block.steps) == 1 and x.parts == 1
         do = self.load_gradient(block, x, into.doutput)
-        reads, ends = self.advance(block, x, start, ends=True)
-        if ends is None:
-            ends = end[: block.alive].unsqueeze(1)
-        dends = self.retreat(block, x, do, dstate)
-        reads, flat_dends = self._flat(reads), self._flat(dends)
+        if single:
+            through = x.through[:, 0]
+            reads = start if x.exact else torch.mul(start, through, out=self.scratch("reads", *start.shape))
+            dends = dstate[: block.alive]
+        else:
+            reads = self.advance(block, x, self.scratch("state", *start.shape).copy_(start))
+            dends = self.retreat(block, x, do, dstate)
+        reads, dends = self._flat(reads), self._flat(dends)
         dq = torch.bmm(do, reads.mT, out=self.scratch("dq", *x.q.shape))
-        dk = torch.bmm(x.v, flat_dends.mT, out=self.scratch("dk", *x.k.shape))
-        dv = torch.bmm(x.k, flat_dends, out=self.scratch("dv", *x.v.shape))
+        dk = torch.bmm(x.v, dends.mT, out=self.scratch("dk", *x.k.shape))
+        dv = torch.bmm(x.k, dends, out=self.scratch("dv", *x.v.shape))
+        if single:
+            if x.exact:
+                dstate[: block.alive].mul_(through)
+            dends.baddbmm_(x.q.mT, do)
+            if not x.exact:
+                dstate[: block.alive].mul_(through)
         if not x.exact:
             dv.baddbmm_(self.scores(x).mT, do)
-            dscores = torch.bmm(do, x.v.mT, out=self.scratch("dscores", *x.q.shape[:2], x.q.shape[1]))
+            dscores = torch.bmm(do, x.v.mT, out=self.scratch("scores", *x.q.shape[:2], x.q.shape[1]))
             dscores.tril_(-1 if self.exclusive else 0)
             dq.baddbmm_(dscores, x.k)
             dk.baddbmm_(dscores.mT, x.q)
-        self.store_gradients(block, x, dq, dk, dv, (ends, dends), into)
+        self.store_gradients(block, x, dq, dk, dv, into)

@@ -26,6 +26,9 @@ class ScalarForm(Form):
     def export_state(self, state: Tensor) -> Tensor:
         return state.movedim(3, 2).flatten(1, 2).contiguous()
 
+    def overlap(self, dstate: Tensor, state: Tensor) -> Tensor:
+        return torch.mul(dstate, state, out=self.scratch("dreads", *state.shape)).sum((2, 4))
+
     def _view(self, block: Block, x: Tensor) -> Tensor:
         """`(b, t, g, ...)` -> `(m, r, 1, g, c, ...)`"""
         return block.view(x).movedim(4, 3)
@@ -90,9 +93,7 @@ class ScalarForm(Form):
     def load_gradient(self, block: Block, x: Operands, gradient: Tensor) -> Tensor:
         return self._scaled("doutput", self._view(block, gradient), x.extra["out"].squeeze(-1))
 
-    def store_gradients(
-        self, block: Block, x: Operands, dq: Tensor, dk: Tensor, dv: Tensor, state: tuple[Tensor, Tensor], into: Adjoint
-    ) -> None:
+    def store_gradients(self, block: Block, x: Operands, dq: Tensor, dk: Tensor, dv: Tensor, into: Adjoint) -> None:
         do, v = self._view(block, into.doutput), self._view(block, self.v)
         dv = dv.view(v.shape).mul_(x.extra["into"])
         if x.exact:
@@ -108,16 +109,15 @@ class ScalarForm(Form):
             to = self._view(block, to)
             to.copy_(gradient.view(to.shape))
         if into.decay is not None:
-            self._store_decay(block, do, dv, state, into)
+            self._store_decay(block, do, dv, into)
 
-    def _store_decay(self, block: Block, do: Tensor, dv: Tensor, state: tuple[Tensor, Tensor], into: Adjoint) -> None:
-        """e^{b_i} multiplies all of o_i, and e^{-b_j} all that comes of v_j: the gradient of b_i is do_i o_i - v_i dv_i.
-        The state after the chunk adds its product with its own gradient to the last b."""
+    def _store_decay(self, block: Block, do: Tensor, dv: Tensor, into: Adjoint) -> None:
+        """e^{b_i} multiplies all of o_i, and e^{-b_j} all that comes of v_j: b_i has do_i o_i - v_i dv_i."""
         to = self._view(block, into.decay)
         product = self.scratch("product", *dv.shape)
         reads = torch.mul(do, self._view(block, into.output), out=product).sum(-1)
         gradient = reads - torch.mul(self._view(block, self.v), dv, out=product).sum(-1)
-        last = torch.mul(*state, out=self.scratch("after", *state[0].shape)).sum((-3, -1))
         suffix = torch.matmul(reversed_sum(block.chunk, self.dtype, dv.device), gradient)
-        suffix += last.view(*to.shape[:4], 1, self.heads)
+        tails = self.tails(block, into, suffix[..., 0, :].flatten(0, 1))
+        suffix += tails.view(*to.shape[:4], 1, self.heads)
         to.copy_(suffix.sub_(reads) if self.exclusive else suffix)
