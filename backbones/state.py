@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
-@dataclass(frozen=True, eq=False)
 class State:
     """Named tensors, each with the sequences of the batch along dimension 0, or nested states.
 
@@ -19,24 +17,34 @@ class State:
     one, and the gradient flows through it.
     """
 
-    parts: dict[str, Tensor | State]
+    def __init__(self, parts: dict[str, Tensor | State]):
+        self._parts = parts
+
+    @property
+    def parts(self) -> dict[str, Tensor | State]:
+        """The tensors and nested states by name."""
+        return self._parts
+
+    def __repr__(self) -> str:
+        inside = (f"{k}={v!r}" if isinstance(v, State) else f"{k}={tuple(v.shape)}" for k, v in self._parts.items())
+        return f"State({', '.join(inside)})"
 
     def __getitem__(self, name: str) -> Any:
-        return self.parts[name]
+        return self._parts[name]
 
     def __contains__(self, name: str) -> bool:
-        return name in self.parts
+        return name in self._parts
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.parts)
+        return iter(self._parts)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> State:
         """A state with `function` applied to every tensor."""
-        return State({k: v.map(function) if isinstance(v, State) else function(v) for k, v in self.parts.items()})
+        return State({k: v.map(function) if isinstance(v, State) else function(v) for k, v in self._parts.items()})
 
     def tensors(self) -> list[Tensor]:
         """Every tensor, nested ones included, in a fixed order."""
-        return [t for v in self.parts.values() for t in (v.tensors() if isinstance(v, State) else [v])]
+        return [t for v in self._parts.values() for t in (v.tensors() if isinstance(v, State) else [v])]
 
     def select(self, index: Tensor) -> State:
         """The states of the sequences `index` (int64), in that order; repeats are allowed (beam search)."""
@@ -54,7 +62,7 @@ class State:
 
 pytree.register_pytree_node(
     State,
-    lambda state: (list(state.parts.values()), list(state.parts)),
+    lambda state: (list(state._parts.values()), list(state._parts)),
     lambda values, names: State(dict(zip(names, values, strict=True))),
     serialized_type_name="omnimix.State",
 )

@@ -1,6 +1,5 @@
 """The backbone's own parts: configuration, state, taps, stochastic depth, checkpointing."""
 
-import dataclasses
 import json
 
 import pytest
@@ -116,7 +115,7 @@ def test_state_is_a_tree_of_tensors():
     assert isinstance(doubled, State) and doubled["b"]["c"].tolist() == [0, 2, 4]
     tracked = State({"a": torch.ones(1, requires_grad=True)})
     assert not tracked.detach()["a"].requires_grad
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         state.parts = {}
 
 

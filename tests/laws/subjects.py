@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -15,6 +16,8 @@ from omnimix.backbones.mixers import get_mixer
 from omnimix.backbones.wrappers.scan import SCANS
 
 DIM = 32
+CAUSAL = Layout(causal=True)
+BOTH = Layout(causal=False, grid=(1, 3, 3), extra=(4,))
 
 
 @dataclass(frozen=True)
@@ -99,3 +102,11 @@ def call(module: nn.Module, layout: Layout, *, keep: bool = True) -> Callable[..
         return (y, *floating(state)) if keep else (y,)
 
     return function
+
+
+def tokens(batch: int, time: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return torch.randn(batch, time, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+causal_subjects = pytest.mark.parametrize("subject", subjects(), ids=lambda s: s.name)
+both_way_subjects = pytest.mark.parametrize("subject", subjects("both"), ids=lambda s: s.name)

@@ -17,20 +17,24 @@ from omnimix.errors import UnsupportedCall, UnsupportedShape
 from omnimix.kernels.check import error, low_precision_excess, results
 
 from .checker import assert_equal
-from .subjects import DIM, Subject, arguments, call, capability, floating, leaves, subjects, with_leaves
+from .subjects import (
+    BOTH,
+    CAUSAL,
+    Subject,
+    arguments,
+    both_way_subjects,
+    call,
+    capability,
+    causal_subjects,
+    floating,
+    leaves,
+    subjects,
+    tokens,
+    with_leaves,
+)
 
-CAUSAL = Layout(causal=True)
-GRID = (1, 3, 3)
-BOTH = Layout(causal=False, grid=GRID, extra=(4,))
 LENGTHS = (1, 5, 3)
 BORDERS = torch.tensor([0, 1, 6, 9], dtype=torch.int32)
-
-causal_subjects = pytest.mark.parametrize("subject", subjects(), ids=lambda s: s.name)
-both_way_subjects = pytest.mark.parametrize("subject", subjects("both"), ids=lambda s: s.name)
-
-
-def tokens(batch: int, time: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
-    return torch.randn(batch, time, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def on_backend(name: str, function):
@@ -220,10 +224,9 @@ def test_law_7_low_precision_costs_no_more_than_it_must(subject: Subject):
 
 
 @causal_subjects
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_law_7_long_and_large_inputs_stay_finite(subject: Subject, dtype: torch.dtype):
-    module = subject.module(dtype)
-    x = (tokens(1, 16384, dtype) * 100).requires_grad_()
+def test_law_7_long_and_large_inputs_stay_finite(subject: Subject):
+    module = subject.module(torch.bfloat16)
+    x = (tokens(1, 16384, torch.bfloat16) * 100).requires_grad_()
     y, state = module(x, CAUSAL)
     y.sum().backward()
     for t in [y, x.grad, *leaves(state), *(p.grad for p in module.parameters())]:
@@ -244,35 +247,6 @@ def test_law_8_builds_without_memory_and_saves_whole(subject: Subject):
     torch.save(module.state_dict(), file)
     file.seek(0)
     assert torch.load(file, weights_only=True).keys() == module.state_dict().keys()
-
-
-@causal_subjects
-def test_law_8_compiles_whole(subject: Subject, without_shape_checks):
-    module = subject.module()
-    x = tokens(2, 9)
-    _, state = module(tokens(2, 3, seed=1), CAUSAL)
-
-    def step(x, state):
-        y, after = module(x, CAUSAL, state)
-        return y, after
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for before in (None, state):
-        plain = x.clone().requires_grad_(), x.clone().requires_grad_()
-        (y, after), (z, wanted) = compiled(plain[0], before), step(plain[1], before)
-        assert error(y, z) < 1e-12
-        assert all(error(a, b) < 1e-12 for a, b in zip(floating(after), floating(wanted), strict=True))
-        y.square().sum().backward()
-        z.square().sum().backward()
-        assert error(plain[0].grad, plain[1].grad) < 1e-12
-
-
-@both_way_subjects
-def test_law_8_compiles_whole_both_ways(subject: Subject, without_shape_checks):
-    module = subject.module()
-    x = tokens(2, 10)
-    compiled = torch.compile(lambda x: module(x, BOTH)[0], fullgraph=True, backend="aot_eager")
-    assert error(compiled(x), module(x, BOTH)[0]) < 1e-12
 
 
 @causal_subjects
