@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import gated_linear
@@ -37,6 +36,13 @@ class GLAConfig(MixerConfig):
         positive(self, "heads", "gate_rank", "gate_temperature")
 
 
+def log_sigmoid(x: Tensor) -> Tensor:
+    """log σ(x) in float32 or wider; several times as fast as torch's, whose log1p is not vectorised on CPUs."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    # Below -80 it is x to the last bit, and σ(x) would underflow.
+    return x.clamp(min=-80).sigmoid().log() + (x + 80).clamp(max=0)
+
+
 class _Direction(nn.Module):
     """What each direction owns: its gates."""
 
@@ -48,7 +54,7 @@ class _Direction(nn.Module):
 
     def forward(self, streams: tuple[Tensor, ...], layout: Layout, state: State | None) -> tuple[Tensor, State | None]:
         x, q, k, v = streams
-        decay = F.logsigmoid(self.gate_up(self.gate_down(x))) / self.temperature
+        decay = log_sigmoid(self.gate_up(self.gate_down(x))) / self.temperature
         o, memory = gated_linear(
             q.unflatten(-1, (self.heads, -1)),
             k.unflatten(-1, (self.heads, -1)),
