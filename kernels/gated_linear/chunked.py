@@ -47,12 +47,16 @@ def gated_linear_chunked(
     if decay.dim() == 1:
         # In the working dtype before it is expanded, so that its gradient is summed in it.
         decay = decay.to(wide).expand(b, t, h)
+    dtype = v.dtype
+    if bonus is not None:
+        # Two paths lead to q, k and v: their gradients are to be added before they are rounded.
+        q, k, v, bonus = (x.to(wide) for x in (q, k, v, bonus))
     inputs = (q, k, v, decay, initial_state)
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     output, state, _ = _forward(q, k, v, decay, initial_state, cu_seqlens, scale, bonus is not None, train)
     if bonus is not None:
-        output = output + scale * _current(q.to(wide), k.to(wide), bonus.to(wide)) * v
-    return output.to(v.dtype), state
+        output = output + scale * _current(q, k, bonus) * v
+    return output.to(dtype), state
 
 
 def _current(q: Tensor, k: Tensor, bonus: Tensor) -> Tensor:
@@ -102,11 +106,16 @@ def _forward(
         state = form.import_state(packing.sort(initial_state) if packing else initial_state)
     dense = torch.empty_like(v, dtype=output.dtype) if packing else output
     by_group = dense.unflatten(2, (form.groups, -1))
+    used = 0
     for block in _blocks(v, packing, chunk_bytes):
         now = state[block.states]
+        used = block.saved + block.alive
         if train:
-            saved[block.saved : block.saved + block.alive] = now[: block.alive].flatten(1)
+            saved[block.saved : used] = now[: block.alive].flatten(1)
         form.forward(block, now, by_group)
+    if train:
+        # Packed sequences may need fewer states than their number and length allow for.
+        saved[used:] = 0
     state = form.export_state(state)
     if packing:
         return packing.unpack(dense), packing.unsort(state), saved

@@ -34,20 +34,21 @@ class ScalarForm(Form):
         return block.view(x).movedim(4, 3)
 
     def load(self, block: Block) -> Operands:
-        steps = self._view(block, self.decay)
-        steps = self.scratch("steps", *steps.shape).copy_(steps).clamp_(min=self.lowest)
+        # Few numbers: in float64 the differences of large sums keep the digits of small decays. MPS has no float64.
+        wide = self.dtype if self.decay.device.type == "mps" else torch.float64
+        steps = self._view(block, self.decay).to(wide).clamp(min=self.lowest)
         total = steps.cumsum(-2)
         last = total[..., -1:, :]
         exact = last.amin().item() < -FACTORISE
         reach = total - steps if self.exclusive else total
-        out = (reach if exact else reach - last).exp().mul_(self.scale)
-        into = (last - total).exp_()
+        out = (reach if exact else reach - last).to(self.dtype).exp_().mul_(self.scale)
+        into = (last - total).to(self.dtype).exp_()
         v = self._view(block, self.v)
         return Operands(
             q=self.dense("q", self._view(block, self.q)),
             k=self.dense("k", self._view(block, self.k)),
             v=self._scaled("v", v, into),
-            through=last.exp().unsqueeze(-1).flatten(0, 1),
+            through=last.to(self.dtype).exp().unsqueeze(-1).flatten(0, 1),
             parts=1,
             exact=exact,
             extra={"out": out.unsqueeze(-1), "into": into.unsqueeze(-1), "total": total, "reach": reach},
@@ -95,7 +96,11 @@ class ScalarForm(Form):
 
     def store_gradients(self, block: Block, x: Operands, dq: Tensor, dk: Tensor, dv: Tensor, into: Adjoint) -> None:
         do, v = self._view(block, into.doutput), self._view(block, self.v)
-        dv = dv.view(v.shape).mul_(x.extra["into"])
+        to = self._view(block, into.v)
+        # Written where it belongs at once, if nothing is to be added or rounded.
+        final = not x.exact and to.dtype == self.dtype
+        dv = dv.view(v.shape)
+        dv = torch.mul(dv, x.extra["into"], out=to if final else dv)
         if x.exact:
             weights, ratio = self._weights(x)
             do_heads = self._per_head("do heads", do).mul_(self.scale)
@@ -105,7 +110,9 @@ class ScalarForm(Form):
             dq.baddbmm_(dscores, x.k)
             dk.baddbmm_(dscores.mT, x.q)
             dv.add_(self._per_step(torch.bmm(weights.mT, do_heads), v))
-        for gradient, to in ((dq, into.q), (dk, into.k), (dv, into.v)):
+        if not final:
+            to.copy_(dv)
+        for gradient, to in ((dq, into.q), (dk, into.k)):
             to = self._view(block, to)
             to.copy_(gradient.view(to.shape))
         if into.decay is not None:
@@ -114,10 +121,10 @@ class ScalarForm(Form):
     def _store_decay(self, block: Block, do: Tensor, dv: Tensor, into: Adjoint) -> None:
         """e^{b_i} multiplies all of o_i, and e^{-b_j} all that comes of v_j: b_i has do_i o_i - v_i dv_i."""
         to = self._view(block, into.decay)
-        product = self.scratch("product", *dv.shape)
-        reads = torch.mul(do, self._view(block, into.output), out=product).sum(-1)
-        gradient = reads - torch.mul(self._view(block, self.v), dv, out=product).sum(-1)
+        product = torch.mul(do, self._view(block, into.output), out=self.scratch("product", *dv.shape))
+        reads = product.sum(-1) if self.exclusive else None
+        gradient = product.addcmul_(self._view(block, self.v), dv, value=-1).sum(-1)
         suffix = torch.matmul(reversed_sum(block.chunk, self.dtype, dv.device), gradient)
         tails = self.tails(block, into, suffix[..., 0, :].flatten(0, 1))
         suffix += tails.view(*to.shape[:4], 1, self.heads)
-        to.copy_(suffix.sub_(reads) if self.exclusive else suffix)
+        to.copy_(suffix if reads is None else suffix.sub_(reads))
