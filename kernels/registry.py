@@ -105,6 +105,8 @@ class Case:
         packed: whether `cu_seqlens` may be passed with these arguments.
         compile: the same arguments as `make` at the sizes that matter on a GPU, for ahead-of-time compilation and
             resource tables; None leaves the case out of it.
+        bench: `(draw, time) -> keyword arguments` at the sizes of real models, for `omnimix bench kernels`; None leaves
+            the case out of it.
     """
 
     name: str
@@ -112,6 +114,7 @@ class Case:
     state: Callable[[Draw, int], Tensor] | None = None
     packed: bool = True
     compile: Callable[[Draw], dict[str, Any]] | None = None
+    bench: Callable[[Draw, int], dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +129,8 @@ class Op:
         cases: returns the op's cases (a function, so that nothing is built at import).
         summary: one line, the recurrence or formula.
         causal: whether output t depends on inputs up to t only, for all cases.
+        flops: given a call's arguments, the floating-point operations of a forward pass's matrix products; None where
+            these do not measure the work.
     """
 
     name: str
@@ -134,6 +139,7 @@ class Op:
     cases: Callable[[], tuple[Case, ...]]
     summary: str
     causal: bool = True
+    flops: Callable[[Arguments], float] | None = None
     _warned: set[str] = field(default_factory=set, repr=False, compare=False)
 
     @property

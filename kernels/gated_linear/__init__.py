@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -82,16 +85,31 @@ def _check(q, k, v, decay, bonus, initial_state, cu_seqlens) -> None:
         raise UnsupportedShape(f"initial_state: shape {tuple(initial_state.shape)} is not {(n, h, dk, dv)}")
 
 
+def _flops(arguments: Mapping[str, Any]) -> float:
+    """Of the chunked algorithm: the state's products with k, v and q, and those within chunks of 64 steps."""
+    q, v, decay = arguments["q"], arguments["v"], arguments.get("decay")
+    (b, t, h, dv), (g, dk) = v.shape, q.shape[2:]
+    chunk = min(64, t)
+    scores = h if decay is not None and decay.dim() == 4 else g
+    return 2.0 * b * t * (2 * h * dk * dv + chunk * (h * dv + scores * dk))
+
+
 def _case(
-    name: str, decay: str | None, groups: int = 2, bonus: bool = False, heads: int = 2, compiled: bool = False
+    name: str,
+    decay: str | None,
+    groups: int = 2,
+    bonus: bool = False,
+    heads: int = 2,
+    compiled: bool = False,
+    typical: tuple[int, int, int, int] | None = None,
 ) -> Case:
-    def arguments(draw: Draw, b: int, t: int, g: int, h: int, dk: int, dv: int):
+    def arguments(draw: Draw, b: int, t: int, g: int, h: int, dk: int, dv: int, strength: float = 1.0):
         shapes = {"head": (h,), "scalar": (b, t, h), "channel": (b, t, h, dk)}
         made = {
             "q": draw.normal(b, t, g, dk),
             "k": draw.normal(b, t, g, dk, scale=dk**-0.5),
             "v": draw.normal(b, t, h, dv),
-            "decay": None if decay is None else draw.log_decay(*shapes[decay]),
+            "decay": None if decay is None else draw.log_decay(*shapes[decay], scale=strength),
         }
         return made | ({"bonus": draw.normal(h, dk)} if bonus else {})
 
@@ -102,6 +120,8 @@ def _case(
         make=lambda draw, b, t: arguments(draw, b, t, groups, heads, 5, 7),
         state=lambda draw, n: draw.normal(n, heads, 5, 7),
         compile=(lambda draw: arguments(draw, 2, 1024, *large)) if compiled else None,
+        # Trained decays are weaker than those that the laws are tried on.
+        bench=(lambda draw, t: arguments(draw, 1, t, *typical, strength=0.05)) if typical else None,
     )
 
 
@@ -110,8 +130,8 @@ def _cases() -> tuple[Case, ...]:
         _case("no decay", None, compiled=True),
         _case("decay per head", "head"),
         _case("scalar decay", "scalar"),
-        _case("scalar decay, grouped", "scalar", groups=1, heads=4, compiled=True),
-        _case("decay per channel", "channel", compiled=True),
+        _case("scalar decay, grouped", "scalar", groups=1, heads=4, compiled=True, typical=(1, 24, 128, 64)),
+        _case("decay per channel", "channel", compiled=True, typical=(3, 3, 32, 64)),
         _case("decay per channel, grouped", "channel", groups=1),
         _case("bonus", "channel", bonus=True, compiled=True),
         _case("bonus, scalar decay", "scalar", bonus=True),
@@ -139,6 +159,7 @@ OP = register_op(
         ),
         sequences=("q", "k", "v", "decay"),
         cases=_cases,
+        flops=_flops,
         summary="S_t = diag(e^{g_t}) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t",
     )
 )
