@@ -1,0 +1,65 @@
+"""CONTRIBUTING.md is true: following its page on mixers, to the letter, gives a mixer that obeys the laws."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^ *```(\w+)(?: file=(\S+))?\n(.*?)^ *```", re.M | re.S)
+
+
+def follow(page: str, root: Path) -> list[str]:
+    """Do what the code blocks of `page` say in a copy of the repository, and return the shell commands."""
+    commands = []
+    for language, file, text in BLOCK.findall(page):
+        text = textwrap.dedent(text)
+        if language == "sh":
+            commands += text.strip().splitlines()
+        elif language == "diff":
+            content = (root / file).read_text()
+            removed = "\n".join(line[1:] for line in text.splitlines() if line.startswith("-"))
+            added = "\n".join(line[1:] for line in text.splitlines() if line.startswith("+"))
+            assert removed in content, f"{file} has no line {removed!r}"
+            (root / file).write_text(content.replace(removed, added))
+        else:
+            (root / file).write_text(text)
+    return commands
+
+
+@pytest.mark.timeout(600)
+def test_following_the_page_on_mixers_gives_a_mixer(tmp_path: Path):
+    root = tmp_path / "omnimix"
+    shutil.copytree(
+        ROOT, root, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "build", "__pycache__", ".*_cache")
+    )
+    page = (ROOT / "CONTRIBUTING.md").read_text().split("## Add a mixer")[1].split("\n## ")[0]
+    commands = follow(page, root)
+    assert commands == [".venv/bin/python -m pytest tests/laws -k fading"]
+    lines = (root / "backbones/mixers/fading.py").read_text().count("\n")
+    assert lines <= 150
+    run = subprocess.run(
+        [sys.executable, *commands[0].split()[1:], "-q", "-p", "no:cacheprovider", "--durations=0"],
+        cwd=root,
+        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-10_000:] + run.stderr[-3_000:]
+    passed = int(re.search(r"(\d+) passed", run.stdout)[1])
+    assert passed >= 30 and " skipped" not in run.stdout
+    assert (
+        str(ROOT)
+        not in subprocess.run(
+            [sys.executable, "-c", "import omnimix; print(omnimix.__file__)"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        ).stdout
+    )
