@@ -153,11 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     watch = Stopwatch(device=torch.device(options.device), repeats=options.repeats)
     rate = gemm_rate(watch, DTYPES[options.dtype])
     where = f"{options.device}, {torch.get_num_threads()} threads" if options.device == "cpu" else options.device
-    emit(
-        f"models in {options.dtype}, batch {options.batch}, on {where}; a large matrix product runs at {rate:.0f} GFLOP/s",
-        rows,
-        options.json,
-    )
+    title = f"models in {options.dtype}, batch {options.batch}, on {where}"
+    emit(f"{title}; a large matrix product runs at {rate:.0f} GFLOP/s", rows, options.json)
     if options.plot:
         plot(rows, options.plot)
     return 0
