@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import logging
 import re
@@ -20,7 +21,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from ..backbones.config import ChannelConfig, MixerConfig
-from ..errors import CheckpointError, ConfigError
+from ..backbones.mixers import get_mixer
+from ..errors import CheckpointError, ConfigError, OmnimixError, UnknownName
 from ..modalities import load_weights
 from . import CONFIGS
 from .training import History, LastCheckpoint, SeedEveryStep, precision
@@ -84,6 +86,14 @@ class Parser(LightningArgumentParser):
         raise ConfigError(self._with_hint(" ".join(str(message).split()))) from ex
 
     def _with_hint(self, message: str) -> str:
+        unknown = re.search(r"Expected a dot import path string: (\w+)", message)
+        if unknown is not None:
+            return str(UnknownName("class", unknown[1], [c.__name__ for c in _subclasses(pl.LightningDataModule)]))
+        unknown = re.search(r"Option '(\w+)' is not accepted", message)
+        if unknown is not None:
+            parts = _subclasses(MixerConfig) | _subclasses(ChannelConfig)
+            fields = {field.name for part in parts for field in dataclasses.fields(part)}
+            return str(UnknownName("option", unknown[1], fields))
         unknown = re.search(r"does not accept option '([^']+)'|[Uu]nrecognized arguments: --?([^\s=]+)", message)
         if unknown is None:
             return message
@@ -96,6 +106,19 @@ class Parser(LightningArgumentParser):
     def _options(self) -> list[argparse.Action]:
         parsers = [self, *(self._subcommands_action.choices.values() if self._subcommands_action else ())]
         return [action for parser in parsers for action in parser._actions]
+
+
+def _subclasses(cls: type) -> set[type]:
+    """The classes of omnimix that derive from `cls`."""
+    found = {child for direct in cls.__subclasses__() for child in (direct, *_subclasses(direct))}
+    return {child for child in found if child.__module__.split(".")[0] == __package__.split(".")[0]}
+
+
+def _own_error(error: BaseException | None) -> OmnimixError | None:
+    """The error of ours that a parser has wrapped into its own, if there is one."""
+    while error is not None and not isinstance(error, OmnimixError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 class EpochLines(pl.Callback):
@@ -148,7 +171,7 @@ class RecipeCLI(LightningCLI):
                 parser_class=Parser,
                 parser_kwargs={command: {"default_config_files": [str(CONFIGS / f"{recipe}.yaml")]}},
                 auto_configure_optimizers=False,
-                args=[command, *argv],
+                args=[command, *_typed_options(argv)],
             )
         finally:
             sys.argv = program
@@ -195,7 +218,7 @@ class RecipeCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+            raise _own_error(error) or ConfigError(" ".join(str(error).split())) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self.options.trainer
@@ -280,6 +303,21 @@ def argument(argv: list[str], name: str, default: str) -> str:
 def with_run_config(argv: list[str], folder: RunFolder) -> list[str]:
     """The command line with the configuration that a run was started with in front, so that flags still win."""
     return ["--config", str(folder.config), *argv] if folder.config.is_file() else argv
+
+
+def _typed_options(argv: list[str]) -> list[str]:
+    """Before the first `--model.mixers.NAME.OPTION`, say which class the options of that mixer are."""
+    typed: list[str] = []
+    seen: set[str] = set()
+    for word in argv:
+        found = re.match(r"--model\.mixers\.(\w+)(\.)?", word)
+        if found is not None and found[1] not in seen:
+            seen.add(found[1])
+            if found[2]:
+                config = get_mixer(found[1]).config
+                typed.append(f"--model.mixers.{found[1]}={config.__module__}.{config.__name__}")
+        typed.append(word)
+    return typed
 
 
 def _packaged_configs(argv: list[str], recipe: str) -> tuple[list[str], str]:

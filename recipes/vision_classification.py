@@ -84,6 +84,8 @@ class VisionClassification(pl.LightningModule):
         backbone = replace(plain.backbone, pattern=pattern, scan=scan, channel=channel, mixers=options)
         self.mixer, self.training_config = mixer, training
         self.model = ImageClassifier(replace(plain, backbone=backbone))
+        # As large as the patches: starting at 0.02, a small data set needs many epochs to find out where things are.
+        torch.nn.init.trunc_normal_(self.model.tokenizer.positions, std=1.0)
         self.acc1 = MulticlassAccuracy(classes, top_k=1, average="micro")
         self.acc5 = MulticlassAccuracy(classes, top_k=min(5, classes), average="micro")
         self._mixing = mixing(training, classes)
