@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,6 +81,12 @@ def axis_weights(old: int, new: int, like: Tensor) -> Float[Tensor, "new old"]:
     return F.interpolate(basis[None, None], size=(new, old), mode="bicubic", antialias=True)[0, 0]
 
 
+def _full_precision(device: str) -> contextlib.AbstractContextManager[None]:
+    """No autocast: positions keep their precision."""
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()
+
+
 def resize_table(table: Tensor, *sizes: int) -> Tensor:
     """A table of vectors with its leading axes resized.
 
@@ -90,7 +97,9 @@ def resize_table(table: Tensor, *sizes: int) -> Tensor:
     out = table.to(torch.promote_types(table.dtype, torch.float32))
     for axis, size in enumerate(sizes):
         if out.shape[axis] != size:
-            out = torch.tensordot(axis_weights(out.shape[axis], size, out), out, dims=([1], [axis])).movedim(0, axis)
+            with _full_precision(out.device.type):
+                weights = axis_weights(out.shape[axis], size, out)
+                out = torch.tensordot(weights, out, dims=([1], [axis])).movedim(0, axis)
     return out.to(table.dtype)
 
 

@@ -72,6 +72,19 @@ def test_resized_positions_equal_interpolate(sizes):
     torch.testing.assert_close(resize_table(table, *sizes), expected[0].permute(1, 2, 0))
 
 
+def test_resized_positions_keep_their_precision_under_autocast():
+    table = image(5, 7, 3).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = resize_table(table, 9, 4)
+        assert tokenizer().float()(image(1, 3, 9, 23).float())[0].isfinite().all()
+    assert torch.equal(inside, resize_table(table, 9, 4))
+
+
+def test_shapes_on_the_meta_device():
+    tokens, layout = tokenizer().to("meta")(image(1, 3, 9, 23).to("meta"))
+    assert tokens.shape == (1, 18, 8) and layout.grid == (1, 3, 6)
+
+
 def test_positions_say_where_the_patch_is():
     net = tokenizer(size=(16, 24))
     tokens, _ = net(torch.zeros(1, 3, 16, 24, dtype=torch.float64))
