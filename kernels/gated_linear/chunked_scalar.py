@@ -41,8 +41,8 @@ class ScalarForm(Form):
         last = total[..., -1:, :]
         exact = last.amin().item() < -FACTORISE
         reach = total - steps if self.exclusive else total
-        out = (reach if exact else reach - last).to(self.dtype).exp_().mul_(self.scale)
-        into = (last - total).to(self.dtype).exp_()
+        out = (reach if exact else reach - last).to(self.dtype).exp().mul_(self.scale)
+        into = (last - total).to(self.dtype).exp()
         v = self._view(block, self.v)
         return Operands(
             q=self.dense("q", self._view(block, self.q)),
