@@ -154,9 +154,10 @@ def usage(kernel: Any, target: Target) -> dict[str, Any]:
     if target.backend == "hip":
         text = kernel.asm["amdgcn"]
         count = {name: int(n) for name, n in re.findall(r"^\s*\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)}
+        # Scalar registers spill into lanes of vector registers, not into memory: those do not count.
         return {
             "registers": count["vgpr_count"],
-            "spills": count["vgpr_spill_count"] + count["sgpr_spill_count"],
+            "spills": count["vgpr_spill_count"],
             "stack": count["private_segment_fixed_size"],
             "mma": "mfma" if "v_mfma" in text else "",
         }
@@ -169,7 +170,7 @@ def usage(kernel: Any, target: Target) -> dict[str, Any]:
         report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", report).groups())
     kinds = [kind for kind in ("wgmma", "tcgen05", "mma.sync") if kind in kernel.asm["ptx"]]
-    # Spills are counted when a driver loads the kernel; before, the stack shows them: our kernels use it for nothing else.
+    # Spills are counted when a driver loads the kernel; before, the stack shows them, which we use for nothing else.
     return {"registers": registers, "spills": stack // 4, "stack": stack, "mma": " ".join(kinds)}
 
 

@@ -12,8 +12,6 @@ reads the state, `suffix` the sum from behind a step to the end. With a bonus th
 decay, so the prefix leaves that out.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -152,8 +150,8 @@ def _state_kernel(
 def _score_kernel(
     q, k, decay, bonus, scores, table, bounds,
     q_strides, k_strides, d_strides, length, chunks, H, G, K,
-    scale: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, DECAY: tl.constexpr, MODE: tl.constexpr, PACKED: tl.constexpr,
-    BONUS: tl.constexpr, BK: tl.constexpr,
+    scale: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, DECAY: tl.constexpr, MODE: tl.constexpr,
+    PACKED: tl.constexpr, BONUS: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The weight of value j in output i, both in one chunk. Program: chunk and head, block of ROWS outputs.
 
@@ -323,13 +321,13 @@ def _channel_pairs(q, k, qt, kt, grads, decay, t, low, high, column, width, q_st
     return dq, dk, dd
 
 
-@tuned([{"num_warps": 8}], key=["K", "V", "DECAY"])
+@tuned([{"num_warps": 4}], key=["K", "V", "DECAY"])
 @triton.jit
 def _gradient_kernel(
     q, k, v, do, decay, bonus, states, state_grads, score_grads, dq, dk, dd, du, table, bounds,
     q_strides, k_strides, v_strides, do_strides, d_strides, length, chunks, tokens, H, G, K, V,
-    scale: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, MODE: tl.constexpr, PACKED: tl.constexpr, BONUS: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr,
+    scale: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, MODE: tl.constexpr, PACKED: tl.constexpr,
+    BONUS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Gradients of q, k, the log decay and the bonus, each per head. Program: chunk and head, tile of channels."""
     ACC: tl.constexpr = tl.float64 if MODE == "float64" else tl.float32
@@ -437,7 +435,8 @@ class _Call:
             "d_strides": (0, 0, 0) if form == NONE.value else self.decay.stride()[:3],
             "length": self.length, "chunks": self.chunks, "bounds": self.bounds,
             "H": self.heads, "G": x.shape[2], "K": x.shape[3], "scale": scale, "C": self.size, "DECAY": form,
-            "MODE": self.mode, "PACKED": self.table is not None, "BONUS": int(bonus), "BK": self._tile(x.shape[3], form),
+            "MODE": self.mode, "PACKED": self.table is not None, "BONUS": int(bonus),
+            "BK": self._tile(x.shape[3], form),
         }  # fmt: skip
 
     def states(self, x, y, initial, scale: float, reverse: bool) -> tuple[Tensor, Tensor]:
@@ -477,8 +476,9 @@ class _Call:
         """Of q, k (both (b, t, g, k)), of the decay and of the bonus (empty where there is none)."""
         b, t, h, g, k = self.batch, self.length, self.heads, self.q.shape[2], self.width
         common = self._common(scale, self.q, self.form, self.bonus is not None)
-        common["BK"] = tile(k, 32)
-        parts = triton.cdiv(k, 32)
+        # Half as wide as elsewhere, since q, k and their gradients are all kept.
+        common["BK"] = max(16, self._tile(k, self.form) // 2)
+        parts = triton.cdiv(k, common["BK"])
         dq, dk = (self._new(b, t, h, k, dtype=self.q.dtype if g == h else self.dtype) for _ in range(2))
         shapes = {NONE.value: (0,), SCALAR.value: (parts, b, t, h), CHANNEL.value: (b, t, h, k)}
         dd = self._new(*shapes[self.form])
