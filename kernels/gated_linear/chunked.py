@@ -114,7 +114,7 @@ def _forward(
             saved[block.saved : used] = now[: block.alive].flatten(1)
         form.forward(block, now, by_group)
     if train:
-        # Packed sequences may need fewer states than their number and length allow for.
+        # Blocks of several chunks need fewer states than there is room for.
         saved[used:] = 0
     state = form.export_state(state)
     if packing:
@@ -126,10 +126,9 @@ def _forward(
 def _outputs(q, k, v, decay, initial_state, cu_seqlens, scale, exclusive, train):
     """Empty tensors of the shapes of the output, the final state and the saved states."""
     (b, t, h, dv), dk = v.shape, q.shape[-1]
-    sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    n = b if sequences is None else sequences
+    n = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
     wide = torch.promote_types(v.dtype, torch.float32)
-    rows = saved_states(b, t, _chunk_bytes(q, v), sequences) if train else 0
+    rows = saved_states(b * t, n) if train else 0
     return (
         v.new_empty(b, t, h, dv, dtype=wide),
         v.new_empty(n, h, dk, dv, dtype=wide),

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 
 CHUNK = 64
 # Aimed at: the operands of one block, in bytes. Measured: smaller blocks pay for calls, larger ones for cache misses.
@@ -78,13 +78,9 @@ def batch_blocks(batch: int, time: int, chunk_bytes: int) -> Iterator[Block]:
             saved += n
 
 
-def saved_states(batch: int, time: int, chunk_bytes: int, packed: int | None) -> int:
-    """How many states the blocks start from, at most."""
-    if packed is None:
-        chunk = min(CHUNK, time)
-        whole = time // chunk
-        return batch * (math.ceil(whole / sizes(chunk_bytes, batch, whole)[1]) + (time % chunk > 0))
-    return time // CHUNK + packed
+def saved_states(steps: int | SymInt, sequences: int | SymInt) -> int | SymInt:
+    """How many states the blocks start from, at most: one a chunk. A bound, so that it holds for symbolic sizes too."""
+    return steps // CHUNK + sequences
 
 
 class Packing:
