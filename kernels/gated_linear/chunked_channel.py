@@ -97,7 +97,12 @@ class ChannelForm(Form):
 
     def store_gradients(self, block: Block, x: Operands, dq: Tensor, dk: Tensor, dv: Tensor, into: Adjoint) -> None:
         shape = x.extra["out"].shape
-        dq, dk = dq.view(shape).mul_(x.extra["out"]), dk.view(shape).mul_(x.extra["into"])
+        # Written where they belong at once, if nothing is to be added or rounded.
+        final = not x.exact and self.heads == 1 and into.q.dtype == into.k.dtype == self.dtype
+        dq, dk = dq.view(shape), dk.view(shape)
+        to_q, to_k, to_v = (self._view(block, to, x.parts) for to in (into.q, into.k, into.v))
+        dq = torch.mul(dq, x.extra["out"], out=to_q if final else dq)
+        dk = torch.mul(dk, x.extra["into"], out=to_k if final else dk)
         if x.exact:
             do = self.load_gradient(block, x, into.doutput)
             scores, ratio, q, k = self._exact(block, x)
@@ -107,21 +112,21 @@ class ChannelForm(Form):
             dk += (ratio * q.unsqueeze(2)).sum(1).view(shape)
         if into.decay is not None:
             self._store_decay(block, x, dq, dk, into)
-        for gradient, to in ((dq, into.q), (dk, into.k)):
-            to = self._view(block, to, x.parts)
+        for gradient, to in () if final else ((dq, to_q), (dk, to_k)):
             to.copy_(gradient if self.heads == 1 else gradient.sum(4, keepdim=True))
-        to = self._view(block, into.v, x.parts)
-        to.copy_(dv.view(to.shape))
+        to_v.copy_(dv.view(to_v.shape))
 
     def _store_decay(self, block: Block, x: Operands, dq: Tensor, dk: Tensor, into: Adjoint) -> None:
         """e^{b_i} multiplies q_i, and e^{-b_j} k_j: the gradient of b_i is q_i dq_i - k_i dk_i, channel by channel."""
         to = self._view(block, into.decay, x.parts)
         n, c, dk_size = x.q.shape
-        reads = torch.mul(self._view(block, self.q, x.parts), dq, out=self.scratch("reads q", *to.shape))
-        gradient = torch.mul(self._view(block, self.k, x.parts), dk, out=self.scratch("reads k", *to.shape))
-        torch.sub(reads, gradient, out=gradient)
+        gradient = torch.mul(self._view(block, self.q, x.parts), dq, out=self.scratch("gradient", *to.shape))
+        reads = gradient.clone() if self.exclusive else None
+        gradient.addcmul_(self._view(block, self.k, x.parts), dk, value=-1)
         sums = reversed_sum(c, self.dtype, dq.device).expand(n, c, c)
         suffix = torch.bmm(sums, gradient.view(n, c, dk_size), out=self.scratch("suffix", n, c, dk_size))
         tails = self.tails(block, into, suffix[:, 0].view(*x.through.shape[:-1]))
-        suffix = suffix.add_(tails.view(n, 1, dk_size)).view(to.shape)
-        to.copy_(suffix.sub_(reads) if self.exclusive else suffix)
+        suffix, tails = suffix.view(to.shape), tails.view(*to.shape[:-2], 1, dk_size)
+        torch.add(suffix, tails, out=to if reads is None else suffix)
+        if reads is not None:
+            torch.sub(suffix, reads, out=to)

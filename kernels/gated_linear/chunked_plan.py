@@ -26,6 +26,7 @@ class Block:
     Args:
         batch, time: where its steps are in the tensors `(batch, time, ...)`.
         chunk: steps in a chunk.
+        region: the steps around it that are divided into chunks of that size.
         states: the rows of its sequences in state tensors.
         steps: in order of time, the chunks that may be handled at once, as (first, number) in the block's chunk order
             (time first, then sequence). The number never grows: longer sequences come first.
@@ -35,6 +36,7 @@ class Block:
     batch: slice
     time: slice
     chunk: int
+    region: slice
     states: slice
     steps: tuple[tuple[int, int], ...]
     saved: int
@@ -62,6 +64,7 @@ def batch_blocks(batch: int, time: int, chunk_bytes: int) -> Iterator[Block]:
     chunk = min(CHUNK, time)
     whole = time // chunk
     rows, count = sizes(chunk_bytes, batch, whole)
+    body, rest = slice(0, whole * chunk), slice(whole * chunk, time)
     saved = 0
     for first in range(0, batch, rows):
         n = min(rows, batch - first)
@@ -70,11 +73,10 @@ def batch_blocks(batch: int, time: int, chunk_bytes: int) -> Iterator[Block]:
             m = min(count, whole - c)
             steps = tuple((i * n, n) for i in range(m))
             times = slice(c * chunk, (c + m) * chunk)
-            yield Block(batch=where, time=times, chunk=chunk, states=where, steps=steps, saved=saved)
+            yield Block(batch=where, time=times, chunk=chunk, region=body, states=where, steps=steps, saved=saved)
             saved += n
         if tail := time - whole * chunk:
-            times = slice(time - tail, time)
-            yield Block(batch=where, time=times, chunk=tail, states=where, steps=((0, n),), saved=saved)
+            yield Block(batch=where, time=rest, chunk=tail, region=rest, states=where, steps=((0, n),), saved=saved)
             saved += n
 
 
@@ -131,7 +133,10 @@ class Packing:
 
     def _close(self, start: int, used: int, chunk: int, states: slice, steps: list[tuple[int, int]], saved: int) -> int:
         times = slice(start * chunk, (start + used) * chunk)
-        block = Block(batch=slice(0, 1), time=times, chunk=chunk, states=states, steps=tuple(steps), saved=saved)
+        everything, row = slice(0, None), slice(0, 1)
+        block = Block(
+            batch=row, time=times, chunk=chunk, region=everything, states=states, steps=tuple(steps), saved=saved
+        )
         self.blocks.append(block)
         return saved + block.alive
 

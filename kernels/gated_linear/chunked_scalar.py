@@ -6,6 +6,8 @@ group, (c, k) by (k, h / g * v): Mamba-2's sizes then run as large matrix produc
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -13,10 +15,29 @@ from .chunked_forms import FACTORISE, Adjoint, Form, Operands, reversed_sum
 from .chunked_plan import Block
 
 
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """What the decays of a region come to, each `(b, chunks, c or 1, g, h / g)`.
+
+    Args:
+        total: cumulative log decays within the chunk; `reach`: as far as the output sees them.
+        out: on the output of a factorised chunk; `into`: on v; `through`: on the state.
+        steep: for each sequence and chunk, whether it is too steep to be factorised.
+    """
+
+    total: Tensor
+    reach: Tensor
+    out: Tensor
+    into: Tensor
+    through: Tensor
+    steep: list[list[bool]]
+
+
 class ScalarForm(Form):
     """Operands are `(N, c, k)` and `(N, c, h / g * v)`, N running over chunks and groups."""
 
     def layout(self, dk: int, dv: int) -> tuple[tuple[int, ...], tuple[int, int]]:
+        self._regions: dict[tuple[int, int], Factors] = {}
         return (self.groups, dk, self.heads, dv), (dk, self.heads * dv)
 
     def import_state(self, state: Tensor) -> Tensor:
@@ -33,25 +54,47 @@ class ScalarForm(Form):
         """`(b, t, g, ...)` -> `(m, r, 1, g, c, ...)`"""
         return block.view(x).movedim(4, 3)
 
+    def _region(self, block: Block) -> Factors:
+        """The factors of the whole region: small tensors, for which calls in every block would cost more than the work."""
+        key = (block.region.start, block.chunk)
+        if key not in self._regions:
+            # In float64 the differences of large sums keep the digits of small decays. MPS has no float64.
+            wide = self.dtype if self.decay.device.type == "mps" else torch.float64
+            steps = self.decay[:, block.region].to(wide).clamp(min=self.lowest).unflatten(1, (-1, block.chunk))
+            total = steps.cumsum(2)
+            last = total[:, :, -1:]
+            reach = total - steps if self.exclusive else total
+            self._regions[key] = Factors(
+                total=total,
+                reach=reach,
+                out=(reach - last).to(self.dtype).exp().mul_(self.scale),
+                into=(last - total).to(self.dtype).exp(),
+                through=last.to(self.dtype).exp(),
+                steep=(last.amin((2, 3, 4)) < -FACTORISE).tolist(),
+            )
+        return self._regions[key]
+
     def load(self, block: Block) -> Operands:
-        # Few numbers: in float64 the differences of large sums keep the digits of small decays. MPS has no float64.
-        wide = self.dtype if self.decay.device.type == "mps" else torch.float64
-        steps = self._view(block, self.decay).to(wide).clamp(min=self.lowest)
-        total = steps.cumsum(-2)
-        last = total[..., -1:, :]
-        exact = last.amin().item() < -FACTORISE
-        reach = total - steps if self.exclusive else total
-        out = (reach if exact else reach - last).to(self.dtype).exp().mul_(self.scale)
-        into = (last - total).to(self.dtype).exp()
-        v = self._view(block, self.v)
+        region = self._region(block)
+        first = (block.time.start - block.region.start) // block.chunk
+        chunks = slice(first, first + (block.time.stop - block.time.start) // block.chunk)
+
+        def pick(x: Tensor) -> Tensor:
+            """`(b, chunks, c, g, h / g)` -> `(m, r, 1, g, c, h / g)`"""
+            return x[block.batch, chunks].transpose(0, 1).unsqueeze(2).movedim(4, 3)
+
+        exact = any(any(row[chunks]) for row in region.steep[block.batch])
+        within = {"total": pick(region.total), "reach": pick(region.reach)} if exact else {}
+        out = within["reach"].to(self.dtype).exp().mul_(self.scale) if exact else pick(region.out)
+        into = pick(region.into)
         return Operands(
             q=self.dense("q", self._view(block, self.q)),
             k=self.dense("k", self._view(block, self.k)),
-            v=self._scaled("v", v, into),
-            through=last.to(self.dtype).exp().unsqueeze(-1).flatten(0, 1),
+            v=self._scaled("v", self._view(block, self.v), into),
+            through=pick(region.through).unsqueeze(-1).flatten(0, 1),
             parts=1,
             exact=exact,
-            extra={"out": out.unsqueeze(-1), "into": into.unsqueeze(-1), "total": total, "reach": reach},
+            extra={"out": out.unsqueeze(-1), "into": into.unsqueeze(-1), **within},
         )
 
     def _scaled(self, name: str, x: Tensor, factor: Tensor) -> Tensor:
