@@ -19,29 +19,44 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
 
 
 def list_mixers(argv: list[str]) -> None:
-    options = _parser("list mixers", "The sequence mixers, and what each declares to serve.").parse_args(argv)
-    emit("mixers", mixer_rows(), options.json)
+    parser = _parser("list mixers", "The sequence mixers, and what each declares to serve.")
+    parser.add_argument("--markdown", action="store_true", help="print the table as it stands in the README")
+    options = parser.parse_args(argv)
+    if options.markdown:
+        print(markdown(mixer_rows()), end="")
+    else:
+        emit("mixers", mixer_rows(), options.json)
 
 
 def mixer_rows() -> list[dict[str, Any]]:
-    """One row a mixer: its name, whether it streams with a state of constant size, what it is, and the paper."""
+    """One row a mixer: its name, what it is, and from what it declares, how it serves sequences in time and on grids."""
+    from .backbones.config import Site
     from .backbones.mixers import get_mixer
     from .backbones.mixers import list_mixers as names
+    from .backbones.wrappers.scan import scan_orders
 
     rows = []
     for name in names():
         entry = get_mixer(name)
-        constant = bool(getattr(entry.build, "constant_state", False))
+        forward, both = (entry.build(32, entry.examples[0], Site(scan=scan_orders(s))) for s in ("forward", "both"))
+        streams = f"streams, {'constant state' if forward.constant_state else 'growing cache'}"
         rows.append(
             {
                 "mixer": name,
-                "state": "constant" if constant else "grows",
-                "options": entry.config.__name__,
-                "summary": entry.summary,
+                "what it is": entry.summary,
+                "causal sequences": "no" if not forward.causal else streams if forward.streaming else "yes",
+                "packed": "yes" if forward.packed else "no",
+                "images": "both ways" if forward.bidirectional else "by scans" if both.bidirectional else "no",
                 "source": entry.source,
             }
         )
     return rows
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def list_models(argv: list[str]) -> None:
