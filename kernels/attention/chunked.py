@@ -1,4 +1,4 @@
-"""Softmax attention on torch's scaled_dot_product_attention."""
+"""Softmax attention on torch's scaled_dot_product_attention; windows block by block, at a cost of T · window."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .visible import positions, visible_keys
+from .visible import Rule, positions, visible_keys
 
 
 def attention_chunked(
@@ -23,23 +23,108 @@ def attention_chunked(
     k_positions: Tensor | None,
 ) -> Tensor:
     """See `omnimix.kernels.attention`."""
-    rule = {"causal": causal, "window": window, "sinks": sinks}
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    out, (q, k, v) = v.dtype, (x.to(dtype) for x in (q, k, v))
+    rule = Rule(causal=causal, window=window, sinks=sinks)
     if cu_seqlens is not None:
-        lengths = cu_seqlens.diff().tolist()
-        sequences = zip(q.split(lengths, 1), k.split(lengths, 1), v.split(lengths, 1), strict=True)
-        return torch.cat(
-            [
-                _attend(*s, *positions(None, None, n, n, q.device), scale, rule)
-                for n, s in zip(lengths, sequences, strict=True)
-            ],
-            dim=1,
-        )
-    return _attend(q, k, v, *positions(q_positions, k_positions, q.shape[1], k.shape[1], q.device), scale, rule)
+        from .packed import attention_packed
+
+        # -1 is no window: an op's schema has no optional numbers that torch.compile keeps static.
+        o = attention_packed(q, k, v, cu_seqlens, causal, -1 if window is None else window, sinks, scale)
+    elif q_positions is not None or k_positions is not None:
+        p, s = positions(q_positions, k_positions, q.shape[1], k.shape[1], q.device)
+        o = _masked(q, k, v, visible_keys(p[:, None, :, None], s[:, None, None, :], rule), scale)
+    else:
+        o = aligned(q, k, v, rule, scale)
+    return o.to(out)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, p: Tensor, s: Tensor, scale: float, rule: dict) -> Tensor:
-    seen = visible_keys(p[:, None, :, None], s[:, None, None, :], **rule)
-    sees = seen.any(-1, keepdim=True)
+def aligned(q: Tensor, k: Tensor, v: Tensor, rule: Rule, scale: float) -> Tensor:
+    """Attention where keys stand at 0 … tk-1 and the queries are the last of them. Shapes as in `attention`."""
+    tq, tk = q.shape[1], k.shape[1]
+    if rule.window is not None and rule.window < tk:
+        block = -(-max(rule.window - 1, 1) // 64) * 64
+        # With fewer blocks there is nothing to save.
+        if tq > 2 * block and tq <= tk:
+            return _windowed(q, k, v, rule, scale, block)
+    elif not rule.causal or tq == 1:
+        return _sdpa(q, k, v, scale)
+    elif tq == tk:
+        return _sdpa(q, k, v, scale, causal=True)
+    p, s = positions(None, None, tq, tk, q.device)
+    return _masked(q, k, v, visible_keys(p[:, None, :, None], s[:, None, None, :], rule), scale)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    heads, groups, width = q.shape[2], k.shape[2], v.shape[3]
+    if q.device.type == "cpu" and q.shape[3] != width:
+        # The CPU's fused kernel wants one width, and without it every score is written to memory.
+        extra = width - q.shape[3]
+        q, k, v = (F.pad(x, (0, max(n, 0))) for x, n in ((q, extra), (k, extra), (v, -extra)))
+    if q.device.type == "cuda" and heads != groups and (mask is not None or q.dtype == torch.float32):
+        # The fused kernel that takes masks and float32 does not take grouped heads.
+        k, v = (x.repeat_interleave(heads // groups, dim=2) for x in (k, v))
+        groups = heads
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=seen | ~sees, scale=scale, enable_gqa=True)
-    return torch.where(sees, o, 0).transpose(1, 2)
+    o = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=heads != groups
+    )
+    return o.transpose(1, 2)[..., :width]
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """Attention with a mask [b or 1, 1, tq, tk], in which some queries may see nothing."""
+    sees = seen.any(-1, keepdim=True)
+    o = _sdpa(q, k, v, scale, mask=seen | ~sees)
+    return torch.where(sees.transpose(1, 2), o, 0)
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, rule: Rule, scale: float, block: int) -> Tensor:
+    """Blocks of queries become batch rows; each meets the sinks, its own keys and a block before (and after) them.
+
+    `block` is at least window - 1. All blocks share one mask but those at the ends of the sequence, where keys are
+    missing or are sinks at the same time.
+    """
+    (b, tq), tk = q.shape[:2], k.shape[1]
+    n, first, around = -(-tq // block), tk - tq, 2 if rule.causal else 3
+    sinks = min(rule.sinks, tk)
+    q = F.pad(q, (0, 0, 0, 0, 0, n * block - tq)).unflatten(1, (n, block))
+    # Keys from `block` before the first query on, to the end of the last block's reach.
+    span = slice(max(first - block, 0), tk)
+    before, reach = max(block - first, 0), (n + around - 1) * block
+    beyond = reach - before - (tk - span.start)
+
+    def reached(x: Tensor) -> Tensor:
+        """The keys that each block meets, [b, n, sinks + around · block, …]."""
+        own = F.pad(x[:, span], (0, 0, 0, 0, before, beyond)).unflatten(1, (n + around - 1, block))
+        kept = x[:, None, :sinks].expand(-1, n, -1, -1, -1)
+        return torch.cat([kept, *(own[:, i : i + n] for i in range(around))], dim=2)
+
+    k, v = reached(k), reached(v)
+    start = max(0, -(-(sinks + block - first) // block))
+    stop = n if rule.causal else max(start, (tk - first) // block - 1)
+    outputs = []
+    for i, j in ((0, min(start, n)), (start, stop), (max(start, stop), n)):
+        if i < j:
+            shared = (i, j) == (start, stop)
+            seen = _block_mask(range(i, i + 1 if shared else j), block, first, tk, sinks, around, rule, q.device)
+            rows = (x[:, i:j].flatten(0, 1) for x in (q, k, v))
+            mask = seen.expand(b * (j - i), -1, -1, -1) if shared else seen.repeat(b, 1, 1, 1)
+            outputs.append(_sdpa(*rows, scale, mask=mask).unflatten(0, (b, j - i)))
+    return torch.cat(outputs, dim=1).flatten(1, 2)[:, :tq]
+
+
+def _block_mask(
+    blocks: range, block: int, first: int, tk: int, sinks: int, around: int, rule: Rule, device: torch.device
+) -> Tensor:
+    """What the queries of some blocks see of the keys that they meet, [blocks, 1, block, sinks + around · block]."""
+    index = torch.arange(blocks.start, blocks.stop, device=device)[:, None, None]
+    start = first + index * block
+    p = start + torch.arange(block, device=device)[:, None]
+    near = start - block + torch.arange(around * block, device=device)
+    # A sink in reach of the window is met twice, and counts among the sinks.
+    of_near = visible_keys(p, near, rule) & (near >= sinks) & (near < tk)
+    of_sinks = visible_keys(p, torch.arange(sinks, device=device), rule).expand(len(blocks), block, sinks)
+    seen = torch.cat([of_sinks, of_near], dim=-1)
+    # Queries behind the end are cut off later; until then they must see something.
+    return (seen | (p >= tk))[:, None]

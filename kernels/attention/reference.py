@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .visible import positions, visible_keys
+from .visible import Rule, positions, visible_keys
 
 
 def attention_reference(
@@ -22,25 +22,22 @@ def attention_reference(
     k_positions: Tensor | None,
 ) -> Tensor:
     """See `omnimix.kernels.attention`."""
-    rule = {"causal": causal, "window": window, "sinks": sinks}
-    if cu_seqlens is not None:
-        lengths = cu_seqlens.diff().tolist()
-        sequences = zip(q.split(lengths, 1), k.split(lengths, 1), v.split(lengths, 1), strict=True)
-        return torch.cat(
-            [
-                _attend(*s, *positions(None, None, n, n, q.device), scale, rule)
-                for n, s in zip(lengths, sequences, strict=True)
-            ],
-            dim=1,
-        )
-    return _attend(q, k, v, *positions(q_positions, k_positions, q.shape[1], k.shape[1], q.device), scale, rule)
+    rule = Rule(causal=causal, window=window, sinks=sinks)
+    if cu_seqlens is None:
+        return _attend(q, k, v, *positions(q_positions, k_positions, q.shape[1], k.shape[1], q.device), scale, rule)
+    lengths = cu_seqlens.diff().tolist()
+    outputs = []
+    for sequence in zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True):
+        n = sequence[0].shape[1]
+        outputs.append(_attend(*sequence, *positions(None, None, n, n, q.device), scale, rule))
+    return torch.cat(outputs, dim=1)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, p: Tensor, s: Tensor, scale: float, rule: dict) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, p: Tensor, s: Tensor, scale: float, rule: Rule) -> Tensor:
     compute = torch.promote_types(q.dtype, torch.float32)
     repeat = q.shape[2] // k.shape[2]
     keys, values = (x.to(compute).repeat_interleave(repeat, dim=2) for x in (k, v))
-    seen = visible_keys(p[:, None, :, None], s[:, None, None, :], **rule)
+    seen = visible_keys(p[:, None, :, None], s[:, None, None, :], rule)
     scores = torch.einsum("bphk,bshk->bhps", q.to(compute), keys) * scale
     # exp(-inf) = 0 needs a finite maximum, which a query that sees nothing lacks.
     largest = scores.detach().masked_fill(~seen, torch.finfo(compute).min).amax(-1, keepdim=True)

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 
-def visible_keys(p: Tensor, s: Tensor, *, causal: bool, window: int | None, sinks: int) -> Tensor:
+class Rule(NamedTuple):
+    """The part of `attention`'s arguments that says what is visible."""
+
+    causal: bool
+    window: int | None
+    sinks: int
+
+
+def visible_keys(p: Tensor, s: Tensor, rule: Rule) -> Tensor:
     """Whether the query at position p sees the key at position s.
 
     Args:
@@ -15,14 +25,14 @@ def visible_keys(p: Tensor, s: Tensor, *, causal: bool, window: int | None, sink
     Returns:
         Booleans of the broadcast shape.
     """
-    seen = (s >= 0) & (s <= p) if causal else (s >= 0).expand(torch.broadcast_shapes(p.shape, s.shape))
-    if window is not None:
-        seen = seen & (((p - s).abs() < window) | (s < sinks))
+    seen = (s >= 0) & (s <= p) if rule.causal else (s >= 0).expand(torch.broadcast_shapes(p.shape, s.shape))
+    if rule.window is not None:
+        seen = seen & (((p - s).abs() < rule.window) | (s < rule.sinks))
     return seen
 
 
 def positions(
-    q_positions: Tensor | None, k_positions: Tensor | None, tq: int, tk: int, device
+    q_positions: Tensor | None, k_positions: Tensor | None, tq: int, tk: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """The positions of the queries [b or 1, tq] and keys [b or 1, tk], with the defaults filled in."""
     if k_positions is None:
