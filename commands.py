@@ -29,7 +29,7 @@ def list_mixers(argv: list[str]) -> None:
 
 
 def mixer_rows() -> list[dict[str, Any]]:
-    """One row a mixer: its name, what it is, and from what it declares, how it serves sequences in time and on grids."""
+    """One row a mixer: what it is and, as it declares, how it serves sequences in time and on grids."""
     from .backbones.config import Site
     from .backbones.mixers import get_mixer
     from .backbones.mixers import list_mixers as names
