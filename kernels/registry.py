@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import BackendUnavailable, UnknownName
 
 Arguments = Mapping[str, Any]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def serves_everything(arguments: Arguments) -> None:
@@ -30,8 +31,16 @@ def serves_everything(arguments: Arguments) -> None:
 _loaded: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
-# torch.compile cannot trace an import. It calls this while tracing, and takes only constants such as None from it.
-@torch.compiler.assume_constant_result
+def constant_in_graphs(function: F) -> F:
+    """Let torch.compile call the function while it traces, with constant arguments, and keep the result.
+
+    torch.compiler.assume_constant_result sets the same mark, but imports torch._dynamo and with it triton.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_in_graphs  # an import cannot be traced; of a result only constants such as None are taken
 def _load(module: str, function: str) -> None:
     if (module, function) not in _loaded:
         _loaded[module, function] = getattr(import_module(module, package="omnimix.kernels"), function)

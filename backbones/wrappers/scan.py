@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ...errors import ConfigError, UnknownName, UnsupportedCall
+from ...kernels.registry import constant_in_graphs
 from ..layout import Layout
 
 # Named sets of orders, as the published models use them.
@@ -83,7 +84,7 @@ def _reversed_in_place(cu_seqlens: Int[Tensor, "n_plus_1"], length: int) -> Int[
     return cu_seqlens[sequence] + cu_seqlens[sequence + 1] - 1 - position
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def grid_permutation(order: str, grid: tuple[int, int, int], extra: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """(index, inverse) on the CPU, int64, of a whole sequence with its tokens beside the grid."""
     return _grid_permutation(order, grid, extra)
