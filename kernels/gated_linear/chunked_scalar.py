@@ -55,7 +55,7 @@ class ScalarForm(Form):
         return block.view(x).movedim(4, 3)
 
     def _region(self, block: Block) -> Factors:
-        """The factors of the whole region: small tensors, for which calls in every block would cost more than the work."""
+        """The factors of the whole region, small tensors: calls in every block would cost more than the work."""
         key = (block.region.start, block.chunk)
         if key not in self._regions:
             # In float64 the differences of large sums keep the digits of small decays. MPS has no float64.
