@@ -90,17 +90,8 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, rule: Rule, scale: float, block: 
     sinks = min(rule.sinks, tk)
     q = F.pad(q, (0, 0, 0, 0, 0, n * block - tq)).unflatten(1, (n, block))
     # Keys from `block` before the first query on, to the end of the last block's reach.
-    span = slice(max(first - block, 0), tk)
-    before, reach = max(block - first, 0), (n + around - 1) * block
-    beyond = reach - before - (tk - span.start)
-
-    def reached(x: Tensor) -> Tensor:
-        """The keys that each block meets, [b, n, sinks + around · block, …]."""
-        own = F.pad(x[:, span], (0, 0, 0, 0, before, beyond)).unflatten(1, (n + around - 1, block))
-        kept = x[:, None, :sinks].expand(-1, n, -1, -1, -1)
-        return torch.cat([kept, *(own[:, i : i + n] for i in range(around))], dim=2)
-
-    k, v = reached(k), reached(v)
+    begin, length = first - block, (n + around - 1) * block
+    k, v = (_reached(x, begin, length, block, around, sinks) for x in (k, v))
     start = max(0, -(-(sinks + block - first) // block))
     stop = n if rule.causal else max(start, (tk - first) // block - 1)
     outputs = []
@@ -112,6 +103,19 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, rule: Rule, scale: float, block: 
             mask = seen.expand(b * (j - i), -1, -1, -1) if shared else seen.repeat(b, 1, 1, 1)
             outputs.append(_sdpa(*rows, scale, mask=mask).unflatten(0, (b, j - i)))
     return torch.cat(outputs, dim=1).flatten(1, 2)[:, :tq]
+
+
+def _reached(x: Tensor, begin: int, length: int, block: int, around: int, sinks: int) -> Tensor:
+    """The keys that each block of queries meets, [b, blocks, sinks + around · block, g, k].
+
+    `begin`, which may be negative, and `length` say which keys the blocks reach; missing ones are zeros.
+    """
+    inside = x[:, max(begin, 0) :]
+    before = max(-begin, 0)
+    padded = F.pad(inside, (0, 0, 0, 0, before, length - before - inside.shape[1])).unflatten(1, (-1, block))
+    n = padded.shape[1] - around + 1
+    kept = x[:, None, :sinks].expand(-1, n, -1, -1, -1)
+    return torch.cat([kept, *(padded[:, i : i + n] for i in range(around))], dim=2)
 
 
 def _block_mask(
