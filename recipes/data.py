@@ -92,7 +92,7 @@ class ImageData(pl.LightningDataModule):
     def __init__(self, *, batch_size: int, workers: int, seed: int, policy: Literal["skip", "raise"] = "skip"):
         super().__init__()
         if policy not in ("skip", "raise"):
-            raise ConfigError(f"policy is {policy!r}; it must be 'skip' or 'raise'")
+            raise ConfigError(f"data.policy is {policy!r}; it must be 'skip' or 'raise'")
         self.batch_size, self.workers, self.seed, self.policy = batch_size, workers, seed, policy
         self.unreadable: dict[str, str] = {}
         self.train_set: Any = None

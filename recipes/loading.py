@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ Key = tuple[int, int]
 _MASK = (1 << 63) - 1
 
 
+@runtime_checkable
 class KeyedDataset(Protocol):
     """A dataset read by (epoch, index): what it draws at random it draws from these and its seed.
 

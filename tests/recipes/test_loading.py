@@ -1,0 +1,110 @@
+"""Batches that follow from (seed, epoch, index)."""
+
+import itertools
+
+import pytest
+import torch
+
+from omnimix.errors import ConfigError
+from omnimix.recipes.loading import EpochLoader, mix, uniform
+
+
+class Keys:
+    """A data set that returns the keys that it is asked for."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, key):
+        return key
+
+
+def epochs(loader: EpochLoader, *numbers: int) -> list:
+    seen = []
+    for epoch in numbers:
+        loader.set_epoch(epoch)
+        seen.append(list(loader))
+    return seen
+
+
+def test_mix_spreads():
+    seeds = {mix(a, b) for a in range(50) for b in range(50)}
+    assert len(seeds) == 2500 and all(0 <= seed < 2**63 for seed in seeds)
+    assert mix(1, 2) != mix(2, 1)
+
+
+def test_uniform_depends_on_the_key_and_not_on_the_batch():
+    keys = [(epoch, index) for epoch in range(10) for index in range(500)]
+    numbers = uniform(3, keys, 4)
+    assert torch.equal(numbers[7:9], uniform(3, keys[7:9], 4))
+    assert not torch.equal(numbers, uniform(4, keys, 4))
+    assert 0 <= numbers.min() and numbers.max() < 1
+    assert torch.allclose(numbers.mean(0), torch.full((4,), 0.5), atol=0.01)
+    assert torch.allclose(numbers.var(0), torch.full((4,), 1 / 12), atol=0.003)
+    assert (torch.corrcoef(numbers.T) - torch.eye(4)).abs().max() < 0.05
+
+
+def test_each_epoch_is_another_order_of_whole_batches():
+    first, second, again = epochs(EpochLoader(Keys(23), batch_size=5, shuffle=True, seed=1), 0, 1, 0)
+    assert first == again and [k[1] for b in first for k in b] != [k[1] for b in second for k in b]
+    for number, epoch in enumerate((first, second)):
+        keys = list(itertools.chain(*epoch))
+        assert [len(batch) for batch in epoch] == [5, 5, 5, 5]
+        assert len({index for _, index in keys}) == 20 and {e for e, _ in keys} == {number}
+
+
+def test_without_shuffling_every_sample_comes_once_in_order():
+    [seen] = epochs(EpochLoader(Keys(23), batch_size=5), 0)
+    assert [index for batch in seen for _, index in batch] == list(range(23))
+
+
+@pytest.mark.parametrize("size", [1, 5, 16, 23])
+def test_ranks_share_the_samples_and_take_equally_many_steps(size):
+    loaders = [EpochLoader(Keys(size), batch_size=4, shuffle=True, rank=r, world=3) for r in range(3)]
+    steps = {len(epochs(loader, 2)[0]) for loader in loaders}
+    assert len(steps) == 1 and steps == {len(loaders[0])}
+    held = [EpochLoader(Keys(size), batch_size=4, rank=r, world=3) for r in range(3)]
+    seen = [index for loader in held for batch in epochs(loader, 0)[0] for _, index in batch]
+    assert sorted(seen) == list(range(size))
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (0, 2), (2, 0)])
+def test_resumes_at_any_batch_with_any_number_of_workers(before, after):
+    options = {"batch_size": 4, "shuffle": True, "seed": 5}
+    whole = epochs(EpochLoader(Keys(30), **options), 3, 4)
+    stopped = EpochLoader(Keys(30), **options, workers=before)
+    stopped.set_epoch(3)
+    iterator = iter(stopped)
+    done = [next(iterator) for _ in range(3)]
+    state = stopped.state_dict()
+
+    resumed = EpochLoader(Keys(30), **options, workers=after)
+    resumed.load_state_dict(state)
+    # Lightning calls iter before it says which epoch it is.
+    early = iter(resumed)
+    resumed.set_epoch(3)
+    assert done + list(early) == whole[0]
+    resumed.set_epoch(4)
+    assert list(resumed) == whole[1]
+
+
+def test_resumes_after_the_last_batch_with_the_next_epoch():
+    loader = EpochLoader(Keys(8), batch_size=4, shuffle=True)
+    [_, second] = epochs(loader, 0, 1)
+    fresh = EpochLoader(Keys(8), batch_size=4, shuffle=True)
+    fresh.load_state_dict({"epoch": 0, "batches": 2})
+    assert epochs(fresh, 1) == [second]
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"batch_size": 2, "workers": -1}])
+def test_impossible_numbers_raise(wrong):
+    with pytest.raises(ConfigError, match=next(reversed(wrong))):
+        EpochLoader(Keys(8), **wrong)
+
+
+def test_an_empty_set_raises():
+    with pytest.raises(ConfigError, match="empty"):
+        EpochLoader(Keys(0), batch_size=2)
