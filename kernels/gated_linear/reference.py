@@ -45,7 +45,9 @@ def gated_linear_reference(
             output, state = gated_linear_step(q[:, s], k[:, s], v[:, s], retain[:, s], bonus, state)
             outputs.append(output)
         states.append(state)
-    return (torch.stack(outputs, dim=1) * scale).to(dtype), torch.cat(states)
+    # Not joined where there is one only: a step of decoding would copy its state once more.
+    state = states[0] if len(states) == 1 else torch.cat(states)
+    return (torch.stack(outputs, dim=1) * scale).to(dtype), state
 
 
 def gated_linear_step(
