@@ -98,6 +98,9 @@ def test_forward_intermediates(name, class_token):
     torch.testing.assert_close(features, model.forward_features(x))
     assert [m.shape for m in maps] == [(2, info["num_chs"], 3, 5) for info in model.feature_info]
 
+    rows = model.forward_intermediates(x, output_fmt="NLC", intermediates_only=True)
+    torch.testing.assert_close([m.flatten(2).mT for m in maps], rows)
+
     features, normed = model.forward_intermediates(x, norm=True, output_fmt="NLC", return_prefix_tokens=True)
     last = torch.cat(normed[-1][::-1], dim=1) if class_token else normed[-1]
     torch.testing.assert_close(last, features)
