@@ -207,7 +207,7 @@ def _differentiate(ctx, dy, dfinal):
     n = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dy = x.new_zeros(x.shape) if dy is None else dy.contiguous()
     dfinal = x.new_zeros(n, x.shape[2], weight.shape[1] - 1) if dfinal is None else dfinal.contiguous()
-    dx, dweight, dbias, dstate = _backward(dy, dfinal, *ctx.saved_tensors, ctx.silu)
+    dx, dweight, dbias, dstate = _backward(dy, dfinal, x, weight, bias, initial_state, cu_seqlens, ctx.silu)
     return dx, dweight, None if bias is None else dbias, None if initial_state is None else dstate, None, None
 
 

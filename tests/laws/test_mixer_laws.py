@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from omnimix import kernels
 from omnimix.backbones import Layout, list_mixers
@@ -197,6 +198,17 @@ def test_law_6_a_gradient_reaches_every_parameter_and_the_state(subject: Subject
         if not t.numel():  # mamba2's convolution of one tap remembers nothing
             continue
         assert t.grad is not None and t.grad.abs().max() > 0, f"no gradient reaches a state of shape {tuple(t.shape)}"
+
+
+@causal_subjects
+def test_law_6_checkpointing_changes_no_gradient(subject: Subject):
+    module = subject.module()
+    given = arguments(module, tokens(2, 5))
+
+    def again_in_the_backward_pass(**named):
+        return checkpoint(call(module, CAUSAL), use_reentrant=False, **named)
+
+    assert_equal(results(again_in_the_backward_pass, given), results(call(module, CAUSAL), given))
 
 
 @pytest.mark.parametrize("scan", [name for name in SCANS if name != "forward"])
