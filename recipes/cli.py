@@ -286,7 +286,7 @@ class RecipeCLI(LightningCLI):
             config.pop(name, None)
         parser = self._parser(self.command)
         parser.save(
-            config, str(self.folder.config), skip_none=False, skip_validation=True, overwrite=True, multifile=False
+            config, str(self.folder.config), skip_unset=False, skip_validation=True, overwrite=True, multifile=False
         )
 
 

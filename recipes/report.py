@@ -68,7 +68,9 @@ def write_metrics(path: str | os.PathLike[str], metrics: dict[str, Any]) -> None
     write_atomically(path, json.dumps(metrics, indent=1) + "\n")
 
 
-def curves(history: Sequence[dict[str, float]], lines: dict[str, str], title: str, *, percent: bool = False) -> Panel:
+def curves(
+    history: Sequence[dict[str, int | float]], lines: dict[str, str], title: str, *, percent: bool = False
+) -> Panel:
     """One line for each `name in the legend -> name in the history`, over the epochs, for what was logged."""
 
     def draw(figure: FigureBase) -> None:

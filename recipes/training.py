@@ -81,9 +81,28 @@ def cosine(step: int, total: int, warmup: float, floor: float) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, total - rise))))
 
 
+def planned_steps(trainer: pl.Trainer) -> int:
+    """The optimiser's steps in the whole run.
+
+    `trainer.estimated_stepping_batches` would build the loop's loader before its state is restored, and Lightning
+    then leaves the state out: a run resumed within an epoch would begin the epoch anew.
+
+    Raises:
+        ConfigError: a run without an end, for which there is no schedule.
+    """
+    most = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        most = min(most, math.ceil(batches / trainer.accumulate_grad_batches) * trainer.max_epochs)
+    if most == math.inf:
+        raise ConfigError("trainer.max_epochs is -1; the learning rate's schedule needs an end (or trainer.max_steps)")
+    return int(most)
+
+
 def adamw(module: pl.LightningModule, config: TrainingConfig) -> dict[str, Any]:
     """What `configure_optimizers` returns: AdamW, and a cosine with warm-up that moves every step."""
-    total = int(module.trainer.estimated_stepping_batches)
+    total = planned_steps(module.trainer)
     optimizer = torch.optim.AdamW(
         parameter_groups(module, config.weight_decay), lr=config.lr, betas=config.betas, foreach=True
     )
@@ -207,7 +226,7 @@ class History(Callback):
     """
 
     def __init__(self) -> None:
-        self.rows: list[dict[str, float]] = []
+        self.rows: list[dict[str, int | float]] = []
         self.seconds = 0.0
         self._since = 0.0
 

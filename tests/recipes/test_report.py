@@ -24,7 +24,7 @@ def test_a_report_of_every_panel(tmp_path):
                 confusion(torch.eye(40, dtype=torch.int64), [str(i) for i in range(40)]),
             ]
         ),
-        Row(panels=[gallery(shown, "images"), gallery([], "none")], height=3),
+        Row(panels=[gallery(shown, "images"), gallery([], "none")], height=3.0),
     ]
     write_report(file, "title", "subtitle", rows)
     with Image.open(file) as image:
