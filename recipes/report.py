@@ -49,6 +49,7 @@ def write_report(
     head = 0.9
     heights = [row.height for row in rows]
     figure = Figure(figsize=(width, head + sum(heights)), facecolor="white", layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.16, h_pad=0.08)
     FigureCanvasAgg(figure)
     top, *parts = figure.subfigures(1 + len(rows), 1, height_ratios=[head, *heights], squeeze=False)[:, 0]
     top.text(0.015, 0.72, title, size=19, weight="bold", color=INK, va="center")

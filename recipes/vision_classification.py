@@ -266,7 +266,7 @@ def _picture(cli: RecipeCLI, seen: Predictions, metrics: dict[str, Any]) -> None
     rows = [
         Row(
             panels=[
-                curves(history, {"training": "train/loss", "held out": "val/loss"}, "loss"),
+                curves(history, {"training, augmented": "train/loss", "held out": "val/loss"}, "loss"),
                 curves(
                     history, {"top 1": "val/acc1", "top 5": "val/acc5"}, "accuracy on held-out images", percent=True
                 ),
