@@ -174,7 +174,8 @@ def usage(kernel: Any, target: Target) -> dict[str, Any]:
     return {"registers": registers, "spills": stack // 4, "stack": stack, "mma": " ".join(kinds)}
 
 
-def _row(compiled: Compiled, target: Target) -> dict[str, Any]:
+def row_of(compiled: Compiled, target: Target) -> dict[str, Any]:
+    """What is reported of a compilation; `problem` is empty where the kernel fits the target."""
     row = {"kernel": compiled.name, "config": compiled.config}
     if compiled.error is not None:
         row |= {"registers": None, "spills": None, "stack": None, "mma": None, "shared": None}
@@ -254,7 +255,7 @@ def compile_all(
                         if key not in known:
                             known.add(key)
                             first = {"op": op.name, "case": case.name, "dtype": dtype, "target": target}
-                            rows.append(first | _row(compiled, TARGETS[target]))
+                            rows.append(first | row_of(compiled, TARGETS[target]))
     return rows
 
 

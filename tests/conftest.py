@@ -1,6 +1,9 @@
 """What every test runs under."""
 
+import importlib.abc
+import importlib.machinery
 import os
+import sys
 
 # Read when a kernel is decorated, hence before any triton.py of ours is imported.
 os.environ["TRITON_INTERPRET"] = "1"
@@ -8,6 +11,18 @@ os.environ["TRITON_INTERPRET"] = "1"
 import jaxtyping
 import pytest
 import torch
+
+
+class _Unchecked(importlib.abc.MetaPathFinder):
+    """Leaves Triton kernels out of the shape checks: the interpreter needs their own source and globals."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("omnimix.kernels.") and name.rpartition(".")[2].startswith("triton"):
+            return importlib.machinery.PathFinder.find_spec(name, path, target)
+        return None
+
+
+sys.meta_path.insert(0, _Unchecked())
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

@@ -204,7 +204,7 @@ def _score_kernel(
     tl.store(scores + (pid * C + i[:, None]) * C + j[None, :], (acc * scale).to(scores.dtype.element_ty))
 
 
-@tuned([{"num_warps": 4}, {"num_warps": 8}], key=["K", "V", "DECAY", "REVERSE"])
+@tuned([{"num_warps": 4}], key=["K", "V", "DECAY", "REVERSE"])
 @triton.jit
 def _output_kernel(
     x, y, decay, scores, states, out, table, bounds,
@@ -430,12 +430,13 @@ class _Call:
         # A decay per channel is a tile of its own, with its sums: narrower, they stay in registers.
         return tile(width, 32 if form == CHANNEL.value else 64)
 
-    def _common(self, scale: float, x: Tensor, form: int, bonus: bool) -> dict[str, object]:
+    def _common(self, scale: float, x: Tensor, form: int, reads: bool) -> dict[str, object]:
+        # A bonus changes where the state is read, and nothing where it is written: that kernel is then the same.
         return {
             "d_strides": (0, 0, 0) if form == NONE.value else self.decay.stride()[:3],
             "length": self.length, "chunks": self.chunks, "bounds": self.bounds,
             "H": self.heads, "G": x.shape[2], "K": x.shape[3], "scale": scale, "C": self.size, "DECAY": form,
-            "MODE": self.mode, "PACKED": self.table is not None, "BONUS": int(bonus),
+            "MODE": self.mode, "PACKED": self.table is not None, "BONUS": int(reads and self.bonus is not None),
             "BK": self._tile(x.shape[3], form),
         }  # fmt: skip
 
@@ -447,7 +448,7 @@ class _Call:
         tiles = triton.cdiv(self.width, self._tile(self.width, self.form)) * triton.cdiv(self.width_v, bv)
         _state_kernel[grid(self.sequences * self.heads, tiles)](
             x, y, self.decay, initial, states, final, self.first, x_strides=x.stride()[:3], y_strides=y.stride()[:3],
-            V=self.width_v, REVERSE=reverse, BV=bv, **self._common(scale, x, self.form, self.bonus is not None),
+            V=self.width_v, REVERSE=reverse, BV=bv, **self._common(scale, x, self.form, reads=reverse),
         )  # fmt: skip
         return states, final
 
@@ -458,7 +459,7 @@ class _Call:
         height = BLOCK.value if form == CHANNEL.value else self.size
         _score_kernel[grid(self.rows * self.heads, self.size // height)](
             q, k, self.decay, bonus, scores, self.table, q_strides=q.stride()[:3], k_strides=k.stride()[:3],
-            ROWS=height, **self._common(scale, q, form, bonus is not None),
+            ROWS=height, **self._common(scale, q, form, reads=decayed),
         )  # fmt: skip
         return scores
 
@@ -468,14 +469,14 @@ class _Call:
         bv = tile(self.width_v, 64)
         _output_kernel[grid(self.rows * self.heads, triton.cdiv(self.width_v, bv))](
             x, y, self.decay, scores, states, out, self.table, x_strides=x.stride()[:3], y_strides=y.stride()[:3],
-            V=self.width_v, REVERSE=reverse, BV=bv, **self._common(scale, x, self.form, self.bonus is not None),
+            V=self.width_v, REVERSE=reverse, BV=bv, **self._common(scale, x, self.form, reads=not reverse),
         )  # fmt: skip
         return out
 
     def gradients(self, do, states, state_grads, score_grads, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of q, k (both (b, t, g, k)), of the decay and of the bonus (empty where there is none)."""
         b, t, h, g, k = self.batch, self.length, self.heads, self.q.shape[2], self.width
-        common = self._common(scale, self.q, self.form, self.bonus is not None)
+        common = self._common(scale, self.q, self.form, reads=True)
         # Half as wide as elsewhere, since q, k and their gradients are all kept.
         common["BK"] = max(16, self._tile(k, self.form) // 2)
         parts = triton.cdiv(k, common["BK"])
