@@ -19,6 +19,7 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from ..backbones.config import ChannelConfig, MixerConfig
 from ..backbones.mixers import get_mixer
@@ -124,6 +125,7 @@ def _own_error(error: BaseException | None) -> OmnimixError | None:
 class EpochLines(pl.Callback):
     """One line an epoch, for logs in which a progress bar cannot move."""
 
+    @rank_zero_only
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         shown = "  ".join(f"{name} {float(value):.4f}" for name, value in sorted(trainer.callback_metrics.items()))
         print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {shown}", flush=True)
@@ -156,25 +158,34 @@ class RecipeCLI(LightningCLI):
         self.command, self.links, self.monitor = command, links, monitor
         self.history = History()
         argv, self.configuration = _packaged_configs(argv, recipe)
-        program = sys.argv
-        # Lightning complains where both its arguments and those of the process are given.
-        sys.argv = [f"omnimix {recipe.split('_')[0]}"]
         _quiet()
+        super().__init__(
+            model,
+            data,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            trainer_defaults={"enable_model_summary": False, "num_sanity_val_steps": 0, "log_every_n_steps": 10},
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={
+                "prog": f"omnimix {recipe.split('_')[0]}",
+                command: {"default_config_files": [str(CONFIGS / f"{recipe}.yaml")]},
+            },
+            auto_configure_optimizers=False,
+            args=[command, *_typed_options(argv)],
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        # Lightning complains where both its arguments and those of the process are given. Only while it parses are
+        # the latter away: with several devices it starts the other processes by them.
+        program = sys.argv
+        sys.argv = program[:1]
         try:
-            super().__init__(
-                model,
-                data,
-                subclass_mode_data=True,
-                save_config_callback=None,
-                trainer_defaults={"enable_model_summary": False, "num_sanity_val_steps": 0, "log_every_n_steps": 10},
-                seed_everything_default=0,
-                parser_class=Parser,
-                parser_kwargs={command: {"default_config_files": [str(CONFIGS / f"{recipe}.yaml")]}},
-                auto_configure_optimizers=False,
-                args=[command, *_typed_options(argv)],
-            )
+            super().parse_arguments(parser, args)
         finally:
             sys.argv = program
+        if self.options.configuration is None:
+            self.options.configuration = self.configuration
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         return {self.command: LightningCLI.subcommands()[self.command]}
@@ -193,6 +204,8 @@ class RecipeCLI(LightningCLI):
         parser.add_argument(
             "--checkpoint_steps", type=int, default=0, help=shown("save the state within an epoch too, every N steps")
         )
+        # Kept in the run's own configuration, so that a resumed run still knows where it came from.
+        parser.add_argument("--configuration", type=str | None, default=None, help=argparse.SUPPRESS)
         if fitting:
             parser.add_argument("--overwrite", action="store_true", help="delete an older run of this name first")
             parser.add_argument("--resume", action="store_true", help="go on with the run where its state was saved")
@@ -210,7 +223,8 @@ class RecipeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         if self.command == "fit":
             self.folder = RunFolder.named(self.options.runs, self.options.name)
-            self.folder.check(overwrite=self.options.overwrite, resume=self.options.resume)
+            if rank_zero_only.rank == 0:  # the others start when the first has made the folder
+                self.folder.check(overwrite=self.options.overwrite, resume=self.options.resume)
         else:
             self.folder = RunFolder.finished(self.options.run)
 
@@ -228,10 +242,10 @@ class RecipeCLI(LightningCLI):
         chosen: dict[str, Any] = {
             "default_root_dir": str(self.folder.path),
             "precision": precision(config.precision, accelerator),
-            "logger": self._loggers() if config.logger is None and self.command == "fit" else config.logger or False,
         }
-        trainer = super().instantiate_trainer(**chosen, **kwargs)
-        return trainer
+        if config.logger is None:
+            chosen["logger"] = self._loggers() if self.command == "fit" else False
+        return super().instantiate_trainer(**chosen, **kwargs)
 
     def _loggers(self) -> list[Any]:
         # Of a resumed run each part has its own version, since CSVLogger would replace what the first part wrote.
@@ -261,12 +275,13 @@ class RecipeCLI(LightningCLI):
 
     def fit(self, model: pl.LightningModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         folder = self.folder
-        folder.create(resume=self.options.resume)
         if self.options.resume:
             ckpt_path = str(folder.last) if folder.last.is_file() else None
             if ckpt_path is None:
                 print(f"no state was saved in {folder.checkpoints} yet: starting from the beginning")
-        self._save_config()
+        if rank_zero_only.rank == 0:
+            folder.create(resume=self.options.resume)
+            self._save_config()
         self.trainer.fit(model, ckpt_path=ckpt_path, **{**kwargs, "weights_only": True})
 
     def validate(self, model: pl.LightningModule, datamodule: pl.LightningDataModule, **kwargs: Any) -> None:

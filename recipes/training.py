@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from ..backbones.parameters import no_weight_decay
 from ..errors import ConfigError, OmnimixError
 from .loading import mix
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,15 @@ class TrainingConfig:
         for name in ("weight_decay", "mixup", "cutmix"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be at least 0")
+
+
+def from_all_ranks(trainer: pl.Trainer, value: T) -> list[T]:
+    """`value` of every process that trains together."""
+    if trainer.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from .cli import RecipeCLI, RunFolder, argument, with_run_config
 from .data import DigitsData, ImageData, Preprocess, TensorData
 from .folders import ImageFolderData, image_files
 from .report import Row, Shown, confusion, curves, gallery, write_metrics, write_report
-from .training import AverageWeights, Interrupted, TrainingConfig, adamw
+from .training import AverageWeights, Interrupted, TrainingConfig, adamw, from_all_ranks
 
 RECIPE = "vision_classification"
 __all__ = ["DigitsData", "ImageFolderData", "TensorData", "VisionClassification"]
@@ -98,7 +98,9 @@ class VisionClassification(pl.LightningModule):
         if self._mixing is not None:
             images, targets = self._mixing(images, targets)
         loss = F.cross_entropy(self(images).float(), targets, label_smoothing=self.training_config.label_smoothing)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images))
+        self.log(
+            "train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images), sync_dist=True
+        )
         return loss
 
     def validation_step(self, batch: dict[str, Any], index: int) -> dict[str, Tensor]:
@@ -112,7 +114,7 @@ class VisionClassification(pl.LightningModule):
         logits = self(images).float()
         self.acc1(logits, labels)
         self.acc5(logits, labels)
-        self.log(f"{split}/loss", F.cross_entropy(logits, labels), batch_size=len(images))
+        self.log(f"{split}/loss", F.cross_entropy(logits, labels), batch_size=len(images), sync_dist=True)
         self.log(f"{split}/acc1", self.acc1, prog_bar=True, batch_size=len(images))
         self.log(f"{split}/acc5", self.acc5, batch_size=len(images))
         return {"logits": logits, "label": labels}
@@ -177,6 +179,11 @@ class Predictions(pl.Callback):
             if len(kept) < self.shown:
                 kept.append((batch["image"][i].cpu(), truth, said, float(probability[i])))
 
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        parts = from_all_ranks(trainer, (self.labels, self.predictions))
+        self.labels = [label for labels, _ in parts for label in labels]
+        self.predictions = [prediction for _, predictions in parts for prediction in predictions]
+
     def confusion(self, classes: int) -> Tensor:
         """Counts, truth down, prediction across."""
         cells = torch.cat(self.labels) * classes + torch.cat(self.predictions)
@@ -230,6 +237,8 @@ def _finish(cli: RecipeCLI) -> None:
     seen = Predictions(shown=36)
     cli.trainer.callbacks.append(seen)
     measured = cli.trainer.validate(model, datamodule=data, verbose=False)[0]
+    for unreadable in from_all_ranks(cli.trainer, dict(data.unreadable)):
+        data.unreadable.update(unreadable)
     if not cli.trainer.is_global_zero:
         return
     save_model(model.model, folder.path, details={"preprocess": data.preprocess.to_dict()})
@@ -239,7 +248,7 @@ def _finish(cli: RecipeCLI) -> None:
         "seconds_per_epoch": round(cli.history.seconds / max(1, len(cli.history.rows)), 2),
         "epochs": len(cli.history.rows),
         "parameters": sum(p.numel() for p in model.model.parameters()),
-        "configuration": cli.configuration,
+        "configuration": cli.options.configuration,
         "mixer": model.mixer,
         "seed": cli.options.seed_everything,
         "precision": cli.trainer.precision,

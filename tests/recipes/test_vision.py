@@ -134,7 +134,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(runs, capsys, monkeypatch):
     assert main(["vision", "fit", "--name", "stopped", "--runs", str(runs), "--resume"]) == 0
     assert_same_weights(runs / "whole", runs / "stopped")
     # Curves and seconds reach back before the stop.
-    assert json.loads((runs / "stopped" / "metrics.json").read_text())["epochs"] == 2
+    metrics = json.loads((runs / "stopped" / "metrics.json").read_text())
+    assert metrics["epochs"] == 2 and metrics["configuration"] == "vision_classification"
 
 
 def test_another_seed_is_another_run(runs):
