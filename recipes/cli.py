@@ -205,7 +205,9 @@ class RecipeCLI(LightningCLI):
             "--checkpoint_steps", type=int, default=0, help=shown("save the state within an epoch too, every N steps")
         )
         # Kept in the run's own configuration, so that a resumed run still knows where it came from.
-        parser.add_argument("--configuration", type=str | None, default=None, help=argparse.SUPPRESS)
+        parser.add_argument(
+            "--configuration", type=str | None, default=None, help=shown("its name in metrics.json; default: the file's")
+        )
         if fitting:
             parser.add_argument("--overwrite", action="store_true", help="delete an older run of this name first")
             parser.add_argument("--resume", action="store_true", help="go on with the run where its state was saved")
