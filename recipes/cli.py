@@ -206,7 +206,10 @@ class RecipeCLI(LightningCLI):
         )
         # Kept in the run's own configuration, so that a resumed run still knows where it came from.
         parser.add_argument(
-            "--configuration", type=str | None, default=None, help=shown("its name in metrics.json; default: the file's")
+            "--configuration",
+            type=str | None,
+            default=None,
+            help=shown("name in metrics.json; default: the file's"),
         )
         if fitting:
             parser.add_argument("--overwrite", action="store_true", help="delete an older run of this name first")
