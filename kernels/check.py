@@ -265,12 +265,16 @@ def _stderr():
     return Console(stderr=True)
 
 
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """`omnimix kernels check`; returns 1 if anything failed."""
     parser = argparse.ArgumentParser(prog="omnimix kernels check", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="cpu (Triton in its interpreter) or cuda")
-    parser.add_argument("--ops", nargs="+", metavar="OP", help="only these ops")
-    parser.add_argument("--backends", nargs="+", metavar="BACKEND", help="only these backends")
+    parser.add_argument("--ops", type=_names, help="comma-separated names of ops (default: all)")
+    parser.add_argument("--backends", type=_names, help='comma-separated (default: all but "reference")')
     parser.add_argument("--json", metavar="FILE", help='write the rows to FILE ("-": standard output)')
     options = parser.parse_args(argv)
     if options.device == "cpu":

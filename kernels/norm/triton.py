@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ..tools import accumulate_dtype, grid, launches, on_device_of
 
-# Elements of a program's tile; a slice wider than this makes a tile of its own, up to WIDEST.
+# Elements of a program's tile; a wider slice makes a tile of its own.
 TILE = 2048
-WIDEST = 8192
 # Programs of the backward kernel per group, hence partial sums of the weight's gradient.
 PROGRAMS = 512
 

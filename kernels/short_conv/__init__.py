@@ -75,7 +75,9 @@ def _check(x, weight, bias, activation, initial_state, cu_seqlens) -> None:
         raise UnsupportedShape(f"initial_state: shape {tuple(initial_state.shape)} is not {(n, d, width - 1)}")
 
 
-def _case(name: str, width: int = 4, bias: bool = True, activation: str | None = "silu") -> Case:
+def _case(
+    name: str, width: int = 4, bias: bool = True, activation: str | None = "silu", compiled: bool = False
+) -> Case:
     def arguments(draw: Draw, b: int, t: int, d: int):
         made = {"x": draw.normal(b, t, d), "weight": draw.normal(d, width, scale=width**-0.5), "activation": activation}
         return made | ({"bias": draw.normal(d)} if bias else {})
@@ -84,16 +86,16 @@ def _case(name: str, width: int = 4, bias: bool = True, activation: str | None =
         name=name,
         make=lambda draw, b, t: arguments(draw, b, t, 6),
         state=lambda draw, n: draw.normal(n, 6, width - 1),
-        compile=lambda draw: arguments(draw, 2, 2048, 1536),
+        compile=(lambda draw: arguments(draw, 2, 2048, 1536)) if compiled else None,
     )
 
 
 def _cases() -> tuple[Case, ...]:
     return (
-        _case("silu, bias"),
+        _case("silu, bias", compiled=True),
         _case("silu", bias=False),
         _case("bias", activation=None),
-        _case("linear, width 3", width=3, bias=False, activation=None),
+        _case("linear, width 3", width=3, bias=False, activation=None, compiled=True),
         _case("width 2", width=2),
         _case("width 1", width=1),
     )

@@ -14,7 +14,7 @@ from ..tools import accumulate_dtype, chunk_table, grid, launches, on_device_of,
 
 # Steps in a tile.
 STEPS = 64
-TILES = [{"BD": 64, "num_warps": 4}, {"BD": 128, "num_warps": 8}]
+TILES = [{"BD": 64, "num_warps": 8}, {"BD": 128, "num_warps": 8}]
 
 
 @triton.jit
