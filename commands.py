@@ -103,13 +103,20 @@ def devices() -> list[str]:
     return [*found, "cpu"]
 
 
+def native_bf16() -> bool:
+    """Whether this CPU has bf16 products (AVX512-BF16 or AMX)."""
+    import torch
+
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def device_rows() -> list[dict[str, str]]:
     import torch
 
     rows = []
     for device in devices():
         if device == "cpu":
-            native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            native = native_bf16()
             rows += [
                 {"item": "cpu", "value": torch.backends.cpu.get_cpu_capability(), "note": platform.processor()},
                 {"item": "threads", "value": str(torch.get_num_threads()), "note": "torch.set_num_threads"},

@@ -211,6 +211,9 @@ class RecipeCLI(LightningCLI):
             default=None,
             help=shown("name in metrics.json; default: the file's"),
         )
+        parser.add_argument(
+            "--threads", type=int | None, default=None, help="processor threads of a step; default: a core each"
+        )
         if fitting:
             parser.add_argument("--overwrite", action="store_true", help="delete an older run of this name first")
             parser.add_argument("--resume", action="store_true", help="go on with the run where its state was saved")
@@ -226,6 +229,10 @@ class RecipeCLI(LightningCLI):
         return self.config[self.command]
 
     def before_instantiate_classes(self) -> None:
+        if self.options.threads is not None:
+            if self.options.threads < 1:
+                raise ConfigError(f"threads is {self.options.threads}; it must be at least 1")
+            torch.set_num_threads(self.options.threads)
         if self.command == "fit":
             self.folder = RunFolder.named(self.options.runs, self.options.name)
             if rank_zero_only.rank == 0:  # the others start when the first has made the folder
@@ -246,7 +253,7 @@ class RecipeCLI(LightningCLI):
             accelerator = "cuda" if torch.cuda.is_available() else "cpu"
         chosen: dict[str, Any] = {
             "default_root_dir": str(self.folder.path),
-            "precision": precision(config.precision, accelerator),
+            "precision": precision(config.precision, accelerator, sum(p.numel() for p in self.model.parameters())),
         }
         if config.logger is None:
             chosen["logger"] = self._loggers() if self.command == "fit" else False

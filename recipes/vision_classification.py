@@ -38,7 +38,7 @@ class VisionClassification(pl.LightningModule):
             and joined by "+" they run in parallel ("attention+gla").
         dim: width of the tokens.
         depth: number of blocks.
-        patch: side of a patch in pixels; null gives 8 to 15 patches along a side.
+        patch: side of a patch in pixels; null gives 8 to 15 patches along a side, and small images fewer.
         scan: the orders in which mixers that only look backwards run over the patches.
         channel: the other half of a block: "swiglu", "mlp" or null.
         mixers: options by mixer name.
@@ -130,8 +130,8 @@ class VisionClassification(pl.LightningModule):
 
 
 def patch_for(size: int) -> int:
-    """The power of two that gives 8 to 15 patches along a side (1 pixel for images under 16)."""
-    patch = 1
+    """The power of two, at least 2, that gives 8 to 15 patches along a side; fewer where the image is small."""
+    patch = 2
     while size // (2 * patch) >= 8:
         patch *= 2
     return patch

@@ -49,10 +49,14 @@ def test_weights_are_averaged_with_a_decay_that_grows():
     torch.testing.assert_close(averaged.module.weight.double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_the_named_precision_wins():
-    assert precision("64-true") == "64-true"
-    assert precision(None, "cuda") == "bf16-mixed"
-    assert precision(None, "cpu") in {"32-true", "bf16-mixed"}
+def test_precision_is_what_was_named_or_what_pays(monkeypatch):
+    monkeypatch.setattr("omnimix.recipes.training.native_bf16", lambda: True)
+    assert precision("64-true", "cpu", 10) == "64-true"
+    assert precision(None, "cuda", 10) == "bf16-mixed"
+    assert precision(None, "cpu", 10) == "32-true"
+    assert precision(None, "cpu", 10_000_000) == "bf16-mixed"
+    monkeypatch.setattr("omnimix.recipes.training.native_bf16", lambda: False)
+    assert precision(None, "cpu", 10_000_000) == "32-true"
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,7 @@ def test_predict_names_class_and_probability(runs, tmp_path, capsys):
         ("--data.holdout=2", "holdout is 2.0"),
         ("--config=vision_clasification", "no configuration 'vision_clasification'"),
         ("--name=../up", "name is '../up'"),
+        ("--threads=0", "threads is 0"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, typed, said):
@@ -201,6 +202,13 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, typed, said):
     assert error.startswith("omnimix: error: ") and error.count("\n") == 1
     assert said in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("size", "patch"), [(4, 2), (8, 2), (15, 2), (28, 2), (32, 4), (64, 8), (224, 16), (384, 32)])
+def test_patches_fit_the_image(size, patch):
+    from omnimix.recipes.vision_classification import patch_for
+
+    assert patch_for(size) == patch
 
 
 @pytest.mark.parametrize("policy", ["skip", "raise"])
