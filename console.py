@@ -19,9 +19,8 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
         os.replace(temporary, path)
-    except BaseException:
+    finally:
         Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def emit(title: str, rows: list[dict[str, Any]], json: str | None = None) -> None:

@@ -75,7 +75,7 @@ class Draw:
     """Makes the random tensors of a `Case`, all from one generator, device and dtype."""
 
     generator: torch.Generator
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float64
 
     @staticmethod
@@ -237,7 +237,7 @@ def strict(enabled: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def using(backend: str) -> Iterator[None]:
-    """Within it, `backend="auto"` is this backend in every op that has it; whole models run on it, to compare or debug."""
+    """Within it, `backend="auto"` is this backend in every op that has it, so that whole models run on it."""
     token = _using.set(backend)
     try:
         yield
