@@ -11,7 +11,7 @@ COMMANDS = {
     "vision fit": (".recipes.vision_classification:fit", "train an image classifier (default: handwritten digits)"),
     "vision validate": (".recipes.vision_classification:validate", "measure a run on its held-out images"),
     "vision test": (".recipes.vision_classification:test", "measure a run on its test images"),
-    "vision predict": (".recipes.vision_classification:predict", "name the class of image files with a run"),
+    "vision predict": (".recipes.predict:main", "name the class of image files with a run"),
     "list mixers": (".commands:list_mixers", "the sequence mixers"),
     "list models": (".commands:list_models", "the models that create_model builds by name"),
     "list recipes": (".commands:list_recipes", "the training recipes and their configurations"),

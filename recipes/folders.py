@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..errors import ConfigError, MediaError
 from ..modalities.image import load_image
-from .data import ImageData, Preprocess
+from .data import ImageData
 from .loading import Key, mix
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+from .predict import image_files
+from .preprocess import Preprocess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +143,3 @@ class ImageFolderData(ImageData):
         if not found:
             raise ConfigError(f"{self.root / split} holds no images in class folders")
         return [(str(path), label[name]) for path, name in found]
-
-
-def image_files(folder: Path) -> list[Path]:
-    """The image files below a folder, in alphabetical order."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())

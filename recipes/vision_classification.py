@@ -1,10 +1,8 @@
-"""Image classification: `omnimix vision fit`, `validate`, `test` and `predict`."""
+"""Image classification: `omnimix vision fit`, `validate` and `test`."""
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,13 +15,14 @@ from torchmetrics.classification import MulticlassAccuracy
 from ..backbones.config import MixerConfig, to_dict
 from ..backbones.mixers import get_mixer
 from ..console import emit
-from ..errors import ConfigError, MediaError
-from ..modalities import ImageClassifier, load_model, read_details, save_model
+from ..modalities import ImageClassifier, save_model
 from ..modalities.vision import image_classifier
-from .cli import RecipeCLI, RunFolder, argument, with_run_config
-from .data import DigitsData, ImageData, Preprocess, TensorData
-from .folders import ImageFolderData, image_files
+from .cli import RecipeCLI, argument, with_run_config
+from .data import DigitsData, ImageData, TensorData
+from .folders import ImageFolderData
+from .preprocess import Preprocess
 from .report import Row, Shown, confusion, curves, gallery, write_metrics, write_report
+from .run import RunFolder
 from .training import AverageWeights, Interrupted, TrainingConfig, adamw, from_all_ranks
 
 RECIPE = "vision_classification"
@@ -324,72 +323,3 @@ def _evaluate(command: str, argv: list[str]) -> int:
     row = {"run": str(cli.folder.path), **{name: float(value) for name, value in measured.items()}}
     emit(f"{command} {run}", [row], cli.options.json)
     return 0
-
-
-def predict(argv: list[str]) -> int:
-    """`omnimix vision predict`."""
-    parser = argparse.ArgumentParser(
-        prog="omnimix vision predict", description="Name the class of image files, or of all images in folders."
-    )
-    parser.add_argument("files", nargs="+", help="image files and folders")
-    parser.add_argument("--run", required=True, help="folder of the run, or its name under runs/")
-    parser.add_argument("--top", type=int, default=1, help="classes to name for each image")
-    parser.add_argument("--policy", choices=("skip", "raise"), default="skip", help="what an unreadable file does")
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON too ('-': to standard output, alone)")
-    options = parser.parse_args(argv)
-    folder = RunFolder.finished(options.run)
-    rows = list(predict_files(folder.path, named_files(options.files), top=options.top, policy=options.policy))
-    emit(f"predictions of {folder.path}", rows, options.json)
-    return 0 if any(row["class"] for row in rows) else 1
-
-
-def named_files(words: list[str]) -> list[Path]:
-    """The files, and those below the folders, that a user named.
-
-    Raises:
-        ConfigError: there is no such file or folder, or a folder without images.
-    """
-    files: list[Path] = []
-    for word in words:
-        path = Path(word)
-        if not path.exists():
-            raise ConfigError(f"there is no file or folder {word!r}")
-        found = image_files(path) if path.is_dir() else [path]
-        if not found:
-            raise ConfigError(f"the folder {word!r} holds no images")
-        files += found
-    return files
-
-
-@torch.inference_mode()
-def predict_files(
-    folder: Path, files: list[Path], *, top: int = 1, policy: str = "skip", batch_size: int = 64
-) -> list[dict[str, Any]]:
-    """One row a file and class, the likeliest first: file, rank, class, probability, and why where it is unreadable.
-
-    Raises:
-        CheckpointError: the folder holds no model of this recipe.
-        MediaError: an unreadable file, with `policy="raise"`.
-    """
-    model = load_model(folder)
-    preprocess = Preprocess.from_dict(read_details(folder).get("preprocess", {}))
-    top = min(max(1, top), len(preprocess.classes))
-    rows: list[dict[str, Any]] = []
-    for at in range(0, len(files), batch_size):
-        images, readable = [], []
-        for path in files[at : at + batch_size]:
-            try:
-                images.append(preprocess.load(path))
-                readable.append(path)
-            except MediaError as error:
-                if policy == "raise":
-                    raise
-                rows.append({"file": str(path), "rank": None, "class": None, "probability": None, "note": str(error)})
-        if not images:
-            continue
-        values, indices = model(torch.stack(images)).float().softmax(-1).topk(top)
-        for path, probabilities, classes in zip(readable, values.tolist(), indices.tolist(), strict=True):
-            for rank, (probability, index) in enumerate(zip(probabilities, classes, strict=True), 1):
-                name = preprocess.classes[index]
-                rows.append({"file": str(path), "rank": rank, "class": name, "probability": probability, "note": ""})
-    return rows

@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 
 from omnimix.errors import CheckpointError, ConfigError, MediaError
-from omnimix.recipes.data import DigitsData, Jitter, Preprocess, TensorData, stratified_split
+from omnimix.recipes.data import DigitsData, Jitter, TensorData, stratified_split
 from omnimix.recipes.folders import Augment, ImageFolderData
+from omnimix.recipes.preprocess import Preprocess
 
 
 def write_image(path, seed: int, shape=(20, 26)) -> None:

@@ -170,7 +170,7 @@ def test_predict_names_class_and_probability(runs, tmp_path, capsys):
     assert [row["file"] for row in rows if row["class"] is None] == [str(tmp_path / "more" / "c.jpg")]
     model = omnimix.modalities.load_model(runs / "whole")
     details = omnimix.modalities.read_details(runs / "whole")
-    from omnimix.recipes.data import Preprocess
+    from omnimix.recipes.preprocess import Preprocess
 
     with torch.no_grad():
         logits = model(Preprocess.from_dict(details["preprocess"]).load(tmp_path / "a.png")[None])

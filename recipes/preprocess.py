@@ -1,0 +1,70 @@
+"""How images are prepared: part of every saved model, so that whoever uses it repeats what training did."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..modalities.image import load_image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """How an image file becomes what the model was trained on; saved with a run, so that predict repeats it.
+
+    Args:
+        classes: names, by index.
+        size: side of the square that the model sees.
+        channels: 1 (grey) or 3.
+        mean: of each channel, subtracted.
+        std: of each channel, divided by.
+        crop: the part of the shorter side that is kept.
+    """
+
+    classes: tuple[str, ...]
+    size: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop: float = 1.0
+
+    def load(self, source: object) -> Float[Tensor, "c h w"]:
+        """Read, resize the shorter side, cut out the centre, normalise.
+
+        Raises:
+            MediaError: the file cannot be read.
+        """
+        from torchvision.transforms.v2 import functional as tv
+
+        image = load_image(source, "L" if self.channels == 1 else "RGB")
+        image = tv.resize(image, [round(self.size / self.crop)], antialias=True)
+        return self.normalise(tv.center_crop(image, [self.size, self.size]))
+
+    def normalise(self, images: Float[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
+        mean, std = (images.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
+        return (images - mean) / std
+
+    def restore(self, images: Float[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
+        """The inverse of `normalise`, in 0..1, to look at."""
+        mean, std = (images.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
+        return (images * std + mean).clamp(0, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for the details of a saved model."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Preprocess:
+        """The inverse of `to_dict`.
+
+        Raises:
+            CheckpointError: other keys.
+        """
+        try:
+            return Preprocess(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        except TypeError as error:
+            raise CheckpointError(f"the model does not say how images were prepared: {error}") from error

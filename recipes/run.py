@@ -1,0 +1,56 @@
+"""The folder of a run."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from ..errors import CheckpointError, ConfigError
+
+
+class RunFolder:
+    """Everything of one run: `config.yaml`, `checkpoints/`, `logs/`, and at the end the model, numbers and report."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = path / "config.yaml"
+        self.checkpoints = path / "checkpoints"
+        self.last = self.checkpoints / "last.ckpt"
+        self.metrics = path / "metrics.json"
+        self.report = path / "report.png"
+
+    @staticmethod
+    def named(runs: str, name: str) -> RunFolder:
+        if not re.fullmatch(r"[\w.+=-]+", name) or not name.strip("."):
+            raise ConfigError(f"name is {name!r}; it must be one word that can name a folder")
+        return RunFolder(Path(runs) / name)
+
+    @staticmethod
+    def finished(run: str) -> RunFolder:
+        """The run in a folder, or of that name under `runs/`.
+
+        Raises:
+            CheckpointError: no such run, or it has no model yet.
+        """
+        for path in (Path(run), Path("runs") / run):
+            folder = RunFolder(path)
+            if folder.config.is_file():
+                if not (path / "model.safetensors").is_file():
+                    raise CheckpointError(f"the run {str(path)!r} has no model yet; go on with --resume")
+                return folder
+        raise CheckpointError(f"{run!r} is no run: it holds no config.yaml")
+
+    def check(self, *, overwrite: bool, resume: bool) -> None:
+        """Raise ConfigError where a new run would meet an old one."""
+        if resume or not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not self.config.is_file():
+            raise ConfigError(f"{str(self.path)!r} is not empty and no run; choose another --name")
+        if not overwrite:
+            raise ConfigError(f"the run {str(self.path)!r} exists; go on with --resume, or start anew with --overwrite")
+
+    def create(self, *, resume: bool) -> None:
+        if self.path.exists() and not resume:
+            shutil.rmtree(self.path)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
