@@ -17,7 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tools import accumulate_dtype, chunk_table, dot_mode, grid, launches, on_device_of, tile, tuned, unit_stride
+from ..tools import (
+    accumulate_dtype,
+    chunk_table,
+    dot_mode,
+    grid,
+    interpreting,
+    launches,
+    on_device_of,
+    tile,
+    tuned,
+    unit_stride,
+)
 from ..triton_tools import dot
 
 NONE, SCALAR, CHANNEL = (tl.constexpr(i) for i in range(3))
@@ -46,13 +57,6 @@ def _load(pointer, t, low, high, columns, width, stride, ACC: tl.constexpr):
     """Rows low <= t < high of a tile with neighbouring columns; zero elsewhere."""
     mask = ((t >= low) & (t < high))[:, None] & (columns < width)[None, :]
     return tl.load(pointer + t[:, None] * stride + columns[None, :], mask=mask, other=0.0).to(ACC)
-
-
-@triton.jit
-def _load_row(pointer, t, low, high, columns, width, stride, ACC: tl.constexpr):
-    """One row of such a tile."""
-    mask = (columns < width) & (t >= low) & (t < high)
-    return tl.load(pointer + t * stride + columns, mask=mask, other=0.0).to(ACC)[None, :]
 
 
 @triton.jit
@@ -99,13 +103,11 @@ def _state_kernel(
     if PACKED:
         start = tl.load(bounds + sequence).to(tl.int64)
         end = tl.load(bounds + sequence + 1).to(tl.int64)
-        row = tl.load(first + sequence).to(tl.int64)
-        batch = sequence * 0
+        row, batch = tl.load(first + sequence).to(tl.int64), sequence * 0
     else:
         start = sequence * 0
         end = start + length
-        row = sequence * chunks
-        batch = sequence
+        row, batch = sequence * chunks, sequence
     tiles = tl.cdiv(K, BK)
     column = (part % tiles) * BK + tl.arange(0, BK)
     value = (part // tiles) * BV + tl.arange(0, BV)
@@ -186,14 +188,18 @@ def _score_kernel(
             kt = tl.where((j < block)[:, None], kt * tl.exp(suffix), 0.0)
             acc += dot(qt * tl.exp(prefix), tl.trans(kt), MODE)
             between = tl.zeros((ROWS, BK), ACC)
-            stop = tl.minimum(start + ROWS, high)
-            for back in range(ROWS):
-                s = block + ROWS - 1 - back
-                gate = _load_row(decay, low + s + 1, start, stop, column, K, d_strides[1], ACC)
-                between += tl.where((i > s + BONUS)[:, None], gate, 0.0)
-                other = _load_row(k, low + s, start, stop, column, K, k_strides[1], ACC)
-                weight = tl.sum(qt * other * tl.exp(between), 1)
-                acc += tl.where((j == s)[None, :], weight[:, None], 0.0)
+            place = tl.arange(0, ROWS)
+            gates = decay + start * d_strides[1] + column
+            others = k + start * k_strides[1] + column
+            inside, left = column < K, high - start
+            filled = tl.minimum(left, ROWS)
+            for back in range(filled):
+                s = filled - 1 - back
+                gate = tl.load(gates + (s + 1) * d_strides[1], mask=inside & (s + 1 < left), other=0.0).to(ACC)
+                between += tl.where(place[:, None] > s + BONUS, gate[None, :], 0.0)
+                other = tl.load(others + s * k_strides[1], mask=inside & (s < left), other=0.0).to(ACC)
+                weight = tl.sum(qt * other[None, :] * tl.exp(between), 1)
+                acc += tl.where((j == block + s)[None, :], weight[:, None], 0.0)
         else:
             acc += dot(qt, tl.trans(kt), MODE)
     if DECAY == SCALAR:
@@ -281,9 +287,9 @@ def _channel_pairs(q, k, qt, kt, grads, decay, t, low, high, column, width, q_st
         writes = i < block
         prefix = tl.where(reads[:, None], tl.exp(prefix), 0.0)
         suffix = tl.where(writes[:, None], tl.exp(suffix), 0.0)
-        pairs = tl.load(grads + i[:, None] * C + i[None, :], mask=reads[:, None] & writes[None, :], other=0.0).to(ACC)
-        dq += dot(pairs, kt * suffix, MODE) * prefix
-        into_k = dot(tl.trans(pairs), qt * prefix, MODE) * suffix
+        across = tl.load(grads + i[:, None] * C + i[None, :], mask=reads[:, None] & writes[None, :], other=0.0).to(ACC)
+        dq += dot(across, kt * suffix, MODE) * prefix
+        into_k = dot(tl.trans(across), qt * prefix, MODE) * suffix
         dk += into_k
         into_k *= kt
         dd += tl.where(writes[:, None], tl.cumsum(into_k, 0) - into_k, 0.0)
@@ -293,23 +299,30 @@ def _channel_pairs(q, k, qt, kt, grads, decay, t, low, high, column, width, q_st
     # Within the blocks: i is the step's place in its block; each turn takes one other place of all blocks at once.
     i = i % BLOCK
     base = t - i
-    own = tl.arange(0, C) * C + tl.arange(0, C) - i
+    inside, left = (column < width)[None, :], (high - base)[:, None]
+    gates = decay + base[:, None] * stride + column[None, :]
+    keys = k + base[:, None] * k_stride + column[None, :]
+    pairs = grads + tl.arange(0, C) * C + tl.arange(0, C) - i
+    filled = tl.minimum(high - low, BLOCK)
     between = tl.zeros((C, BK), ACC)
-    for back in range(BLOCK):
-        j = BLOCK - 1 - back
-        gate = _load(decay, base + j + 1, low, tl.minimum(base + BLOCK, high), column, width, stride, ACC)
+    for back in range(filled):
+        j = filled - 1 - back
+        gate = tl.load(gates + (j + 1) * stride, mask=inside & (j + 1 < left), other=0.0).to(ACC)
         between += tl.where((i > j + BONUS)[:, None], gate, 0.0)
-        pair = tl.load(grads + own + j, mask=i >= j + BONUS, other=0.0).to(ACC)
-        into_q = pair[:, None] * _load(k, base + j, low, high, column, width, k_stride, ACC) * tl.exp(between)
+        pair = tl.load(pairs + j, mask=i >= j + BONUS, other=0.0).to(ACC)
+        key = tl.load(keys + j * k_stride, mask=inside & (j < left), other=0.0).to(ACC)
+        into_q = pair[:, None] * key * tl.exp(between)
         dq += into_q
         x += qt * into_q
-    own = (tl.arange(0, C) - i) * C + tl.arange(0, C)
+    queries = q + base[:, None] * q_stride + column[None, :]
+    pairs = grads + (tl.arange(0, C) - i) * C + tl.arange(0, C)
     between = tl.zeros((C, BK), ACC)
-    for j in range(BLOCK):
-        gate = _load(decay, base + j - BONUS, low, high, column, width, stride, ACC)
+    for j in range(filled):
+        gate = tl.load(gates + (j - BONUS) * stride, mask=inside & (j < left) & (j >= BONUS), other=0.0).to(ACC)
         between += tl.where((j > i + BONUS)[:, None], gate, 0.0)
-        pair = tl.load(grads + own + j * C, mask=j >= i + BONUS, other=0.0).to(ACC)
-        into_k = pair[:, None] * _load(q, base + j, low, high, column, width, q_stride, ACC) * tl.exp(between)
+        pair = tl.load(pairs + j * C, mask=j >= i + BONUS, other=0.0).to(ACC)
+        query = tl.load(queries + j * q_stride, mask=inside & (j < left), other=0.0).to(ACC)
+        into_k = pair[:, None] * query * tl.exp(between)
         dk += into_k
         y += kt * into_k
     # Of a block's pairs, a decay counts in those that read at or behind it, less those that also write there.
@@ -417,12 +430,12 @@ class _Call:
             self.sequences, self.rows = self.first.shape[0], self.table.shape[0]
             # The table's last rows name a sequence behind the last one, which ends where it starts.
             self.bounds = torch.cat([cu_seqlens, cu_seqlens[-1:]])
+        self.score_shape = (self.rows, self.heads, self.size, self.size)
         self.dtype = accumulate_dtype(v.dtype)
-        self.mode = dot_mode(v.dtype, wide=True)
         # What only dots read is stored in the dtype in which they read it.
-        self.stored = torch.bfloat16 if self.mode == "bfloat16" else self.dtype
+        self.stored = torch.bfloat16 if v.dtype == torch.bfloat16 and not interpreting() else self.dtype
 
-    def _new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.v.new_empty(shape, dtype=dtype or self.dtype)
 
     @staticmethod
@@ -436,14 +449,14 @@ class _Call:
             "d_strides": (0, 0, 0) if form == NONE.value else self.decay.stride()[:3],
             "length": self.length, "chunks": self.chunks, "bounds": self.bounds,
             "H": self.heads, "G": x.shape[2], "K": x.shape[3], "scale": scale, "C": self.size, "DECAY": form,
-            "MODE": self.mode, "PACKED": self.table is not None, "BONUS": int(reads and self.bonus is not None),
-            "BK": self._tile(x.shape[3], form),
+            "MODE": dot_mode(self.v.dtype, wide=True), "PACKED": self.table is not None,
+            "BONUS": int(reads and self.bonus is not None), "BK": self._tile(x.shape[3], form),
         }  # fmt: skip
 
     def states(self, x, y, initial, scale: float, reverse: bool) -> tuple[Tensor, Tensor]:
         """The state at each chunk, (rows, h, k, v), and behind the last, (n, h, k, v)."""
         shape = (self.heads, self.width, self.width_v)
-        states, final = self._new(self.rows, *shape, dtype=self.stored), self._new(self.sequences, *shape)
+        states, final = self.new(self.rows, *shape, dtype=self.stored), self.new(self.sequences, *shape)
         bv = tile(self.width_v, 64)
         tiles = triton.cdiv(self.width, self._tile(self.width, self.form)) * triton.cdiv(self.width_v, bv)
         _state_kernel[grid(self.sequences * self.heads, tiles)](
@@ -455,7 +468,7 @@ class _Call:
     def scores(self, q, k, scale: float, decayed: bool = True) -> Tensor:
         """(rows, h, size, size): the decayed products of q and k within a chunk, or the plain ones."""
         form, bonus = (self.form, self.bonus) if decayed else (NONE.value, None)
-        scores = self._new(self.rows, self.heads, self.size, self.size, dtype=self.stored)
+        scores = self.new(*self.score_shape, dtype=self.stored)
         height = BLOCK.value if form == CHANNEL.value else self.size
         _score_kernel[grid(self.rows * self.heads, self.size // height)](
             q, k, self.decay, bonus, scores, self.table, q_strides=q.stride()[:3], k_strides=k.stride()[:3],
@@ -465,7 +478,7 @@ class _Call:
 
     def outputs(self, x, y, scores, states, scale: float, reverse: bool) -> Tensor:
         """(b, t, h, v) in v's dtype."""
-        out = self._new(*self.v.shape, dtype=self.v.dtype)
+        out = self.new(*self.v.shape, dtype=self.v.dtype)
         bv = tile(self.width_v, 64)
         _output_kernel[grid(self.rows * self.heads, triton.cdiv(self.width_v, bv))](
             x, y, self.decay, scores, states, out, self.table, x_strides=x.stride()[:3], y_strides=y.stride()[:3],
@@ -480,10 +493,10 @@ class _Call:
         # Half as wide as elsewhere, since q, k and their gradients are all kept.
         common["BK"] = max(16, self._tile(k, self.form) // 2)
         parts = triton.cdiv(k, common["BK"])
-        dq, dk = (self._new(b, t, h, k, dtype=self.q.dtype if g == h else self.dtype) for _ in range(2))
+        dq, dk = (self.new(b, t, h, k, dtype=self.q.dtype if g == h else self.dtype) for _ in range(2))
         shapes = {NONE.value: (0,), SCALAR.value: (parts, b, t, h), CHANNEL.value: (b, t, h, k)}
-        dd = self._new(*shapes[self.form])
-        du = self._new(*((0,) if self.bonus is None else (self.rows, h, k)))
+        dd = self.new(*shapes[self.form])
+        du = self.new(*((0,) if self.bonus is None else (self.rows, h, k)))
         _gradient_kernel[grid(self.rows * h, parts)](
             self.q, self.k, self.v, do, self.decay, self.bonus, states, state_grads, score_grads, dq, dk, dd, du,
             self.table, q_strides=self.q.stride()[:3], k_strides=self.k.stride()[:3], v_strides=self.v.stride()[:3],
@@ -499,18 +512,18 @@ class _Call:
 def _launch_forward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, bonus: Tensor | None, initial_state: Tensor | None,
     cu_seqlens: Tensor | None, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     call = _Call(q, k, v, decay, bonus, cu_seqlens)
     initial = None if initial_state is None else initial_state.contiguous()
     with on_device_of(v):
         states, final = call.states(call.k, call.v, initial, 1.0, reverse=False)
         scores = call.scores(call.q, call.k, scale)
-        return call.outputs(call.q, call.v, scores, states, scale, reverse=False), final
+        return call.outputs(call.q, call.v, scores, states, scale, reverse=False), final, scores
 
 
 def _launch_backward(
     do: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, bonus: Tensor | None,
-    initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, scores: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     call = _Call(q, k, v, decay, bonus, cu_seqlens)
     do, dfinal = do.contiguous(), dfinal.contiguous()
@@ -519,42 +532,41 @@ def _launch_backward(
         # Recomputed, since a state for every chunk is more than the inputs they come from.
         states, _ = call.states(call.k, call.v, initial, 1.0, reverse=False)
         state_grads, into_initial = call.states(call.q, do, dfinal, scale, reverse=True)
-        scores = call.scores(call.q, call.k, scale)
         dv = call.outputs(call.k, do, scores, state_grads, 1.0, reverse=True)
         score_grads = call.scores(do, call.v, scale, decayed=False)
         dq, dk, dd, du = call.gradients(do, states, state_grads, score_grads, scale)
-    dd = dd if decay is None else dd.to(decay.dtype)
-    du = du if bonus is None else du.to(bonus.dtype)
-    return dq, dk, dv, dd, du, call._new(0) if initial_state is None else into_initial
+    dd, du = (g if x is None else g.to(x.dtype) for g, x in ((dd, decay), (du, bonus)))
+    return dq, dk, dv, dd, du, call.new(0) if initial_state is None else into_initial
 
 
 @torch.library.custom_op("omnimix::gated_linear_triton", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, bonus: Tensor | None, initial_state: Tensor | None,
     cu_seqlens: Tensor | None, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The output, the last state, and the scores, which the backward pass takes."""
     return _launch_forward(q, k, v, decay, bonus, initial_state, cu_seqlens, scale)
 
 
 @_forward.register_fake
 @launches(_launch_forward)
 def _(q, k, v, decay, bonus, initial_state, cu_seqlens, scale):
-    sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    state = (sequences, v.shape[2], q.shape[3], v.shape[3])
-    return v.new_empty(v.shape), v.new_empty(state, dtype=accumulate_dtype(v.dtype))
+    call = _Call(q, k, v, decay, bonus, cu_seqlens)
+    state = call.new(call.sequences, call.heads, call.width, call.width_v)
+    return v.new_empty(v.shape), state, call.new(*call.score_shape, dtype=call.stored)
 
 
 @torch.library.custom_op("omnimix::gated_linear_triton_backward", mutates_args=())
 def _backward(
     do: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, bonus: Tensor | None,
-    initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, scores: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _launch_backward(do, dfinal, q, k, v, decay, bonus, initial_state, cu_seqlens, scale)
+    return _launch_backward(do, dfinal, q, k, v, decay, bonus, initial_state, cu_seqlens, scores, scale)
 
 
 @_backward.register_fake
 @launches(_launch_backward)
-def _(do, dfinal, q, k, v, decay, bonus, initial_state, cu_seqlens, scale):
+def _(do, dfinal, q, k, v, decay, bonus, initial_state, cu_seqlens, scores, scale):
     def like(x):
         return v.new_empty(0, dtype=accumulate_dtype(v.dtype)) if x is None else x.new_empty(x.shape)
 
@@ -563,12 +575,11 @@ def _(do, dfinal, q, k, v, decay, bonus, initial_state, cu_seqlens, scale):
 
 def _save(ctx, inputs, output):
     *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, output[2])
 
 
-def _differentiate(ctx, do, dfinal):
-    inputs = ctx.saved_tensors
-    grads = torch.ops.omnimix.gated_linear_triton_backward(do, dfinal, *inputs, ctx.scale)
+def _differentiate(ctx, do, dfinal, dscores):
+    grads = torch.ops.omnimix.gated_linear_triton_backward(do, dfinal, *ctx.saved_tensors, ctx.scale)
     wanted = [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)]
     return (*wanted, None, None)
 
@@ -584,4 +595,5 @@ def gated_linear_triton(
         decay = decay.expand(v.shape[:3])
     if initial_state is not None:
         initial_state = initial_state.to(accumulate_dtype(v.dtype))
-    return torch.ops.omnimix.gated_linear_triton(q, k, v, decay, bonus, initial_state, cu_seqlens, scale)
+    output, state, _ = torch.ops.omnimix.gated_linear_triton(q, k, v, decay, bonus, initial_state, cu_seqlens, scale)
+    return output, state
