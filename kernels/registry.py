@@ -7,6 +7,7 @@ agree with it, which the laws in tests/laws check for everything that is registe
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -203,6 +204,9 @@ class Op:
 
     def explain(self, arguments: Arguments) -> list[dict[str, str]]:
         """One row a backend: its name, whether `auto` takes it for this call, and why (not)."""
+        # A backend looks at the arguments as the public function passes them on, with its defaults.
+        parameters = inspect.signature(self.function).parameters.values()
+        arguments = {p.name: p.default for p in parameters if p.default is not p.empty} | dict(arguments)
         device = device_of(arguments)
         rows, taken = [], False
         for backend in self.backends:
