@@ -29,8 +29,8 @@ def reference(**arguments):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (5, 3), (64, 0), (65, 70), (66, 1), (100, 500)])
-@pytest.mark.parametrize(("tq", "tk"), [(400, 400), (403, 403), (385, 450), (385, 500), (129, 1000)])
+@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (5, 3), (65, 70), (66, 1), (66, 500)])
+@pytest.mark.parametrize(("tq", "tk"), [(259, 259), (260, 330)])
 def test_windows_block_by_block(causal, window, sinks, tq, tk):
     arguments = tensors(2, tq, tk) | {"causal": causal, "window": window, "sinks": sinks}
     checker.agrees(chunked, reference, arguments)
@@ -117,7 +117,7 @@ def test_long_windows_compile(without_shape_checks):
         ({"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens"),
     ],
 )
-def test_bad_calls_name_the_argument(change, named):
+def test_bad_calls_name_the_argument(change, named, without_shape_checks):
     arguments = {n: x.float() for n, x in tensors(1, 2, 4).items()}
     with pytest.raises(UnsupportedShape, match=named):
         attention(**(arguments | change))
