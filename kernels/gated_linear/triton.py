@@ -409,6 +409,22 @@ def _gradient_kernel(
         tl.store(dd + part * tokens * H + at, through + pairs, mask=(t < high)[:, None])
 
 
+def _chunking(v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int, int]:
+    """Steps in a chunk, chunks in a sequence of full length, sequences, chunks in all; sizes may be symbolic."""
+    batch, length = v.shape[:2]
+    size = 16 if length <= 16 else 32 if length <= 32 else 64
+    chunks = (length + size - 1) // size
+    if cu_seqlens is None:
+        return size, chunks, batch, batch * chunks
+    sequences = cu_seqlens.shape[0] - 1
+    return size, chunks, sequences, length // size + sequences
+
+
+def _stored(dtype: torch.dtype) -> torch.dtype:
+    # What only dots read is stored in the dtype in which they read it.
+    return dtype if dtype == torch.bfloat16 and not interpreting() else accumulate_dtype(dtype)
+
+
 class _Call:
     """The launches of one call, and what they share: how the steps are cut into chunks, tiles, the kernels' modes."""
 
@@ -421,19 +437,14 @@ class _Call:
         self.bonus = None if bonus is None else bonus.contiguous()
         self.batch, self.length, self.heads, self.width_v = v.shape
         self.width = q.shape[-1]
-        self.size = tile(self.length, 64)
-        self.chunks = triton.cdiv(self.length, self.size)
-        self.sequences, self.rows = self.batch, self.batch * self.chunks
+        self.size, self.chunks, self.sequences, self.rows = _chunking(v, cu_seqlens)
         self.table = self.first = self.bounds = None
         if cu_seqlens is not None:
             self.table, self.first = chunk_table(cu_seqlens, self.size, self.length)
-            self.sequences, self.rows = self.first.shape[0], self.table.shape[0]
             # The table's last rows name a sequence behind the last one, which ends where it starts.
             self.bounds = torch.cat([cu_seqlens, cu_seqlens[-1:]])
-        self.score_shape = (self.rows, self.heads, self.size, self.size)
         self.dtype = accumulate_dtype(v.dtype)
-        # What only dots read is stored in the dtype in which they read it.
-        self.stored = torch.bfloat16 if v.dtype == torch.bfloat16 and not interpreting() else self.dtype
+        self.stored = _stored(v.dtype)
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.v.new_empty(shape, dtype=dtype or self.dtype)
@@ -468,7 +479,7 @@ class _Call:
     def scores(self, q, k, scale: float, decayed: bool = True) -> Tensor:
         """(rows, h, size, size): the decayed products of q and k within a chunk, or the plain ones."""
         form, bonus = (self.form, self.bonus) if decayed else (NONE.value, None)
-        scores = self.new(*self.score_shape, dtype=self.stored)
+        scores = self.new(self.rows, self.heads, self.size, self.size, dtype=self.stored)
         height = BLOCK.value if form == CHANNEL.value else self.size
         _score_kernel[grid(self.rows * self.heads, self.size // height)](
             q, k, self.decay, bonus, scores, self.table, q_strides=q.stride()[:3], k_strides=k.stride()[:3],
@@ -513,6 +524,7 @@ def _launch_forward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, bonus: Tensor | None, initial_state: Tensor | None,
     cu_seqlens: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The output, the last state, and the scores, which the backward pass takes."""
     call = _Call(q, k, v, decay, bonus, cu_seqlens)
     initial = None if initial_state is None else initial_state.contiguous()
     with on_device_of(v):
@@ -539,29 +551,16 @@ def _launch_backward(
     return dq, dk, dv, dd, du, call.new(0) if initial_state is None else into_initial
 
 
-@torch.library.custom_op("omnimix::gated_linear_triton", mutates_args=())
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, bonus: Tensor | None, initial_state: Tensor | None,
-    cu_seqlens: Tensor | None, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The output, the last state, and the scores, which the backward pass takes."""
-    return _launch_forward(q, k, v, decay, bonus, initial_state, cu_seqlens, scale)
+_forward = torch.library.custom_op("omnimix::gated_linear_triton", _launch_forward, mutates_args=())
+_backward = torch.library.custom_op("omnimix::gated_linear_triton_backward", _launch_backward, mutates_args=())
 
 
 @_forward.register_fake
 @launches(_launch_forward)
 def _(q, k, v, decay, bonus, initial_state, cu_seqlens, scale):
-    call = _Call(q, k, v, decay, bonus, cu_seqlens)
-    state = call.new(call.sequences, call.heads, call.width, call.width_v)
-    return v.new_empty(v.shape), state, call.new(*call.score_shape, dtype=call.stored)
-
-
-@torch.library.custom_op("omnimix::gated_linear_triton_backward", mutates_args=())
-def _backward(
-    do: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, bonus: Tensor | None,
-    initial_state: Tensor | None, cu_seqlens: Tensor | None, scores: Tensor, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _launch_backward(do, dfinal, q, k, v, decay, bonus, initial_state, cu_seqlens, scores, scale)
+    size, _, sequences, rows = _chunking(v, cu_seqlens)
+    state = v.new_empty(sequences, v.shape[2], q.shape[3], v.shape[3], dtype=accumulate_dtype(v.dtype))
+    return v.new_empty(v.shape), state, v.new_empty(rows, v.shape[2], size, size, dtype=_stored(v.dtype))
 
 
 @_backward.register_fake
