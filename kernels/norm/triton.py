@@ -62,7 +62,7 @@ def _backward_kernel(
     if weight is not None:
         w = tl.load(weight + column, mask=local < SIZE, other=0.0).to(ACC)
         into_w = tl.zeros([BD], dtype=ACC)
-    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+    for block in range(tl.program_id(0).to(tl.int64), blocks, tl.num_programs(0)):
         row = ((tl.zeros([BR], dtype=tl.int64) + block) * BR + tl.arange(0, BR))[:, None]
         inside = (row < rows) & (local < SIZE)
         u = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(ACC)

@@ -28,6 +28,17 @@ def faults(source):
         and node.func.attr == "to"
         and [dotted(argument) for argument in node.args] == ["tl.int64"]
     }
+    # `tl.program_id(1) * TILE` counts elements within a row, of which there are fewer than 2 ** 31.
+    tiles = {
+        node.left
+        for node in ast.walk(tree)
+        if isinstance(node, ast.BinOp)
+        and isinstance(node.op, ast.Mult)
+        and isinstance(node.right, ast.Name)
+        and node.right.id.isupper()
+        and isinstance(node.left, ast.Call)
+        and [ast.literal_eval(a) for a in node.left.args if isinstance(a, ast.Constant)] != [0]
+    }
     found = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
@@ -38,7 +49,7 @@ def faults(source):
             found.append(f"{node.lineno}: {last} is outside the subset of Triton that we use")
         if last.startswith("atomic_"):
             found.append(f"{node.lineno}: {last}; sum buffers instead, so that results repeat")
-        if last == "program_id" and node not in wide:
+        if last == "program_id" and node not in wide | tiles:
             found.append(f"{node.lineno}: write tl.program_id(...).to(tl.int64); its products overflow in int32")
         if name == "tl.load" and not any(k.arg == "mask" for k in node.keywords) and len(node.args) > 1:
             found.append(f"{node.lineno}: pass a load's mask by name")
@@ -61,6 +72,8 @@ def test_there_are_sources():
     [
         ("i = tl.program_id(0)", "int64"),
         ("i = tl.program_id(0).to(tl.int32)", "int64"),
+        ("i = tl.program_id(0) * TILE", "int64"),
+        ("i = tl.program_id(1) * stride", "int64"),
         ("p = tl.make_block_ptr(x, (n,), (1,), (0,), (16,), (0,))", "subset"),
         ("tl.atomic_add(p, x)", "repeat"),
         ("@triton.autotune([], key=[])\ndef f(): pass", "tuned"),
@@ -71,5 +84,6 @@ def test_faults_are_found(line, fault):
     assert fault in found
 
 
-def test_a_wide_program_id_is_no_fault():
-    assert faults("i = tl.program_id(0).to(tl.int64) * stride") == []
+@pytest.mark.parametrize("line", ["i = tl.program_id(0).to(tl.int64) * stride", "i = tl.program_id(1) * TILE"])
+def test_what_cannot_overflow_is_no_fault(line):
+    assert faults(line) == []
