@@ -45,8 +45,7 @@ def _chunk_at(row, table, bounds, length, chunks, C: tl.constexpr, PACKED: tl.co
         end = tl.load(bounds + sequence + 1).to(tl.int64)
         batch = sequence * 0
     else:
-        batch = row // chunks
-        chunk = row % chunks
+        batch, chunk = row // chunks, row % chunks
         start = batch * 0
         end = start + length
     return batch, start + chunk * C, end
@@ -147,7 +146,7 @@ def _state_kernel(
     tl.store(final + pid * K * V + at, state, mask=inside)
 
 
-@tuned([{"num_warps": 4}], key=["K", "DECAY"])
+@tuned([{"num_warps": 8, "num_stages": 2}], key=["K", "DECAY"])
 @triton.jit
 def _score_kernel(
     q, k, decay, bonus, scores, table, bounds,
@@ -409,10 +408,15 @@ def _gradient_kernel(
         tl.store(dd + part * tokens * H + at, through + pairs, mask=(t < high)[:, None])
 
 
+def _largest(dtype: torch.dtype) -> int:
+    # With float32 operands, which float16 needs for their range, half as much fits registers and AMD's shared memory.
+    return 64 if dtype == torch.bfloat16 or interpreting() else 32
+
+
 def _chunking(v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int, int]:
     """Steps in a chunk, chunks in a sequence of full length, sequences, chunks in all; sizes may be symbolic."""
     batch, length = v.shape[:2]
-    size = 16 if length <= 16 else 32 if length <= 32 else 64
+    size = 16 if length <= 16 else 32 if length <= 32 else _largest(v.dtype)
     chunks = (length + size - 1) // size
     if cu_seqlens is None:
         return size, chunks, batch, batch * chunks
@@ -445,14 +449,14 @@ class _Call:
             self.bounds = torch.cat([cu_seqlens, cu_seqlens[-1:]])
         self.dtype = accumulate_dtype(v.dtype)
         self.stored = _stored(v.dtype)
+        self.bv = tile(self.width_v, _largest(v.dtype))
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.v.new_empty(shape, dtype=dtype or self.dtype)
 
-    @staticmethod
-    def _tile(width: int, form: int) -> int:
+    def _tile(self, width: int, form: int) -> int:
         # A decay per channel is a tile of its own, with its sums: narrower, they stay in registers.
-        return tile(width, 32 if form == CHANNEL.value else 64)
+        return tile(width, 32 if form == CHANNEL.value else _largest(self.v.dtype))
 
     def _common(self, scale: float, x: Tensor, form: int, reads: bool) -> dict[str, object]:
         # A bonus changes where the state is read, and nothing where it is written: that kernel is then the same.
@@ -468,11 +472,10 @@ class _Call:
         """The state at each chunk, (rows, h, k, v), and behind the last, (n, h, k, v)."""
         shape = (self.heads, self.width, self.width_v)
         states, final = self.new(self.rows, *shape, dtype=self.stored), self.new(self.sequences, *shape)
-        bv = tile(self.width_v, 64)
-        tiles = triton.cdiv(self.width, self._tile(self.width, self.form)) * triton.cdiv(self.width_v, bv)
+        tiles = triton.cdiv(self.width, self._tile(self.width, self.form)) * triton.cdiv(self.width_v, self.bv)
         _state_kernel[grid(self.sequences * self.heads, tiles)](
             x, y, self.decay, initial, states, final, self.first, x_strides=x.stride()[:3], y_strides=y.stride()[:3],
-            V=self.width_v, REVERSE=reverse, BV=bv, **self._common(scale, x, self.form, reads=reverse),
+            V=self.width_v, REVERSE=reverse, BV=self.bv, **self._common(scale, x, self.form, reads=reverse),
         )  # fmt: skip
         return states, final
 
@@ -490,10 +493,9 @@ class _Call:
     def outputs(self, x, y, scores, states, scale: float, reverse: bool) -> Tensor:
         """(b, t, h, v) in v's dtype."""
         out = self.new(*self.v.shape, dtype=self.v.dtype)
-        bv = tile(self.width_v, 64)
-        _output_kernel[grid(self.rows * self.heads, triton.cdiv(self.width_v, bv))](
+        _output_kernel[grid(self.rows * self.heads, triton.cdiv(self.width_v, self.bv))](
             x, y, self.decay, scores, states, out, self.table, x_strides=x.stride()[:3], y_strides=y.stride()[:3],
-            V=self.width_v, REVERSE=reverse, BV=bv, **self._common(scale, x, self.form, reads=not reverse),
+            V=self.width_v, REVERSE=reverse, BV=self.bv, **self._common(scale, x, self.form, reads=not reverse),
         )  # fmt: skip
         return out
 
@@ -511,7 +513,7 @@ class _Call:
         _gradient_kernel[grid(self.rows * h, parts)](
             self.q, self.k, self.v, do, self.decay, self.bonus, states, state_grads, score_grads, dq, dk, dd, du,
             self.table, q_strides=self.q.stride()[:3], k_strides=self.k.stride()[:3], v_strides=self.v.stride()[:3],
-            do_strides=do.stride()[:3], tokens=b * t, V=self.width_v, BV=tile(self.width_v, 64), **common,
+            do_strides=do.stride()[:3], tokens=b * t, V=self.width_v, BV=self.bv, **common,
         )  # fmt: skip
         if g != h:
             dq, dk = (x.view(b, t, g, h // g, k).sum(3).to(self.q.dtype) for x in (dq, dk))
