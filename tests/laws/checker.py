@@ -233,8 +233,8 @@ class _CustomOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def custom_ops_are_sound(function: Function, arguments: Arguments) -> None:
-    """Law 8: torch.library.opcheck accepts every custom op that a call and its backward run."""
+def custom_ops_are_sound(function: Function, arguments: Arguments, checks: Sequence[str]) -> None:
+    """Law 8: `checks` of torch.library.opcheck accept every custom op that a call and its backward run."""
     with _CustomOps() as forward:
         results(function, arguments, backward=False)
     with _CustomOps() as both:
@@ -247,4 +247,5 @@ def custom_ops_are_sound(function: Function, arguments: Arguments) -> None:
             floating = isinstance(x, Tensor) and x.is_floating_point()
             return x.detach().clone().requires_grad_(wanted) if floating else x
 
-        torch.library.opcheck(op, tuple(map(leaf, args)), {name: leaf(x) for name, x in kwargs.items()})
+        kwargs = {name: leaf(x) for name, x in kwargs.items()}
+        torch.library.opcheck(op, tuple(map(leaf, args)), kwargs, test_utils=checks)

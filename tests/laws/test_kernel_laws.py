@@ -100,22 +100,26 @@ def test_agrees_with_the_definition_at_any_strides(subject, layout):
 
 
 @subjects(lambda s: s.stateful)
-@pytest.mark.parametrize("lengths", [[1, 66], [64, 3], [37, 30], [1] * 5], ids=str)
+@pytest.mark.parametrize("lengths", [[1, 20], [64, 3], [1] * 2], ids=str)
 def test_pieces_are_the_whole(subject, lengths):
-    arguments = subject.draw(1, sum(lengths), state=lengths[0] != 64)
+    arguments = subject.draw(1, sum(lengths), state=lengths[0] == 1)
     checker.splits(subject.call, arguments, subject.op.sequences, lengths)
 
 
 @subjects(lambda s: s.case.packed)
-@pytest.mark.parametrize("lengths", [[3, 64, 1, 20], [5, 2]], ids=str)
-def test_packed_sequences_are_each_alone(subject, lengths):
-    arguments = subject.draw(1, sum(lengths), lengths=lengths, state=len(lengths) > 2)
+def test_packed_sequences_are_each_alone(subject):
+    # A call takes the interpreter long; the next law has longer and more sequences.
+    lengths = [5, 2] if is_interpreted(subject) else [3, 64, 1, 20]
+    arguments = subject.draw(1, sum(lengths), lengths=lengths)
     checker.packs(subject.call, arguments, subject.op.sequences, lengths, has_state=subject.stateful)
 
 
 @subjects(lambda s: is_optimised(s) and s.case.packed)
-def test_packed_sequences_agree_with_the_definition(subject):
-    checker.agrees(subject.call, subject.reference, strided(subject.draw(1, 76, lengths=[1, 65, 10])))
+@pytest.mark.parametrize("state", [True, False])
+def test_packed_sequences_agree_with_the_definition(subject, state):
+    lengths = [1, 65, 10] if state else [2, 3]
+    arguments = strided(subject.draw(1, sum(lengths), lengths=lengths, state=state))
+    checker.agrees(subject.call, subject.reference, arguments)
 
 
 @subjects(lambda s: s.op.causal)
@@ -145,10 +149,14 @@ def test_stays_finite(subject):
 
 
 @subjects(is_optimised)
-def test_custom_ops_are_sound(subject):
-    checker.custom_ops_are_sound(subject.call, subject.draw(2, 5))
+def test_custom_ops_are_sound(subject, without_shape_checks):
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    first = subject.case.name == subject.op.cases()[0].name
+    # Tracing with symbolic sizes runs every kernel many times over.
+    full = [*checks, "test_aot_dispatch_dynamic"] if first or not is_interpreted(subject) else checks
+    checker.custom_ops_are_sound(subject.call, subject.draw(2, 5), full)
     if subject.case.packed:
-        checker.custom_ops_are_sound(subject.call, subject.draw(1, 7, lengths=[2, 5], state=False))
+        checker.custom_ops_are_sound(subject.call, subject.draw(1, 7, lengths=[2, 5], state=False), checks)
 
 
 @subjects(is_optimised)
