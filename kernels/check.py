@@ -277,6 +277,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backends", type=_names, help='comma-separated (default: all but "reference")')
     parser.add_argument("--json", metavar="FILE", help='write the rows to FILE ("-": standard output)')
     options = parser.parse_args(argv)
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {options.device}: no GPU is usable here; leave it out to check on the CPU")
     if options.device == "cpu":
         # Read when a kernel is defined, hence before the first backend is loaded.
         os.environ["TRITON_INTERPRET"] = "1"
