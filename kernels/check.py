@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailable
-from .registry import Case, Draw, Op, get_op, ops
+from .registry import Case, Draw, Op, complex_of, get_op, ops
 from .tools import interpreting
 
 # Relative to the largest element of the true tensor.
@@ -38,8 +38,8 @@ class Results:
 
     def to(self, dtype: torch.dtype) -> Results:
         return Results(
-            outputs=tuple(o.to(dtype) for o in self.outputs),
-            gradients={name: g.to(dtype) for name, g in self.gradients.items()},
+            outputs=tuple(to(o, dtype) for o in self.outputs),
+            gradients={name: to(g, dtype) for name, g in self.gradients.items()},
         )
 
 
@@ -63,13 +63,29 @@ def arguments_of(
 
 
 def differentiable(arguments: dict[str, Any]) -> list[str]:
-    return [name for name, a in arguments.items() if isinstance(a, Tensor) and a.is_floating_point()]
+    return [
+        name for name, a in arguments.items() if isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex())
+    ]
 
 
 def weights_for(outputs: Sequence[Tensor], seed: int) -> list[Tensor]:
     """The random weights by which `results` sums outputs into a loss, the same for every backend and dtype."""
     draw = Draw.seeded(seed + 1)
-    return [draw.normal(*o.shape).to(device=o.device, dtype=o.dtype) for o in outputs]
+
+    def weight(o: Tensor) -> Tensor:
+        made = draw.complex_normal(*o.shape) if o.is_complex() else draw.normal(*o.shape)
+        return made.to(device=o.device, dtype=o.dtype)
+
+    return [weight(o) for o in outputs]
+
+
+def to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in a floating-point dtype, or in the complex one that goes with it."""
+    return x.to(complex_of(dtype) if x.is_complex() else dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return to(x, torch.float64)
 
 
 def results(
@@ -96,7 +112,9 @@ def results(
     gradients = {}
     if backward:
         weights = weights_for(outputs, seed) if weights is None else weights
-        loss = sum((o * w).sum() for o, w in zip(outputs, weights, strict=True))
+        loss = sum(
+            (o * w).real.sum() if o.is_complex() else (o * w).sum() for o, w in zip(outputs, weights, strict=True)
+        )
         # A loss on which nothing acts has gradients too: zeros, which a comparison then finds.
         connected = names if loss.requires_grad else []
         found = torch.autograd.grad(loss, [leaves[n] for n in connected], allow_unused=True) if connected else ()
@@ -111,12 +129,12 @@ def error(found: Tensor, truth: Tensor) -> float:
         return float("inf")
     if truth.numel() == 0:
         return 0.0
-    deviation = (found.double() - truth.double()).abs().max().item()
+    deviation = (_wide(found) - _wide(truth)).abs().max().item()
     return deviation / max(truth.abs().max().item(), 0.1) if deviation == deviation else float("inf")
 
 
 def rms(x: Tensor) -> float:
-    return x.double().square().mean().sqrt().item() if x.numel() else 0.0
+    return _wide(x).abs().square().mean().sqrt().item() if x.numel() else 0.0
 
 
 def low_precision_excess(found: Tensor, plain: Tensor, truth: Tensor) -> float:
@@ -127,14 +145,14 @@ def low_precision_excess(found: Tensor, plain: Tensor, truth: Tensor) -> float:
         plain: the true result on the inputs rounded to bfloat16, itself rounded.
         truth: the true result on the unrounded inputs.
     """
-    deviation = rms(found.double() - truth.double())
-    allowed = 2 * rms(plain.double() - truth.double()) + BFLOAT16_TINY * max(rms(truth), 0.1)
+    deviation = rms(_wide(found) - _wide(truth))
+    allowed = 2 * rms(_wide(plain) - _wide(truth)) + BFLOAT16_TINY * max(rms(truth), 0.1)
     return deviation / allowed if deviation == deviation else float("inf")
 
 
 def cast(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     names = differentiable(arguments)
-    return arguments | {name: arguments[name].to(dtype) for name in names}
+    return arguments | {name: to(arguments[name], dtype) for name in names}
 
 
 def call_of(op: Op, backend: str) -> Callable[..., Any]:
@@ -172,7 +190,7 @@ def _truths(op: Op, case: Case, device: torch.device) -> list[_Truth]:
         found = {torch.float64: results(reference, arguments)}
         weights = weights_for(found[torch.float64].outputs, 0)
         for dtype in (torch.float32, torch.bfloat16):
-            rounded = [w.to(dtype).double() for w in weights]
+            rounded = [_wide(to(w, dtype)) for w in weights]
             found[dtype] = results(reference, cast(cast(arguments, dtype), torch.float64), weights=rounded)
         made.append(_Truth(call=name, arguments=arguments, results=found))
     return made

@@ -71,6 +71,11 @@ class Backend:
         return _loaded[self.module, self.function]
 
 
+def complex_of(dtype: torch.dtype) -> torch.dtype:
+    """The complex dtype that goes with a floating-point one; the narrowest is complex64."""
+    return torch.complex128 if dtype == torch.float64 else torch.complex64
+
+
 @dataclass(frozen=True, kw_only=True)
 class Draw:
     """Makes the random tensors of a `Case`, all from one generator, device and dtype."""
@@ -97,6 +102,18 @@ class Draw:
 
     def uniform(self, low: float, high: float, *shape: int) -> Tensor:
         return self._on_device(self._random(torch.rand, *shape) * (high - low) + low)
+
+    def complex_normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Complex numbers in the precision of `dtype`, complex64 where it has fewer than 32 bits."""
+        return torch.complex(*(self._random(torch.randn, *shape) * (scale * 0.5**0.5) for _ in range(2))).to(
+            device=self.device, dtype=complex_of(self.dtype)
+        )
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        """Whole numbers from 0 up to, not including, `high`; int64."""
+        if self.device.type == "meta":
+            return torch.empty(*shape, device="meta", dtype=torch.int64)
+        return torch.randint(high, shape, generator=self.generator).to(self.device)
 
     def log_decay(self, *shape: int, scale: float = 1.0) -> Tensor:
         """Log decays: negative, mostly small, now and then large."""
@@ -135,12 +152,14 @@ class Op:
         name: the name of the public function in `omnimix.kernels`.
         backends: in `auto`'s order of preference.
         sequences: names of the arguments whose dimensions 0 and 1 are batch and time (in calls where they have these:
-            a decay of shape `(heads,)` is none).
+            a decay of shape `(heads,)` is none); the first one always has. Empty for ops on rows without order.
         cases: returns the op's cases (a function, so that nothing is built at import).
         summary: one line, the recurrence or formula.
         causal: whether output t depends on inputs up to t only, for all cases.
         flops: given a call's arguments, the floating-point operations of a forward pass's matrix products; None where
             these do not measure the work.
+        traffic: given a call's arguments, the bytes that a forward pass must read and write at least; None where it is
+            bound by its matrix products.
     """
 
     name: str
@@ -150,6 +169,7 @@ class Op:
     summary: str
     causal: bool = True
     flops: Callable[[Arguments], float] | None = None
+    traffic: Callable[[Arguments], float] | None = None
     _warned: set[str] = field(default_factory=set, repr=False, compare=False)
 
     @property

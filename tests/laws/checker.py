@@ -23,6 +23,7 @@ from omnimix.kernels.check import (
     error,
     low_precision_excess,
     results,
+    to,
     weights_for,
 )
 
@@ -185,9 +186,10 @@ def keeps_precision(function: Function, reference: Function, arguments: Argument
     """Law 7: in bfloat16 the error is at most twice that of rounding the inputs and the results."""
     dtype = torch.bfloat16
     truth = results(reference, arguments)
-    weights = [w.to(dtype) for w in weights_for(truth.outputs, 0)]
+    weights = [to(w, dtype) for w in weights_for(truth.outputs, 0)]
     rounded = cast(arguments, dtype)
-    exact = results(reference, cast(rounded, torch.float64), weights=[w.double() for w in weights])
+    wide = [to(w, torch.float64) for w in weights]
+    exact = results(reference, cast(rounded, torch.float64), weights=wide)
     found = results(function, rounded)
     plain = exact.to(dtype).named()
     for name, x in found.named().items():
@@ -201,6 +203,9 @@ class ExtremeDraw(Draw):
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         return Draw.normal(self, *shape, scale=100 * scale)
+
+    def complex_normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return Draw.complex_normal(self, *shape, scale=100 * scale)
 
     def log_decay(self, *shape: int, scale: float = 1.0) -> Tensor:
         levels = torch.tensor([0.0, -1e-4, -1.0, -1e4], dtype=torch.float64)
@@ -244,7 +249,7 @@ def custom_ops_are_sound(function: Function, arguments: Arguments, checks: Seque
         wanted = i < len(forward.calls)
 
         def leaf(x: Any, wanted: bool = wanted) -> Any:
-            floating = isinstance(x, Tensor) and x.is_floating_point()
+            floating = isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
             return x.detach().clone().requires_grad_(wanted) if floating else x
 
         kwargs = {name: leaf(x) for name, x in kwargs.items()}

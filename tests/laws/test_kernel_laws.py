@@ -127,7 +127,7 @@ def test_causal(subject):
     checker.is_causal(subject.call, subject.draw(1, 20), subject.op.sequences, at=13)
 
 
-@subjects()
+@subjects(lambda s: s.op.sequences)
 def test_batch_rows_are_independent(subject):
     checker.rows_are_independent(subject.call, subject.draw(2, 18), subject.op.sequences)
 
