@@ -30,7 +30,7 @@ def gated_linear_chunked(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    b, t, h, _ = v.shape
+    t, h = v.shape[1:3]
     if t == 1 and cu_seqlens is None:
         return gated_linear_reference(
             q=q,
@@ -45,8 +45,7 @@ def gated_linear_chunked(
     wide = torch.promote_types(v.dtype, torch.float32)
     decay = v.new_zeros(h, dtype=wide) if decay is None else decay
     if decay.dim() == 1:
-        # In the working dtype before it is expanded, so that its gradient is summed in it.
-        decay = decay.to(wide).expand(b, t, h)
+        decay = decay.to(wide)
     dtype = v.dtype
     if bonus is not None:
         # Two paths lead to q, k and v: their gradients are to be added before they are rounded.
@@ -65,11 +64,19 @@ def _current(q: Tensor, k: Tensor, bonus: Tensor) -> Tensor:
     return torch.einsum("btgk,gjk->btgj", q * k, per_group).flatten(2).unsqueeze(-1)
 
 
-def _form(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: float, exclusive: bool) -> Form:
-    groups = q.shape[2]
+def _form(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, packing: Packing | None, scale: float, exclusive: bool
+) -> Form:
+    """The form that serves these inputs, which it lays out with `packing`."""
+    groups, steps = q.shape[2], None
     kind = ChannelForm if decay.dim() == 4 else ScalarForm
+    if decay.dim() == 1:
+        decay, steps = decay.expand(v.shape[:3]), decay.new_ones(1).expand(v.shape[:2])
+    if packing:
+        q, k, v, decay = (packing.pack(x) for x in (q, k, v, decay))
+        steps = None if steps is None else packing.pack(steps)
     v, decay = (x.unflatten(2, (groups, -1)) for x in (v, decay))
-    return kind(q=q, k=k, v=v, decay=decay, scale=scale, exclusive=exclusive)
+    return kind(q=q, k=k, v=v, decay=decay, scale=scale, exclusive=exclusive, steps=steps)
 
 
 def _chunk_bytes(q: Tensor, v: Tensor) -> int:
@@ -97,14 +104,12 @@ def _forward(
     chunk_bytes = _chunk_bytes(q, v)
     output, final, saved = _outputs(q, k, v, decay, initial_state, cu_seqlens, scale, exclusive, train)
     packing = None if cu_seqlens is None else Packing(cu_seqlens, chunk_bytes)
-    if packing:
-        q, k, v, decay = (packing.pack(x) for x in (q, k, v, decay))
-    form = _form(q, k, v, decay, scale, exclusive)
+    form = _form(q, k, v, decay, packing, scale, exclusive)
     if initial_state is None:
         state = final.new_zeros(final.shape[0], *form.state_shape)
     else:
         state = form.import_state(packing.sort(initial_state) if packing else initial_state)
-    dense = torch.empty_like(v, dtype=output.dtype) if packing else output
+    dense = output.new_empty(1, packing.length, *output.shape[2:]) if packing else output
     by_group = dense.unflatten(2, (form.groups, -1))
     used = 0
     for block in _blocks(v, packing, chunk_bytes):
@@ -155,20 +160,20 @@ def _backward(
     chunk_bytes = _chunk_bytes(q, v)
     packing = None if cu_seqlens is None else Packing(cu_seqlens, chunk_bytes)
     if packing:
-        q, k, v, decay, output, doutput = (packing.pack(x) for x in (q, k, v, decay, output, doutput))
+        output, doutput = packing.pack(output), packing.pack(doutput)
         final = packing.sort(final)
         dfinal = None if dfinal is None else packing.sort(dfinal)
-    form = _form(q, k, v, decay, scale, exclusive)
+    form = _form(q, k, v, decay, packing, scale, exclusive)
     if dfinal is None:
         dstate = final.new_zeros(final.shape[0], *form.state_shape)
         tail = torch.zeros_like(form.overlap(dstate, dstate))
     else:
         dstate = form.import_state(dfinal)
         tail = form.overlap(dstate, form.import_state(final))
-    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, decay)]
-    dq, dk, *by_head = gradients
-    dv, ddecay, output, doutput = (x.unflatten(2, (form.groups, -1)) for x in (*by_head, output, doutput))
-    ddecay = ddecay if decay_gradient else None
+    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (form.q, form.k, form.v.flatten(2, 3))]
+    dq, dk, dv = gradients
+    dv, output, doutput = (x.unflatten(2, (form.groups, -1)) for x in (dv, output, doutput))
+    ddecay = _decay_gradient(form, decay) if decay_gradient else None
     into = Adjoint(output=output, doutput=doutput, q=dq, k=dk, v=dv, decay=ddecay, tail=tail)
     chunks = 0
     for block in reversed(_blocks(v, packing, chunk_bytes)):
@@ -184,9 +189,19 @@ def _backward(
     if packing:
         gradients = [packing.unpack(x) for x in gradients]
         dstate = packing.unsort(dstate)
-    if not decay_gradient:
-        gradients[3] = decay.new_empty(0)
-    return (*gradients, dstate)
+    if ddecay is None:
+        return (*gradients, decay.new_empty(0), dstate)
+    if decay.dim() == 1:
+        return (*gradients, ddecay.flatten().to(decay.dtype), dstate)
+    ddecay = ddecay.flatten(2, 3)
+    return (*gradients, packing.unpack(ddecay) if packing else ddecay, dstate)
+
+
+def _decay_gradient(form: Form, decay: Tensor) -> Tensor:
+    """Where the form writes the decay's gradient; per head it is a sum, taken in the working dtype."""
+    if decay.dim() == 1:
+        return decay.new_zeros(form.groups, form.heads, dtype=form.dtype)
+    return torch.empty(form.decay.shape, dtype=decay.dtype, device=decay.device)
 
 
 @_backward.register_fake

@@ -55,8 +55,9 @@ class Operands:
 class Adjoint:
     """What a backward pass reads (`output`, `doutput`) and where it writes the gradients, in the layout of the inputs.
 
-    `decay` is None where its gradient is not wanted. `tail` holds, per sequence, the gradient of the last cumulative
-    decay of the next chunk on the way back: what later steps and the final state contribute; it moves along in place.
+    `decay` is None where its gradient is not wanted, and `(g, h / g)` for a constant decay per head. `tail` holds, per
+    sequence, the gradient of the last cumulative decay of the next chunk on the way back: what later steps and the
+    final state contribute; it moves along in place.
     """
 
     output: Tensor
@@ -89,10 +90,13 @@ class Form:
         v: `(b, t, g, h / g, v)`.
         decay: `(b, t, g, h / g)` or `(b, t, g, h / g, k)`.
         exclusive: the output reads the state before the update, without the current token.
+        steps: `(b, t)`, 1 for each step and 0 for padding, where one decay per head holds for all steps; else None.
     """
 
-    def __init__(self, *, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: float, exclusive: bool):
-        self.q, self.k, self.v, self.decay = q, k, v, decay
+    def __init__(
+        self, *, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: float, exclusive: bool, steps: Tensor | None
+    ):
+        self.q, self.k, self.v, self.decay, self.steps = q, k, v, decay, steps
         self.scale, self.exclusive = scale, exclusive
         self.dtype = torch.promote_types(v.dtype, torch.float32)
         self.scratch = Scratch(v, self.dtype)
@@ -128,6 +132,9 @@ class Form:
     def load_gradient(self, block: Block, x: Operands, gradient: Tensor) -> Tensor:
         """The output's gradient as `(N, c, w)`, scaled so that it is the gradient of the products."""
         raise NotImplementedError
+
+    def observe(self, block: Block, x: Operands, do: Tensor, reads: Tensor, dends: Tensor, dv: Tensor, into: Adjoint):
+        """Called before the states are overwritten, while dv holds what comes through the state alone."""
 
     def store_gradients(self, block: Block, x: Operands, dq: Tensor, dk: Tensor, dv: Tensor, into: Adjoint) -> None:
         """Undo the scaling of dq, dk, dv, add what exact chunks lack, and derive the decay's gradient."""
@@ -230,6 +237,7 @@ class Form:
         dq = torch.bmm(do, reads.mT, out=self.scratch("dq", *x.q.shape))
         dk = torch.bmm(x.v, dends.mT, out=self.scratch("dk", *x.k.shape))
         dv = torch.bmm(x.k, dends, out=self.scratch("dv", *x.v.shape))
+        self.observe(block, x, do, reads, dends, dv, into)
         if single:
             if x.exact:
                 dstate[: block.alive].mul_(through)

@@ -23,6 +23,7 @@ class Factors:
         total: cumulative log decays within the chunk; `reach`: as far as the output sees them.
         out: on the output of a factorised chunk; `into`: on v; `through`: on the state.
         steep: for each sequence and chunk, whether it is too steep to be factorised.
+        count: `(b, chunks, c)`, steps of the chunk up to this one, where the decay is constant per head.
     """
 
     total: Tensor
@@ -31,6 +32,7 @@ class Factors:
     into: Tensor
     through: Tensor
     steep: list[list[bool]]
+    count: Tensor | None
 
 
 class ScalarForm(Form):
@@ -71,8 +73,12 @@ class ScalarForm(Form):
                 into=(last - total).to(self.dtype).exp(),
                 through=last.to(self.dtype).exp(),
                 steep=(last.amin((2, 3, 4)) < -FACTORISE).tolist(),
+                count=None if self.steps is None else self._count(block),
             )
         return self._regions[key]
+
+    def _count(self, block: Block) -> Tensor:
+        return self.steps[:, block.region].to(self.dtype).unflatten(1, (-1, block.chunk)).cumsum(2)
 
     def load(self, block: Block) -> Operands:
         region = self._region(block)
@@ -87,6 +93,9 @@ class ScalarForm(Form):
         within = {"total": pick(region.total), "reach": pick(region.reach)} if exact else {}
         out = within["reach"].to(self.dtype).exp().mul_(self.scale) if exact else pick(region.out)
         into = pick(region.into)
+        if region.count is not None:
+            count = region.count[block.batch, chunks].transpose(0, 1)[:, :, None, :, None]
+            within["count"] = count.expand(-1, -1, self.groups, -1, -1).flatten(0, 2)
         return Operands(
             q=self.dense("q", self._view(block, self.q)),
             k=self.dense("k", self._view(block, self.k)),
@@ -137,6 +146,36 @@ class ScalarForm(Form):
     def load_gradient(self, block: Block, x: Operands, gradient: Tensor) -> Tensor:
         return self._scaled("doutput", self._view(block, gradient), x.extra["out"].squeeze(-1))
 
+    def observe(self, block: Block, x: Operands, do: Tensor, reads: Tensor, dends: Tensor, dv: Tensor, into: Adjoint):
+        """The gradient of a constant decay per head: each path from v_j to o_i counts as often as it decays.
+
+        All paths are summed with their number of steps; as differences of do·o and v·dv (see `_store_decay`) the
+        rounding of each would count once a step.
+        """
+        if into.decay is None or self.steps is None:
+            return
+        count = x.extra["count"]
+        reach = self._reach(count)
+        n = x.q.shape[0]
+        paths = torch.bmm(x.q * reach, reads)
+        if not x.exact:
+            paths.baddbmm_(self.scores(x).mul_(reach - count.mT), x.v)
+        last = count[:, -1:]
+        paths.mul_(do).addcmul_(x.v * dv, last - count)
+        through = torch.mul(reads, dends)
+        if x.exact:
+            through.view(n, -1, self.heads, dv.shape[-1] // self.heads).mul_(x.through.reshape(n, 1, self.heads, 1))
+        total = paths.sum(1).add_(through.sum(1).mul_(last[:, 0]))
+        self._add_per_head(into, total.unflatten(-1, (self.heads, -1)).sum(-1))
+
+    def _reach(self, count: Tensor) -> Tensor:
+        """Steps of the chunk that decay what o_i reads of the state at its start."""
+        return count - count.diff(dim=1, prepend=torch.zeros_like(count[:, :1])) if self.exclusive else count
+
+    def _add_per_head(self, into: Adjoint, gradient: Tensor) -> None:
+        """`(N, h / g)`"""
+        into.decay.add_(gradient.view(-1, self.groups, self.heads).sum(0))
+
     def store_gradients(self, block: Block, x: Operands, dq: Tensor, dk: Tensor, dv: Tensor, into: Adjoint) -> None:
         do, v = self._view(block, into.doutput), self._view(block, self.v)
         to = self._view(block, into.v)
@@ -149,6 +188,10 @@ class ScalarForm(Form):
             do_heads = self._per_head("do heads", do).mul_(self.scale)
             v_heads = self._per_head("v heads", v)
             dweights = torch.bmm(do_heads, v_heads.mT).view(ratio.shape)
+            if into.decay is not None and self.steps is not None:
+                count = x.extra["count"]
+                lag = (self._reach(count) - count.mT).unsqueeze(1)
+                self._add_per_head(into, (dweights * weights.view(ratio.shape)).mul_(lag).sum((2, 3)))
             dscores = dweights.mul_(ratio).sum(1)
             dq.baddbmm_(dscores, x.k)
             dk.baddbmm_(dscores.mT, x.q)
@@ -158,7 +201,7 @@ class ScalarForm(Form):
         for gradient, to in ((dq, into.q), (dk, into.k)):
             to = self._view(block, to)
             to.copy_(gradient.view(to.shape))
-        if into.decay is not None:
+        if into.decay is not None and self.steps is None:
             self._store_decay(block, do, dv, into)
 
     def _store_decay(self, block: Block, do: Tensor, dv: Tensor, into: Adjoint) -> None:
