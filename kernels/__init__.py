@@ -2,6 +2,7 @@
 
 from .attention import attention
 from .gated_linear import gated_linear
+from .grouped_mm import grouped_mm
 from .norm import norm
 from .registry import Case, Draw, Op, explain, get_op, ops, strict, using
 from .short_conv import short_conv
@@ -14,6 +15,7 @@ __all__ = [
     "explain",
     "gated_linear",
     "get_op",
+    "grouped_mm",
     "norm",
     "ops",
     "short_conv",
