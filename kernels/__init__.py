@@ -1,6 +1,7 @@
 """Functions on tensors: the few kernels that every mixer stands on. No modules, no configuration."""
 
 from .attention import attention
+from .block_sparse import block_sparse
 from .gated_linear import gated_linear
 from .grouped_mm import grouped_mm
 from .norm import norm
@@ -12,6 +13,7 @@ __all__ = [
     "Draw",
     "Op",
     "attention",
+    "block_sparse",
     "explain",
     "gated_linear",
     "get_op",
