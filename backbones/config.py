@@ -49,7 +49,7 @@ class BackboneConfig:
         pattern: mixers by name, tiled over the depth: `("gla", "gla", "gla", "attention")`. A name with "+" runs its
             mixers in parallel and adds them: "attention+mamba2" (Hymba).
         mixers: options by mixer name; a mixer without an entry has its defaults.
-        channel: what follows each mixer: "swiglu", "mlp" or None.
+        channel: what follows each mixer: "swiglu", "mlp", "moe" or None.
         channels: options by channel name.
         scan: the set of scan orders for mixers that only look backwards: "forward" (the causal one), "both", "cross",
             "snake", "window", "hilbert", "temporal-first", or several orders joined by commas.

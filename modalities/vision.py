@@ -54,6 +54,14 @@ class ImageClassifier(nn.Module):
         """
         return self.forward_head(*self.forward_features(images))
 
+    def forward_with_losses(
+        self, images: Float[Tensor, "b c h w"]
+    ) -> tuple[Float[Tensor, "b *t classes"], dict[str, Tensor]]:
+        """Logits, and by name the losses of the backbone's routed experts, weighted: add them to the training loss."""
+        tokens, layout = self.tokenizer(images)
+        trace = self.backbone.trace(tokens, layout)
+        return self.forward_head(trace.y, layout), trace.losses
+
     def forward_features(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b t d"], Layout]:
         """The backbone's tokens after its last norm, and where they are."""
         tokens, layout = self.tokenizer(images)

@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, WeightAveraging
 from torch import Tensor, nn
 
+from ..backbones.channel import rebalance
 from ..backbones.parameters import no_weight_decay
 from ..commands import native_bf16
 from ..errors import ConfigError, OmnimixError
@@ -118,6 +119,7 @@ def adamw(module: pl.LightningModule, config: TrainingConfig) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(
         parameter_groups(module, config.weight_decay), lr=config.lr, betas=config.betas, foreach=True
     )
+    optimizer.register_step_post_hook(lambda *_: rebalance(module))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: cosine(step, total, config.warmup, config.min_lr)
     )

@@ -39,7 +39,7 @@ class VisionClassification(pl.LightningModule):
         depth: number of blocks.
         patch: side of a patch in pixels; null gives 8 to 15 patches along a side, and small images fewer.
         scan: the orders in which mixers that only look backwards run over the patches.
-        channel: the other half of a block: "swiglu", "mlp" or null.
+        channel: the other half of a block: "swiglu", "mlp", "moe" or null.
         mixers: options by mixer name.
         drop_path: stochastic depth in the last block.
         training: optimiser, schedule, regularisation and averaging.
@@ -96,7 +96,10 @@ class VisionClassification(pl.LightningModule):
         images, targets = batch["image"], batch["label"]
         if self._mixing is not None:
             images, targets = self._mixing(images, targets)
-        loss = F.cross_entropy(self(images).float(), targets, label_smoothing=self.training_config.label_smoothing)
+        logits, extra = self.model.forward_with_losses(images)
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.training_config.label_smoothing)
+        # Of routed experts; weighted already.
+        loss = loss + sum(extra.values())
         self.log(
             "train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images), sync_dist=True
         )

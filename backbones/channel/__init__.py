@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import mlp  # noqa: F401
 from .base import CHANNELS, Channel
+from .moe import expert_loads, rebalance
 
 get_channel = CHANNELS.get
 
@@ -13,4 +14,4 @@ def list_channels() -> list[str]:
     return CHANNELS.names()
 
 
-__all__ = ["CHANNELS", "Channel", "get_channel", "list_channels"]
+__all__ = ["CHANNELS", "Channel", "expert_loads", "get_channel", "list_channels", "rebalance"]

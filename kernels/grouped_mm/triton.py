@@ -23,7 +23,7 @@ from ..tools import chunk_table, dot_mode, grid, launches, on_device_of, tile, t
 from ..triton_tools import dot
 
 
-@tuned([{"num_warps": 4, "num_stages": 3}, {"num_warps": 8, "num_stages": 3}], key=["D", "F"])
+@tuned([{"num_warps": 8, "num_stages": 3}, {"num_warps": 8, "num_stages": 2}], key=["D", "F"])
 @triton.jit
 def _rows_kernel(
     x, weight, y, table, bounds, x_stride, w_expert, w_in, w_out, E, D, F,
@@ -55,7 +55,7 @@ def _rows_kernel(
         tl.store(to, acc.to(y.dtype.element_ty), mask=inside[:, None] & (column < F)[None, :])
 
 
-@tuned([{"num_warps": 4, "num_stages": 3}, {"num_warps": 8, "num_stages": 3}], key=["D", "F"])
+@tuned([{"num_warps": 8, "num_stages": 3}, {"num_warps": 8, "num_stages": 2}], key=["D", "F"])
 @triton.jit
 def _weight_kernel(
     x, dy, dweight, bounds, x_stride, dy_stride, D, F,

@@ -1,0 +1,204 @@
+"""Mixture of experts: each token goes through the few SwiGLU experts that its router chooses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ...errors import ConfigError
+from ...kernels import grouped_mm
+from ...kernels.grouped_mm import combine, dispatch, route
+from ..config import ChannelConfig, Site, positive
+from .base import Channel, register_channel
+from .mlp import SwiGLU, SwiGLUConfig
+
+# Keeps the weights of experts whose sigmoids have all underflowed finite.
+LEAST = 1e-20
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig(ChannelConfig):
+    """Options of `moe`.
+
+    With the defaults a token passes as many products as in a dense `swiglu`. Fine-grained experts (DeepSeekMoE) are
+    more of them, more of them active, and a smaller ratio.
+
+    Args:
+        experts: how many there are to choose from.
+        active: how many a token passes.
+        ratio: hidden channels of one expert per channel.
+        shared: further experts, of the same size, that every token passes.
+        router: "softmax" (Switch, Mixtral), balanced by a loss; or "sigmoid" (DeepSeek-V3), balanced by a bias on the
+            choice alone, which moves when `rebalance` is called, after each step of the optimiser.
+        normalise: whether the weights of a token's experts add up to 1; by default where there are several.
+        scale: factor on the experts' sum, beside the shared experts'.
+        balance: coefficient of the load-balancing loss ("softmax").
+        z_loss: coefficient of the loss that keeps the router's logits small ("softmax").
+        bias_rate: by how much `rebalance` moves a bias ("sigmoid").
+    """
+
+    experts: int = 8
+    active: int = 2
+    ratio: float = 4 / 3
+    shared: int = 0
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    normalise: bool | None = None
+    scale: float = 1.0
+    balance: float = 0.01
+    z_loss: float = 0.001
+    bias_rate: float = 0.001
+
+    def __post_init__(self) -> None:
+        positive(self, "experts", "active")
+        if self.active > self.experts:
+            raise ConfigError(f"MoEConfig.active is {self.active}; there are {self.experts} experts to choose from")
+        if self.ratio <= 0:
+            raise ConfigError(f"MoEConfig.ratio is {self.ratio}; it must be positive")
+        if self.router not in ("softmax", "sigmoid"):
+            raise ConfigError(f"MoEConfig.router is {self.router!r}; it must be 'softmax' or 'sigmoid'")
+        if self.normalise and self.active == 1:
+            raise ConfigError(
+                "MoEConfig.normalise is True with one active expert: its weight would always be 1"
+            )
+        for name in ("shared", "balance", "z_loss", "bias_rate"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"MoEConfig.{name} is {getattr(self, name)}; it must be at least 0")
+
+
+class _Experts(nn.Module):
+    """One linear layer per expert, as one tensor (experts, in, out)."""
+
+    def __init__(self, experts: int, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, inputs, outputs))
+        # As the linear layers of a backbone.
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, rows: Float[Tensor, "m d"], counts: Int[Tensor, "e"]) -> Float[Tensor, "m f"]:
+        device = rows.device.type
+        # Of torch's own layers autocast takes care.
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+        return grouped_mm(rows.to(dtype), self.weight.to(dtype), counts)
+
+
+@register_channel(
+    "moe",
+    MoEConfig,
+    summary="the top k of many SwiGLU experts, and shared ones",
+    source="arXiv 2101.03961, 2401.04088, 2401.06066, 2412.19437",
+    examples=(
+        MoEConfig(experts=4, ratio=0.75),
+        MoEConfig(experts=3, active=1, ratio=0.5, balance=0.0, z_loss=0.0),
+        MoEConfig(experts=6, active=3, ratio=0.25, shared=2, router="sigmoid", scale=2.5),
+    ),
+)
+class MoE(Channel):
+    """y = scale · Σ_{i in top k} w_i E_i(x) + Σ_shared E_j(x), where E(x) = W₂ (swish(W₁ x) ⊙ W₃ x).
+
+    softmax: w is the softmax of the router's logits (arXiv 2101.03961, eq. 1), normalised over the chosen (Mixtral,
+    arXiv 2401.04088). sigmoid: w is their sigmoid, normalised over the chosen, and the choice is the top k of the
+    sigmoid plus a bias (arXiv 2412.19437, eq. 12 to 16). No token is dropped, so each depends on itself alone.
+
+    The losses are weighted already: "load_balance" is N Σ_i f_i P_i (arXiv 2101.03961, eq. 4 to 6, with f a part of all
+    choices: 1 where they are even), "router_z" the mean squared log-sum-exp (ST-MoE, arXiv 2202.08906, eq. 5).
+
+    The buffer `load` counts the tokens of each expert since the last `rebalance`, or since the module last went from
+    training to evaluation or back.
+    """
+
+    load: Tensor
+    steps: Tensor
+
+    def __init__(self, dim: int, config: MoEConfig, site: Site):
+        super().__init__()
+        self.config = config
+        self.normalise = config.active > 1 if config.normalise is None else config.normalise
+        hidden = max(8, round(dim * config.ratio / 8) * 8)
+        self.router = nn.Linear(dim, config.experts, bias=False)
+        self.in_proj = _Experts(config.experts, dim, 2 * hidden)
+        self.out_proj = _Experts(config.experts, hidden, dim)
+        # Several experts that every token passes are one wide one.
+        self.shared = SwiGLU(dim, SwiGLUConfig(ratio=config.shared * hidden / dim), site) if config.shared else None
+        self.register_buffer("load", torch.zeros(config.experts, dtype=torch.int64), persistent=False)
+        if config.router == "sigmoid":
+            # The bias in steps of `bias_rate`: whole numbers are exact in whatever dtype the module is.
+            self.register_buffer("steps", torch.zeros(config.experts, dtype=torch.int32))
+
+    def forward(self, x: Float[Tensor, "b t d"]) -> tuple[Float[Tensor, "b t d"], dict[str, Tensor]]:
+        tokens = x.flatten(0, 1)
+        logits = self._logits(tokens)
+        chosen, weight, probability = self._choose(logits)
+        to = route(chosen, self.config.experts)
+        with torch.no_grad():
+            self.load += to.counts
+        gate, value = self.in_proj(dispatch(tokens, to), to.counts).chunk(2, dim=-1)
+        y = combine(self.out_proj(F.silu(gate) * value, to.counts), weight, to).view_as(x)
+        if self.shared is not None:
+            y = y + self.shared(x)[0]
+        return y, self._losses(logits, probability, to.counts)
+
+    def _logits(self, tokens: Tensor) -> Tensor:
+        wide = torch.promote_types(tokens.dtype, torch.float32)
+        # A choice among experts is a step: rounding moves it, so that nothing here is rounded.
+        with torch.autocast(tokens.device.type, enabled=False):
+            return F.linear(tokens.to(wide), self.router.weight.to(wide))
+
+    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The experts of each token and their weights (n, k), and all experts' scores (n, e)."""
+        if self.config.router == "softmax":
+            scores = logits.softmax(-1)
+            weight, chosen = scores.topk(self.config.active, dim=-1)
+        else:
+            scores = logits.sigmoid()
+            chosen = (scores + self.config.bias_rate * self.steps).topk(self.config.active, dim=-1).indices
+            weight = scores.gather(1, chosen)
+        if self.normalise:
+            weight = weight / weight.sum(-1, keepdim=True).clamp_min(LEAST)
+        return chosen, weight * self.config.scale, scores
+
+    def _losses(self, logits: Tensor, probability: Tensor, counts: Tensor) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = {}
+        if self.config.router == "softmax" and self.config.balance:
+            share = counts.to(logits.dtype) / (logits.shape[0] * self.config.active)
+            even = self.config.experts * (share * probability.mean(0)).sum()
+            losses["load_balance"] = self.config.balance * even
+        if self.config.router == "softmax" and self.config.z_loss:
+            losses["router_z"] = self.config.z_loss * logits.logsumexp(-1).square().mean()
+        return losses
+
+    @torch.no_grad()
+    def rebalance(self) -> None:
+        """Move the bias of each expert by one step towards the mean load (arXiv 2412.19437, 2.1.2), and count anew."""
+        if self.config.router == "sigmoid":
+            load = self.load.clone()
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(load)
+            # Compared without a division, so that an even load moves nothing.
+            self.steps += (load.sum() - load * load.shape[0]).sign().to(self.steps.dtype)
+        self.load.zero_()
+
+    def train(self, mode: bool = True) -> MoE:
+        if mode != self.training:
+            self.load.zero_()
+        return super().train(mode)
+
+
+def rebalance(module: nn.Module) -> None:
+    """Let every `moe` within `module` balance its experts; call it after each step of the optimiser.
+
+    Biases move by the load of the whole step, whatever the number of passes that it took and however often
+    checkpointing has run them.
+    """
+    for layer in module.modules():
+        if isinstance(layer, MoE):
+            layer.rebalance()
+
+
+def expert_loads(module: nn.Module) -> dict[str, Int[Tensor, "e"]]:
+    """The tokens that each expert has had, by the name of the `moe` within `module`; see `MoE` for since when."""
+    return {name: layer.load.clone() for name, layer in module.named_modules() if isinstance(layer, MoE)}
