@@ -139,9 +139,9 @@ def _cases() -> tuple[Case, ...]:
     return (
         _case("no decay", None),
         _case("decay per head", "head"),
-        _case("scalar decay", "scalar"),
+        _case("scalar decay", "scalar", typical=(4, 4, 64, 64)),
         _case("scalar decay, grouped", "scalar", groups=1, heads=4, compiled=True, typical=(1, 24, 128, 64)),
-        _case("decay per channel", "channel", compiled=True, typical=(3, 3, 32, 64)),
+        _case("decay per channel", "channel", compiled=True, typical=(4, 4, 64, 64)),
         _case("decay per channel, grouped", "channel", groups=1),
         _case("bonus", "channel", bonus=True, compiled=True),
         _case("bonus, scalar decay", "scalar", bonus=True),

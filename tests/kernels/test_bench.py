@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 
 import pytest
+import torch
 
 from omnimix.errors import ConfigError, UnknownName
 from omnimix.kernels import get_op
-from omnimix.kernels.bench import bench_all, main
+from omnimix.kernels.bench import bench_all, main, peak_bytes
 
-COLUMNS = ["op", "case", "backend", "pass", "T", "ms", "GFLOP/s", "of GEMM", "x reference"]
+COLUMNS = ["op", "case", "backend", "pass", "T", "ms", "rate", "unit", "of roof", "x reference", "peak MB"]
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
-    command = "--ops gated_linear --lengths 3 20 --backends chunked reference sdpa --repeats 2".split()
+    command = "--ops gated_linear --lengths 3 20 --backends chunked reference --peers sdpa --repeats 2".split()
     assert main([*command, "--json", str(folder / "rows.json"), "--plot", str(folder / "times.png")]) == 0
     assert (folder / "times.png").read_bytes().startswith(b"\x89PNG")
     return json.loads((folder / "rows.json").read_text())
@@ -46,8 +49,9 @@ def test_figures_fit_together(rows):
         if backend != "sdpa" and direction == "forward":
             op = get_op("gated_linear")
             flops = op.flops(next(c for c in op.cases() if c.name == case).bench(draw(length), length))
-            assert row["GFLOP/s"] == pytest.approx(flops / row["ms"] / 1e6, rel=0.05, abs=0.06)
-            assert 0 <= row["of GEMM"] < 1.5
+            assert row["unit"] == "GFLOP/s"
+            assert row["rate"] == pytest.approx(flops / row["ms"] / 1e6, rel=0.05, abs=0.06)
+            assert 0 <= row["of roof"] < 1.5
 
 
 def draw(seed):
@@ -75,5 +79,44 @@ def test_wrong_options_are_named():
 
 
 def test_json_goes_to_standard_output_alone(capsys):
-    assert main("--ops gated_linear --lengths 2 --backends chunked --repeats 1 --json -".split()) == 0
-    assert len(json.loads(capsys.readouterr().out)) == 4
+    assert main("--ops gated_linear --lengths 2 --backends chunked --peers --repeats 1 --json -".split()) == 0
+    cases = [case for case in get_op("gated_linear").cases() if case.bench]
+    assert len(json.loads(capsys.readouterr().out)) == 2 * len(cases)
+
+
+STAND_IN = """
+def naive_chunk_simple_gla(q, k, v, g):
+    return v * g[..., None].exp() * (q * k).sum(-1, keepdim=True), None
+"""
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_peers_run_in_a_process_of_their_own_or_are_named(tmp_path, monkeypatch, installed):
+    if installed:
+        folder = tmp_path / "fla" / "ops" / "simple_gla"
+        folder.mkdir(parents=True)
+        (folder / "naive.py").write_text(STAND_IN)
+    else:
+        monkeypatch.setitem(sys.modules, "fla", None)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    bench = bench_all(ops_named=["gated_linear"], lengths=[3], backends=["chunked"], peers=["fla chunk"], repeats=1)
+    rows = [row for row in bench.rows if row["backend"] == "fla chunk"]
+    assert [(row["case"], row["pass"]) for row in rows] == installed * [
+        ("scalar decay", "forward"),
+        ("scalar decay", "forward+backward"),
+    ]
+    assert all(row["ms"] > 0 for row in rows)
+    assert installed or "not installed" in bench.left_out["fla chunk"]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="only Linux tells the high-water mark")
+def test_peak_memory_is_what_is_held_at_once():
+    cpu = torch.device("cpu")
+
+    def hold() -> None:
+        first = torch.ones(10_000_000)
+        del first
+        torch.ones(5_000_000)
+
+    assert peak_bytes(hold, cpu) == pytest.approx(40e6, rel=0.1)
