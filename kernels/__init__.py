@@ -4,6 +4,7 @@ from .attention import attention
 from .block_sparse import block_sparse
 from .gated_linear import gated_linear
 from .grouped_mm import grouped_mm
+from .long_conv import long_conv
 from .norm import norm
 from .registry import Case, Draw, Op, explain, get_op, ops, strict, using
 from .short_conv import short_conv
@@ -18,6 +19,7 @@ __all__ = [
     "gated_linear",
     "get_op",
     "grouped_mm",
+    "long_conv",
     "norm",
     "ops",
     "short_conv",

@@ -1,0 +1,115 @@
+"""Convolution with filters as long as the sequence: S4, S4D, H3 and Hyena."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ...errors import UnsupportedShape
+from ..registry import Backend, Case, Draw, Op, register_op
+
+
+def long_conv(
+    u: Float[Tensor, "b t d"],
+    filters: Float[Tensor, "h l"],
+    *,
+    skip: Float[Tensor, d] | None = None,
+    initial_state: Float[Tensor, "n d l_minus_1"] | None = None,
+    cu_seqlens: Int[Tensor, n_plus_1] | None = None,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "n d l_minus_1"]]:
+    """y_t = skip ⊙ u_t + Σ_j filters[:, j] · u_{t-j}, j = 0 … l-1 (S4, arXiv 2111.00396, eq. 4; Hyena, 2302.10866).
+
+    It looks backwards; both ways is a second filter on the reversed sequence. Products of FFTs take O(t log t) steps;
+    there is no Triton backend, because the FFT library's kernels are the ones to use on a GPU.
+
+    Args:
+        u: the inputs.
+        filters: by lag, l >= 1: column 0 meets the current step (unlike `short_conv`, whose last column does). One
+            a channel, or `h` that divides d: channel i uses filter i // (d / h).
+        skip: weight of the current input beside the filter's, per channel (S4's D).
+        initial_state: the l - 1 inputs before the first, oldest first; zeros by default. One per sequence: n = b, or
+            the number of packed sequences.
+        cu_seqlens: for packed sequences (b = 1): 0, then the running total of their lengths, int32 or int64. None of
+            them may be empty.
+        backend: "auto", "reference" or "chunked".
+
+    Returns:
+        The output, and the last l - 1 inputs of each sequence, both in u's dtype. Sums are taken in float32, or float64
+        where u is.
+
+    Raises:
+        UnsupportedShape: shapes that do not fit, with the argument's name.
+        BackendUnavailable: the named backend cannot serve the call.
+    """
+    _check(u, filters, skip, initial_state, cu_seqlens)
+    return OP.dispatch(backend, u=u, filters=filters, skip=skip, initial_state=initial_state, cu_seqlens=cu_seqlens)
+
+
+def _check(u, filters, skip, initial_state, cu_seqlens) -> None:
+    b, t, d = u.shape
+    h, length = filters.shape
+    if t < 1:
+        raise UnsupportedShape("u: the sequence is empty (t = 0); pass at least one step")
+    if length < 1:
+        raise UnsupportedShape(f"filters: shape {tuple(filters.shape)} has no taps; l >= 1 must hold")
+    if h < 1 or d % h:
+        raise UnsupportedShape(f"filters: their number {h} must divide u's {d} channels")
+    if skip is not None and tuple(skip.shape) != (d,):
+        raise UnsupportedShape(f"skip: shape {tuple(skip.shape)} is not {(d,)}")
+    if cu_seqlens is not None and b != 1:
+        raise UnsupportedShape(f"cu_seqlens: packed sequences need batch 1, not {b}")
+    n = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if initial_state is not None and tuple(initial_state.shape) != (n, d, length - 1):
+        raise UnsupportedShape(f"initial_state: shape {tuple(initial_state.shape)} is not {(n, d, length - 1)}")
+
+
+def _traffic(arguments: Mapping[str, Any]) -> float:
+    """Inputs and filters once in, outputs once out."""
+    u, filters = arguments["u"], arguments["filters"]
+    return 2.0 * u.numel() * u.element_size() + filters.numel() * filters.element_size()
+
+
+def _case(name: str, length: int, groups: int, skip: bool = False, typical: tuple[int, int] | None = None) -> Case:
+    def arguments(draw: Draw, b: int, t: int, h: int, d: int, taps: int):
+        made = {"u": draw.normal(b, t, d), "filters": draw.normal(h, taps, scale=taps**-0.5)}
+        return made | ({"skip": draw.normal(d)} if skip else {})
+
+    return Case(
+        name=name,
+        make=lambda draw, b, t: arguments(draw, b, t, groups, 4, length),
+        state=lambda draw, n: draw.normal(n, 4, length - 1),
+        bench=(lambda draw, t: arguments(draw, 1, t, *typical, t)) if typical else None,
+    )
+
+
+def _cases() -> tuple[Case, ...]:
+    return (
+        _case("a filter a channel, skip", 40, 4, skip=True, typical=(256, 256)),
+        _case("short filters, grouped", 5, 2),
+        _case("filters beyond the sequence, grouped, skip", 150, 2, skip=True),
+        _case("one tap", 1, 4),
+    )
+
+
+OP = register_op(
+    Op(
+        name="long_conv",
+        backends=(
+            Backend(name="chunked", module=".long_conv.chunked", function="long_conv_chunked"),
+            Backend(
+                name="reference",
+                module=".long_conv.reference",
+                function="long_conv_reference",
+                devices=frozenset(),
+            ),
+        ),
+        sequences=("u",),
+        cases=_cases,
+        traffic=_traffic,
+        summary="y_t = skip u_t + sum_j filters[:, j] u_{t-j}",
+    )
+)
