@@ -46,8 +46,10 @@ class Block(nn.Module):
             x = x + self._drop(changed, layout)
         return x, state, losses
 
-    def residual_outputs(self) -> list[nn.Linear]:
-        return self.mixer.residual_outputs() + ([] if self.channel is None else self.channel.residual_outputs())
+    def residual_outputs(self) -> list[nn.Module]:
+        """The layers that write into the residual stream; each has a `weight`."""
+        channel = [] if self.channel is None else self.channel.residual_outputs()
+        return [*self.mixer.residual_outputs(), *channel]
 
     def _drop(self, x: Tensor, layout: Layout) -> Tensor:
         """Stochastic depth (arXiv 1603.09382), drawn once a sequence."""

@@ -32,7 +32,7 @@ def initialise(module: nn.Module, std: float = 0.02) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def scale_residual_outputs(layers: list[nn.Linear], depth: int) -> None:
+def scale_residual_outputs(layers: list[nn.Module], depth: int) -> None:
     """Shrink the layers that write into the residual stream by sqrt(2 · depth) (GPT-2)."""
     with torch.no_grad():
         for layer in layers:

@@ -95,7 +95,7 @@ class Draw:
         if self.device.type == "meta":
             return torch.empty(*shape, device="meta", dtype=torch.float64)
         # Drawn in float64 on the CPU, so that every dtype and device sees the same numbers.
-        return sampler(*shape, generator=self.generator, dtype=torch.float64)
+        return sampler(shape, generator=self.generator, dtype=torch.float64)
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         return self._on_device(self._random(torch.randn, *shape) * scale)

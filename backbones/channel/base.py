@@ -17,7 +17,7 @@ class Channel(nn.Module, ABC):
     def forward(self, x: Float[Tensor, "b t d"]) -> tuple[Float[Tensor, "b t d"], dict[str, Tensor]]:
         """The mixed tokens, and losses by name (of routed experts; empty otherwise)."""
 
-    def residual_outputs(self) -> list[nn.Linear]:
+    def residual_outputs(self) -> list[nn.Module]:
         """The layers that write into the residual stream; they start smaller in deep stacks."""
         return [layer for name, layer in self.named_modules() if name.endswith("out_proj")]
 

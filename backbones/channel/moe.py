@@ -62,9 +62,7 @@ class MoEConfig(ChannelConfig):
         if self.router not in ("softmax", "sigmoid"):
             raise ConfigError(f"MoEConfig.router is {self.router!r}; it must be 'softmax' or 'sigmoid'")
         if self.normalise and self.active == 1:
-            raise ConfigError(
-                "MoEConfig.normalise is True with one active expert: its weight would always be 1"
-            )
+            raise ConfigError("MoEConfig.normalise is True with one active expert: its weight would always be 1")
         for name in ("shared", "balance", "z_loss", "bias_rate"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"MoEConfig.{name} is {getattr(self, name)}; it must be at least 0")
