@@ -21,6 +21,7 @@ COMMANDS = {
     "kernels compile": (".kernels.compile:main", "compile the Triton kernels ahead of time for named GPUs"),
     "kernels explain": (".commands:explain", "which backend serves an op, and why"),
     "bench kernels": (".kernels.bench:main", "time the kernels"),
+    "bench blocks": (".backbones.bench:main", "time blocks beside other packages'"),
     "bench models": (".modalities.bench:main", "time whole models beside their peers"),
 }
 
