@@ -35,13 +35,14 @@ class _Sizes(NamedTuple):
 
 
 class _Tiles(NamedTuple):
-    """Some tiles: their batch row and lane, the queries (tiles, tile), which of these there are, and their positions."""
+    """Some tiles: batch row and lane, queries (tiles, tile), which of these there are, their positions; empty slots."""
 
     batch: Tensor
     lane: Tensor
     query: Tensor
     real: Tensor
     position: Tensor
+    unfilled: Tensor
 
 
 class _Group(NamedTuple):
@@ -62,7 +63,7 @@ class _Call:
     """The tensors of one call as the loop takes them."""
 
     def __init__(self, q, k, v, blocks, cu_seqlens, q_positions, block_size, query_block, causal):
-        self.q, self.k, self.v = q, k, v
+        self.q, self.k, self.v = q, k.contiguous(), v.contiguous()
         self.batch, self.t, self.h, self.width = q.shape
         f, g = blocks.shape[2], k.shape[2]
         lanes = max(f, g)
@@ -75,6 +76,8 @@ class _Call:
             self.t, k.shape[1], blocks.shape[1], block_size, query_block, cu_seqlens, q_positions, q.device
         )
         self.blocks = distinct(blocks)
+        # Memory for the slots, kept: fresh memory costs more than what is done with it.
+        self.room: Tensor | None = None
         self.count = self.tables.key_start.shape[0]
         self.tiles = blocks.shape[1] * self.sizes.parts
 
@@ -96,8 +99,6 @@ class _Call:
         real = query < tab.stop[row][:, None]
         query = query.clamp(max=self.t - 1)
         position = tab.positions.expand(self.batch, -1)[batch[:, None], query]
-        tiles = _Tiles(batch, lane, query, real, position)
-
         lists = self.blocks.shape[2]
         listed = self.blocks.expand(self.batch, -1, -1, -1)[batch, row, lane * lists // sizes.lanes]
         there = (listed >= 0) & (listed < tab.count[row][:, None])
@@ -115,6 +116,7 @@ class _Call:
             least = position.masked_fill(~real, torch.iinfo(torch.int64).max).amin(1, keepdim=True)
             hidden |= begin + sizes.block_size - 1 > least
         unit = (batch * sizes.lanes + lane)[:, None] * self.count + number
+        tiles = _Tiles(batch, lane, query, real, position, (~there).flatten().nonzero()[:, 0])
         return tiles, slots, self._groups(there, unit, hidden)
 
     def _groups(self, there: Tensor, unit: Tensor, hidden: Tensor) -> list[_Group]:
@@ -152,11 +154,18 @@ class _Call:
             i = j
         return ranges
 
+    def slots(self, count: int, width: int, tiles: _Tiles) -> Tensor:
+        """Room for each slot, (count, width), with zeros in those that no group fills."""
+        if self.room is None or self.room.numel() < count * width:
+            self.room = self.q.new_empty(count * width, dtype=self.compute)
+        found = self.room[: count * width].view(count, width)
+        return found.index_fill_(0, tiles.unfilled, 0)
+
     def gathered(self, x: Tensor, tiles: _Tiles) -> Tensor:
-        """The rows of x (b, t, h, d) for each tile, (tiles + 1, tile · heads, d); the last tile, for none, is zeros."""
+        """The rows of x (b, t, h, d) for each tile, (tiles + 1, tile · heads · d); the last tile, for none, is zeros."""
         lanes = x.unflatten(2, (self.sizes.lanes, self.sizes.heads))
-        rows = lanes[tiles.batch[:, None], tiles.query, tiles.lane[:, None]].flatten(1, 2)
-        return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])]).to(self.compute)
+        rows = lanes[tiles.batch[:, None], tiles.query, tiles.lane[:, None]].flatten(1)
+        return torch.cat([rows, rows.new_zeros(1, rows.shape[1])]).to(self.compute)
 
     def scatter(self, into: Tensor, rows: Tensor, tiles: _Tiles) -> None:
         """The inverse of `gathered`, without the last tile; `into` is (b, t, h, d)."""
@@ -171,7 +180,9 @@ class _Call:
         row = self.tables.key_start[block][:, None] + torch.arange(self.sizes.block_size, device=unit.device)
         row = row.clamp(max=x.shape[1] - 1)
         batch, head = lane // self.sizes.lanes, lane % self.sizes.lanes * x.shape[2] // self.sizes.lanes
-        return x[batch[:, None], row, head[:, None]].to(self.compute)
+        at = (batch[:, None] * x.shape[1] + row) * x.shape[2] + head[:, None]
+        # Of two dimensions index_select copies rows, of more it copies elements.
+        return x.view(-1, x.shape[3]).index_select(0, at.flatten()).view(*at.shape, -1).to(self.compute)
 
     def of_keys(self, grads: Tensor, x: Tensor) -> Tensor:
         """The gradient of k or v from those of the lanes' blocks."""
@@ -218,27 +229,31 @@ def _forward(
         if not groups:
             continue
         queries, n = call.gathered(q, tiles).mul_(scale), len(tiles.batch)
-        values = queries.new_zeros(n * slots + 1, rows, width)
+        values = call.slots(n * slots + 1, rows * width, tiles)
         total = queries.new_zeros(n * slots + 1, rows)
         largest = torch.full_like(total, -torch.inf)
         for group in groups:
             tile = (group.slot // slots).flatten()
-            weights, _ = call.scores(queries[tile].view(len(group.unit), -1, q.shape[3]), group, tiles, slots)
+            mine = queries.index_select(0, tile).view(len(group.unit), -1, q.shape[3])
+            weights, _ = call.scores(mine, group, tiles, slots)
             most = weights.amax(-1)
             if group.partial:
                 # exp(-inf - -inf) would be NaN.
                 most.clamp_(min=torch.finfo(most.dtype).min)
             weights.sub_(most[..., None]).exp_()
             at = group.slot.flatten()
-            values[at] = torch.bmm(weights, call.keys(v, group.unit)).view(-1, rows, width)
-            total[at] = weights.sum(-1).view(-1, rows)
-            largest[at] = most.view(-1, rows)
+            values.index_copy_(0, at, torch.bmm(weights, call.keys(call.v, group.unit)).view(-1, rows * width))
+            total.index_copy_(0, at, weights.sum(-1).view(-1, rows))
+            largest.index_copy_(0, at, most.view(-1, rows))
         values, total, largest = (x[:-1].unflatten(0, (n, slots)) for x in (values, total, largest))
         most = largest.amax(1, keepdim=True)
         shares = (largest - most.clamp(min=torch.finfo(most.dtype).min)).exp_()
         whole = (total * shares).sum(1)
         empty = whole == 0
-        merged = values.mul_(shares[..., None]).sum(1).div_(whole.masked_fill(empty, 1)[..., None])
+        shares = shares.div_(whole.masked_fill(empty, 1)[:, None])[..., None]
+        merged = queries.new_zeros(n, rows, width)
+        for i in range(slots):
+            merged.addcmul_(values[:, i].view(n, rows, width), shares[:, i])
         call.scatter(out, merged, tiles)
         found = (whole.log() + most[:, 0]).masked_fill_(empty, torch.inf)
         call.scatter(lse[..., None], found[..., None], tiles)
@@ -273,18 +288,20 @@ def _backward(
         # Of what is no query every weight is zero.
         norms[:-1].view(-1, call.sizes.tile, call.sizes.heads).masked_fill_(~tiles.real[..., None], torch.inf)
         norms[-1] = torch.inf
-        grads = queries.new_zeros(len(tiles.batch) * slots + 1, rows, width)
+        grads = call.slots(len(tiles.batch) * slots + 1, rows * width, tiles)
         for group in groups:
             n, tile = len(group.unit), (group.slot // slots).flatten()
-            mine, dmine = queries[tile].view(n, -1, width), douts[tile].view(n, -1, v.shape[3])
+            mine = queries.index_select(0, tile).view(n, -1, width)
+            dmine = douts.index_select(0, tile).view(n, -1, v.shape[3])
             weights, keys = call.scores(mine, group, tiles, slots)
             weights.sub_(norms[tile].view(n, -1, 1)).exp_()
             dv.index_add_(0, group.unit, torch.bmm(weights.mT, dmine))
-            dscores = torch.bmm(dmine, call.keys(v, group.unit).mT)
+            dscores = torch.bmm(dmine, call.keys(call.v, group.unit).mT)
             dscores.sub_(dots[tile].view(n, -1, 1)).mul_(weights)
             dk.index_add_(0, group.unit, torch.bmm(dscores.mT, mine))
-            grads[group.slot.flatten()] = torch.bmm(dscores, keys).view(-1, rows, width)
-        call.scatter(dq, grads[:-1].unflatten(0, (-1, slots)).sum(1).mul_(scale), tiles)
+            grads.index_copy_(0, group.slot.flatten(), torch.bmm(dscores, keys).view(-1, rows * width))
+        merged = grads[:-1].view(-1, slots, rows, width).sum(1).mul_(scale)
+        call.scatter(dq, merged, tiles)
     return dq, call.of_keys(dk, k), call.of_keys(dv, v)
 
 
