@@ -2,6 +2,7 @@
 
 from .attention import attention
 from .block_sparse import block_sparse
+from .delta_rule import delta_rule
 from .gated_linear import gated_linear
 from .grouped_mm import grouped_mm
 from .long_conv import long_conv
@@ -15,6 +16,7 @@ __all__ = [
     "Op",
     "attention",
     "block_sparse",
+    "delta_rule",
     "explain",
     "gated_linear",
     "get_op",
