@@ -1,6 +1,7 @@
 """Functions on tensors: the few kernels that every mixer stands on. No modules, no configuration."""
 
 from .attention import attention
+from .cross_entropy import cross_entropy
 from .block_sparse import block_sparse
 from .delta_rule import delta_rule
 from .gated_linear import gated_linear
@@ -9,12 +10,14 @@ from .long_conv import long_conv
 from .norm import norm
 from .registry import Case, Draw, Op, explain, get_op, ops, strict, using
 from .short_conv import short_conv
+from .test_time import test_time
 
 __all__ = [
     "Case",
     "Draw",
     "Op",
     "attention",
+    "cross_entropy",
     "block_sparse",
     "delta_rule",
     "explain",
@@ -26,5 +29,6 @@ __all__ = [
     "ops",
     "short_conv",
     "strict",
+    "test_time",
     "using",
 ]
