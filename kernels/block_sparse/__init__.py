@@ -16,6 +16,9 @@ from ...errors import UnsupportedShape
 from ..registry import Backend, Case, Draw, Op, register_op
 from ..tools import triton_refusal
 
+# Channels of a head that Triton's kernels take.
+WIDEST = 256
+
 
 def block_sparse(
     q: Float[Tensor, "b t h k"],
@@ -52,8 +55,8 @@ def block_sparse(
         cu_seqlens: for packed sequences (b = 1, t = s): 0, then the running total of their lengths, int32 or int64.
             None of them may be empty. Rows, blocks and positions then count within each sequence; the sequences' rows
             follow each other in `blocks`.
-        q_positions: positions of the queries; by default they are the last t keys. Keys that do not exist yet may follow
-            the last position (a cache with room).
+        q_positions: positions of the queries; by default they are the last t keys. Where causal, keys may
+            stand behind the last position that are not yet any (a cache with room).
         backend: "auto", "reference", "chunked" or "triton".
 
     Returns:
@@ -119,6 +122,13 @@ def _rows(t: int, query_block: int, cu_seqlens: Tensor | None) -> int | None:
     return int(((cu_seqlens.diff() + query_block - 1) // query_block).sum())
 
 
+def _triton_refusal(arguments: Mapping[str, Any]) -> str | None:
+    widest = max(arguments["q"].shape[-1], arguments["v"].shape[-1])
+    if widest > WIDEST:
+        return f"its kernels hold a head's channels at once, at most {WIDEST}, and q or v has {widest}"
+    return triton_refusal(arguments)
+
+
 def _flops(arguments: Mapping[str, Any]) -> float:
     """Of the products with the listed blocks, whether or not causality hides a part of them."""
     q, v, blocks, size = (arguments[name] for name in ("q", "v", "blocks", "block_size"))
@@ -144,19 +154,21 @@ def _one_in_eight(rows: int, f: int, draw: Draw) -> Tensor:
 
 def _case(
     name: str,
+    sizes: tuple[int, int],
     *,
-    size: int,
-    row: int,
     heads: int,
     groups: int,
     lists: int,
     packed: bool = False,
+    compiled: tuple[int, int, int, int] | None = None,
     typical: bool = False,
     **settings,
 ) -> Case:
+    size, row = sizes
+
     def arguments(draw: Draw, b: int, t: int):
         # Rows of one query each are sequences, which the laws cut and pack; others are shared by the batch.
-        blocks = _some_blocks(draw, b if row == 1 else 1, -(-t // row), lists, 3, -(-t // size))
+        blocks = _some_blocks(draw, b if row == 1 else 1, -(-t // row), lists, 3 if row > 1 else 2, -(-t // size))
         made = {"q": draw.normal(b, t, heads, 5), "k": draw.normal(b, t, groups, 5), "v": draw.normal(b, t, groups, 7)}
         return made | {"blocks": blocks, "block_size": size, "query_block": row, **settings}
 
@@ -164,19 +176,25 @@ def _case(
         made = {"q": draw.normal(1, t, h, 64), "k": draw.normal(1, t, g, 64), "v": draw.normal(1, t, g, 64)}
         return made | {"blocks": _one_in_eight(-(-t // 64), f, draw), "block_size": 64, "query_block": 64}
 
+    def large(draw: Draw, h: int, g: int, f: int, row: int):
+        made = {"q": draw.normal(1, 2048, h, 128), "k": draw.normal(1, 2048, g, 128), "v": draw.normal(1, 2048, g, 128)}
+        blocks = draw.integers(32, 1, 2048 // row, f, 16)
+        return made | {"blocks": blocks, "block_size": 64, "query_block": row, **settings}
+
     return Case(
         name=name,
         make=arguments,
         packed=packed,
+        compile=(lambda draw: large(draw, *compiled)) if compiled else None,
         bench=(lambda draw, t: sized(draw, t, 8, 8, 8)) if typical else None,
     )
 
 
 def _cases() -> tuple[Case, ...]:
     return (
-        _case("a list a query, grouped", size=4, row=1, heads=4, groups=2, lists=2, packed=True),
-        _case("rows of queries, one list", size=16, row=16, heads=2, groups=2, lists=1, typical=True),
-        _case("both ways, a list a head", size=7, row=20, heads=2, groups=1, lists=2, causal=False, scale=0.5),
+        _case("a list a query, grouped", (4, 1), heads=2, groups=1, lists=1, packed=True, compiled=(64, 4, 4, 1)),
+        _case("rows of queries, one list", (16, 16), heads=2, groups=2, lists=1, compiled=(8, 8, 8, 64), typical=True),
+        _case("both ways, a list a head", (7, 20), heads=2, groups=1, lists=2, causal=False, scale=0.5),
     )
 
 
@@ -184,6 +202,13 @@ OP = register_op(
     Op(
         name="block_sparse",
         backends=(
+            Backend(
+                name="triton",
+                module=".block_sparse.triton",
+                function="block_sparse_triton",
+                refuse=_triton_refusal,
+                devices=frozenset({"cuda"}),
+            ),
             Backend(name="chunked", module=".block_sparse.chunked", function="block_sparse_chunked"),
             Backend(
                 name="reference",

@@ -162,7 +162,7 @@ class _Call:
         return found.index_fill_(0, tiles.unfilled, 0)
 
     def gathered(self, x: Tensor, tiles: _Tiles) -> Tensor:
-        """The rows of x (b, t, h, d) for each tile, (tiles + 1, tile · heads · d); the last tile, for none, is zeros."""
+        """The rows of x (b, t, h, d) for each tile, (tiles + 1, tile · heads · d); behind them a tile of zeros."""
         lanes = x.unflatten(2, (self.sizes.lanes, self.sizes.heads))
         rows = lanes[tiles.batch[:, None], tiles.query, tiles.lane[:, None]].flatten(1)
         return torch.cat([rows, rows.new_zeros(1, rows.shape[1])]).to(self.compute)
@@ -174,15 +174,17 @@ class _Call:
         batch, lane = (x[:, None].expand_as(tiles.query)[tiles.real] for x in (tiles.batch, tiles.lane))
         into.unflatten(2, (sizes.lanes, sizes.heads))[batch, tiles.query[tiles.real], lane] = rows[tiles.real]
 
-    def keys(self, x: Tensor, unit: Tensor) -> Tensor:
-        """The blocks of k or v, (n, block_size, d); keys that do not exist repeat the last one."""
+    def rows(self, unit: Tensor) -> Tensor:
+        """Where the blocks' keys stand in k and v, (n, block_size); keys that do not exist repeat the last one."""
         lane, block = unit // self.count, unit % self.count
+        (_, s, heads, _), lanes = self.k.shape, self.sizes.lanes
         row = self.tables.key_start[block][:, None] + torch.arange(self.sizes.block_size, device=unit.device)
-        row = row.clamp(max=x.shape[1] - 1)
-        batch, head = lane // self.sizes.lanes, lane % self.sizes.lanes * x.shape[2] // self.sizes.lanes
-        at = (batch[:, None] * x.shape[1] + row) * x.shape[2] + head[:, None]
+        return ((lane // lanes * s)[:, None] + row.clamp(max=s - 1)) * heads + (lane % lanes * heads // lanes)[:, None]
+
+    def blocks_of(self, x: Tensor, rows: Tensor) -> Tensor:
+        """The blocks of k or v, (n, block_size, d), at `rows`."""
         # Of two dimensions index_select copies rows, of more it copies elements.
-        return x.view(-1, x.shape[3]).index_select(0, at.flatten()).view(*at.shape, -1).to(self.compute)
+        return x.view(-1, x.shape[3]).index_select(0, rows.flatten()).view(*rows.shape, -1).to(self.compute)
 
     def of_keys(self, grads: Tensor, x: Tensor) -> Tensor:
         """The gradient of k or v from those of the lanes' blocks."""
@@ -209,11 +211,10 @@ class _Call:
         scores.view(shape).masked_fill_(~seen[:, :, :, None].expand(shape), -torch.inf)
         return scores
 
-    def scores(self, queries: Tensor, group: _Group, tiles: _Tiles, slots: int) -> tuple[Tensor, Tensor]:
-        """The scores (n, m · rows, block_size) of a group, minus infinity where nothing is seen, and its keys."""
-        keys = self.keys(self.k, group.unit)
+    def scores(self, queries: Tensor, keys: Tensor, group: _Group, tiles: _Tiles, slots: int) -> Tensor:
+        """The scores (n, m · rows, block_size) of a group, minus infinity where nothing is seen."""
         found = torch.bmm(queries, keys.mT)
-        return (self.hide(found, group, tiles, slots) if group.partial else found), keys
+        return self.hide(found, group, tiles, slots) if group.partial else found
 
 
 @torch.library.custom_op("omnimix::block_sparse_chunked", mutates_args=())
@@ -235,14 +236,15 @@ def _forward(
         for group in groups:
             tile = (group.slot // slots).flatten()
             mine = queries.index_select(0, tile).view(len(group.unit), -1, q.shape[3])
-            weights, _ = call.scores(mine, group, tiles, slots)
+            at_keys = call.rows(group.unit)
+            weights = call.scores(mine, call.blocks_of(call.k, at_keys), group, tiles, slots)
             most = weights.amax(-1)
             if group.partial:
                 # exp(-inf - -inf) would be NaN.
                 most.clamp_(min=torch.finfo(most.dtype).min)
             weights.sub_(most[..., None]).exp_()
             at = group.slot.flatten()
-            values.index_copy_(0, at, torch.bmm(weights, call.keys(call.v, group.unit)).view(-1, rows * width))
+            values.index_copy_(0, at, torch.bmm(weights, call.blocks_of(call.v, at_keys)).view(-1, rows * width))
             total.index_copy_(0, at, weights.sum(-1).view(-1, rows))
             largest.index_copy_(0, at, most.view(-1, rows))
         values, total, largest = (x[:-1].unflatten(0, (n, slots)) for x in (values, total, largest))
@@ -293,10 +295,12 @@ def _backward(
             n, tile = len(group.unit), (group.slot // slots).flatten()
             mine = queries.index_select(0, tile).view(n, -1, width)
             dmine = douts.index_select(0, tile).view(n, -1, v.shape[3])
-            weights, keys = call.scores(mine, group, tiles, slots)
+            at_keys = call.rows(group.unit)
+            keys, of_values = (call.blocks_of(x, at_keys) for x in (call.k, call.v))
+            weights = call.scores(mine, keys, group, tiles, slots)
             weights.sub_(norms[tile].view(n, -1, 1)).exp_()
             dv.index_add_(0, group.unit, torch.bmm(weights.mT, dmine))
-            dscores = torch.bmm(dmine, call.keys(call.v, group.unit).mT)
+            dscores = torch.bmm(dmine, of_values.mT)
             dscores.sub_(dots[tile].view(n, -1, 1)).mul_(weights)
             dk.index_add_(0, group.unit, torch.bmm(dscores.mT, mine))
             grads.index_copy_(0, group.slot.flatten(), torch.bmm(dscores, keys).view(-1, rows * width))
