@@ -13,7 +13,7 @@ from ...errors import UnsupportedShape
 from ..tools import accumulate_dtype, launches
 
 # Logits in a chunk: enough rows for the products to run at full speed, few enough to be a small part of the memory.
-ELEMENTS = {"cpu": 2**24}
+ELEMENTS = {"cpu": 2**23}
 ELEMENTS_ELSEWHERE = 2**26
 FEWEST_ROWS = 16
 
