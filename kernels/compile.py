@@ -196,9 +196,9 @@ def row_of(compiled: Compiled, target: Target) -> dict[str, Any]:
 
 
 def call_on_meta(function: Any, arguments: dict[str, Any]) -> None:
-    """Runs an op forward and backward, with gradients to every floating-point tensor among its arguments."""
+    """Runs an op forward and backward, with gradients to every floating-point or complex tensor of its arguments."""
     leaves = {
-        name: a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
+        name: a.requires_grad_() if isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex()) else a
         for name, a in arguments.items()
     }
     outputs = function(**leaves, backend="triton")

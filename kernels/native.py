@@ -1,0 +1,174 @@
+"""Kernels in C++ for CPUs, compiled on first use and kept in the user's cache.
+
+A kernel is `<op>/native.cpp`, which stands on `native.h` and knows nothing of torch: it is handed addresses and
+strides. So a compilation takes seconds, serves every version of torch, and needs nothing but g++. It happens when a
+call that the kernel could serve is first made or explained.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .registry import constant_in_graphs
+
+# No -ffast-math: what is not a number must stay none.
+FLAGS = tuple("-std=gnu++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC".split())
+DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128})
+_HERE = Path(__file__).parent
+_SECONDS = 600
+
+
+class View(ctypes.Structure):
+    """What native.h calls a View: a tensor's address and the strides of its first dimensions, in elements."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("stride", ctypes.c_int64 * 3))
+
+
+_libraries: dict[str, ctypes.CDLL] = {}
+
+
+def machine_refusal() -> str | None:
+    """Why this machine can have no native kernel at all; None where it can. Compiles nothing."""
+    if sys.platform != "linux":
+        return f"native kernels are built on Linux only, and this is {sys.platform}"
+    if shutil.which("g++") is None:
+        return "no C++ compiler is installed (apt-get install g++)"
+    return None
+
+
+def native_refusal(op: str) -> Callable[[Mapping[str, Any]], str | None]:
+    """The `refuse` of an op's native backend.
+
+    It compiles the kernel where that was not done before: only then is it known whether the call can be served.
+    """
+
+    def refuse(arguments: Mapping[str, Any]) -> str | None:
+        tensors = [a for a in arguments.values() if isinstance(a, Tensor)]
+        devices = {a.device.type for a in tensors}
+        if devices != {"cpu"}:
+            return f"it serves CPUs, and the tensors are on {', '.join(sorted(devices))}"
+        if tensors[0].dtype not in DTYPES:
+            return f"it does not serve {tensors[0].dtype}"
+        return _failure(op)
+
+    return refuse
+
+
+@constant_in_graphs
+def _failure(op: str) -> str | None:
+    return machine_refusal() or _build(op)
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: one folder a user."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "omnimix" / "native"
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home directory may be shared by machines of several kinds."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    kept = ("flags", "Features", "model name", "CPU part")
+    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(kept)))
+
+
+def _sources(op: str) -> tuple[Path, Path]:
+    return _HERE / op / "native.cpp", _HERE / "native.h"
+
+
+def _key(op: str, compiler: str) -> str:
+    binary = Path(compiler).resolve()
+    parts = [*(s.read_text() for s in _sources(op)), *FLAGS, _processor(), str(binary), str(binary.stat().st_mtime_ns)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _build(op: str) -> str | None:
+    """Loads the op's library, compiled before or now; returns the reason where that fails."""
+    compiler = shutil.which("g++")
+    try:
+        library = cache_folder() / f"{op}-{_key(op, compiler)}.so"
+        if not library.exists():
+            library.parent.mkdir(parents=True, exist_ok=True)
+            if failure := _compile(op, compiler, library):
+                return failure
+        _libraries[op] = ctypes.CDLL(str(library))
+    except OSError as error:
+        return f"its compiled kernel could not be stored or loaded: {error}"
+    return None
+
+
+def _compile(op: str, compiler: str, library: Path) -> str | None:
+    print(f"omnimix: compiling the native kernels of {op}, once (some seconds) ...", file=sys.stderr, flush=True)
+    # Under a name of its own first: another process must never load half a library.
+    handle, scratch = tempfile.mkstemp(prefix=f"{op}-", suffix=".part", dir=library.parent)
+    os.close(handle)
+    command = [compiler, *FLAGS, str(_sources(op)[0]), "-o", scratch]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+        if run.returncode:
+            lines = [line for line in run.stderr.splitlines() if "error" in line] or run.stderr.splitlines()
+            return f"g++ failed: {lines[-1] if lines else f'exit status {run.returncode}'}"
+        os.replace(scratch, library)
+    except subprocess.TimeoutExpired:
+        return f"g++ took longer than {_SECONDS} s"
+    finally:
+        Path(scratch).unlink(missing_ok=True)
+    return None
+
+
+def call(op: str, function: str, tensors: Sequence[Tensor | None], numbers: Sequence[int]) -> None:
+    """Runs `function` of the op's library.
+
+    Args:
+        op: its backend has not refused the call, so that the library is loaded.
+        function: a C function that takes an array of views and one of int64.
+        tensors: one view each, None as a null address; inputs have neighbouring elements in their last dimension.
+        numbers: sizes and options; the number of threads is put in front.
+    """
+    views = (View * len(tensors))(*(_view(x) for x in tensors))
+    values = (ctypes.c_int64 * (len(numbers) + 1))(torch.get_num_threads(), *numbers)
+    getattr(_libraries[op], function)(views, values)
+
+
+def _view(x: Tensor | None) -> View:
+    if x is None:
+        return View(None, (0, 0, 0))
+    return View(x.data_ptr(), (*x.stride()[:3], 0, 0, 0)[:3])
+
+
+def suffix(dtype: torch.dtype) -> str:
+    """How the C functions for a dtype end."""
+    return {
+        torch.float32: "float",
+        torch.float64: "double",
+        torch.complex64: "complex_float",
+        torch.complex128: "complex_double",
+    }[dtype]
+
+
+def segments(batch: int, length: int, cu_seqlens: Tensor | None, chunk: int) -> Tensor:
+    """The sequences of a call: rows (batch row, first step, end, number of the sequence's first chunk), int64.
+
+    Packed sequences may leave numbers of chunks unused; there are at most length // chunk + sequences of them.
+    """
+    if cu_seqlens is None:
+        row = torch.arange(batch)
+        each = -(-length // chunk)
+        return torch.stack([row, torch.zeros_like(row), torch.full_like(row, length), row * each], dim=1)
+    edges = cu_seqlens.to(torch.int64)
+    start, number = edges[:-1], torch.arange(edges.shape[0] - 1)
+    return torch.stack([torch.zeros_like(start), start, edges[1:], start // chunk + number], dim=1)
