@@ -95,7 +95,7 @@ def _forward_kernel(
     _store(final, sequence * D + column, valid, real, imaginary, COMPLEX)
 
 
-@tuned(TILES, key=["D"])
+@tuned([{"BD": 32, "num_warps": 4}, {"BD": 64, "num_warps": 8}], key=["D"])
 @triton.jit
 def _backward_kernel(
     dh, dfinal, h, a, state, dx, da, dstate, bounds, a_batch, a_step, length, D,

@@ -131,7 +131,7 @@ def _forward_kernel(
     tl.store(final + at_state, h, mask=kept)
 
 
-@tuned(WARPS, key=["D", "BN"])
+@tuned([{"num_warps": 8}], key=["D", "BN"])
 @triton.jit
 def _backward_kernel(
     dy, dfinal, borders, x, delta, A, B, C, skip, z, bias, bounds, dx, ddelta, dA, dB, dC, dskip, dz, dbias, dstate,
