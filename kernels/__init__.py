@@ -11,6 +11,7 @@ from .linear_recurrence import linear_recurrence
 from .long_conv import long_conv
 from .norm import norm
 from .registry import Case, Draw, Op, explain, get_op, ops, strict, using
+from .rotary import rotary
 from .selective_scan import selective_scan
 from .short_conv import short_conv
 from .test_time import test_time
@@ -32,6 +33,7 @@ __all__ = [
     "long_conv",
     "norm",
     "ops",
+    "rotary",
     "selective_scan",
     "short_conv",
     "strict",

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...errors import UnknownName, UnsupportedShape
+from ..native import native_refusal
 from ..registry import Backend, Case, Draw, Op, register_op
 from ..tools import triton_refusal
 
@@ -40,7 +41,7 @@ def norm(
         norm_before_gate: whether the gate multiplies the normalised x, or x.
         groups: divides d.
         eps: keeps rows of zeros finite.
-        backend: "auto", "reference", "chunked" or "triton".
+        backend: "auto", "reference", "chunked", "native" or "triton".
 
     Returns:
         The output in x's dtype. Statistics are taken in float32, or float64 where x is.
@@ -82,9 +83,10 @@ def _case(
     weight: bool = True,
     heads: int | None = None,
     compiled: int | None = None,
+    typical: int | None = None,
     **settings,
 ) -> Case:
-    """`compiled` is the width at which it is compiled ahead of time."""
+    """`compiled` and `typical` are the widths at which it is compiled ahead of time and timed."""
 
     def arguments(draw: Draw, b: int, t: int, d: int):
         shape = (b, t, d) if heads is None else (b, t, heads, d)
@@ -96,20 +98,27 @@ def _case(
         make=lambda draw, b, t: arguments(draw, b, t, 6),
         packed=False,
         compile=None if compiled is None else lambda draw: arguments(draw, 2, 1024, compiled),
+        bench=None if typical is None else lambda draw, t: arguments(draw, 1, t, typical),
     )
 
 
 def _cases() -> tuple[Case, ...]:
     return (
-        _case("plain", compiled=1536),
+        _case("plain", compiled=1536, typical=768),
         _case("no weight", weight=False),
         _case("per head", heads=3),
         _case("groups", groups=2, eps=1e-3),
         _case("gated", gated=True, heads=2, compiled=128),
         _case("gated by sigmoid", gated=True, gate_activation="sigmoid", groups=3),
-        _case("gate first", gated=True, norm_before_gate=False, compiled=8192),
+        _case("gate first", gated=True, norm_before_gate=False, compiled=8192, typical=1536),
         _case("gate first, groups, no weight", gated=True, norm_before_gate=False, groups=2, weight=False),
     )
+
+
+def _traffic(arguments: Mapping[str, Any]) -> float:
+    """x and the gate are read, y is written."""
+    x = arguments["x"]
+    return x.numel() * x.element_size() * (2 if arguments.get("gate") is None else 3)
 
 
 def _refuse(arguments: Mapping[str, Any]) -> str | None:
@@ -130,11 +139,19 @@ OP = register_op(
                 refuse=_refuse,
                 devices=frozenset({"cuda"}),
             ),
+            Backend(
+                name="native",
+                module=".norm.native",
+                function="norm_native",
+                refuse=native_refusal("norm"),
+                devices=frozenset({"cpu"}),
+            ),
             Backend(name="chunked", module=".norm.chunked", function="norm_chunked"),
             Backend(name="reference", module=".norm.reference", function="norm_reference", devices=frozenset()),
         ),
         sequences=("x", "gate"),
         cases=_cases,
+        traffic=_traffic,
         summary="y = weight x / sqrt(mean(x^2) + eps), times act(gate) before or after",
     )
 )

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import UnknownName, UnsupportedShape
+from ..native import native_refusal
 from ..registry import Backend, Case, Draw, Op, register_op
 from ..tools import triton_refusal
 
@@ -35,7 +36,7 @@ def short_conv(
             the number of packed sequences.
         cu_seqlens: for packed sequences (b = 1): 0, then the running total of their lengths, int32 or int64. None of
             them may be empty.
-        backend: "auto", "reference", "chunked" or "triton".
+        backend: "auto", "reference", "chunked", "native" or "triton".
 
     Returns:
         The output, and the last w - 1 inputs of each sequence, both in x's dtype. Sums are taken in float32, or float64
@@ -76,7 +77,12 @@ def _check(x, weight, bias, activation, initial_state, cu_seqlens) -> None:
 
 
 def _case(
-    name: str, width: int = 4, bias: bool = True, activation: str | None = "silu", compiled: bool = False
+    name: str,
+    width: int = 4,
+    bias: bool = True,
+    activation: str | None = "silu",
+    compiled: bool = False,
+    timed: bool = False,
 ) -> Case:
     def arguments(draw: Draw, b: int, t: int, d: int):
         made = {"x": draw.normal(b, t, d), "weight": draw.normal(d, width, scale=width**-0.5), "activation": activation}
@@ -87,12 +93,13 @@ def _case(
         make=lambda draw, b, t: arguments(draw, b, t, 6),
         state=lambda draw, n: draw.normal(n, 6, width - 1),
         compile=(lambda draw: arguments(draw, 2, 2048, 1536)) if compiled else None,
+        bench=(lambda draw, t: arguments(draw, 1, t, 1536)) if timed else None,
     )
 
 
 def _cases() -> tuple[Case, ...]:
     return (
-        _case("silu, bias", compiled=True),
+        _case("silu, bias", compiled=True, timed=True),
         _case("silu", bias=False),
         _case("bias", activation=None),
         _case("linear, width 3", width=3, bias=False, activation=None, compiled=True),
@@ -112,6 +119,13 @@ OP = register_op(
                 refuse=triton_refusal,
                 devices=frozenset({"cuda"}),
             ),
+            Backend(
+                name="native",
+                module=".short_conv.native",
+                function="short_conv_native",
+                refuse=native_refusal("short_conv"),
+                devices=frozenset({"cpu"}),
+            ),
             Backend(name="chunked", module=".short_conv.chunked", function="short_conv_chunked"),
             Backend(
                 name="reference",
@@ -122,6 +136,7 @@ OP = register_op(
         ),
         sequences=("x",),
         cases=_cases,
+        traffic=lambda arguments: 2.0 * arguments["x"].numel() * arguments["x"].element_size(),
         summary="y_t = act(bias + sum_j weight[:, w-1-j] x_{t-j})",
     )
 )

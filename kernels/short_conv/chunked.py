@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .ops import Gradients, Outputs, gradient_shapes, register, shapes
+
 # Elements of a block: 512 KiB of float32, so that a block's inputs, outputs and scratch stay in the cache.
 BLOCK = 2**17
 
@@ -28,7 +30,7 @@ def short_conv_chunked(
     """See `omnimix.kernels.short_conv`."""
     if x.shape[1] == 1 and cu_seqlens is None:
         return _one_step(x, weight, bias, activation, initial_state)
-    return _forward(x, weight, bias, initial_state, cu_seqlens, activation == "silu")
+    return _convolved(x, weight, bias, initial_state, cu_seqlens, activation == "silu")
 
 
 def _one_step(
@@ -105,16 +107,8 @@ def _scratch(segment: _Segment, blocks: list[tuple[int, int]], extra: int = 0) -
     return segment.x.new_empty(b, blocks[0][1] + extra, d, dtype=segment.compute)
 
 
-@torch.library.custom_op("omnimix::short_conv_chunked", mutates_args=())
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    silu: bool,
-) -> tuple[Tensor, Tensor]:
-    y, final = _shapes(x, weight, bias, initial_state, cu_seqlens, silu)
+def _forward(x, weight, bias, initial_state, cu_seqlens, silu) -> Outputs:
+    y, final = shapes(x, weight, bias, initial_state, cu_seqlens, silu)
     history = weight.shape[1] - 1
     for segment in _segments(x, initial_state, cu_seqlens, history):
         taps, base = _parameters(weight, bias, segment.compute)
@@ -132,31 +126,13 @@ def _forward(
     return y, final
 
 
-def _shapes(x, weight, bias, initial_state, cu_seqlens, silu):
-    n = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return x.new_empty(x.shape), x.new_empty(n, x.shape[2], weight.shape[1] - 1)
-
-
-_forward.register_fake(_shapes)
-
-
 def _parameters(weight: Tensor, bias: Tensor | None, compute: torch.dtype) -> tuple[Sequence[Tensor], Tensor | None]:
     """One vector for each lag, longest first, and the bias."""
     return weight.to(compute).t().contiguous().unbind(), None if bias is None else bias.to(compute)
 
 
-@torch.library.custom_op("omnimix::short_conv_chunked_backward", mutates_args=())
-def _backward(
-    dy: Tensor,
-    dfinal: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, _, _, dstate = _gradient_shapes(dy, dfinal, x, weight, bias, initial_state, cu_seqlens, silu)
+def _backward(dy, dfinal, x, weight, bias, initial_state, cu_seqlens, silu) -> Gradients:
+    dx, _, _, dstate = gradient_shapes(dy, dfinal, x, weight, bias, initial_state, cu_seqlens, silu)
     width = weight.shape[1]
     history = width - 1
     compute = torch.promote_types(x.dtype, torch.float32)
@@ -190,25 +166,4 @@ def _backward(
     )
 
 
-@_backward.register_fake
-def _gradient_shapes(dy, dfinal, x, weight, bias, initial_state, cu_seqlens, silu):
-    state = x if initial_state is None else initial_state
-    dbias = weight.new_empty(weight.shape[0]) if bias is None else bias.new_empty(bias.shape)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, state.new_empty(dfinal.shape)
-
-
-def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate(ctx, dy, dfinal):
-    x, weight, bias, initial_state, cu_seqlens = ctx.saved_tensors
-    n = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dy = x.new_zeros(x.shape) if dy is None else dy.contiguous()
-    dfinal = x.new_zeros(n, x.shape[2], weight.shape[1] - 1) if dfinal is None else dfinal.contiguous()
-    dx, dweight, dbias, dstate = _backward(dy, dfinal, x, weight, bias, initial_state, cu_seqlens, ctx.silu)
-    return dx, dweight, None if bias is None else dbias, None if initial_state is None else dstate, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+_convolved = register("chunked", _forward, _backward)

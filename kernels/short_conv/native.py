@@ -1,0 +1,77 @@
+"""The causal depthwise convolution in C++ (native.cpp), for CPUs: one pass over memory forwards, one backwards."""
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..tools import accumulate_dtype, unit_stride
+from .ops import Gradients, Outputs, gradient_shapes, register, shapes
+
+# Elements of a task; smaller calls are not worth waking a thread.
+TASK = 1 << 15
+LANES = 16
+
+
+def _wide(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else unit_stride(x.to(dtype))
+
+
+def short_conv_native(
+    *,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `omnimix.kernels.short_conv`."""
+    return _convolve(x, weight, bias, initial_state, cu_seqlens, activation == "silu")
+
+
+def _inputs(x, weight, bias, initial_state, cu_seqlens, dtype: torch.dtype) -> list[Tensor | None]:
+    # A state passes through x's dtype, in which it is kept.
+    state = None if initial_state is None else initial_state.to(x.dtype).to(dtype).contiguous()
+    segments = native.segments(x.shape[0], x.shape[1], cu_seqlens, x.shape[1])
+    return [_wide(x, dtype), weight.to(dtype).contiguous(), _wide(bias, dtype), state, segments]
+
+
+def _numbers(x: Tensor, weight: Tensor, sequences: int, silu: bool) -> list[int]:
+    """Sizes and options; last the number of parts into which channels are divided among tasks."""
+    wanted = min(torch.get_num_threads(), x.numel() // TASK)
+    parts = max(1, min(-(-wanted // sequences), x.shape[2] // LANES))
+    return [sequences, x.shape[2], weight.shape[1], int(silu), parts]
+
+
+def _forward(x, weight, bias, initial_state, cu_seqlens, silu) -> Outputs:
+    dtype = accumulate_dtype(x.dtype)
+    y, final = (torch.empty_like(o, dtype=dtype) for o in shapes(x, weight, bias, initial_state, cu_seqlens, silu))
+    native.call(
+        "short_conv",
+        f"short_conv_forward_{native.suffix(dtype)}",
+        [*_inputs(x, weight, bias, initial_state, cu_seqlens, dtype), y, final],
+        _numbers(x, weight, final.shape[0], silu),
+    )
+    return y.to(x.dtype), final.to(x.dtype)
+
+
+def _backward(dy, dfinal, x, weight, bias, initial_state, cu_seqlens, silu) -> Gradients:
+    dtype, n = accumulate_dtype(x.dtype), dfinal.shape[0]
+    dx, dstate = torch.empty_like(dy, dtype=dtype), torch.empty_like(dfinal, dtype=dtype)
+    # One share a sequence, summed below: so results do not depend on which thread was first.
+    dweight, dbias = (x.new_empty(n, *shape, dtype=dtype) for shape in (weight.shape, weight.shape[:1]))
+    native.call(
+        "short_conv",
+        f"short_conv_backward_{native.suffix(dtype)}",
+        [
+            *_inputs(x, weight, bias, initial_state, cu_seqlens, dtype),
+            *(dy.to(dtype), dfinal.to(dtype).contiguous(), dx, dweight, dbias, dstate),
+        ],
+        _numbers(x, weight, n, silu),
+    )
+    empty = gradient_shapes(dy, dfinal, x, weight, bias, initial_state, cu_seqlens, silu)
+    found = (dx, dweight.sum(0), dbias.sum(0), dstate)
+    return tuple(f.to(e.dtype) for f, e in zip(found, empty, strict=True))
+
+
+_convolve = register("native", _forward, _backward)
