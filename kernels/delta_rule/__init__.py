@@ -194,10 +194,12 @@ OP = register_op(
     Op(
         name="delta_rule",
         backends=(
+            Backend(name="chunked", module=".delta_rule.chunked", function="delta_rule_chunked"),
             Backend(
                 name="reference",
                 module=".delta_rule.reference",
                 function="delta_rule_reference",
+                devices=frozenset(),
             ),
         ),
         sequences=("q", "k", "v", "beta", "decay", "removal", "a", "b"),
