@@ -118,13 +118,13 @@ def test_the_installed_wheel_runs(installed):
     assert script.returncode == 0 and "omnimix vision fit" in script.stdout
 
 
-def test_the_wheel_holds_every_module_and_configuration(installed):
+def test_the_wheel_holds_every_module_source_and_configuration(installed):
     """And it is the installed copy that runs, not the source that the environment knows."""
     code = "import omnimix; from omnimix.recipes import recipe_rows; print(omnimix.__file__); print(recipe_rows())"
     done = python(code, PYTHONPATH=str(installed))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(installed))
-    ours = {p.relative_to(ROOT) for p in ROOT.glob("*/**/*") if p.suffix in {".py", ".yaml"}}
+    ours = {p.relative_to(ROOT) for p in ROOT.glob("*/**/*") if p.suffix in {".py", ".yaml", ".cpp", ".h"}}
     kept = {p for p in ours if p.parts[0] in {"kernels", "backbones", "modalities", "recipes"}}
     missing = sorted(str(p) for p in kept if not (installed / "omnimix" / p).is_file())
     assert not missing
