@@ -92,16 +92,18 @@ def _transposed(x: Tensor, dtype: torch.dtype, before: Tensor | None = None) -> 
     if before is not None:
         out[:, :, :past] = before
     for i in range(b):
-        # torch transposes a whole contiguous matrix in blocks, and anything else element by element.
-        row = x[i].contiguous().t().contiguous()
-        out[i, :, past:] = row
+        # torch transposes whole contiguous matrices in blocks, and anything else element by element.
+        if past or x.dtype != dtype:
+            out[i, :, past:] = x[i].contiguous().t().contiguous()
+        else:
+            out[i].copy_(x[i].contiguous().t())
     return out
 
 
 def _back(x: Tensor, out: Tensor) -> None:
     """The inverse of `_transposed`, into `out`."""
     for source, target in zip(x, out, strict=True):
-        target.copy_(source.t().contiguous())
+        target.copy_(source.t())
 
 
 class _Transforms:
