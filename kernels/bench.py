@@ -178,7 +178,7 @@ class Bench:
         work = self._work(op, arguments)
         for name, times in found.items():
             self._add(op.name, case.name, name, length, times, work, found.get("reference", {}))
-        other = attention_arguments(arguments) if self._wanted(SDPA) and op.name != "attention" else None
+        other = attention_arguments(arguments) if self._wanted(SDPA) else None
         if other is not None:
             b, h, t, dv = other["v"].shape
             times = passes(softmax_attention, other, self.watch)

@@ -32,7 +32,7 @@ class Peer:
         name: as the table shows it.
         op: ours.
         package: what must be installed.
-        module, function: where the package has it.
+        load: imports it and gives the function.
         adapt: our arguments as the peer's, or None where it does not serve them.
         longest: the most steps for which it is timed; None is all.
     """
@@ -40,17 +40,13 @@ class Peer:
     name: str
     op: str
     package: str
-    module: str
-    function: str
+    load: Callable[[], Callable[..., Any]]
     adapt: Callable[[Arguments], Inputs | None]
     longest: int | None = None
 
     @property
     def installed(self) -> bool:
         return importlib.util.find_spec(self.package) is not None
-
-    def load(self) -> Callable[..., Any]:
-        return getattr(import_module(self.module), self.function)
 
 
 def _pick(a: Arguments, **names: str) -> Inputs:
@@ -97,8 +93,53 @@ def _rank_one(a: Arguments) -> Inputs | None:
 
 
 def _fla(name: str, op: str, module: str, function: str, adapt: Callable, longest: int | None = None) -> Peer:
-    path = f"fla.ops.{module}.naive"
-    return Peer(name=f"fla {name}", op=op, package="fla", module=path, function=function, adapt=adapt, longest=longest)
+    def load() -> Callable[..., Any]:
+        return getattr(import_module(f"fla.ops.{module}.naive"), function)
+
+    return Peer(name=f"fla {name}", op=op, package="fla", load=load, adapt=adapt, longest=longest)
+
+
+def _mamba(a: Arguments) -> Inputs | None:
+    if a["B"].shape[2] != 1 or a.get("D") is None or a.get("cu_seqlens") is not None:
+        return None
+    return {name: a.get(name) for name in ("x", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus")}
+
+
+def _mambapy() -> Callable[..., Any]:
+    from mambapy.pscan import pscan
+
+    def scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus):
+        delta = delta if delta_bias is None else delta + delta_bias
+        delta = torch.nn.functional.softplus(delta) if delta_softplus else delta
+        h = pscan((delta[..., None] * A).exp(), (delta * x)[..., None] * B)
+        y = (h @ C[:, :, 0, :, None])[..., 0] + D * x
+        return y if z is None else y * torch.nn.functional.silu(z)
+
+    return scan
+
+
+def _window(a: Arguments) -> Inputs | None:
+    fits = a.get("window") is not None and a.get("causal", True) and not a.get("sinks")
+    if not fits or a["q"].shape[2] != a["v"].shape[2]:
+        return None
+    # Heads before time.
+    return {n: a[n].transpose(1, 2).contiguous() for n in ("q", "k", "v")} | {"window": a["window"]}
+
+
+def _flex() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled, masks = torch.compile(flex_attention), {}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        t = q.shape[2]
+        if t not in masks:
+            masks[t] = create_block_mask(
+                lambda b, h, i, j: (j <= i) & (i - j < window), None, None, t, t, device=str(q.device)
+            )
+        return compiled(q, k, v, block_mask=masks[t])
+
+    return attend
 
 
 PEERS = (
@@ -107,6 +148,8 @@ PEERS = (
     _fla("chunk", "delta_rule", "delta_rule", "delta_rule_chunkwise", _delta(0)),
     _fla("chunk", "delta_rule", "gated_delta_rule", "naive_chunk_gated_delta_rule", _delta(3)),
     _fla("recurrent", "delta_rule", "kda", "naive_recurrent_kda", _delta(4), STEPWISE_STEPS),
+    Peer(name="mambapy", op="selective_scan", package="mambapy", load=_mambapy, adapt=_mamba),
+    Peer(name="flex_attention", op="attention", package="torch", load=_flex, adapt=_window),
     _fla("recurrent", "delta_rule", "generalized_delta_rule.dplr", "dplr_recurrence", _rank_one, STEPWISE_STEPS),
 )
 
