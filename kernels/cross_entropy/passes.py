@@ -4,7 +4,8 @@ A backend is a function that makes, of a chunk of logits, the rows' losses and t
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,6 +95,32 @@ def _walk(
 
 def backend_of(name: str, softmax: Softmax) -> Callable[..., Tensor]:
     """The backend that stands on `softmax`; its custom ops are called `omnimix::cross_entropy_<name>...`."""
+    reduced, rows = _reduced_op(name, softmax), _rows_op(name, softmax)
+
+    def cross_entropy(*, x, weight, target, bias, ignore_index, z_loss, softcap, label_smoothing, reduction) -> Tensor:
+        """See `omnimix.kernels.cross_entropy`."""
+        common = (x, weight, bias, target, ignore_index, z_loss, softcap or 0.0, label_smoothing)
+        if reduction == "none":
+            return rows(*common)
+        wanted = [torch.is_grad_enabled() and a is not None and a.requires_grad for a in (x, weight, bias)]
+        return reduced(*common, reduction == "mean", wanted)[0]
+
+    return cross_entropy
+
+
+def _share(x: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """1 for each row that counts, else 0."""
+    return (target != ignore_index).to(accumulate_dtype(x.dtype))
+
+
+def _op(name: str, function: Callable[..., Any], shapes: Callable[..., Any]) -> Any:
+    op = torch.library.custom_op(f"omnimix::cross_entropy_{name}", function, mutates_args=())
+    op.register_fake(launches(function)(shapes))
+    return op
+
+
+def _reduced_op(name: str, softmax: Softmax) -> Any:
+    """The mean or sum over the rows, with its gradients."""
 
     def reduce(
         x: Tensor,
@@ -107,15 +134,23 @@ def backend_of(name: str, softmax: Softmax) -> Callable[..., Tensor]:
         mean: bool,
         into: list[bool],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        share = (target != ignore_index).to(accumulate_dtype(x.dtype))
+        share = _share(x, target, ignore_index)
         if mean:
             share = share / share.sum().clamp_min(1)
         terms = Terms(ignore_index, z_loss, softcap, smoothing)
         losses, *gradients = _walk(softmax, x, weight, bias, target, share, terms, into)
         return (losses * share).sum(), *gradients
 
-    def reduced(x, weight, bias, target, ignore_index, z_loss, softcap, smoothing, mean, into):
+    def shapes(x, weight, bias, target, ignore_index, z_loss, softcap, smoothing, mean, into):
         return x.new_empty((), dtype=accumulate_dtype(x.dtype)), *_gradients(x, weight, into)
+
+    op = _op(name, reduce, shapes)
+    op.register_autograd(_scale, setup_context=_save_gradients)
+    return op
+
+
+def _rows_op(name: str, softmax: Softmax) -> Any:
+    """The loss of each row."""
 
     def rows(
         x: Tensor,
@@ -127,14 +162,14 @@ def backend_of(name: str, softmax: Softmax) -> Callable[..., Tensor]:
         softcap: float,
         smoothing: float,
     ) -> Tensor:
-        share = (target != ignore_index).to(accumulate_dtype(x.dtype))
+        share = _share(x, target, ignore_index)
         terms = Terms(ignore_index, z_loss, softcap, smoothing)
         return _walk(softmax, x, weight, bias, target, share, terms, [False] * 3)[0] * share
 
-    def of_rows(x, weight, bias, target, ignore_index, z_loss, softcap, smoothing):
+    def shapes(x, weight, bias, target, ignore_index, z_loss, softcap, smoothing):
         return x.new_empty(x.shape[0], dtype=accumulate_dtype(x.dtype))
 
-    def rows_backward(
+    def backward(
         dy: Tensor,
         x: Tensor,
         weight: Tensor,
@@ -150,31 +185,13 @@ def backend_of(name: str, softmax: Softmax) -> Callable[..., Tensor]:
         upstream = torch.where(target != ignore_index, dy, 0)
         return _walk(softmax, x, weight, bias, target, upstream, terms, into)[1:]
 
-    def of_rows_backward(dy, x, weight, bias, target, ignore_index, z_loss, softcap, smoothing, into):
+    def backward_shapes(dy, x, weight, bias, target, ignore_index, z_loss, softcap, smoothing, into):
         return _gradients(x, weight, into)
 
-    made = []
-    for suffix, function, shapes in (
-        ("", reduce, reduced),
-        ("_rows", rows, of_rows),
-        ("_rows_backward", rows_backward, of_rows_backward),
-    ):
-        op = torch.library.custom_op(f"omnimix::cross_entropy_{name}{suffix}", function, mutates_args=())
-        op.register_fake(launches(function)(shapes))
-        made.append(op)
-    reduce_op, rows_op, backward_op = made
-    reduce_op.register_autograd(_scale, setup_context=_save_gradients)
-    rows_op.register_autograd(lambda ctx, dy: _differentiate_rows(ctx, dy, backward_op), setup_context=_save_inputs)
-
-    def cross_entropy(*, x, weight, target, bias, ignore_index, z_loss, softcap, label_smoothing, reduction) -> Tensor:
-        """See `omnimix.kernels.cross_entropy`."""
-        common = (x, weight, bias, target, ignore_index, z_loss, softcap or 0.0, label_smoothing)
-        if reduction == "none":
-            return rows_op(*common)
-        wanted = [torch.is_grad_enabled() and a is not None and a.requires_grad for a in (x, weight, bias)]
-        return reduce_op(*common, reduction == "mean", wanted)[0]
-
-    return cross_entropy
+    op = _op(f"{name}_rows", rows, shapes)
+    backward_op = _op(f"{name}_rows_backward", backward, backward_shapes)
+    op.register_autograd(partial(_differentiate_rows, backward_op), setup_context=_save_inputs)
+    return op
 
 
 def _gradients(x: Tensor, weight: Tensor, into: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,7 +222,7 @@ def _save_inputs(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate_rows(ctx, dy, backward_op):
+def _differentiate_rows(backward_op, ctx, dy):
     x, weight, bias, target = ctx.saved_tensors
     into = list(ctx.needs_input_grad[:3])
     made = backward_op(dy.contiguous(), x, weight, bias, target, *ctx.settings, into)
