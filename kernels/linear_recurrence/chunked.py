@@ -101,7 +101,7 @@ def _backward(dh, dfinal, h, a, initial_state, cu_seqlens, reverse) -> tuple[Ten
         carry = dfinal[segment.sequences]
         for steps in segment.chunks(not reverse):
             grown = segment.rows_of(dh, steps, wide).clone()
-            factors = _per_step(segment.rows_of(a, steps, wide).conj().resolve_conj(), grown.shape[1])
+            factors = _per_step(segment.rows_of(a, steps, wide).conj_physical(), grown.shape[1])
             rows = list(zip(grown.unbind(1), factors, strict=True))
             factor = None
             for row, own in rows if reverse else reversed(rows):
@@ -112,7 +112,8 @@ def _backward(dh, dfinal, h, a, initial_state, cu_seqlens, reverse) -> tuple[Ten
                 last, factor = row, own
             carry = last * factor
             dx[segment.rows, steps] = grown
-            through = grown * _before(segment, h, steps, initial_state, reverse).conj()
+            # Not a conjugated view, which torch's tracing of custom ops misreads.
+            through = grown * _before(segment, h, steps, initial_state, reverse).conj_physical()
             if constant:
                 total += through.sum((0, 1))
             else:

@@ -17,7 +17,7 @@ def _reals(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if x is None:
         return None
     x = unit_stride(x.to(dtype))
-    return torch.view_as_real(x.resolve_conj()).flatten(-2) if x.is_complex() else x
+    return torch.view_as_real(x).flatten(-2) if x.is_complex() else x
 
 
 def _run(direction: str, tensors: list[Tensor | None], x: Tensor, sequences: int, reverse: bool) -> None:

@@ -67,7 +67,9 @@ def register(
 
     def differentiate(ctx, dh, dfinal):
         h, a, initial_state, cu_seqlens = ctx.saved_tensors
-        gradients = scan_backward(dh.contiguous(), dfinal.contiguous(), h, a, initial_state, cu_seqlens, ctx.reverse)
+        # A gradient may come as a conjugated view, which custom ops must not be given.
+        given = (g.resolve_conj().contiguous() for g in (dh, dfinal))
+        gradients = scan_backward(*given, h, a, initial_state, cu_seqlens, ctx.reverse)
         return (*gradients[:2], None if initial_state is None else gradients[2], None, None)
 
     scan.register_fake(launches(forward)(shapes))
@@ -78,6 +80,7 @@ def register(
         *, x: Tensor, a: Tensor, reverse: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """See `omnimix.kernels.linear_recurrence`."""
-        return scan(x, a, initial_state, cu_seqlens, reverse)
+        state = None if initial_state is None else initial_state.resolve_conj()
+        return scan(x.resolve_conj(), a.resolve_conj(), state, cu_seqlens, reverse)
 
     return function

@@ -156,7 +156,7 @@ def _backward_kernel(
 
 def _reals(x: Tensor | None) -> Tensor | None:
     """Complex numbers as pairs in a last dimension of 2."""
-    return torch.view_as_real(x.resolve_conj()) if x is not None and x.is_complex() else x
+    return torch.view_as_real(x) if x is not None and x.is_complex() else x
 
 
 def _options(x: Tensor, reverse: bool) -> dict[str, object]:

@@ -15,7 +15,7 @@ from ..registry import Backend, Case, Draw, Op, register_op
 from ..tools import triton_refusal
 
 # Of one channel, in one Triton program.
-MOST_STATES = 256
+MOST_STATES = 128
 
 
 def selective_scan(

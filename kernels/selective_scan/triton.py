@@ -25,8 +25,8 @@ from .ops import Gradients, Outputs, gradient_shapes, register, shapes
 # Steps in a tile, as a power of 2, and between saved states.
 LOG_STEPS = 4
 CHUNK = 1 << LOG_STEPS
-# Channels times states of a tile; a channel's states are not divided.
-TILE = MOST_STATES
+# Channels times states of a tile; a channel's states are not divided. Sums over more states take more registers.
+TILE, NARROW_TILE = 256, MOST_STATES
 WARPS = [{"num_warps": 4}, {"num_warps": 8}]
 
 
@@ -234,7 +234,8 @@ class _Call:
         d, n = A.shape
         self.groups = B.shape[2]
         self.width, self.states = d // self.groups, triton.next_power_of_2(n)
-        self.channels = min(triton.next_power_of_2(self.width), TILE // self.states, 16)
+        room = TILE if self.states <= 16 else NARROW_TILE
+        self.channels = min(triton.next_power_of_2(self.width), room // self.states, 16)
         self.blocks = triton.cdiv(self.width, self.channels)
         self.sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.dtype = accumulate_dtype(x.dtype)

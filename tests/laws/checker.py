@@ -77,6 +77,16 @@ def _over_sequences(arguments: Arguments, sequences: Sequence[str], cut: Callabl
     return {n: cut(a) if _is_sequence(n, arguments, sequences, steps) else a for n, a in arguments.items()}
 
 
+def mirrored(function: Function, sequences: Sequence[str]) -> Function:
+    """`function` with time turned round, in its sequences and in all its outputs but the state, which comes last."""
+
+    def call(**arguments: Any) -> tuple[Tensor, ...]:
+        *outputs, state = function(**_over_sequences(arguments, sequences, lambda x: x.flip(1)))
+        return (*(o.flip(1) for o in outputs), state)
+
+    return call
+
+
 def splits(function: Function, arguments: Arguments, sequences: Sequence[str], lengths: Sequence[int]) -> None:
     """Law 2: pieces of `lengths`, each started with the state of the one before, are the whole, gradients too."""
 

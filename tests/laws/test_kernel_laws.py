@@ -10,6 +10,7 @@ import torch
 
 from omnimix.kernels import Case, Draw, Op, ops
 from omnimix.kernels.check import arguments_of, call_of
+from omnimix.kernels.native import machine_refusal
 
 from . import checker
 
@@ -34,6 +35,13 @@ class Subject:
         return call_of(self.op, "reference")
 
     @property
+    def forwards(self) -> Callable:
+        """The call; where the case runs back in time, with time turned round, so that it too looks backwards only."""
+        if not self.draw(1, 1).get("reverse", False):
+            return self.call
+        return checker.mirrored(self.call, self.op.sequences)
+
+    @property
     def stateful(self) -> bool:
         return self.case.state is not None
 
@@ -41,8 +49,13 @@ class Subject:
         return arguments_of(self.case, Draw.seeded(time), batch, time, **options)
 
 
+def served_backends(op: Op) -> list[str]:
+    """The op's backends, without the native one where this machine cannot compile it (which a test below asserts)."""
+    return [b.name for b in op.backends if b.name != "native" or machine_refusal() is None]
+
+
 def subjects(keep: Callable[[Subject], bool] = lambda subject: True) -> pytest.MarkDecorator:
-    every = [Subject(op, case, backend.name) for op in ops() for case in op.cases() for backend in op.backends]
+    every = [Subject(op, case, name) for op in ops() for case in op.cases() for name in served_backends(op)]
     return pytest.mark.parametrize("subject", [s for s in every if keep(s)], ids=str)
 
 
@@ -103,7 +116,7 @@ def test_agrees_with_the_definition_at_any_strides(subject, layout):
 @pytest.mark.parametrize("lengths", [[1, 20], [64, 3], [1] * 2], ids=str)
 def test_pieces_are_the_whole(subject, lengths):
     arguments = subject.draw(1, sum(lengths), state=lengths[0] == 1)
-    checker.splits(subject.call, arguments, subject.op.sequences, lengths)
+    checker.splits(subject.forwards, arguments, subject.op.sequences, lengths)
 
 
 @subjects(lambda s: s.case.packed)
@@ -124,7 +137,7 @@ def test_packed_sequences_agree_with_the_definition(subject, state):
 
 @subjects(lambda s: s.op.causal)
 def test_causal(subject):
-    checker.is_causal(subject.call, subject.draw(1, 20), subject.op.sequences, at=13)
+    checker.is_causal(subject.forwards, subject.draw(1, 20), subject.op.sequences, at=13)
 
 
 @subjects(lambda s: s.op.sequences)
@@ -164,3 +177,13 @@ def test_compiles_whole(subject, without_shape_checks):
     checker.compiles(subject.call, subject.draw(2, 17))
     if subject.case.packed:
         checker.compiles(subject.call, subject.draw(1, 17, lengths=[4, 13]))
+
+
+@pytest.mark.parametrize("op", [op for op in ops() if "native" in [b.name for b in op.backends]], ids=lambda op: op.name)
+def test_native_kernels_serve_this_machine_or_say_why_not(op):
+    (row,) = (row for row in op.explain(op.cases()[0].make(Draw.seeded(), 1, 2)) if row["backend"] == "native")
+    print(row)
+    if machine_refusal() is None:
+        assert row["auto"] == "chosen"
+    else:
+        assert row["why"] == machine_refusal()
