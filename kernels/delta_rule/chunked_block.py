@@ -1,14 +1,14 @@
 """The chunked algebra of `delta_rule` on one block, forwards and backwards.
 
-Within a chunk, with X, W and scores P as in `chunked_inputs` (P_q and P_h their rows of q and of h), R what is left of
-the state at the chunk's start, and E the errors that W writes:
+Within a chunk, with X = [q; -h], W and scores P as in `chunked_inputs` (P_q and P_h their rows of q and of -h), R what
+is left of the state at the chunk's start, and E the errors that W writes:
 
-    (I + P_h) E = V - H R,     O = Q R + P_q E,     S' = R + Wᵀ E
+    (I - P_h) E = V - H R,     O = Q R + P_q E,     S' = R + Wᵀ E
 
 (the WY form of DeltaNet, arXiv 2406.06484, section 3, and of Gated DeltaNet, arXiv 2412.06464, section 3.3). The
-general form a bᵀ + k vᵀ has W = [-a; k] and values [E; V]; the right side of its system is -P_hk V - B R.
+general form a bᵀ + k vᵀ has W = [-a; k] and values [E; V]; the right side of its system is P_hk V - H R.
 
-With T = (I + P_h)^{-1} only two products a chunk are left to be done one chunk after the other: E = T V - (T H) R and
+With T = (I - P_h)^{-1} only two products a chunk are left to be done one chunk after the other: E = T V - (T H) R and
 S'. The gradients run backwards in the same way, with T transposed.
 """
 
@@ -25,30 +25,30 @@ SUBSTITUTE = 16
 
 
 def unit_lower_inverse(lower: Tensor) -> Tensor:
-    """(I + L)^{-1} for strictly lower triangular L `(n, c, c)`.
+    """(I - L)^{-1} for strictly lower triangular L `(n, c, c)`.
 
     By substitution, not by powers of L: these cancel badly where keys repeat and β is near 2.
     """
     c = lower.shape[-1]
     if c <= SUBSTITUTE or c % 2:
         eye = torch.eye(c, dtype=lower.dtype, device=lower.device).expand(lower.shape)
-        return torch.linalg.solve_triangular(lower, eye, upper=False, unitriangular=True)
+        return torch.linalg.solve_triangular(lower.neg(), eye, upper=False, unitriangular=True)
     half = c // 2
     corners = unit_lower_inverse(torch.cat([lower[:, :half, :half], lower[:, half:, half:]]))
     first, second = corners.chunk(2)
     inverse = lower.new_zeros(lower.shape)
     inverse[:, :half, :half], inverse[:, half:, half:] = first, second
-    inverse[:, half:, :half] = torch.bmm(torch.bmm(second, lower[:, half:, :half]), first).neg_()
+    inverse[:, half:, :half] = torch.bmm(torch.bmm(second, lower[:, half:, :half]), first)
     return inverse
 
 
 def in_order(block: Block, parts: int, *slots: Tensor) -> list[tuple[Tensor, ...]]:
-    """`(N, c, w)` each -> in order of time, the slices `(sequences * h, c, w)` that are handled at once."""
-    chunks = sum(n for _, n in block.steps)
-    slots = tuple(x.unflatten(0, (parts, chunks, -1)) for x in slots)
-    return [
-        tuple(x[p, first : first + n].flatten(0, 1) for x in slots) for first, n in block.steps for p in range(parts)
-    ]
+    """`(N, ...)` each -> in order of time, the slices `(sequences * h, ...)` that are handled at once."""
+    counts = [n for _, n in block.steps]
+    heads = slots[0].shape[0] // (parts * sum(counts))
+    sizes = [n * heads for n in counts] * parts
+    pieces = list(zip(*(x.split(sizes) for x in slots), strict=True))
+    return [pieces[p * len(counts) + i] for i in range(len(counts)) for p in range(parts)]
 
 
 class Blocks:
@@ -63,7 +63,7 @@ class Blocks:
         inverse = unit_lower_inverse(x.scores[:, c:, :c])
         right = x.right
         if right is None:
-            right = torch.bmm(x.scores[:, c:, c:], x.values[:, c:]).neg_()
+            right = torch.bmm(x.scores[:, c:, c:], x.values[:, c:])
         torch.bmm(inverse, right, out=x.values[:, :c])
         return inverse, torch.bmm(inverse, x.readers[:, c:])
 
@@ -80,7 +80,7 @@ class Blocks:
                 torch.mul(now, through[0], out=read)
             else:
                 read.copy_(now)
-            values[:, :c].baddbmm_(remove, read, alpha=-1)
+            values[:, :c].baddbmm_(remove, read)
             if x.exact:
                 now.mul_(through[0]).baddbmm_(writers.mT, values)
             else:
@@ -123,7 +123,7 @@ class Blocks:
             now = dstate[: read.shape[0]]
             dend.copy_(now)
             derrors.baddbmm_(writers[:, :c], now)
-            dread.baddbmm_(remove.mT, derrors, alpha=-1)
+            dread.baddbmm_(remove.mT, derrors)
             if x.exact:
                 now.mul_(gate[0]).add_(dread)
             else:
@@ -156,8 +156,7 @@ class Blocks:
         derrors = torch.bmm(x.scores[:, :c, :c].mT, do, out=self.scratch("derrors", *do.shape))
         dreads = torch.bmm(x.readers[:, :c].mT, do, out=self.scratch("dreads", *reads.shape))
         dends, tails = self._retreat(block, x, (reads, removes, derrors, dreads), dstate, tail)
-        # The right side's gradient is Tᵀ dE; H R enters it with a minus.
-        torch.bmm(inverse.mT, derrors, out=sides[:, c:]).neg_()
+        torch.bmm(inverse.mT, derrors, out=sides[:, c:])
         dscores = torch.bmm(sides, x.values.mT, out=self.scratch("dscores", *x.scores.shape))
         dreaders = torch.bmm(sides, reads.mT, out=self.scratch("dreaders", *x.readers.shape))
         dwriters = torch.bmm(x.values, dends.mT, out=self.scratch("dwriters", *x.writers.shape))
@@ -168,5 +167,5 @@ class Blocks:
         if x.right is None:
             dvalues = torch.bmm(x.scores[:, :, c:].mT, sides).baddbmm_(x.writers[:, c:], dends)
         else:
-            dvalues = sides[:, c:].neg()
+            dvalues = sides[:, c:]
         self.inputs.store_gradients(block, x, (dreaders, dwriters, dvalues, dscores), tails, to)

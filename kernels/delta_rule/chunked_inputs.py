@@ -1,7 +1,7 @@
 """What the chunked backend of `delta_rule` reads of a block, and how gradients go back to where that came from.
 
 With G the cumulative log decay within a chunk, G' its last value and S the state at the chunk's start, the readers
-X = [q; h] (h the removal key, or b of the general form) and the writers W = [β k], or [-a; k] in the general form,
+X = [q; -h] (h the removal key, or b of the general form) and the writers W = [β k], or [-a; k] in the general form,
 meet in the scores x_i e^{G_i - G_j} w_j and in the state, which x_i reads through e^{G_i} and w_j enters through
 e^{G' - G_j}. (The general form's b reads the state before the decay, through e^{G_{i-1}}.) As in `gated_linear`,
 e^{G_i - G_j} factorises into e^{G_i - G'} times e^{G' - G_j} while G' is at least -FACTORISE; otherwise scores are
@@ -153,7 +153,8 @@ class Inputs:
             into = torch.reciprocal(out[0], out=self.scratch("into", *total.shape))
             if self.general:
                 out.append(torch.sub(reach, last, out=reach.new_empty(reach.shape)).exp_())
-        return Decays(total=total, reach=reach, into=into, out=(out[0], out[-1]), through=last.to(self.dtype).exp())
+        through = last.to(self.dtype).exp()
+        return Decays(total=total, reach=reach, into=into, out=(out[0], out[-1]), through=through)
 
     # Forwards.
 
@@ -162,7 +163,8 @@ class Inputs:
         *lead, c = self._lead(block, parts)
         stacked = self.scratch(name, *lead, len(rows), c, rows[0][0].shape[-1])
         for i, (x, factor) in enumerate(rows):
-            x, to = self.view(block, x, parts), stacked.select(-3, i)
+            to = stacked.select(-3, i)
+            x = self.view(block, x, parts).expand_as(to)
             if factor is None:
                 to.copy_(x)
             else:
@@ -172,21 +174,22 @@ class Inputs:
     def _rows(self, name: str, block: Block, parts: int, decays: Decays | None) -> tuple[Tensor, Tensor]:
         """X and W, `(..., 2, c, k)` and `(..., s, c, k)`, with the decays where these are given."""
         at = self.at
-        out, into = ((None, None), None) if decays is None else (decays.out, decays.into)
-        names = f"{name} readers", f"{name} writers"
+        h = at.b if self.general else at.k if at.removal is None else at.removal
+        q_factor, h_factor, into = None, -1.0, None
+        if decays is not None:
+            (q_factor, h_factor), into = decays.out, decays.into
+            h_factor = torch.neg(h_factor, out=self.scratch("minus", *h_factor.shape))
+        readers = self._stack(f"{name} readers", block, parts, (at.q, q_factor), (h, h_factor))
+        name = f"{name} writers"
         if self.general:
-            readers = self._stack(names[0], block, parts, (at.q, out[0]), (at.b, out[1]))
-            writers = self._stack(names[1], block, parts, (at.a, -1.0 if into is None else -into), (at.k, into))
-            return readers, writers
-        readers = self._stack(
-            names[0], block, parts, (at.q, out[0]), (at.k if at.removal is None else at.removal, out[1])
-        )
+            a_factor = -1.0 if into is None else -into
+            return readers, self._stack(name, block, parts, (at.a, a_factor), (at.k, into))
         if at.beta is None:
-            return readers, self._stack(names[1], block, parts, (at.k, into))
+            return readers, self._stack(name, block, parts, (at.k, into))
         beta = self.view(block, at.beta, parts)
         if not self.channel:
-            return readers, self._stack(names[1], block, parts, (at.k, beta if into is None else beta * into))
-        writers = self._stack(names[1], block, parts, (at.k, into))
+            return readers, self._stack(name, block, parts, (at.k, beta if into is None else beta * into))
+        writers = self._stack(name, block, parts, (at.k, into))
         writers.select(-3, 0).mul_(beta)
         return readers, writers
 
@@ -316,21 +319,21 @@ class Inputs:
                 self._store_decay(block, x, dreaders, dwriters, tails, to.decay)
         self._give(block, x, dreaders.select(-3, 0), to.q)
         self.view(block, to.v, x.parts).copy_(dv.unflatten(0, lead))
-        dh, first = dreaders.select(-3, 1), dwriters.select(-3, 0)
+        minus_dh, dw = dreaders.select(-3, 1), dwriters.select(-3, 0)
         if self.general:
-            self._give(block, x, dh, to.b)
-            self._give(block, x, first.neg_(), to.a)
+            self._give(block, x, minus_dh.neg_(), to.b)
+            self._give(block, x, dw.neg_(), to.a)
             self._give(block, x, dwriters.select(-3, 1), to.k)
             return
         if to.beta is not None:
-            product = torch.mul(first, self.view(block, self.at.k, x.parts), out=self.scratch("product", *first.shape))
+            product = torch.mul(dw, self.view(block, self.at.k, x.parts), out=self.scratch("product", *dw.shape))
             self.view(block, to.beta, x.parts).copy_(product.sum(-1, keepdim=True))
-            first.mul_(self.view(block, self.at.beta, x.parts))
+            dw.mul_(self.view(block, self.at.beta, x.parts))
         if to.removal is None:
-            first.add_(dh)
+            dw.sub_(minus_dh)
         else:
-            self._give(block, x, dh, to.removal)
-        self._give(block, x, first, to.k)
+            self._give(block, x, minus_dh.neg_(), to.removal)
+        self._give(block, x, dw, to.k)
 
     def _give(self, block: Block, x: Operands, gradient: Tensor, to: Tensor) -> None:
         gradient = gradient if self.heads == 1 else gradient.sum(4, keepdim=True)
