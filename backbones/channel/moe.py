@@ -105,8 +105,8 @@ class MoE(Channel):
     The losses are weighted already: "load_balance" is N Σ_i f_i P_i (arXiv 2101.03961, eq. 4 to 6, with f a part of all
     choices: 1 where they are even), "router_z" the mean squared log-sum-exp (ST-MoE, arXiv 2202.08906, eq. 5).
 
-    The buffer `load` counts the tokens of each expert since the last `rebalance`, or since the module last went from
-    training to evaluation or back.
+    The buffer `load` counts the tokens of each expert since the last `rebalance`, since the module last went from
+    training to evaluation or back, or since it was loaded.
     """
 
     load: Tensor
@@ -123,6 +123,8 @@ class MoE(Channel):
         # Several experts that every token passes are one wide one.
         self.shared = SwiGLU(dim, SwiGLUConfig(ratio=config.shared * hidden / dim), site) if config.shared else None
         self.register_buffer("load", torch.zeros(config.experts, dtype=torch.int64), persistent=False)
+        # It is no part of a checkpoint: new weights begin a new count.
+        self.register_load_state_dict_post_hook(_count_anew)
         if config.router == "sigmoid":
             # The bias in steps of `bias_rate`: whole numbers are exact in whatever dtype the module is.
             self.register_buffer("steps", torch.zeros(config.experts, dtype=torch.int32))
@@ -184,6 +186,10 @@ class MoE(Channel):
         if mode != self.training:
             self.load.zero_()
         return super().train(mode)
+
+
+def _count_anew(module: MoE, incompatible: object) -> None:
+    module.load.zero_()
 
 
 def rebalance(module: nn.Module) -> None:

@@ -284,6 +284,10 @@ def test_the_load_of_evaluation_is_its_own():
     assert module.load.sum() > 0
     module.eval()
     assert module.load.sum() == 0
+    module(x)
+    assert module.load.sum() > 0
+    module.load_state_dict(module.state_dict())
+    assert module.load.sum() == 0
     assert "load" not in module.state_dict()
 
 
