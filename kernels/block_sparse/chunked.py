@@ -217,6 +217,11 @@ class _Call:
         return self.hide(found, group, tiles, slots) if group.partial else found
 
 
+def _add(total: Tensor, rows: Tensor, found: Tensor) -> None:
+    """Adds to distinct rows, in place; several times as fast as index_add_."""
+    total.index_copy_(0, rows, total.index_select(0, rows).add_(found.flatten(1)))
+
+
 @torch.library.custom_op("omnimix::block_sparse_chunked", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, cu_seqlens: Tensor | None, q_positions: Tensor | None,
@@ -280,7 +285,7 @@ def _backward(
     dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
     # What each lane gives to each block of keys.
     units = call.batch * call.sizes.lanes * call.count
-    dk, dv = (x.new_zeros(units, block_size, x.shape[3], dtype=call.compute) for x in (k, v))
+    dk, dv = (x.new_zeros(units, block_size * x.shape[3], dtype=call.compute) for x in (k, v))
     dot = (do.to(call.compute) * out.to(call.compute)).sum(-1, keepdim=True)
     for tiles, slots, groups in call.pieces(width):
         if not groups:
@@ -299,10 +304,10 @@ def _backward(
             keys, of_values = (call.blocks_of(x, at_keys) for x in (call.k, call.v))
             weights = call.scores(mine, keys, group, tiles, slots)
             weights.sub_(norms[tile].view(n, -1, 1)).exp_()
-            dv.index_add_(0, group.unit, torch.bmm(weights.mT, dmine))
+            _add(dv, group.unit, torch.bmm(weights.mT, dmine))
             dscores = torch.bmm(dmine, of_values.mT)
             dscores.sub_(dots[tile].view(n, -1, 1)).mul_(weights)
-            dk.index_add_(0, group.unit, torch.bmm(dscores.mT, mine))
+            _add(dk, group.unit, torch.bmm(dscores.mT, mine))
             grads.index_copy_(0, group.slot.flatten(), torch.bmm(dscores, keys).view(-1, rows * width))
         merged = grads[:-1].view(-1, slots, rows, width).sum(1).mul_(scale)
         call.scatter(dq, merged, tiles)

@@ -159,9 +159,13 @@ def union(*lists: Lists) -> Lists:
 
 def best(scores: Float[Tensor, "b rows f n_blocks"], number: int) -> Lists:
     """The `number` blocks with the highest scores; of equal ones the first, none where the score is minus infinity."""
-    found, blocks = scores.detach().sort(dim=-1, descending=True, stable=True)
-    found, blocks = found[..., :number], blocks[..., :number]
-    return blocks.masked_fill(found == -torch.inf, -1)
+    scores, found = scores.detach().clone(), []
+    # Few passes are faster than a sort, and unlike topk `max` is sure to give the first of equals.
+    for _ in range(min(number, scores.shape[-1])):
+        highest, block = scores.max(-1, keepdim=True)
+        found.append(block.masked_fill(highest == -torch.inf, -1))
+        scores.scatter_(-1, block, -torch.inf)
+    return torch.cat(found, -1) if found else scores.new_empty(*scores.shape[:3], 0, dtype=torch.int64)
 
 
 def by_mean_key(
@@ -186,21 +190,27 @@ def by_mean_key(
         causal: whether only earlier blocks are chosen from.
         counts: the number of blocks in each row of the batch; m by default.
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
-    heads = q.shape[2] // means.shape[2]
     own = positions[..., None, None] // block_size
-    blocks = torch.arange(means.shape[1], device=q.device)
-    shown = (blocks < own) if causal else (blocks != own)
-    if counts is not None:
-        shown = shown & (blocks < counts[:, None, None, None])
+    block = torch.arange(means.shape[1], device=q.device)
+    there = None if counts is None else block < counts[:, None, None, None]
     parts = []
-    for some, mask in zip(*(x.split(_step(q, means)) for x in (q.transpose(0, 1), shown.transpose(0, 1))), strict=True):
-        grouped = some.detach().transpose(0, 1).to(wide).unflatten(2, (-1, heads))
-        scores = torch.einsum("btgrk,bmgk->btgrm", grouped, means.detach().to(wide)).flatten(2, 3)
-        parts.append(best(scores.masked_fill(~mask.transpose(0, 1), -torch.inf), number - 1))
-    chosen = torch.cat(parts, 1)
+    for some, mine in zip(*(x.split(_step(q, means), dim=1) for x in (q, own)), strict=True):
+        scores = _scores(some, means)
+        hidden = block >= mine if causal else block == mine
+        scores.masked_fill_((hidden if there is None else hidden | ~there)[:, None], -torch.inf)
+        parts.append(best(scores.flatten(0, 1), number - 1).unflatten(0, scores.shape[:2]))
+    # (b, g, t, r, n), with the heads in order again.
+    chosen = torch.cat(parts, 2).transpose(1, 2).flatten(2, 3)
     listed = torch.cat([own.expand(*chosen.shape[:3], 1), chosen], -1)
     return torch.where(positions[..., None, None] < 0, -1, listed)
+
+
+def _scores(q: Tensor, keys: Tensor) -> Tensor:
+    """The products (b, g, t, r, m) of queries (b, t, g · r, k) with keys (b, m, g, k), in float32 or wider."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    rows = q.detach().to(wide).unflatten(2, (keys.shape[2], -1)).transpose(1, 2)
+    found = rows.flatten(2, 3) @ keys.detach().to(wide).permute(0, 2, 3, 1)
+    return found.unflatten(2, rows.shape[2:4])
 
 
 def _step(q: Tensor, keys: Tensor) -> int:
@@ -245,27 +255,26 @@ def by_compressed_attention(
     """
     if size % stride or block_size % stride:
         raise UnsupportedShape(f"size {size} and block_size {block_size} must be multiples of the stride {stride}")
-    wide = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     ends = torch.arange(keys.shape[1], device=q.device) * stride + size
-    there = ends <= (ends.new_full((q.shape[0],), 1 << 60) if lengths is None else lengths)[:, None]
+    there = torch.ones_like(ends, dtype=torch.bool)[None] if lengths is None else ends <= lengths[:, None]
     full = None if lengths is None else torch.arange(blocks, device=q.device) * block_size < lengths[:, None]
-    grouped = q.detach().to(wide).unflatten(2, (keys.shape[2], -1)) * scale
-    compressed, parts = keys.detach().to(wide), []
-    for some, place in zip(*(x.split(_step(q, keys), dim=1) for x in (grouped, positions)), strict=True):
-        seen = (there[:, None] & (ends <= place[..., None] + 1)) if causal else there[:, None]
-        scores = torch.einsum("btgrk,bmgk->btgrm", some, compressed)
-        weights = _softmax(scores, seen[:, :, None, None]).sum(3)
+    parts = []
+    for some, place in zip(*(x.split(_step(q, keys), dim=1) for x in (q, positions)), strict=True):
+        seen = there[:, None] & (ends <= place[..., None] + 1) if causal else there[:, None]
+        weights = _softmax(_scores(some, keys).mul_(scale), seen[:, None, :, None]).sum(3)
         importance = _of_blocks(weights, size // stride, block_size // stride, blocks)
-        parts.append(_with_fixed(importance, place, full, block_size, (first, local), causal))
-    return best(torch.cat(parts, 1), number).masked_fill(positions[..., None, None] < 0, -1)
+        fixed = _with_fixed(importance, place, full, block_size, (first, local), causal)
+        parts.append(best(fixed, number))
+    return torch.cat(parts, 2).transpose(1, 2).masked_fill(positions[..., None, None] < 0, -1)
 
 
 def _softmax(scores: Tensor, seen: Tensor) -> Tensor:
     """Zeros where nothing is seen."""
     if not scores.shape[-1]:
         return scores
-    return torch.where(seen, scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1), 0)
+    weights = scores.masked_fill_(~seen, torch.finfo(scores.dtype).min).softmax(-1)
+    return weights.masked_fill_(~seen, 0)
 
 
 def _of_blocks(weights: Tensor, overlap: int, pieces: int, blocks: int) -> Tensor:
@@ -280,15 +289,15 @@ def _of_blocks(weights: Tensor, overlap: int, pieces: int, blocks: int) -> Tenso
 def _with_fixed(
     importance: Tensor, place: Tensor, full: Tensor | None, size: int, fixed: tuple[int, int], causal: bool
 ) -> Tensor:
-    """The importance (b, t, g, blocks), infinite for what is always chosen and for what cannot be."""
+    """The importance (b, g, t, blocks), infinite for what is always chosen and for what cannot be."""
     first, local = fixed
     block, own = torch.arange(importance.shape[-1], device=place.device), place[..., None] // size
     near = (block <= own) & (block > own - local)
-    importance = importance.masked_fill((near | (block < first))[:, :, None], torch.inf)
+    importance = importance.masked_fill((near | (block < first))[:, None], torch.inf)
     hidden = block > own if causal else torch.zeros_like(near)
     if full is not None:
         hidden = hidden | ~full[:, None]
-    return importance.masked_fill(hidden[:, :, None], -torch.inf)
+    return importance.masked_fill(hidden[:, None], -torch.inf)
 
 
 def vertical_slash(

@@ -1,0 +1,112 @@
+"""Mixture of block attention: each query chooses its blocks of keys (arXiv 2502.13189)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...kernels import block_sparse
+from ...kernels.block_sparse.lists import by_mean_key
+from ..config import Site, positive
+from ..layout import Layout, repack, unpack
+from ..rotary import rotary
+from ..state import State
+from .attention import Attention, AttentionConfig
+from .cache import extended
+from .registry import register_mixer
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoBAConfig(AttentionConfig):
+    """Options of `moba`: those of `attention`, and
+
+    Args:
+        block_size: keys in a block.
+        top_k: blocks that a query of a head sees, its own included.
+    """
+
+    block_size: int = 512
+    top_k: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "block_size", "top_k")
+
+
+@register_mixer(
+    "moba",
+    MoBAConfig,
+    summary="attention to the blocks whose mean keys suit the query best",
+    source="arXiv 2502.13189",
+    examples=(
+        MoBAConfig(heads=2, block_size=4, top_k=3),
+        MoBAConfig(heads=2, kv_heads=1, rope=False, qk_norm=True, gate=True, block_size=3, top_k=2),
+    ),
+)
+class MoBA(Attention):
+    """Attention to a query's own block and to the `top_k` - 1 blocks with the highest q · mean(k) (eq. 5 to 7).
+
+    The choice has no gradient; both ways it is made among all blocks. The state holds every key and value.
+    """
+
+    def __init__(self, dim: int, config: MoBAConfig, site: Site):
+        super().__init__(dim, config, site)
+        self.block_size, self.top_k = config.block_size, config.top_k
+
+    def mix(self, x: Tensor, layout: Layout, state: State | None) -> tuple[Tensor, State | None]:
+        q, k, v, gate = self.in_proj(x).split(self.sizes, dim=-1)
+        q, k, v = (s.unflatten(-1, (-1, self.size)) for s in (q, k, v))
+        q, k = self.q_norm(q), self.k_norm(k)
+        places = layout.positions(x, None if state is None else state["position"])
+        if self.rope_base is not None:
+            q, k = rotary(q, places, self.rope_base), rotary(k, places, self.rope_base)
+        o, cache = self._attend(q, k, v, places, layout, state)
+        o = o.flatten(-2)
+        return self.out_proj(o * gate.sigmoid() if self.sizes[-1] else o), cache
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, places: Tensor, layout: Layout, state: State | None
+    ) -> tuple[Tensor, State | None]:
+        borders, lengths = layout.cu_seqlens, layout.lengths(places)
+        rows, keys, values, queries = q, k, v, places
+        if borders is not None:
+            rows, keys, values = (unpack(s, borders) for s in (q, k, v))
+            queries = unpack(places, borders, fill=-1)
+        if state is not None:
+            keys = extended(state["k"], keys, state["position"])
+            values = extended(state["v"], values, state["position"])
+            lengths = lengths + state["position"]
+        blocks = by_mean_key(
+            rows,
+            self._means(keys, lengths),
+            queries,
+            block_size=self.block_size,
+            number=self.top_k,
+            causal=bool(layout.causal),
+            counts=None if layout.causal else (lengths + self.block_size - 1) // self.block_size,
+        )
+        if state is None:
+            blocks = blocks if borders is None else repack(blocks, borders)
+            o = self._sparse(q, k, v, blocks, causal=bool(layout.causal), cu_seqlens=borders)
+        else:
+            o = self._sparse(rows, keys, values, blocks, q_positions=queries)
+            o = o if borders is None else repack(o, borders)
+        return o, State({"k": keys, "v": values, "position": lengths}) if layout.causal else None
+
+    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, **options) -> Tensor:
+        return block_sparse(q, k, v, blocks, block_size=self.block_size, query_block=1, **options)
+
+    def _means(self, keys: Tensor, lengths: Tensor) -> Tensor:
+        """The mean key of each block, (n, m, g, d); of one that is not full, of the keys that it has."""
+        count = -(-keys.shape[1] // self.block_size)
+        keys = F.pad(keys, (0, 0, 0, 0, 0, count * self.block_size - keys.shape[1])).unflatten(1, (count, -1))
+        start = torch.arange(count, device=keys.device) * self.block_size
+        filled = (lengths[:, None] - start).clamp(1, self.block_size)[..., None, None]
+        return keys.sum(2, dtype=torch.promote_types(keys.dtype, torch.float32)) / filled
+
+    def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:
+        empty = torch.zeros(batch, 0, self.kv_heads, self.size, device=device, dtype=dtype)
+        return State({"k": empty, "v": empty.clone(), "position": torch.zeros(batch, device=device, dtype=torch.int64)})
