@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ..config import Site
 from ..registry import Entry
-from . import attention, gla, linear, mamba2, moba, nsa, retention, s4d, ttt, window  # noqa: F401
+from . import attention, gla, hyena, linear, mamba, mamba2, moba, nsa, retention, rglru, s4d, ttt, window  # noqa: F401
 from .base import Mixer
 from .registry import MIXERS
 
