@@ -23,7 +23,8 @@ class Compress(nn.Module):
         super().__init__()
         self.places = mark(nn.Parameter(torch.zeros(size, width)), decay=False)
         self.up = nn.Linear(size * width, 2 * width)
-        self.down = nn.Linear(2 * width, width)
+        # Without a bias, which all keys would share and a softmax would not see.
+        self.down = nn.Linear(2 * width, width, bias=False)
 
     def forward(self, x: Float[Tensor, "*b l k"]) -> Float[Tensor, "*b k"]:
         return x.mean(-2) + self.down(F.gelu(self.up((x + self.places).flatten(-2))))

@@ -27,10 +27,10 @@ class NSAConfig(MixerConfig):
     Args:
         heads: query heads, 64 channels each by default.
         kv_heads: heads of keys and values, which divide the query heads and choose for them; one by default.
-        size, stride: tokens in a compressed block, and from one to the next; both multiples of the stride.
-        block_size: tokens in a selected block, a multiple of the stride.
-        blocks: selected blocks for each query, with the first and the local ones.
-        local: of these the query's own and those before it.
+        size, stride: tokens in a compressed block, a multiple of the stride from one to the next.
+        block_size: tokens in a selected block, a multiple of the stride too.
+        blocks: selected blocks a query; the sequence's first and the `local` last ones always.
+        local: blocks up to the query's own that are always selected.
         reach: tokens that the window shows, the query's own included.
         rope_base: of the rotary positions.
     """
@@ -81,8 +81,7 @@ class NSA(Mixer):
         self.config, self.size, self.kv_heads = config, dim // heads, config.kv_heads
         self.sizes = (dim, *[config.kv_heads * self.size] * 6, 3 * heads)
         self.in_proj = nn.Linear(dim, sum(self.sizes), bias=False)
-        self.k_compress = Compress(self.size, config.size)
-        self.v_compress = Compress(self.size, config.size)
+        self.compress = nn.ModuleList(Compress(self.size, config.size) for _ in "kv")
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
     def mix(self, x: Tensor, layout: Layout, state: State | None) -> tuple[Tensor, State | None]:
@@ -109,7 +108,7 @@ class NSA(Mixer):
             near = self._near(rows[1], rows[6:], queries, old)
         if borders is not None:
             coarse = repack(coarse, borders)
-            chosen, near = (chosen, near) if state is None else (repack(chosen, borders), repack(near, borders))
+            chosen, near = (s if state is None else repack(s, borders) for s in (chosen, near))
         wide = torch.promote_types(x.dtype, torch.float32)
         weights = gates.to(wide).sigmoid().unflatten(-1, (-1, 3))[..., None]
         o = sum(weights[:, :, :, i] * branch.to(wide) for i, branch in enumerate((coarse, chosen, near)))
@@ -117,40 +116,28 @@ class NSA(Mixer):
 
     def _extend(self, pairs: list[Tensor], lengths: Tensor, old: State) -> State:
         """The state after the tokens of `pairs`, keys and values of the three branches (n, t, g, d)."""
-        config, position = self.config, old["position"]
+        (size, stride, reach), position = (self.config.size, self.config.stride, self.config.reach), old["position"]
         new = {"k": extended(old["k"], pairs[2], position), "v": extended(old["v"], pairs[3], position)}
-        for name, tokens, compress in (("k", pairs[0], self.k_compress), ("v", pairs[1], self.v_compress)):
+        room = max(0, (new["k"].shape[1] - size) // stride + 1)
+        for name, tokens, near, compress in zip("kv", pairs[:2], pairs[4:], self.compress, strict=True):
             joined = torch.cat([old[f"{name}_tail"], tokens], dim=1)
-            room = max(0, (new["k"].shape[1] - config.size) // config.stride + 1)
-            new[f"{name}_coarse"] = compressed(
-                compress, old[f"{name}_coarse"], joined, position, lengths, config.stride, room
-            )
-            new[f"{name}_tail"] = last(joined, lengths, config.size - 1)
-        for name, tokens in (("k", pairs[4]), ("v", pairs[5])):
-            new[f"{name}_near"] = last(torch.cat([old[f"{name}_near"], tokens], dim=1), lengths, config.reach - 1)
+            coarse = compressed(compress, old[f"{name}_coarse"], joined, position, lengths, stride, room)
+            new |= {f"{name}_coarse": coarse, f"{name}_tail": last(joined, lengths, size - 1)}
+            new[f"{name}_near"] = last(torch.cat([old[f"{name}_near"], near], dim=1), lengths, reach - 1)
         return State(new | {"position": position + lengths})
 
     def _coarse(self, q: Tensor, queries: Tensor, new: State, causal: bool) -> tuple[Tensor, Tensor]:
         """The compressed branch's output, and the lists of selected blocks."""
-        config, k, v = self.config, new["k_coarse"], new["v_coarse"]
-        blocks = by_compressed_attention(
-            q,
-            k,
-            queries,
-            size=config.size,
-            stride=config.stride,
-            block_size=config.block_size,
-            number=config.blocks,
-            blocks=-(-new["k"].shape[1] // config.block_size),
-            local=config.local,
-            causal=causal,
-            lengths=new["position"],
-        )
+        k, v, lengths, config = new["k_coarse"], new["v_coarse"], new["position"], self.config
+        count = -(-new["k"].shape[1] // config.block_size)
+        sizes = {"size": config.size, "stride": config.stride, "block_size": config.block_size}
+        choice = sizes | {"number": config.blocks, "local": config.local, "blocks": count}
+        blocks = by_compressed_attention(q, k, queries, causal=causal, lengths=lengths, **choice)
         if not k.shape[1]:
             return torch.zeros_like(q), blocks
         # A compressed block counts as standing at its last token; there it becomes visible.
         ends = torch.arange(k.shape[1], device=k.device) * config.stride + config.size - 1
-        ends = torch.where(ends < new["position"][:, None], ends, -1)
+        ends = torch.where(ends < lengths[:, None], ends, -1)
         return attention(q, k, v, causal=causal, q_positions=queries, k_positions=ends), blocks
 
     def _sparse(self, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, **options) -> Tensor:
