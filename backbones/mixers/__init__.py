@@ -7,7 +7,25 @@ from __future__ import annotations
 
 from ..config import Site
 from ..registry import Entry
-from . import attention, gla, hyena, linear, mamba, mamba2, moba, nsa, retention, rglru, s4d, ttt, window  # noqa: F401
+from . import (  # noqa: F401
+    attention,
+    deltanet,
+    gated_deltanet,
+    gla,
+    hyena,
+    kda,
+    linear,
+    mamba,
+    mamba2,
+    moba,
+    nsa,
+    retention,
+    rglru,
+    rwkv7,
+    s4d,
+    ttt,
+    window,
+)
 from .base import Mixer
 from .registry import MIXERS
 

@@ -39,8 +39,8 @@ def delta_rule(
 
         S_t = diag(exp(decay_t)) S_{t-1} + a_t (b_tᵀ S_{t-1}) + k_t v_tᵀ
 
-    Its rank-one part acts on the state before the decay, as in RWKV-7 (arXiv 2503.14456, eq. 16-17: a = -κ̂,
-    b = κ̂ ⊙ in-context rate) and in Comba's state feedback (arXiv 2506.02475: a = -β k, b = p, and β v for v).
+    Its rank-one part acts on the state before the decay, as in RWKV-7 (arXiv 2503.14456, eq. 16-17: b = κ̂,
+    a = -κ̂ ⊙ in-context rate) and in Comba's state feedback (arXiv 2506.02475: a = -β k, b = p, and β v for v).
 
     Args:
         q, k: queries and keys; `g` groups of heads share them, and `g` divides `h`. Head i uses group i // (h / g).
@@ -157,7 +157,7 @@ def _case(
         }
         if form == "general":
             rate = draw.uniform(0.0, 1.0, b, t, g, dk)
-            return made | {"a": -key, "b": key * rate, "k": key * draw.uniform(0.5, 1.0, b, t, g, dk)}
+            return made | {"a": -key * rate, "b": key, "k": key * draw.uniform(0.5, 1.0, b, t, g, dk)}
         made["beta"] = draw.uniform(0.0, 2.0, b, t, h)
         return made | ({"removal": key * draw.uniform(0.2, 1.0, b, t, g, dk)} if form == "removal" else {})
 

@@ -1,7 +1,7 @@
 """The definition of `delta_rule`: the recurrence, one step at a time.
 
 DeltaNet: arXiv 2406.06484, eq. 2. Gated DeltaNet: arXiv 2412.06464, eq. 10. KDA: Kimi Linear, arXiv 2510.26692, eq. 1.
-Comba: arXiv 2506.02475. RWKV-7: arXiv 2503.14456, eq. 16-17, with its w as e^decay, a = -κ̂, b = κ̂ ⊙ a. States here are
+Comba: arXiv 2506.02475. RWKV-7: arXiv 2503.14456, eq. 16-17; e^decay is its w, b its κ̂, a its -κ̂ ⊙ a. States here are
 `(k, v)`; the papers of Gated DeltaNet, Comba and RWKV-7 write them transposed.
 """
 
