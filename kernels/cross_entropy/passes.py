@@ -61,7 +61,7 @@ def _walk(
     terms: Terms,
     into: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Every row's loss, and the gradients with respect to x, weight and bias that `into` asks for, else empty."""
+    """Every row's loss, and the gradients that `into` asks for, else empty: of x, in its dtype; of weight and bias."""
     classes, wide, device = weight.shape[0], accumulate_dtype(x.dtype), x.device
     _check_target(target, classes, terms.ignore_index)
     narrow = x.dtype
@@ -90,7 +90,7 @@ def _walk(
         if into[2]:
             dbias += g.sum(0, dtype=wide)
         del g
-    return losses, dx, dweight.to(narrow), dbias.to(narrow)
+    return losses, dx, dweight, dbias
 
 
 def backend_of(name: str, softmax: Softmax) -> Callable[..., Tensor]:
@@ -120,7 +120,11 @@ def _op(name: str, function: Callable[..., Any], shapes: Callable[..., Any]) -> 
 
 
 def _reduced_op(name: str, softmax: Softmax) -> Any:
-    """The mean or sum over the rows, with its gradients."""
+    """The mean or sum over the rows: the loss, the factor that makes it of the sum, and the sum's gradients.
+
+    The factor is left to the backward pass, where it meets the loss's own: a mean's gradients are too small for
+    float16, and a gradient scaler acts on the loss.
+    """
 
     def reduce(
         x: Tensor,
@@ -133,16 +137,17 @@ def _reduced_op(name: str, softmax: Softmax) -> Any:
         smoothing: float,
         mean: bool,
         into: list[bool],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         share = _share(x, target, ignore_index)
-        if mean:
-            share = share / share.sum().clamp_min(1)
+        factor = 1 / share.sum().clamp_min(1) if mean else share.new_ones(())
         terms = Terms(ignore_index, z_loss, softcap, smoothing)
         losses, *gradients = _walk(softmax, x, weight, bias, target, share, terms, into)
-        return (losses * share).sum(), *gradients
+        return (losses * share).sum() * factor, factor, *gradients
 
     def shapes(x, weight, bias, target, ignore_index, z_loss, softcap, smoothing, mean, into):
-        return x.new_empty((), dtype=accumulate_dtype(x.dtype)), *_gradients(x, weight, into)
+        wide = accumulate_dtype(x.dtype)
+        dx, dweight, dbias = _gradients(x, weight, into)
+        return x.new_empty((), dtype=wide), x.new_empty((), dtype=wide), dx, dweight.to(wide), dbias.to(wide)
 
     op = _op(name, reduce, shapes)
     op.register_autograd(_scale, setup_context=_save_gradients)
@@ -183,7 +188,8 @@ def _rows_op(name: str, softmax: Softmax) -> Any:
     ) -> tuple[Tensor, Tensor, Tensor]:
         terms = Terms(ignore_index, z_loss, softcap, smoothing)
         upstream = torch.where(target != ignore_index, dy, 0)
-        return _walk(softmax, x, weight, bias, target, upstream, terms, into)[1:]
+        _, dx, dweight, dbias = _walk(softmax, x, weight, bias, target, upstream, terms, into)
+        return dx, dweight.to(x.dtype), dbias.to(x.dtype)
 
     def backward_shapes(dy, x, weight, bias, target, ignore_index, z_loss, softcap, smoothing, into):
         return _gradients(x, weight, into)
@@ -201,7 +207,7 @@ def _gradients(x: Tensor, weight: Tensor, into: list[bool]) -> tuple[Tensor, Ten
 
 
 def _save_gradients(ctx, inputs, output) -> None:
-    ctx.into = inputs[-1]
+    ctx.into, ctx.dtype = inputs[-1], inputs[0].dtype
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
     # The gradients' gradients would be zeros of the weight's size.
@@ -209,9 +215,12 @@ def _save_gradients(ctx, inputs, output) -> None:
 
 
 def _scale(ctx, dloss, *_):
-    gradients = ctx.saved_tensors
+    if dloss is None:
+        return (None,) * 10
+    factor, *gradients = ctx.saved_tensors
+    factor = factor * dloss
     dx, dweight, dbias = (
-        (g * dloss).to(g.dtype) if wanted and dloss is not None else None
+        (g.to(factor.dtype) * factor).to(ctx.dtype) if wanted else None
         for g, wanted in zip(gradients, ctx.into, strict=True)
     )
     return dx, dweight, dbias, *[None] * 7

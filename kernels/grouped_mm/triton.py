@@ -84,7 +84,8 @@ def _weight_kernel(
 
 def _bounds(counts: Tensor, rows: int) -> Tensor:
     """0, the experts' last rows, and the last row of all: (e + 2,)."""
-    ends = F.pad(counts.cumsum(0, dtype=torch.int64), (1, 1))
+    # Counts that add up to more than there is must not lead out of the tensors.
+    ends = F.pad(counts.cumsum(0, dtype=torch.int64).clamp(0, rows), (1, 1))
     ends[-1] = rows
     return ends
 

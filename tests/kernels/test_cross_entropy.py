@@ -137,6 +137,20 @@ def test_the_loss_of_bfloat16_is_float32():
     assert found.gradients["weight"].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+def test_small_gradients_survive_float16(backend):
+    # Of a mean over 20,000 rows, and 40 classes: below float16's smallest number until the loss is scaled.
+    arguments = given(n=20_000, d=2, v=40, dtype=torch.float16)
+    found, wanted = [], []
+    for kind, dtype in ((found, torch.float16), (wanted, torch.float64)):
+        x = arguments["x"].to(dtype).requires_grad_()
+        weight = (arguments["weight"] * 0.01).to(dtype).requires_grad_()
+        loss = cross_entropy(x, weight, arguments["target"], backend=backend if kind is found else "reference")
+        kind.extend(g.double() for g in torch.autograd.grad(loss * 2.0**16, (x, weight)))
+    for g, truth in zip(found, wanted, strict=True):
+        assert (g - truth).norm() < 2e-3 * truth.norm()
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 def test_memory_is_a_quarter_of_the_plain_way_or_less():
     def megabytes(way):
