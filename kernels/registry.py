@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib import import_module
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -29,7 +30,9 @@ def serves_everything(arguments: Arguments) -> None:
     return None
 
 
-_loaded: dict[tuple[str, str], Callable[..., Any]] = {}
+# A module, because torch.compile looks up a module's attributes as they are; of a dictionary it keeps what it saw at its
+# first look, and would not find a backend that is loaded while it traces.
+_loaded = ModuleType("omnimix.kernels.loaded")
 
 
 def constant_in_graphs(function: F) -> F:
@@ -43,8 +46,8 @@ def constant_in_graphs(function: F) -> F:
 
 @constant_in_graphs  # an import cannot be traced; of a result only constants such as None are taken
 def _load(module: str, function: str) -> None:
-    if (module, function) not in _loaded:
-        _loaded[module, function] = getattr(import_module(module, package="omnimix.kernels"), function)
+    if not hasattr(_loaded, f"{module}:{function}"):
+        setattr(_loaded, f"{module}:{function}", getattr(import_module(module, package="omnimix.kernels"), function))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +71,7 @@ class Backend:
 
     def load(self) -> Callable[..., Any]:
         _load(self.module, self.function)
-        return _loaded[self.module, self.function]
+        return getattr(_loaded, f"{self.module}:{self.function}")
 
 
 def complex_of(dtype: torch.dtype) -> torch.dtype:

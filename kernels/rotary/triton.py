@@ -14,7 +14,7 @@ from torch import Tensor
 from ..tools import accumulate_dtype, grid, launches, on_device_of, unit_stride
 
 # Elements of a program's tile.
-TILE = 2048
+TILE = 1024
 
 
 @triton.jit
