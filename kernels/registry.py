@@ -30,9 +30,13 @@ def serves_everything(arguments: Arguments) -> None:
     return None
 
 
-# A module, because torch.compile looks up a module's attributes as they are; of a dictionary it keeps what it saw at its
-# first look, and would not find a backend that is loaded while it traces.
+# A module, because torch.compile looks up a module's attributes as they are; of a dictionary it keeps what it saw at
+# its first look, and would not find a backend that is loaded while it traces.
 _loaded = ModuleType("omnimix.kernels.loaded")
+
+
+def _place(module: str, function: str) -> str:
+    return f"{module}_{function}".replace(".", "_")
 
 
 def constant_in_graphs(function: F) -> F:
@@ -46,8 +50,8 @@ def constant_in_graphs(function: F) -> F:
 
 @constant_in_graphs  # an import cannot be traced; of a result only constants such as None are taken
 def _load(module: str, function: str) -> None:
-    if not hasattr(_loaded, f"{module}:{function}"):
-        setattr(_loaded, f"{module}:{function}", getattr(import_module(module, package="omnimix.kernels"), function))
+    if not hasattr(_loaded, _place(module, function)):
+        setattr(_loaded, _place(module, function), getattr(import_module(module, package="omnimix.kernels"), function))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +75,7 @@ class Backend:
 
     def load(self) -> Callable[..., Any]:
         _load(self.module, self.function)
-        return getattr(_loaded, f"{self.module}:{self.function}")
+        return getattr(_loaded, _place(self.module, self.function))
 
 
 def complex_of(dtype: torch.dtype) -> torch.dtype:
