@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedCall, UnsupportedShape
 from ..registry import Backend, Case, Draw, Op, register_op
+from ..tools import triton_refusal
 
 
 def delta_rule(
@@ -130,6 +131,13 @@ def _flops(arguments: Mapping[str, Any]) -> float:
     return 2.0 * batch * t * h * (scores + system + (2 + streams) * dk * dv)
 
 
+def _triton_refusal(arguments: Mapping[str, Any]) -> str | None:
+    width = arguments["k"].shape[-1]
+    if width > 128:
+        return f"its kernels hold keys of at most 128 channels, not {width}"
+    return triton_refusal(arguments)
+
+
 def _unit(x: Tensor) -> Tensor:
     return x if x.device.type == "meta" else torch.nn.functional.normalize(x, dim=-1)
 
@@ -194,6 +202,13 @@ OP = register_op(
     Op(
         name="delta_rule",
         backends=(
+            Backend(
+                name="triton",
+                module=".delta_rule.triton",
+                function="delta_rule_triton",
+                refuse=_triton_refusal,
+                devices=frozenset({"cuda"}),
+            ),
             Backend(name="chunked", module=".delta_rule.chunked", function="delta_rule_chunked"),
             Backend(
                 name="reference",

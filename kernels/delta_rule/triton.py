@@ -111,14 +111,14 @@ class _Call(Chunks):
         return weights, base
 
 
-def _most(v: Tensor, a: Tensor | None, decay: Tensor | None) -> int:
-    """Steps in a chunk. Per channel, or with twice the writes, more would not fit."""
-    return 32 if a is not None or (decay is not None and decay.dim() == 4) else largest(v.dtype)
+def _most(v: Tensor) -> int:
+    """Steps in a chunk, at most: with more, the inverse and the state kernel do not fit registers."""
+    return largest(v.dtype) // 2
 
 
 def _prepared(q, k, v, a, b, decay, initial_state, cu_seqlens):
     """The call, and its tensors as the kernels read them."""
-    call = _Call(v, q.shape[3], decay, cu_seqlens, _most(v, a, decay))
+    call = _Call(v, q.shape[3], decay, cu_seqlens, _most(v))
     a = None if a is None else unit_stride(a)
     initial = None if initial_state is None else initial_state.contiguous()
     return call, unit_stride(q), unit_stride(k), unit_stride(v), a, unit_stride(b), initial
@@ -192,7 +192,7 @@ _backward = torch.library.custom_op("omnimix::delta_rule_triton_backward", _laun
 @_forward.register_fake
 @launches(_launch_forward)
 def _(q, k, v, a, b, decay, initial_state, cu_seqlens, scale):
-    size, _, sequences, rows = chunking(v, cu_seqlens, _most(v, a, decay))
+    size, _, sequences, rows = chunking(v, cu_seqlens, _most(v))
     heads, kept = v.shape[2], stored(v.dtype)
     state = v.new_empty(sequences, heads, q.shape[3], v.shape[3], dtype=accumulate_dtype(v.dtype))
     squares = v.new_empty(2 if a is None else 4, rows, heads, size, size, dtype=kept)
@@ -220,3 +220,30 @@ def _differentiate(ctx, do, dfinal, du, dkept):
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def delta_rule_triton(
+    *, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, decay: Tensor | None, removal: Tensor | None,
+    a: Tensor | None, b: Tensor | None, scale: float, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    wide = accumulate_dtype(v.dtype)
+    if decay is not None and decay.dim() == 1:
+        decay = decay.expand(v.shape[:3])
+    if b is None:
+        b = -(k if removal is None else removal).to(wide)
+        factor = None if beta is None else beta.to(wide).unsqueeze(-1)
+        if factor is not None:
+            v = (v.to(wide) * factor).to(v.dtype)
+        if decay is not None:
+            retain = decay.to(wide).exp()
+            retain = retain if decay.dim() == 4 else retain.unsqueeze(-1)
+            factor = retain if factor is None else factor * retain
+        if factor is not None:
+            b = b.repeat_interleave(v.shape[2] // b.shape[2], dim=2) * factor
+        b = b.to(k.dtype)
+    if initial_state is not None:
+        initial_state = initial_state.to(wide)
+    output, state, _, _ = torch.ops.omnimix.delta_rule_triton(
+        q, k, v, a, b, decay, initial_state, cu_seqlens, scale
+    )  # fmt: skip
+    return output, state
