@@ -8,8 +8,6 @@ from __future__ import annotations
 from ..config import Site
 from ..registry import Entry
 from . import (  # noqa: F401
-    401,
-)
     attention,
     deltanet,
     gated_deltanet,
