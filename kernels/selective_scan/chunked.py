@@ -76,7 +76,7 @@ class _Inputs:
         self.wide = accumulate_dtype(x.dtype)
         self.x, self.delta, self.B, self.C, self.z, self.softplus = x, delta, B, C, z, softplus
         # In powers of 2, which torch computes several times as fast on CPUs as those of e.
-        self.A = A.to(self.wide).t() * math.log2(math.e)
+        self.A = A.to(self.wide).t().contiguous() * math.log2(math.e)
         self.D, self.bias = (None if p is None else p.to(self.wide) for p in (D, bias))
         self.initial_state = initial_state
         self._scratch: dict[str, Tensor] = {}
@@ -131,9 +131,10 @@ def _read(weights: Tensor, states: Tensor) -> Tensor:
     return torch.bmm(weights.flatten(0, 1).unsqueeze(1), states.flatten(0, 1)).view(*weights.shape[:2], -1)
 
 
-def _project(states: Tensor, row: Tensor, room: Tensor) -> Tensor:
-    """Σ_c states[..., c] row[..., 0, c]: quicker so than as matrix products of one column."""
-    return torch.mul(states, row.unsqueeze(2), out=room).sum(3)
+def _project(states: Tensor, row: Tensor) -> Tensor:
+    """Σ_c states[..., c] row[..., 0, c]: a row times a matrix, ten times as quick as the matrix times a column."""
+    product = torch.bmm(row.flatten(0, 1).unsqueeze(1), states.flatten(0, 1).transpose(1, 2))
+    return product.view(*row.shape[:2], -1)
 
 
 def _forward(x, delta, A, B, C, D, z, bias, initial_state, cu_seqlens, softplus) -> Outputs:
@@ -197,15 +198,14 @@ def _retreat(
         y = _read(out, states)
         y = y if inputs.D is None else y.addcmul_(own, inputs.D[block.channels])
         dy = _ungate(inputs, block, steps, dy, y, sums)
-    room = inputs.scratch("products", *states.shape)
-    sums.C[block.rows, steps, block.group] += _project(states, dy, room).transpose(0, 1)
+    sums.C[block.rows, steps, block.group] += _project(states, dy).transpose(0, 1)
     # The gradients of the states after each step; those that go through the decay of the step behind come last.
     grown = torch.mul(out.unsqueeze(3), dy.unsqueeze(2), out=inputs.scratch("gradients", *states.shape))
     rows, factors = grown.unbind(), decays.unbind()
     rows[-1].add_(g)
     for i in range(len(rows) - 2, -1, -1):
         torch.addcmul(rows[i], factors[i + 1], rows[i + 1], out=rows[i])
-    sums.B[block.rows, steps, block.group] += _project(grown, step * own, room).transpose(0, 1)
+    sums.B[block.rows, steps, block.group] += _project(grown, step * own).transpose(0, 1)
     du = _read(into, grown)
     g = torch.mul(rows[0], factors[0])
     # Through the decays: first the gradient of Δ A.
