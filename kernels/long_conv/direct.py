@@ -20,6 +20,11 @@ def _rows(u: Tensor, state: Tensor | None, taps: int, dtype: torch.dtype) -> Ten
     return torch.cat([before, u.to(dtype)], dim=1)
 
 
+def _split(drows: Tensor, taps: int) -> tuple[Tensor, Tensor]:
+    """The gradients of u (b, t, d) and of the state (b, d, taps - 1) from that of the rows."""
+    return drows[:, taps - 1 :], drows[:, : taps - 1].transpose(1, 2)
+
+
 def by_lag(u: Tensor, state: Tensor | None, filters: Tensor) -> Tensor:
     """One multiply-add of all steps a tap."""
     (_, t, d), taps = u.shape, filters.shape[1]
@@ -30,7 +35,8 @@ def by_lag(u: Tensor, state: Tensor | None, filters: Tensor) -> Tensor:
     return y
 
 
-def by_lag_backward(g: Tensor, u: Tensor, state: Tensor | None, filters: Tensor) -> tuple[Tensor, Tensor]:
+def by_lag_backward(g: Tensor, u: Tensor, state: Tensor | None, filters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of u, the state and the filters."""
     (_, t, d), taps = u.shape, filters.shape[1]
     weights, rows = _by_channel(filters, d).t().contiguous(), _rows(u, state, taps, filters.dtype)
     drows, dweights = torch.zeros_like(rows), torch.empty_like(weights)
@@ -39,7 +45,7 @@ def by_lag_backward(g: Tensor, u: Tensor, state: Tensor | None, filters: Tensor)
         drows[:, window].addcmul_(g, weights[j])
         dweights[j] = (g * rows[:, window]).sum((0, 1))
     dfilters = dweights.t().unflatten(0, (filters.shape[0], -1)).sum(1)
-    return drows if state is not None else drows[:, taps - 1 :].contiguous(), dfilters
+    return *_split(drows, taps), dfilters
 
 
 def by_step(u: Tensor, state: Tensor, filters: Tensor) -> Tensor:
@@ -53,7 +59,8 @@ def by_step(u: Tensor, state: Tensor, filters: Tensor) -> Tensor:
     return y
 
 
-def by_step_backward(g: Tensor, u: Tensor, state: Tensor, filters: Tensor) -> tuple[Tensor, Tensor]:
+def by_step_backward(g: Tensor, u: Tensor, state: Tensor, filters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of u, the state and the filters."""
     t, (groups, taps) = u.shape[1], filters.shape
     rows = _rows(u, state, taps, filters.dtype).transpose(1, 2).unflatten(1, (groups, -1))
     mirrored = filters.flip(1)[:, None]
@@ -62,4 +69,4 @@ def by_step_backward(g: Tensor, u: Tensor, state: Tensor, filters: Tensor) -> tu
         g_t = g[:, i].unflatten(1, (groups, -1))[..., None]
         drows[..., i : i + taps].addcmul_(g_t, mirrored)
         dmirrored += (g_t * rows[..., i : i + taps]).sum((0, 2))
-    return drows.flatten(1, 2).transpose(1, 2).contiguous(), dmirrored.flip(1)
+    return *_split(drows.flatten(1, 2).transpose(1, 2), taps), dmirrored.flip(1)

@@ -1,4 +1,4 @@
-"""long_conv: transforms in blocks, and its errors."""
+"""long_conv: transforms in blocks, sums of powers, and its errors."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from omnimix.errors import UnsupportedShape
 from omnimix.kernels import long_conv
 from omnimix.kernels.check import error
-from omnimix.kernels.long_conv import chunked
-from omnimix.kernels.long_conv.chunked import transform_size
+from omnimix.kernels.long_conv import diagonal, transform
+from omnimix.kernels.long_conv.transform import block_size
 
 from ..laws import checker
 
@@ -19,13 +19,26 @@ def by_backend(name):
 
 
 @pytest.mark.parametrize("state", [True, False])
-@pytest.mark.parametrize(("groups", "block"), [(6, 256), (2, 256), (1, 1024)])
-def test_blocks_of_rows_join_to_the_whole(monkeypatch, state, groups, block):
-    monkeypatch.setattr(chunked, "BLOCK", block)
-    arguments = {"u": torch.randn(3, 50, 6), "filters": torch.randn(groups, 40), "skip": torch.randn(6)}
-    arguments |= {"initial_state": torch.randn(3, 6, 39)} if state else {}
+@pytest.mark.parametrize(("groups", "taps", "largest"), [(6, 40, 8192), (2, 40, 16), (1, 40, 8), (6, 129, 64)])
+def test_blocks_of_steps_and_rows_join_to_the_whole(monkeypatch, state, groups, taps, largest):
+    monkeypatch.setattr(transform, "LARGEST", largest)
+    monkeypatch.setattr(transform, "SMALLEST", 8)
+    monkeypatch.setattr(transform, "TOGETHER", 256)
+    arguments = {"u": torch.randn(3, 75, 6), "filters": torch.randn(groups, taps), "skip": torch.randn(6)}
+    arguments |= {"initial_state": torch.randn(3, 6, taps - 1)} if state else {}
     arguments = {name: x.double() for name, x in arguments.items()}
     checker.agrees(by_backend("chunked"), by_backend("reference"), arguments)
+
+
+@pytest.mark.parametrize("t", [1, 2, 50])
+def test_sums_of_powers_are_what_they_say(t):
+    log_a = -torch.rand(3, 4).double(), torch.randn(3, 4).double()
+    c, u = (torch.randn(2, 3, 4).double(), torch.randn(2, 3, 4).double()), torch.randn(2, t, 3).double()
+    powers = (torch.complex(*log_a)[..., None] * torch.arange(t)).exp()
+    wanted = torch.einsum("bdn,dnt->bdt", torch.complex(*c), powers).real
+    assert error(diagonal.geometric_sum(c, log_a, t), wanted) < 1e-12
+    gathered = torch.complex(*diagonal.discounted_sum(u, log_a))
+    assert error(gathered, torch.einsum("btd,dnt->bdn", u + 0j, powers)) < 1e-12
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
@@ -45,10 +58,10 @@ def test_short_sequences_and_short_filters_see_nothing_of_the_future():
         assert g[:, 4:].abs().max() == 0
 
 
-@pytest.mark.parametrize("least", [1, 2, 7, 127, 16385, 32767])
-def test_transform_sizes_are_even_and_smooth(least):
-    size = transform_size(least)
-    assert size >= least and size % 2 == 0
+@pytest.mark.parametrize("least", [1, 2, 7, 127, 4097])
+def test_blocks_have_smooth_sizes(least):
+    size = block_size(least)
+    assert size >= least
     for p in (2, 3, 5):
         while size % p == 0:
             size //= p
