@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConfigError
 from ...kernels import attention, block_sparse
 from ...kernels.block_sparse.lists import by_compressed_attention
-from ..config import MixerConfig, Site, positive
+from ..config import MixerConfig, Site, divides, positive
 from ..layout import Layout, repack, unpack
 from ..rotary import rotary
 from ..state import State
@@ -18,6 +17,9 @@ from .base import Mixer, heads_for
 from .cache import extended, last
 from .compress import Compress, compressed
 from .registry import register_mixer
+
+# Compressed keys and queries that are taken together, where all are seen.
+DENSE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +29,8 @@ class NSAConfig(MixerConfig):
     Args:
         heads: query heads, 64 channels each by default.
         kv_heads: heads of keys and values, which divide the query heads and choose for them; one by default.
-        size, stride: tokens in a compressed block, a multiple of the stride from one to the next.
-        block_size: tokens in a selected block, a multiple of the stride too.
+        size, stride: tokens in a compressed block, and from one to the next.
+        block_size: tokens in a selected block; like `size` a multiple of the stride.
         blocks: selected blocks a query; the sequence's first and the `local` last ones always.
         local: blocks up to the query's own that are always selected.
         reach: tokens that the window shows, the query's own included.
@@ -46,10 +48,9 @@ class NSAConfig(MixerConfig):
     rope_base: float = 10_000.0
 
     def __post_init__(self) -> None:
-        positive(self, "heads", "kv_heads", "size", "stride", "block_size", "blocks", "local", "reach", "rope_base")
-        for name in ("size", "block_size"):
-            if getattr(self, name) % self.stride:
-                raise ConfigError(f"NSAConfig.{name} is {getattr(self, name)}; it must be a multiple of the stride")
+        positive(self, *(field.name for field in fields(self)))
+        divides(self, "stride", self.size, "size")
+        divides(self, "stride", self.block_size, "block_size")
 
 
 @register_mixer(
@@ -58,7 +59,7 @@ class NSAConfig(MixerConfig):
     summary="compressed, selected and near keys, gated by head",
     source="arXiv 2502.11089",
     examples=(
-        NSAConfig(heads=2, size=4, stride=2, block_size=4, blocks=3, local=1, reach=3),
+        NSAConfig(heads=1, size=4, stride=2, block_size=4, blocks=3, local=1, reach=3),
         NSAConfig(heads=4, kv_heads=2, size=4, stride=4, block_size=4, blocks=2, local=1, reach=2),
     ),
 )
@@ -66,8 +67,8 @@ class NSA(Mixer):
     """Σ gate · attention over three sets of keys, each with projections of its own (eq. 5): blocks compressed by an
     MLP (eq. 7), the blocks on which the compressed attention looks (eq. 8 to 12), and a window.
 
-    The compressed branch has no rotary positions: its blocks carry embeddings of the places within them. The choice has
-    no gradient. The state holds all keys of the selected branch; of the others compressed keys and the last tokens.
+    The compressed branch has no rotary positions, but embeddings of the places within its blocks. The choice has no
+    gradient. The state holds all keys of the selected branch; of the others compressed keys and the last tokens.
     """
 
     bidirectional = True
@@ -76,8 +77,7 @@ class NSA(Mixer):
     def __init__(self, dim: int, config: NSAConfig, site: Site):
         super().__init__()
         heads = heads_for(dim, config.heads)
-        if heads % config.kv_heads:
-            raise ConfigError(f"kv_heads is {config.kv_heads}; it must divide the {heads} query heads")
+        divides(config, "kv_heads", heads, "the query heads")
         self.config, self.size, self.kv_heads = config, dim // heads, config.kv_heads
         self.sizes = (dim, *[config.kv_heads * self.size] * 6, 3 * heads)
         self.in_proj = nn.Linear(dim, sum(self.sizes), bias=False)
@@ -94,25 +94,23 @@ class NSA(Mixer):
         borders = layout.cu_seqlens
         rows = [q, turned, *pairs] if borders is None else [unpack(s, borders) for s in (q, turned, *pairs)]
         queries = places if borders is None else unpack(places, borders, fill=-1)
-        lengths = layout.lengths(places)
-        old = self.init_state(len(lengths), device=x.device, dtype=pairs[0].dtype) if state is None else state
-        new = self._extend(rows[2:], lengths, old)
-        coarse, blocks = self._coarse(rows[0], queries, new, bool(layout.causal))
+        old = state or self.init_state(len(queries), device=x.device, dtype=pairs[0].dtype)
+        new = self._extend(rows[2:], layout.lengths(places), old)
+        coarse, blocks = self._coarse(rows[0], queries, new, causal := bool(layout.causal))
+        rows_of_one = {"block_size": self.config.block_size, "query_block": 1}
         if state is None:
-            blocks = blocks if borders is None else repack(blocks, borders)
-            options = {"causal": bool(layout.causal), "cu_seqlens": borders}
-            chosen = self._sparse(turned, *pairs[2:4], blocks, **options)
-            near = attention(turned, *pairs[4:6], window=self.config.reach, **options)
+            blocks, options = blocks if borders is None else repack(blocks, borders), {"cu_seqlens": borders}
+            chosen = block_sparse(turned, *pairs[2:4], blocks, causal=causal, **rows_of_one, **options)
+            near = attention(turned, *pairs[4:6], causal=causal, window=self.config.reach, **options)
         else:
-            chosen = self._sparse(rows[1], new["k"], new["v"], blocks, q_positions=queries)
+            chosen = block_sparse(rows[1], new["k"], new["v"], blocks, q_positions=queries, **rows_of_one)
             near = self._near(rows[1], rows[6:], queries, old)
         if borders is not None:
             coarse = repack(coarse, borders)
             chosen, near = (s if state is None else repack(s, borders) for s in (chosen, near))
-        wide = torch.promote_types(x.dtype, torch.float32)
-        weights = gates.to(wide).sigmoid().unflatten(-1, (-1, 3))[..., None]
-        o = sum(weights[:, :, :, i] * branch.to(wide) for i, branch in enumerate((coarse, chosen, near)))
-        return self.out_proj(o.to(x.dtype).flatten(-2)), new if layout.causal else None
+        gates = gates.to(torch.promote_types(x.dtype, torch.float32)).sigmoid().unflatten(-1, (-1, 3))[..., None]
+        o = sum(gates[:, :, :, i] * branch for i, branch in enumerate((coarse, chosen, near)))
+        return self.out_proj(o.to(x.dtype).flatten(-2)), new if causal else None
 
     def _extend(self, pairs: list[Tensor], lengths: Tensor, old: State) -> State:
         """The state after the tokens of `pairs`, keys and values of the three branches (n, t, g, d)."""
@@ -135,13 +133,10 @@ class NSA(Mixer):
         blocks = by_compressed_attention(q, k, queries, causal=causal, lengths=lengths, **choice)
         if not k.shape[1]:
             return torch.zeros_like(q), blocks
-        # A compressed block counts as standing at its last token; there it becomes visible.
-        ends = torch.arange(k.shape[1], device=k.device) * config.stride + config.size - 1
-        ends = torch.where(ends < lengths[:, None], ends, -1)
-        return attention(q, k, v, causal=causal, q_positions=queries, k_positions=ends), blocks
-
-    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, **options) -> Tensor:
-        return block_sparse(q, k, v, blocks, block_size=self.config.block_size, query_block=1, **options)
+        # The last compressed key that is seen: the queries' positions among these.
+        seen = ((queries if causal else (lengths - 1)[:, None].expand_as(queries)) - config.size + 1) // config.stride
+        every = torch.arange(-(-k.shape[1] // DENSE), device=q.device).expand(1, -(-q.shape[1] // DENSE), 1, -1)
+        return block_sparse(q, k, v, every, block_size=DENSE, q_positions=seen), blocks
 
     def _near(self, q: Tensor, pair: list[Tensor], queries: Tensor, old: State) -> Tensor:
         k, v = (torch.cat([old[f"{name}_near"], s], dim=1) for name, s in zip("kv", pair, strict=True))
@@ -150,9 +145,6 @@ class NSA(Mixer):
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:
         slots = {"": 0, "_coarse": 0, "_tail": self.config.size - 1, "_near": self.config.reach - 1}
-        parts = {
-            f"{name}{kind}": torch.zeros(batch, count, self.kv_heads, self.size, device=device, dtype=dtype)
-            for kind, count in slots.items()
-            for name in "kv"
-        }
+        shape, kind = (self.kv_heads, self.size), {"device": device, "dtype": dtype}
+        parts = {f"{x}{name}": torch.zeros(batch, n, *shape, **kind) for name, n in slots.items() for x in "kv"}
         return State(parts | {"position": torch.zeros(batch, device=device, dtype=torch.int64)})

@@ -257,24 +257,19 @@ def by_compressed_attention(
         raise UnsupportedShape(f"size {size} and block_size {block_size} must be multiples of the stride {stride}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     ends = torch.arange(keys.shape[1], device=q.device) * stride + size
-    there = torch.ones_like(ends, dtype=torch.bool)[None] if lengths is None else ends <= lengths[:, None]
     full = None if lengths is None else torch.arange(blocks, device=q.device) * block_size < lengths[:, None]
     parts = []
     for some, place in zip(*(x.split(_step(q, keys), dim=1) for x in (q, positions)), strict=True):
-        seen = there[:, None] & (ends <= place[..., None] + 1) if causal else there[:, None]
-        weights = _softmax(_scores(some, keys).mul_(scale), seen[:, None, :, None]).sum(3)
+        # What is seen ends before the query does, or with the sequence.
+        stop = place + 1 if causal else torch.full_like(place, 1 << 60) if lengths is None else lengths[:, None]
+        hidden = (ends > stop[..., None])[:, None, :, None]
+        weights = _scores(some, keys).mul_(scale).masked_fill_(hidden, -1e30).softmax(-1).sum(3)
         importance = _of_blocks(weights, size // stride, block_size // stride, blocks)
+        # Where nothing is seen the softmax has weighted what is hidden.
+        importance = importance.masked_fill_((stop < size)[:, None, :, None], 0)
         fixed = _with_fixed(importance, place, full, block_size, (first, local), causal)
         parts.append(best(fixed, number))
     return torch.cat(parts, 2).transpose(1, 2).masked_fill(positions[..., None, None] < 0, -1)
-
-
-def _softmax(scores: Tensor, seen: Tensor) -> Tensor:
-    """Zeros where nothing is seen."""
-    if not scores.shape[-1]:
-        return scores
-    weights = scores.masked_fill_(~seen, torch.finfo(scores.dtype).min).softmax(-1)
-    return weights.masked_fill_(~seen, 0)
 
 
 def _of_blocks(weights: Tensor, overlap: int, pieces: int, blocks: int) -> Tensor:
