@@ -176,8 +176,8 @@ def _state(
 
 
 _state_kernel = tuned([{"num_warps": 4, "num_stages": 2}], key=["K", "V", "DECAY", "REVERSE"])(_state)
-# With weights a tile holds all channels, of which a thread keeps fewer where there are more threads.
-_solved_state_kernel = tuned([{"num_warps": 8, "num_stages": 2}], key=["K", "V", "DECAY", "REVERSE"])(_state)
+# For tiles of more channels, of which a thread keeps fewer where there are more threads.
+_wide_state_kernel = tuned([{"num_warps": 8, "num_stages": 2}], key=["K", "V", "DECAY", "REVERSE"])(_state)
 
 
 @triton.jit

@@ -13,8 +13,8 @@ from .triton_chunks import (
     _gradient_kernel,
     _output_kernel,
     _score_kernel,
-    _solved_state_kernel,
     _state_kernel,
+    _wide_state_kernel,
 )
 
 # Channels of keys that a program of the state kernel can hold, as it must where the values depend on the state.
@@ -119,8 +119,10 @@ class Chunks:
         kernel = _state_kernel
         if weights is not None:
             # Their product needs all channels of the state at once.
-            kernel, common["BK"] = _solved_state_kernel, tile(self.width, WIDEST)
-            common["BV"] = tile(self.width_v, 16 if self.form == CHANNEL.value else 32)
+            kernel = _state_kernel if self.width <= WIDEST // 2 else _wide_state_kernel
+            common["BK"] = tile(self.width, WIDEST)
+            narrow = self.form == CHANNEL.value or largest(self.v.dtype) < 64
+            common["BV"] = tile(self.width_v, 16 if narrow else 32)
         tiles = triton.cdiv(self.width, common["BK"]) * triton.cdiv(self.width_v, common["BV"])
         kernel[grid(self.sequences * self.heads, tiles)](
             x, y, self.decay, more, values, weights, base, initial, states, final, self.first,
