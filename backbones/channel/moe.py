@@ -135,7 +135,7 @@ class MoE(Channel):
         chosen, weight, probability = self._choose(logits)
         to = route(chosen, self.config.experts)
         with torch.no_grad():
-            self.load += to.counts
+            self.load.add_(to.counts)
         gate, value = self.in_proj(dispatch(tokens, to), to.counts).chunk(2, dim=-1)
         y = combine(self.out_proj(F.silu(gate) * value, to.counts), weight, to).view_as(x)
         if self.shared is not None:
