@@ -121,13 +121,13 @@ def _check(q, k, v, beta, decay, keys, initial_state, cu_seqlens) -> None:
 
 
 def _flops(arguments: Mapping[str, Any]) -> float:
-    """Of the chunked algorithm in chunks of 64 steps: scores, the triangular system, and the state's products."""
+    """Of the chunked algorithm in chunks of 32 steps: scores, the triangular system, and the state's products."""
     k, v = arguments["k"], arguments["v"]
     (batch, t, h, dv), dk = v.shape, k.shape[-1]
-    chunk = min(64, t)
+    chunk = min(32, t)
     streams = 1 if arguments.get("a") is None else 2
     scores = chunk * streams * (2 * dk + dv)
-    system = chunk * (chunk / 3 + dk + dv)
+    system = chunk * (chunk // 3 + dk + dv)
     return 2.0 * batch * t * h * (scores + system + (2 + streams) * dk * dv)
 
 

@@ -9,7 +9,7 @@ starts, which the forward pass keeps; everything within a block it computes agai
 import torch
 from torch import Tensor
 
-from ..gated_linear.chunked_plan import Block, Packing, batch_blocks, saved_states
+from ..gated_linear.chunked_plan import CHUNK, Block, Packing, batch_blocks, saved_states
 from .chunked_block import Blocks
 from .chunked_inputs import Inputs, Sequences
 from .reference import delta_rule_reference
@@ -55,8 +55,8 @@ def delta_rule_chunked(
 
 def _chunk_bytes(q: Tensor, v: Tensor) -> int:
     """About what a chunk of one sequence occupies while it is worked on."""
-    dk, (h, dv) = q.shape[-1], v.shape[-2:]
-    return 4 * h * (64 * 2 * (dk + dv) + dk * dv)
+    dk, (t, h, dv) = q.shape[-1], v.shape[1:]
+    return 4 * h * (2 * min(t, CHUNK) * (dk + dv) + dk * dv)
 
 
 def _blocks(v: Tensor, packing: Packing | None, chunk_bytes: int) -> list[Block]:
