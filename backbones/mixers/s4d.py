@@ -79,6 +79,8 @@ class _Direction(nn.Module):
         log_a, c = self.discretised(wide)
         filters = geometric_sum((c[0][None], c[1][None]), log_a, u.shape[1])[0]
         y, _ = long_conv(u, filters, skip=self.D, cu_seqlens=layout.cu_seqlens)
+        if not layout.causal:
+            return y, None
         lengths, place = layout.lengths(u), layout.positions(u)
         packed = layout.cu_seqlens is not None
         longest = int(lengths.max()) if packed else u.shape[1]

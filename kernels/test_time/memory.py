@@ -50,8 +50,7 @@ def layers_of(flat: Tensor, size: int, hidden: int | None) -> list[Tensor]:
     """Each layer's weight with its bias as the last row, (..., inputs + 1, outputs), as views of (..., p)."""
     if hidden is None:
         return [flat.unflatten(-1, (size + 1, size))]
-    border = (size + 1) * hidden
-    return [
-        flat[..., :border].unflatten(-1, (size + 1, hidden)),
-        flat[..., border:].unflatten(-1, (hidden + 1, size)),
-    ]
+    sizes = [(size + 1) * hidden, (hidden + 1) * size]
+    # Split rather than sliced: the gradient is then one concatenation.
+    first, second = flat.split(sizes, dim=-1)
+    return [first.unflatten(-1, (size + 1, hidden)), second.unflatten(-1, (hidden + 1, size))]
