@@ -162,6 +162,17 @@ def test_compiles_whole(name, example, without_shape_checks):
 
 
 @channels
+def test_checkpoints_compile_whole(name, example, without_shape_checks):
+    module = layer(name, example)
+
+    def again_in_the_backward_pass(**arguments):
+        return checkpoint(call(module), use_reentrant=False, **arguments)
+
+    compiled = torch.compile(again_in_the_backward_pass, fullgraph=True, backend="aot_eager")
+    assert_equal(results(compiled, given(module, 2, 7)), results(call(module), given(module, 2, 7)), 1e-12)
+
+
+@channels
 def test_deep_stacks_start_with_small_residual_outputs(name, example):
     torch.manual_seed(0)
     options = {name: CHANNELS.get(name).examples[example]}
