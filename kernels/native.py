@@ -69,7 +69,8 @@ def native_refusal(op: str) -> Callable[[Mapping[str, Any]], str | None]:
 
 @constant_in_graphs
 def _failure(op: str) -> str | None:
-    return machine_refusal() or _build(op)
+    # Looking for a compiler takes longer than many a call.
+    return None if op in _libraries else machine_refusal() or _build(op)
 
 
 def cache_folder() -> Path:

@@ -143,6 +143,16 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
 
 
+def or_one_step(backend: Callable[..., Any], definition: Callable[..., Any]) -> Callable[..., Any]:
+    """A recurrence's `backend`, except for calls of one step: these are quicker as the definition has them."""
+
+    def function(**arguments: Any) -> Any:
+        single = arguments["x"].shape[1] == 1 and arguments["cu_seqlens"] is None
+        return (definition if single else backend)(**arguments)
+
+    return function
+
+
 def grid(*sizes: int) -> tuple[int, ...]:
     """A launch grid, checked against the limits of CUDA (the second and third size are at most 65535)."""
     if any(not 1 <= size <= limit for size, limit in zip(sizes, GRID_LIMITS, strict=False)):

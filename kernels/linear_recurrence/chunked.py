@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..tools import or_one_step
 from .ops import gradient_shapes, register, shapes, wide_dtype
+from .reference import linear_recurrence_reference
 
 CHUNK = 64
 
@@ -123,4 +125,4 @@ def _backward(dh, dfinal, h, a, initial_state, cu_seqlens, reverse) -> tuple[Ten
     return dx, total.to(a.dtype) if constant else da, dstate
 
 
-linear_recurrence_chunked = register("chunked", _forward, _backward)
+linear_recurrence_chunked = or_one_step(register("chunked", _forward, _backward), linear_recurrence_reference)

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..tools import unit_stride
+from ..tools import or_one_step, unit_stride
 from .ops import gradient_shapes, register, shapes
+from .reference import linear_recurrence_reference
 
 # More tasks than threads, so that no thread waits long for the others; none narrower than a few vectors.
 TASKS = 4
@@ -61,4 +62,4 @@ def _backward(dh, dfinal, h, a, initial_state, cu_seqlens, reverse) -> tuple[Ten
     return dx.to(h.dtype), (da.sum(0) if constant else da).to(a.dtype), dstate
 
 
-linear_recurrence_native = register("native", _forward, _backward)
+linear_recurrence_native = or_one_step(register("native", _forward, _backward), linear_recurrence_reference)

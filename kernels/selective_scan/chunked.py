@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..tools import accumulate_dtype
+from ..tools import accumulate_dtype, or_one_step
 from .ops import Gradients, Outputs, gradient_shapes, register, shapes
+from .reference import selective_scan_reference
 
 # Steps in a block and between saved states.
 CHUNK = 32
@@ -244,4 +245,4 @@ def _backward(dy, dfinal, borders, x, delta, A, B, C, D, z, bias, initial_state,
     )
 
 
-selective_scan_chunked = register("chunked", CHUNK, _forward, _backward)
+selective_scan_chunked = or_one_step(register("chunked", CHUNK, _forward, _backward), selective_scan_reference)

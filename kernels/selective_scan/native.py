@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..tools import accumulate_dtype, unit_stride
+from ..tools import accumulate_dtype, or_one_step, unit_stride
 from .ops import Gradients, Outputs, gradient_shapes, register, shapes
+from .reference import selective_scan_reference
 
 # Steps between the saved states: what a backward task computes again then stays in the second-level cache.
 CHUNK = 32
@@ -72,4 +73,4 @@ def _backward(dy, dfinal, borders, x, delta, A, B, C, D, z, bias, initial_state,
     return tuple(e if a is None else f.to(a.dtype) for f, a, e in zip(found, arguments, empties, strict=True))
 
 
-selective_scan_native = register("native", CHUNK, _forward, _backward)
+selective_scan_native = or_one_step(register("native", CHUNK, _forward, _backward), selective_scan_reference)

@@ -91,6 +91,12 @@ def register(
     scan_backward.register_fake(launches(backward)(gradient_shapes))
     scan.register_autograd(_differentiate(scan_backward), setup_context=_save)
 
+    return _backend(scan)
+
+
+def _backend(scan: Callable[..., Outputs]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The custom op as a backend: it takes the public function's arguments by name."""
+
     def function(
         *,
         x: Tensor,

@@ -22,6 +22,7 @@ needs_compiler = pytest.mark.skipif(native.machine_refusal() is not None, reason
 def afresh(monkeypatch, tmp_path):
     """An empty cache of kernels, and nothing loaded."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(native, "_libraries", {})
     get_op(OP)._warned.clear()
     native._build.cache_clear()
     yield tmp_path
