@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tools import accumulate_dtype, dot_mode, grid, launches, on_device_of, tile, tuned, unit_stride
+from ..tools import accumulate_dtype, dot_mode, grid, interpreting, launches, on_device_of, tile, tuned, unit_stride
 from ..triton_tools import dot
 from .tables import distinct, tables
 
@@ -50,7 +50,7 @@ def _hide(scores, real, position, key_position, exists, CAUSAL: tl.constexpr):
     return tl.where(seen, scores, float("-inf"))
 
 
-@tuned([{"num_warps": 4, "num_stages": 2}], key=["K", "V", "BM", "BN"])
+@tuned([{"num_warps": 4, "num_stages": 1}], key=["K", "V", "BM", "BN"])
 @triton.jit
 def _forward_kernel(
     q, k, v, blocks, out, norms, start, stop, first, count, key_start, key_stop, key_position, positions,
@@ -207,6 +207,12 @@ def _key_kernel(
     tl.store(dv + at[:, None] * V + values[None, :], dvt, mask=exists[:, None] & (values < V)[None, :])
 
 
+def _largest(dtype: torch.dtype, width: int) -> int:
+    # Of wide tiles, and of those whose products are float32 (float16 needs its range), fewer rows fit registers.
+    narrow = dtype == torch.bfloat16 or interpreting()
+    return (64 if narrow else 32) // (1 if width <= 64 else 2)
+
+
 class _Call:
     """What the launches of one call share."""
 
@@ -216,7 +222,7 @@ class _Call:
         (self.batch, self.t, heads, width), (s, groups) = q.shape, k.shape[1:3]
         lists, self.lanes = blocks.shape[2], max(blocks.shape[2], groups)
         self.dtype = accumulate_dtype(v.dtype)
-        rows = 64 if v.dtype.itemsize == 2 and max(width, v.shape[3]) <= 64 else 32
+        rows = _largest(v.dtype, max(width, v.shape[3]))
         # Lanes of more heads than a tile has rows are cut.
         while heads // self.lanes > rows:
             self.lanes *= next(n for n in range(2, heads + 1) if heads // self.lanes % n == 0)
