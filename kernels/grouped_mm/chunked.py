@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UnsupportedShape
+from .ops import backend_of
 
 
 def _slices(counts: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
@@ -26,7 +27,7 @@ def _slices(counts: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
         yield -1, slice(start, rows)
 
 
-def _multiply(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+def _rows(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     y = x.new_empty(x.shape[0], weight.shape[2])
     for expert, rows in _slices(counts, x.shape[0]):
         if expert < 0:
@@ -36,52 +37,16 @@ def _multiply(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("omnimix::grouped_mm_chunked", mutates_args=())
-def _forward(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    return _multiply(x, weight, counts)
+def _weights(x: Tensor, dy: Tensor, counts: Tensor) -> Tensor:
+    dweight = x.new_empty(counts.shape[0], x.shape[1], dy.shape[1])
+    used = set()
+    for expert, rows in _slices(counts, x.shape[0]):
+        if expert >= 0:
+            torch.mm(x[rows].t(), dy[rows], out=dweight[expert])
+            used.add(expert)
+    for expert in set(range(dweight.shape[0])) - used:
+        dweight[expert].zero_()
+    return dweight
 
 
-@_forward.register_fake
-def _(x, weight, counts):
-    return x.new_empty(x.shape[0], weight.shape[2])
-
-
-@torch.library.custom_op("omnimix::grouped_mm_chunked_backward", mutates_args=())
-def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, counts: Tensor, into_x: bool, into_weight: bool
-) -> tuple[Tensor, Tensor]:
-    dx = _multiply(dy, weight.transpose(1, 2), counts) if into_x else x.new_empty(0)
-    dweight = weight.new_empty(weight.shape if into_weight else 0)
-    if into_weight:
-        used = set()
-        for expert, rows in _slices(counts, x.shape[0]):
-            if expert >= 0:
-                torch.mm(x[rows].t(), dy[rows], out=dweight[expert])
-                used.add(expert)
-        for expert in set(range(weight.shape[0])) - used:
-            dweight[expert].zero_()
-    return dx, dweight
-
-
-@_backward.register_fake
-def _(dy, x, weight, counts, into_x, into_weight):
-    return x.new_empty(x.shape if into_x else 0), weight.new_empty(weight.shape if into_weight else 0)
-
-
-def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate(ctx, dy):
-    x, weight, counts = ctx.saved_tensors
-    into_x, into_weight, _ = ctx.needs_input_grad
-    dx, dweight = torch.ops.omnimix.grouped_mm_chunked_backward(dy.contiguous(), x, weight, counts, into_x, into_weight)
-    return dx if into_x else None, dweight if into_weight else None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def grouped_mm_chunked(*, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """See `omnimix.kernels.grouped_mm`."""
-    return torch.ops.omnimix.grouped_mm_chunked(x, weight, counts)
+grouped_mm_chunked = backend_of("chunked", _rows, _weights)

@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tools import chunk_table, dot_mode, grid, launches, on_device_of, tile, tuned, unit_stride
+from ..tools import chunk_table, dot_mode, grid, on_device_of, tile, tuned, unit_stride
 from ..triton_tools import dot
+from .ops import backend_of
 
 
 @tuned([{"num_warps": 8, "num_stages": 3}, {"num_warps": 8, "num_stages": 2}], key=["D", "F"])
@@ -113,62 +114,18 @@ def _launch_rows(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("omnimix::grouped_mm_triton", mutates_args=())
-def _forward(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    return _launch_rows(x, weight, counts)
+def _launch_weights(x: Tensor, dy: Tensor, counts: Tensor) -> Tensor:
+    x, dy = unit_stride(x), unit_stride(dy)
+    experts, d, f = counts.shape[0], x.shape[1], dy.shape[1]
+    dweight = x.new_empty(experts, d, f)
+    largest, depth = _tiles(x.dtype)
+    down, across = tile(d, largest), tile(f, largest)
+    with on_device_of(x):
+        _weight_kernel[grid(experts * triton.cdiv(d, down) * triton.cdiv(f, across))](
+            x, dy, dweight, _bounds(counts, x.shape[0]), x.stride(0), dy.stride(0), d, f,
+            BR=depth, BF=across, BD=down, MODE=dot_mode(x.dtype),
+        )  # fmt: skip
+    return dweight
 
 
-@_forward.register_fake
-@launches(_launch_rows)
-def _(x, weight, counts):
-    return x.new_empty(x.shape[0], weight.shape[2])
-
-
-def _launch_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, counts: Tensor, into_x: bool, into_weight: bool
-) -> tuple[Tensor, Tensor]:
-    dx = _launch_rows(dy, weight.transpose(1, 2), counts) if into_x else x.new_empty(0)
-    dweight = weight.new_empty(weight.shape if into_weight else 0)
-    if into_weight:
-        x, dy = unit_stride(x), unit_stride(dy)
-        experts, d, f = weight.shape
-        largest, depth = _tiles(x.dtype)
-        down, across = tile(d, largest), tile(f, largest)
-        with on_device_of(x):
-            _weight_kernel[grid(experts * triton.cdiv(d, down) * triton.cdiv(f, across))](
-                x, dy, dweight, _bounds(counts, x.shape[0]), x.stride(0), dy.stride(0), d, f,
-                BR=depth, BF=across, BD=down, MODE=dot_mode(x.dtype),
-            )  # fmt: skip
-    return dx, dweight
-
-
-@torch.library.custom_op("omnimix::grouped_mm_triton_backward", mutates_args=())
-def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, counts: Tensor, into_x: bool, into_weight: bool
-) -> tuple[Tensor, Tensor]:
-    return _launch_backward(dy, x, weight, counts, into_x, into_weight)
-
-
-@_backward.register_fake
-@launches(_launch_backward)
-def _(dy, x, weight, counts, into_x, into_weight):
-    return x.new_empty(x.shape if into_x else 0), weight.new_empty(weight.shape if into_weight else 0)
-
-
-def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate(ctx, dy):
-    x, weight, counts = ctx.saved_tensors
-    into_x, into_weight, _ = ctx.needs_input_grad
-    dx, dweight = torch.ops.omnimix.grouped_mm_triton_backward(dy.contiguous(), x, weight, counts, into_x, into_weight)
-    return dx if into_x else None, dweight if into_weight else None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def grouped_mm_triton(*, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """See `omnimix.kernels.grouped_mm`."""
-    return torch.ops.omnimix.grouped_mm_triton(x, weight, counts)
+grouped_mm_triton = backend_of("triton", _launch_rows, _launch_weights)
