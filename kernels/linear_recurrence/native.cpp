@@ -68,8 +68,9 @@ void forward(const Call& call) {
     using M = Math<S>;
     using N = Numbers<S, COMPLEX>;
     const View* v = call.v;
-#pragma omp parallel for num_threads(call.threads) schedule(dynamic, 1)
-    for (int64_t task = 0; task < call.sequences * call.parts; task++) {
+    const int64_t tasks = call.sequences * call.parts;
+#pragma omp parallel for num_threads(std::min(call.threads, tasks)) schedule(dynamic, 1)
+    for (int64_t task = 0; task < tasks; task++) {
         const Range range(call, v[SEGMENTS], task);
         const std::vector<S> zeros(v[INITIAL] ? 0 : call.width);
         const S* before = v[INITIAL] ? v[INITIAL].at<S>(range.index) : zeros.data();
@@ -92,8 +93,9 @@ void backward(const Call& call) {
     using M = Math<S>;
     using N = Numbers<S, COMPLEX>;
     const View* v = call.v;
-#pragma omp parallel for num_threads(call.threads) schedule(dynamic, 1)
-    for (int64_t task = 0; task < call.sequences * call.parts; task++) {
+    const int64_t tasks = call.sequences * call.parts;
+#pragma omp parallel for num_threads(std::min(call.threads, tasks)) schedule(dynamic, 1)
+    for (int64_t task = 0; task < tasks; task++) {
         const Range range(call, v[SEGMENTS], task);
         const std::vector<S> zeros(v[INITIAL] ? 0 : call.width);
         std::vector<S> carry(call.width), total(v[DCONSTANT] ? call.width : 0);

@@ -8,9 +8,11 @@ from ..tools import or_one_step, unit_stride
 from .ops import gradient_shapes, register, shapes
 from .reference import linear_recurrence_reference
 
-# More tasks than threads, so that no thread waits long for the others; none narrower than a few vectors.
+# More tasks than threads, so that no thread waits long for the others; but none narrower than a few vectors, or so
+# small that waking a thread costs more.
 TASKS = 4
 NARROWEST = 64
+SMALLEST = 2**16
 
 
 def _reals(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -23,7 +25,8 @@ def _reals(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _run(direction: str, tensors: list[Tensor | None], x: Tensor, sequences: int, reverse: bool) -> None:
     width = x.shape[2] * (2 if x.is_complex() else 1)
-    parts = min(max(1, width // NARROWEST), -(-TASKS * torch.get_num_threads() // sequences))
+    most = min(TASKS * torch.get_num_threads(), x.shape[0] * x.shape[1] * width // SMALLEST)
+    parts = min(max(1, width // NARROWEST), max(1, -(-most // sequences)))
     real = next(t for t in tensors if t is not None).dtype
     native.call(
         "linear_recurrence",

@@ -76,8 +76,9 @@ void forward(const Call& call) {
     using V = typename M::V;
     const View* v = call.v;
     const int64_t n = N ? N : call.states;
-#pragma omp parallel for num_threads(call.threads) schedule(dynamic, 1)
-    for (int64_t task = 0; task < call.sequences * call.parts; task++) {
+    const int64_t tasks = call.sequences * call.parts;
+#pragma omp parallel for num_threads(std::min(call.threads, tasks)) schedule(dynamic, 1)
+    for (int64_t task = 0; task < tasks; task++) {
         const Sequence<S> sequence(call, task / call.parts);
         const int64_t part = task % call.parts;
         const int64_t first = call.blocks * part / call.parts, last = call.blocks * (part + 1) / call.parts;
@@ -229,8 +230,9 @@ void backward(const Call& call) {
     using M = Math<S>;
     const View* v = call.v;
     const int64_t n = call.states;
-#pragma omp parallel for num_threads(call.threads) schedule(dynamic, 1)
-    for (int64_t task = 0; task < call.sequences * call.parts; task++) {
+    const int64_t tasks = call.sequences * call.parts;
+#pragma omp parallel for num_threads(std::min(call.threads, tasks)) schedule(dynamic, 1)
+    for (int64_t task = 0; task < tasks; task++) {
         const Sequence<S> sequence(call, task / call.parts);
         const int64_t part = task % call.parts;
         const int64_t first = call.blocks * part / call.parts, last = call.blocks * (part + 1) / call.parts;

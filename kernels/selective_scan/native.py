@@ -10,8 +10,9 @@ from .reference import selective_scan_reference
 
 # Steps between the saved states: what a backward task computes again then stays in the second-level cache.
 CHUNK = 32
-# More tasks than threads, so that no thread waits long for the others.
+# More tasks than threads, so that no thread waits long for the others; but none so small that waking one costs more.
 TASKS = 4
+SMALLEST = 2**16
 
 
 def _wide(arguments: tuple[Tensor | None, ...], dtype: torch.dtype) -> list[Tensor | None]:
@@ -22,8 +23,9 @@ def _wide(arguments: tuple[Tensor | None, ...], dtype: torch.dtype) -> list[Tens
 def _numbers(x: Tensor, A: Tensor, B: Tensor, sequences: int, softplus: bool) -> list[int]:
     """Sizes and options; last the number of parts into which channels are divided among tasks."""
     lanes = 64 // accumulate_dtype(x.dtype).itemsize
-    blocks = max(1, x.shape[2] // lanes)
-    parts = min(blocks, -(-TASKS * torch.get_num_threads() // sequences))
+    work = x.shape[0] * x.shape[1] * x.shape[2] * A.shape[1]
+    most = min(TASKS * torch.get_num_threads(), work // SMALLEST)
+    parts = min(max(1, x.shape[2] // lanes), max(1, -(-most // sequences)))
     return [sequences, x.shape[1], x.shape[2], A.shape[1], B.shape[2], CHUNK, int(softplus), parts]
 
 

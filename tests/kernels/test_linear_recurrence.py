@@ -64,7 +64,7 @@ def test_conjugated_views(backend):
 def test_sizes_of_many_blocks(backend, kind):
     draw = Draw.seeded()
     normal = draw.normal if kind == "real" else draw.complex_normal
-    arguments = {"x": normal(3, 150, 201), "a": normal(3, 150, 201, scale=0.3), "initial_state": normal(3, 201)}
+    arguments = {"x": normal(1, 350, 401), "a": normal(1, 350, 401, scale=0.3), "initial_state": normal(1, 401)}
     checker.agrees(call_of(OP, backend), call_of(OP, "reference"), arguments)
 
 
