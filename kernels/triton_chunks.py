@@ -1,7 +1,7 @@
 """Chunkwise recurrences with a matrix state: the Triton kernels that `gated_linear` and `delta_rule` share.
 
-A sequence is cut into chunks of C steps. `_state_kernel` walks over the chunks and keeps the state at the border of
-each; everything else is parallel over chunks: `_score_kernel` computes the C x C weights of the values within a chunk,
+A sequence is cut into chunks of C steps. `_state` walks over the chunks and keeps the state at the border of
+each; everything else is parallel over chunks: `_score` computes the C x C weights of the values within a chunk,
 `_output_kernel` adds to their product what the state contributes (GLA, arXiv 2312.06635, sections 4.1 and 4.2).
 Backward, the same three kernels serve: the state's gradient walks the other way with (q, do) in place of (k, v), the
 scores' gradient is a score of (do, v), and dv is an output of (k, do); `_gradient_kernel` computes the rest.
@@ -190,9 +190,8 @@ def _between(place, own, EXCLUSIVE: tl.constexpr):
     return tl.cumsum(tl.where(later, own[:, None, :], 0.0), 0)
 
 
-@tuned([{"num_warps": 8, "num_stages": 2}], key=["K", "DECAY"])
 @triton.jit
-def _score_kernel(
+def _score(
     q, k, decay, bonus, scores, table, bounds,
     q_strides, k_strides, d_strides, length, chunks, H, K,
     scale: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, DECAY: tl.constexpr, MODE: tl.constexpr,
@@ -246,6 +245,11 @@ def _score_kernel(
     if bonus is not None:
         acc += tl.where(i[:, None] == j[None, :], diagonal[:, None], 0.0)
     tl.store(scores + (pid * C + i[:, None]) * C + j[None, :], (acc * scale).to(scores.dtype.element_ty))
+
+
+_score_kernel = tuned([{"num_warps": 8, "num_stages": 2}], key=["K", "DECAY"])(_score)
+# For decays per channel, of which a program has a block of ROWS.
+_block_score_kernel = tuned([{"num_warps": 4, "num_stages": 2}], key=["K", "DECAY"])(_score)
 
 
 @tuned([{"num_warps": 4}], key=["K", "V", "DECAY", "REVERSE"])

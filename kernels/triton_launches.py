@@ -10,6 +10,7 @@ from .triton_chunks import (
     CHANNEL,
     NONE,
     SCALAR,
+    _block_score_kernel,
     _gradient_kernel,
     _output_kernel,
     _score_kernel,
@@ -138,11 +139,11 @@ class Chunks:
         """(rows, h, size, size): the decayed products of q and k within a chunk, or the plain ones."""
         form = self.form if decayed else NONE.value
         scores = self.new(self.rows, self.heads, self.size, self.size, dtype=self.stored) if out is None else out
-        common, height = self.common(q.shape[3], form, scale, exclusive), self.size
+        common, height, kernel = self.common(q.shape[3], form, scale, exclusive), self.size, _score_kernel
         if form == CHANNEL.value:
             # Narrow, since each pair of steps has a decay for each of the tile's channels.
-            height, common["BK"] = BLOCK.value, 16
-        _score_kernel[grid(self.rows * self.heads, self.size // height)](
+            height, common["BK"], kernel = BLOCK.value, 16, _block_score_kernel
+        kernel[grid(self.rows * self.heads, self.size // height)](
             q, k, self.decay, bonus, scores, self.table, q_strides=strides(q, self.heads),
             k_strides=strides(k, self.heads), ROWS=height, **common,
         )  # fmt: skip

@@ -7,7 +7,7 @@ is a = k, with u + v written along k (the delta form: Gated DeltaNet, arXiv 2412
 Given u, this is a gated linear recurrence with two writes, and the kernels of `gated_linear` do it. Within a chunk that
 starts with the state S, with A_ij = b_iᵀ e^{G_{i-1} - G_j} a_j for j < i and B the same of k, the WY form (arXiv
 2406.06484, section 3) is u = (I - A)^-1 (b e^G S + B v): `_inverse_kernel` computes T = (I - A)^-1, `_solve_kernel`
-W = T b e^G and Y = T B v, and `_state_kernel` u = W S + Y, chunk after chunk.
+W = T b e^G and Y = T B v, and `_state` u = W S + Y, chunk after chunk.
 
 The gradient x_t of S_t follows the same recurrence backwards, with a and b exchanged:
 x_{t-1} = diag(e^{g_t}) x_t + b_t du_tᵀ + q_{t-1} do_{t-1}ᵀ with du_t = x_tᵀ a_t. So the same kernels give du, with
