@@ -123,7 +123,7 @@ class _Direction(nn.Module):
     examples=(HyenaConfig(length=40, filter_dim=8), HyenaConfig(order=3, length=6, filter_dim=8, filter_depth=1)),
 )
 class Hyena(ScanMixer):
-    """y = x⁰ ⊙ (h * (x¹ ⊙ v)) at order 2, of projections after a short convolution; each call makes its filters anew."""
+    """y = x⁰ ⊙ (h * (x¹ ⊙ v)) at order 2, of projections after a short convolution; each call makes new filters."""
 
     def __init__(self, dim: int, config: HyenaConfig, site: Site):
         super().__init__(site)

@@ -124,7 +124,7 @@ def inner(
     affine: Tensor,
     coef: Tensor,
     coef_s: Tensor | None,
-    gates: Tensor,
+    gates: Tensor | None,
     start: Tensor,
     now: Tensor,
     momentum: Tensor | None,
@@ -139,7 +139,7 @@ def inner(
         offset: (m, h, c, k).
         affine: (h, k).
         coef, coef_s: (m, h, c); `coef_s` with momentum only.
-        gates: keep, feed, hold, (m, h, 3).
+        gates: keep, feed, hold, (m, h, 3); None where there is neither decay nor momentum.
         start, now, momentum: weights at the start of the first mini-batch, now, and S, (n, h, p).
         counts: pieces of each sequence, largest first; None where all have m / n.
         hidden: m, or 0.
@@ -162,7 +162,9 @@ def inner(
         inputs, gradients, zs = _train(loop.layers(used, wave.pieces), loop, wave, loop.at(x, wave))
         weights = loop.layers(final, wave.states)
         for layer, x_in, d in zip(weights, inputs, gradients, strict=True):
-            layer.mul_(loop.gate(0, wave)).baddbmm_((x_in * loop.at(coef, wave)[..., None]).mT, d)
+            if gates is not None:
+                layer.mul_(loop.gate(0, wave))
+            layer.baddbmm_((x_in * loop.at(coef, wave)[..., None]).mT, d)
         if momentum is not None:
             steps = loop.layers(final_s, wave.states)
             for layer, step, x_in, d in zip(weights, steps, inputs, gradients, strict=True):
@@ -202,7 +204,7 @@ class _Adjoint:
     affine: Tensor
     coef: Tensor
     coef_s: Tensor | None
-    gates: Tensor
+    gates: Tensor | None
 
 
 def _through_update(
@@ -284,6 +286,8 @@ def _through_state(
     loop: _Loop, wave: _Wave, adjoint: _Adjoint, before: Tensor, fed: Tensor | None, of_fed: Tensor | None
 ) -> None:
     """The gradients of the gates; then those of W and S before the piece, along the gates only."""
+    if loop.gates is None:
+        return
     gates, of_gates = loop.gates[wave.pieces], adjoint.gates[wave.pieces]
     weights = adjoint.weights[wave.states]
     of_gates[..., 0] = (weights * before).sum(-1)
@@ -314,7 +318,7 @@ def inner_backward(
     affine: Tensor,
     coef: Tensor,
     coef_s: Tensor | None,
-    gates: Tensor,
+    gates: Tensor | None,
     start: Tensor,
     now: Tensor,
     momentum: Tensor | None,
@@ -332,9 +336,9 @@ def inner_backward(
         dmomentum.copy_(dfinal_s)
     loop = _Loop(x, offset, affine, coef, coef_s, gates, counts, start.shape[0], hidden, eps)
     with_s = momentum is not None
-    adjoint = _Adjoint(
-        dnow, dmomentum if with_s else None, dstart, dx, doffset, daffine, dcoef, dcoef_s if with_s else None, dgates
-    )
+    of_steps = (dmomentum, dcoef_s) if with_s else (None, None)
+    of_gates = None if gates is None else dgates
+    adjoint = _Adjoint(dnow, of_steps[0], dstart, dx, doffset, daffine, dcoef, of_steps[1], of_gates)
     for wave in reversed(loop.waves):
         two = [(first, dfirst)] if hidden else []
         gradients = [loop.at(d, wave) for d, _ in [*two, (last, dlast)]]

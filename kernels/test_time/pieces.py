@@ -153,7 +153,8 @@ class Mixing(NamedTuple):
         matrix: C, (m, h, c, c).
         beta, gamma: (m, h, c); None where they are 1, or where there is no momentum.
         coef, coef_s: C's last row, and S's; (m, h, c).
-        gates: keep, feed and hold: β and γ of the last row, and S's own factor; (m, h, 3).
+        gates: keep, feed and hold: β and γ of the last row, and S's own factor; (m, h, 3);
+            None where there is neither decay nor momentum.
     """
 
     matrix: Tensor
@@ -161,7 +162,7 @@ class Mixing(NamedTuple):
     gamma: Tensor | None
     coef: Tensor
     coef_s: Tensor | None
-    gates: Tensor
+    gates: Tensor | None
 
 
 def _products(factor: Tensor) -> Tensor:
@@ -199,4 +200,6 @@ def mixing(pieces: Pieces, lr: Tensor, momentum: Tensor | None, decay: Tensor | 
         coef_s = -steps[..., -1, :] * lr
         matrix = weighted @ steps
     matrix = -matrix * lr[..., None, :]
-    return Mixing(matrix, beta, gamma, matrix[..., -1, :], coef_s, torch.stack([keep, feed, hold], dim=-1))
+    gated = decay is not None or momentum is not None
+    gates = torch.stack([keep, feed, hold], dim=-1) if gated else None
+    return Mixing(matrix, beta, gamma, matrix[..., -1, :], coef_s, gates)
