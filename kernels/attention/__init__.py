@@ -90,20 +90,24 @@ def _check(q, k, v, causal, window, sinks, cu_seqlens, q_positions, k_positions)
         raise UnsupportedShape("cu_seqlens: positions count within each sequence; pass no q_positions, k_positions")
 
 
-def _case(name: str, heads: int = 2, groups: int = 2, **settings) -> Case:
+def _case(name: str, heads: int = 2, groups: int = 2, typical: dict[str, int] | None = None, **settings) -> Case:
     def arguments(draw: Draw, b: int, t: int, h: int, g: int, dk: int, dv: int):
         return {"q": draw.normal(b, t, h, dk), "k": draw.normal(b, t, g, dk), "v": draw.normal(b, t, g, dv), **settings}
 
-    return Case(name=name, make=lambda draw, b, t: arguments(draw, b, t, heads, groups, 5, 7))
+    return Case(
+        name=name,
+        make=lambda draw, b, t: arguments(draw, b, t, heads, groups, 5, 7),
+        bench=None if typical is None else lambda draw, t: arguments(draw, 1, t, 8, 8, 64, 64) | typical,
+    )
 
 
 def _cases() -> tuple[Case, ...]:
     return (
-        _case("causal"),
+        _case("causal", typical={}),
         _case("causal, grouped", heads=4),
         _case("causal, one key head", heads=3, groups=1, scale=0.5),
         _case("both ways", causal=False),
-        _case("window", window=5),
+        _case("window", window=5, typical={"window": 512}),
         _case("window, sinks, grouped", heads=4, window=9, sinks=3),
         _case("window both ways", causal=False, window=4),
         _case("window both ways, sinks", causal=False, window=3, sinks=2, heads=4),
