@@ -31,7 +31,8 @@ def _tile_at(
     m = tl.arange(0, BM)
     query = tl.load(start + row) + part * QUERIES + m // R
     real = (m < QUERIES * R) & (query < tl.load(stop + row))
-    position = tl.load(positions + batch * position_stride + query, mask=real, other=-1)
+    # Positions fit 32 bits, and take half the registers.
+    position = tl.load(positions + batch * position_stride + query, mask=real, other=-1).to(tl.int32)
     return query, lane * R + m % R, real, position
 
 
@@ -50,7 +51,7 @@ def _hide(scores, real, position, key_position, exists, CAUSAL: tl.constexpr):
     return tl.where(seen, scores, float("-inf"))
 
 
-@tuned([{"num_warps": 4, "num_stages": 1}], key=["K", "V", "BM", "BN"])
+@tuned([{"num_warps": 4, "num_stages": 2}], key=["K", "V", "BM", "BN"])
 @triton.jit
 def _forward_kernel(
     q, k, v, blocks, out, norms, start, stop, first, count, key_start, key_stop, key_position, positions,
@@ -85,7 +86,7 @@ def _forward_kernel(
         if wanted:
             begin = tl.load(key_start + offset + block)
             end = tl.load(key_stop + offset + block)
-            place = tl.load(key_position + offset + block)
+            place = tl.load(key_position + offset + block).to(tl.int32)
             for c in range(0, SIZE, BN):
                 n = c + tl.arange(0, BN)
                 exists = (n < SIZE) & (begin + n < end)
@@ -109,7 +110,7 @@ def _forward_kernel(
     tl.store(norms + at, norm, mask=real)
 
 
-@tuned([{"num_warps": 4, "num_stages": 1}], key=["K", "V", "BM", "BN"])
+@tuned([{"num_warps": 4, "num_stages": 2}], key=["K", "V", "BM", "BN"])
 @triton.jit
 def _query_kernel(
     q, k, v, do, blocks, norms, dots, dq, start, stop, first, count, key_start, key_stop, key_position, positions,
@@ -128,8 +129,9 @@ def _query_kernel(
     keys, values = tl.arange(0, BK), tl.arange(0, BV)
     q_at = batch * q_strides[0] + query * q_strides[1] + head * q_strides[2]
     at = (batch * t + query) * H + head
-    qt = _rows(q, q_at, real, keys, K, ACC) * scale
-    dot_grad = _rows(do, at * V, real, values, V, ACC)
+    # Kept in the inputs' dtype, in which the products read them: it takes half the registers.
+    qt = (_rows(q, q_at, real, keys, K, ACC) * scale).to(q.dtype.element_ty)
+    dot_grad = _rows(do, at * V, real, values, V, ACC).to(do.dtype.element_ty)
     norm = tl.load(norms + at, mask=real, other=float("inf"))
     own = tl.load(dots + at, mask=real, other=0.0)
     k += batch * k_strides[0] + (lane * G // L) * k_strides[2]
@@ -146,7 +148,7 @@ def _query_kernel(
         if wanted:
             begin = tl.load(key_start + offset + block)
             end = tl.load(key_stop + offset + block)
-            place = tl.load(key_position + offset + block)
+            place = tl.load(key_position + offset + block).to(tl.int32)
             for c in range(0, SIZE, BN):
                 n = c + tl.arange(0, BN)
                 exists = (n < SIZE) & (begin + n < end)
@@ -160,7 +162,7 @@ def _query_kernel(
     tl.store(dq + at[:, None] * K + keys[None, :], (summed * scale).to(dq.dtype.element_ty), mask=inside)
 
 
-@tuned([{"num_warps": 4, "num_stages": 1}], key=["K", "V", "BM", "BN"])
+@tuned([{"num_warps": 4, "num_stages": 2}], key=["K", "V", "BM", "BN"])
 @triton.jit
 def _key_kernel(
     q, k, v, do, naming, bounds, norms, dots, dk, dv, start, stop, key_start, key_stop, key_position, positions,
@@ -177,7 +179,7 @@ def _key_kernel(
     n = (pid % PIECES) * BN + tl.arange(0, BN)
     begin = tl.load(key_start + block)
     exists = (n < SIZE) & (begin + n < tl.load(key_stop + block))
-    place = tl.load(key_position + block) + n
+    place = tl.load(key_position + block).to(tl.int32) + n
     keys, values = tl.arange(0, BK), tl.arange(0, BV)
     k += batch * k_strides[0] + (lane * G // L) * k_strides[2]
     v += batch * v_strides[0] + (lane * G // L) * v_strides[2]
