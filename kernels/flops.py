@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .registry import Backend, Op, ops
+from .registry import Arguments, ops
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
+
+Formula = Callable[[Arguments], float]
 
 
 def flop_counter(**options: Any) -> FlopCounterMode:
@@ -32,25 +34,26 @@ def flop_counter(**options: Any) -> FlopCounterMode:
 
     for op in ops():
         for backend in op.backends if op.flops is not None else ():
-            for packet, times in _custom_ops(op, backend):
-                if packet not in flop_registry:
-                    register_flop_formula(packet, get_raw=True)(_formula(op, packet, times))
+            if backend.name != "triton" or importlib.util.find_spec("triton") is not None:
+                backend.load()
+                formulas = {f"{op.name}_{backend.name}": op.flops} | dict(op.parts)
+                _register(formulas, flop_registry, register_flop_formula)
     return FlopCounterMode(**options)
 
 
-def _custom_ops(op: Op, backend: Backend) -> list[tuple[Any, int]]:
-    """The custom ops "omnimix::<op>_<backend>" and "..._backward", where there are such, and how often they count."""
-    if backend.name == "triton" and importlib.util.find_spec("triton") is None:
-        return []
-    backend.load()
-    names = ((f"{op.name}_{backend.name}", 1), (f"{op.name}_{backend.name}_backward", 2))
-    return [(getattr(torch.ops.omnimix, n), times) for n, times in names if hasattr(torch.ops.omnimix, n)]
+def _register(formulas: Mapping[str, Formula], known: Mapping[Any, Any], register: Callable[..., Any]) -> None:
+    """Make known the custom ops "omnimix::<name>" and "..._backward", where there are such."""
+    for name, formula in formulas.items():
+        for custom_op, times in ((name, 1), (f"{name}_backward", 2)):
+            packet = getattr(torch.ops.omnimix, custom_op, None)
+            if packet is not None and packet not in known:
+                register(packet, get_raw=True)(_counted(formula, packet, times))
 
 
-def _formula(op: Op, packet: Any, times: int) -> Callable[..., int]:
+def _counted(formula: Formula, packet: Any, times: int) -> Callable[..., int]:
     names = [argument.name for argument in packet.default._schema.arguments]
 
     def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-        return int(times * op.flops(dict(zip(names, args, strict=False)) | kwargs))
+        return int(times * formula(dict(zip(names, args, strict=False)) | kwargs))
 
     return count

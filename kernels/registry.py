@@ -165,6 +165,7 @@ class Op:
         causal: whether output t depends on inputs up to t only, for all cases.
         flops: given a call's arguments, the floating-point operations of a forward pass's matrix products; None where
             these do not measure the work.
+        parts: formulas like `flops` for custom ops that do only a part of the work, by name and of their arguments.
         traffic: given a call's arguments, the bytes that a forward pass must read and write at least; None where it is
             bound by its matrix products.
     """
@@ -176,6 +177,7 @@ class Op:
     summary: str
     causal: bool = True
     flops: Callable[[Arguments], float] | None = None
+    parts: Mapping[str, Callable[[Arguments], float]] = field(default_factory=dict)
     traffic: Callable[[Arguments], float] | None = None
     _warned: set[str] = field(default_factory=set, repr=False, compare=False)
 

@@ -149,6 +149,15 @@ def _flops(arguments: Mapping[str, Any]) -> float:
     return 2.0 * b * t * h * products
 
 
+def _inner_flops(arguments: Mapping[str, Any]) -> float:
+    """Of the loop over mini-batches: each layer forward on k, its update, and the gradient between two layers."""
+    x, hidden = arguments["x"], arguments["hidden"]
+    size = x.shape[-1] - 1
+    layers = [((size + 1) * hidden), (hidden + 1) * size] if hidden else [(size + 1) * size]
+    updates = 1 if arguments.get("momentum") is None else 2
+    return 2.0 * x.shape[:-1].numel() * (sum(layers) * (1 + updates) + size * hidden)
+
+
 def _case(
     name: str,
     hidden: int | None = None,
@@ -218,6 +227,7 @@ OP = register_op(
         sequences=("q", "k", "v", "lr", "momentum", "decay"),
         cases=_cases,
         flops=_flops,
+        parts={"test_time_inner": _inner_flops},
         summary="W_t = e^{decay_t} W_{t-1} + S_t, S_t = momentum_t S_{t-1} - lr_t grad l(W0), o_t = f(q_t; W_t)",
     )
 )
