@@ -27,6 +27,7 @@ from torch import Tensor
 from ..tools import accumulate_dtype, dot_mode, grid, launches, on_device_of, tuned, unit_stride
 from ..triton_chunks import CHANNEL, NONE, _chunk_at, _decays, _load, _of
 from ..triton_launches import Chunks, chunking, largest, shared, stored, strides
+from ..triton_steps import serves, shapes, step
 from ..triton_tools import dot, unit_lower_inverse
 
 
@@ -222,6 +223,38 @@ def _differentiate(ctx, do, dfinal, du, dkept):
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
+def _launch_step(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor | None, b: Tensor, decay: Tensor | None, initial_state: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return step(q, k, v, a, b, decay, None, initial_state, scale)
+
+
+_step = torch.library.custom_op("omnimix::delta_rule_triton_step", _launch_step, mutates_args=())
+
+
+@_step.register_fake
+@launches(_launch_step)
+def _(q, k, v, a, b, decay, initial_state, scale):
+    return shapes(q, v)
+
+
+def _save_step(ctx, inputs, output):
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_step(ctx, do, dstate):
+    tensors = ctx.saved_tensors
+    kept = torch.ops.omnimix.delta_rule_triton(*tensors, None, ctx.scale)[2:]
+    grads = torch.ops.omnimix.delta_rule_triton_backward(do, dstate, *tensors, None, *kept, ctx.scale)
+    wanted = [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)]
+    return (*wanted, None)
+
+
+_step.register_autograd(_differentiate_step, setup_context=_save_step)
+
+
 def delta_rule_triton(
     *, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, decay: Tensor | None, removal: Tensor | None,
     a: Tensor | None, b: Tensor | None, scale: float, initial_state: Tensor | None, cu_seqlens: Tensor | None,
@@ -243,6 +276,8 @@ def delta_rule_triton(
         b = b.to(k.dtype)
     if initial_state is not None:
         initial_state = initial_state.to(wide)
+    if serves(q, v, cu_seqlens):
+        return torch.ops.omnimix.delta_rule_triton_step(q, k, v, a, b, decay, initial_state, scale)
     output, state, _, _ = torch.ops.omnimix.delta_rule_triton(
         q, k, v, a, b, decay, initial_state, cu_seqlens, scale
     )  # fmt: skip

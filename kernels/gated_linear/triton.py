@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..tools import accumulate_dtype, launches, on_device_of, unit_stride
 from ..triton_launches import Chunks, chunking, largest, shared, stored
+from ..triton_steps import serves, shapes, step
 
 
 def _prepared(q, k, v, bonus, initial_state):
@@ -91,6 +92,38 @@ def _differentiate(ctx, do, dfinal, dscores):
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
+def _launch_step(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, bonus: Tensor | None, initial_state: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return step(q, k, v, None, None, decay, bonus, initial_state, scale)
+
+
+_step = torch.library.custom_op("omnimix::gated_linear_triton_step", _launch_step, mutates_args=())
+
+
+@_step.register_fake
+@launches(_launch_step)
+def _(q, k, v, decay, bonus, initial_state, scale):
+    return shapes(q, v)
+
+
+def _save_step(ctx, inputs, output):
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_step(ctx, do, dstate):
+    tensors = ctx.saved_tensors
+    scores = torch.ops.omnimix.gated_linear_triton(*tensors, None, ctx.scale)[2]
+    grads = torch.ops.omnimix.gated_linear_triton_backward(do, dstate, *tensors, None, scores, ctx.scale)
+    wanted = [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)]
+    return (*wanted, None)
+
+
+_step.register_autograd(_differentiate_step, setup_context=_save_step)
+
+
 def gated_linear_triton(
     *, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, bonus: Tensor | None, scale: float,
     initial_state: Tensor | None, cu_seqlens: Tensor | None,
@@ -99,5 +132,7 @@ def gated_linear_triton(
         decay = decay.expand(v.shape[:3])
     if initial_state is not None:
         initial_state = initial_state.to(accumulate_dtype(v.dtype))
+    if serves(q, v, cu_seqlens):
+        return torch.ops.omnimix.gated_linear_triton_step(q, k, v, decay, bonus, initial_state, scale)
     output, state, _ = torch.ops.omnimix.gated_linear_triton(q, k, v, decay, bonus, initial_state, cu_seqlens, scale)
     return output, state
