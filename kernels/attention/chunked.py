@@ -57,6 +57,11 @@ def aligned(q: Tensor, k: Tensor, v: Tensor, rule: Rule, scale: float) -> Tensor
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     heads, groups, width = q.shape[2], k.shape[2], v.shape[3]
+    if q.shape[1] == 1 and heads != groups and not causal:
+        # One step of decoding: the heads that share keys are the queries, so that the keys are read once.
+        shared = None if mask is None else mask.expand(-1, -1, heads // groups, -1)
+        rows = q[:, 0].unflatten(1, (groups, -1)).transpose(1, 2)
+        return _sdpa(rows, k, v, scale, shared).transpose(1, 2).flatten(1, 2)[:, None]
     if q.device.type == "cpu" and q.shape[3] != width:
         # The CPU's fused kernel wants one width, and without it every score is written to memory.
         extra = width - q.shape[3]

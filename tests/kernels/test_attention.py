@@ -121,3 +121,9 @@ def test_bad_calls_name_the_argument(change, named, without_shape_checks):
     arguments = {n: x.float() for n, x in tensors(1, 2, 4).items()}
     with pytest.raises(UnsupportedShape, match=named):
         attention(**(arguments | change))
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 4, "sinks": 2}])
+def test_one_step_of_grouped_heads(options):
+    arguments = tensors(2, 1, 9, 4, 2) | options
+    checker.agrees(chunked, reference, arguments)
