@@ -60,7 +60,7 @@ class NSAConfig(MixerConfig):
     source="arXiv 2502.11089",
     examples=(
         NSAConfig(heads=1, size=4, stride=2, block_size=4, blocks=3, local=1, reach=3),
-        NSAConfig(heads=4, kv_heads=2, size=4, stride=4, block_size=4, blocks=2, local=1, reach=2),
+        NSAConfig(heads=2, kv_heads=1, size=4, stride=4, block_size=4, blocks=2, local=1, reach=2),
     ),
 )
 class NSA(Mixer):
