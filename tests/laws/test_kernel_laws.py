@@ -179,7 +179,10 @@ def test_compiles_whole(subject, without_shape_checks):
         checker.compiles(subject.call, subject.draw(1, 17, lengths=[4, 13]))
 
 
-@pytest.mark.parametrize("op", [op for op in ops() if "native" in [b.name for b in op.backends]], ids=lambda op: op.name)
+NATIVE = [op for op in ops() if "native" in [b.name for b in op.backends]]
+
+
+@pytest.mark.parametrize("op", NATIVE, ids=lambda op: op.name)
 def test_native_kernels_serve_this_machine_or_say_why_not(op):
     (row,) = (row for row in op.explain(op.cases()[0].make(Draw.seeded(), 1, 2)) if row["backend"] == "native")
     print(row)
