@@ -6,7 +6,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import UnsupportedShape
-from ..registry import Backend, Case, Draw, Op, register_op
+from ..backends import backends
+from ..registry import Case, Draw, Op, register_op
 
 
 def attention(
@@ -117,15 +118,7 @@ def _cases() -> tuple[Case, ...]:
 OP = register_op(
     Op(
         name="attention",
-        backends=(
-            Backend(name="chunked", module=".attention.chunked", function="attention_chunked"),
-            Backend(
-                name="reference",
-                module=".attention.reference",
-                function="attention_reference",
-                devices=frozenset(),
-            ),
-        ),
+        backends=backends("attention", "chunked", "reference"),
         sequences=("q", "k", "v"),
         cases=_cases,
         summary="o = softmax(scale q k^T) v over the visible keys",

@@ -13,7 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import UnsupportedShape
-from ..registry import Backend, Case, Draw, Op, register_op
+from ..backends import backends
+from ..registry import Case, Draw, Op, register_op
 from ..tools import triton_refusal
 
 # Channels of a head that Triton's kernels take.
@@ -201,22 +202,7 @@ def _cases() -> tuple[Case, ...]:
 OP = register_op(
     Op(
         name="block_sparse",
-        backends=(
-            Backend(
-                name="triton",
-                module=".block_sparse.triton",
-                function="block_sparse_triton",
-                refuse=_triton_refusal,
-                devices=frozenset({"cuda"}),
-            ),
-            Backend(name="chunked", module=".block_sparse.chunked", function="block_sparse_chunked"),
-            Backend(
-                name="reference",
-                module=".block_sparse.reference",
-                function="block_sparse_reference",
-                devices=frozenset(),
-            ),
-        ),
+        backends=backends("block_sparse", "triton", "chunked", "reference", triton=_triton_refusal),
         sequences=("q", "k", "v", "blocks", "q_positions"),
         cases=_cases,
         flops=_flops,

@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import UnknownName, UnsupportedShape
-from ..registry import Backend, Case, Draw, Op, register_op
-from ..tools import triton_refusal
+from ..backends import backends
+from ..registry import Case, Draw, Op, register_op
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -134,22 +134,7 @@ def _flops(arguments: Mapping[str, Any]) -> float:
 OP = register_op(
     Op(
         name="cross_entropy",
-        backends=(
-            Backend(
-                name="triton",
-                module=".cross_entropy.triton",
-                function="cross_entropy_triton",
-                refuse=triton_refusal,
-                devices=frozenset({"cuda"}),
-            ),
-            Backend(name="chunked", module=".cross_entropy.chunked", function="cross_entropy_chunked"),
-            Backend(
-                name="reference",
-                module=".cross_entropy.reference",
-                function="cross_entropy_reference",
-                devices=frozenset(),
-            ),
-        ),
+        backends=backends("cross_entropy", "triton", "chunked", "reference"),
         sequences=(),
         cases=_cases,
         causal=False,

@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import UnsupportedCall, UnsupportedShape
-from ..registry import Backend, Case, Draw, Op, register_op
+from ..backends import backends
+from ..registry import Case, Draw, Op, register_op
 from ..tools import triton_refusal
 
 
@@ -201,22 +202,7 @@ def _cases() -> tuple[Case, ...]:
 OP = register_op(
     Op(
         name="delta_rule",
-        backends=(
-            Backend(
-                name="triton",
-                module=".delta_rule.triton",
-                function="delta_rule_triton",
-                refuse=_triton_refusal,
-                devices=frozenset({"cuda"}),
-            ),
-            Backend(name="chunked", module=".delta_rule.chunked", function="delta_rule_chunked"),
-            Backend(
-                name="reference",
-                module=".delta_rule.reference",
-                function="delta_rule_reference",
-                devices=frozenset(),
-            ),
-        ),
+        backends=backends("delta_rule", "triton", "chunked", "reference", triton=_triton_refusal),
         sequences=("q", "k", "v", "beta", "decay", "removal", "a", "b"),
         cases=_cases,
         flops=_flops,

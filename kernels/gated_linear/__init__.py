@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import UnsupportedShape
-from ..registry import Backend, Case, Draw, Op, register_op
-from ..tools import triton_refusal
+from ..backends import backends
+from ..registry import Case, Draw, Op, register_op
 
 
 def gated_linear(
@@ -151,22 +151,7 @@ def _cases() -> tuple[Case, ...]:
 OP = register_op(
     Op(
         name="gated_linear",
-        backends=(
-            Backend(
-                name="triton",
-                module=".gated_linear.triton",
-                function="gated_linear_triton",
-                refuse=triton_refusal,
-                devices=frozenset({"cuda"}),
-            ),
-            Backend(name="chunked", module=".gated_linear.chunked", function="gated_linear_chunked"),
-            Backend(
-                name="reference",
-                module=".gated_linear.reference",
-                function="gated_linear_reference",
-                devices=frozenset(),
-            ),
-        ),
+        backends=backends("gated_linear", "triton", "chunked", "reference"),
         sequences=("q", "k", "v", "decay"),
         cases=_cases,
         flops=_flops,

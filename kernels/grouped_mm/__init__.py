@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import UnsupportedShape
-from ..registry import Backend, Case, Draw, Op, register_op
-from ..tools import triton_refusal
+from ..backends import backends
+from ..registry import Case, Draw, Op, register_op
 from .routing import Route, combine, dispatch, route, scatter
 
 
@@ -112,19 +112,7 @@ def _cases() -> tuple[Case, ...]:
 OP = register_op(
     Op(
         name="grouped_mm",
-        backends=(
-            Backend(
-                name="triton",
-                module=".grouped_mm.triton",
-                function="grouped_mm_triton",
-                refuse=triton_refusal,
-                devices=frozenset({"cuda"}),
-            ),
-            Backend(name="chunked", module=".grouped_mm.chunked", function="grouped_mm_chunked"),
-            Backend(
-                name="reference", module=".grouped_mm.reference", function="grouped_mm_reference", devices=frozenset()
-            ),
-        ),
+        backends=backends("grouped_mm", "triton", "chunked", "reference"),
         sequences=(),
         cases=_cases,
         causal=False,

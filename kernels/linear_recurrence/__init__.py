@@ -10,9 +10,8 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from ...errors import UnsupportedShape
-from ..native import native_refusal
-from ..registry import Backend, Case, Draw, Op, complex_of, register_op
-from ..tools import triton_refusal
+from ..backends import backends
+from ..registry import Case, Draw, Op, complex_of, register_op
 
 
 def linear_recurrence(
@@ -106,29 +105,7 @@ def _cases() -> tuple[Case, ...]:
 OP = register_op(
     Op(
         name="linear_recurrence",
-        backends=(
-            Backend(
-                name="native",
-                module=".linear_recurrence.native",
-                function="linear_recurrence_native",
-                refuse=native_refusal("linear_recurrence"),
-                devices=frozenset({"cpu"}),
-            ),
-            Backend(
-                name="triton",
-                module=".linear_recurrence.triton",
-                function="linear_recurrence_triton",
-                refuse=triton_refusal,
-                devices=frozenset({"cuda"}),
-            ),
-            Backend(name="chunked", module=".linear_recurrence.chunked", function="linear_recurrence_chunked"),
-            Backend(
-                name="reference",
-                module=".linear_recurrence.reference",
-                function="linear_recurrence_reference",
-                devices=frozenset(),
-            ),
-        ),
+        backends=backends("linear_recurrence", "native", "triton", "chunked", "reference"),
         sequences=("x", "a"),
         cases=_cases,
         traffic=_traffic,

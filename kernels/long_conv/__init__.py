@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import UnsupportedShape
-from ..registry import Backend, Case, Draw, Op, register_op
+from ..backends import backends
+from ..registry import Case, Draw, Op, register_op
 
 
 def long_conv(
@@ -98,15 +99,7 @@ def _cases() -> tuple[Case, ...]:
 OP = register_op(
     Op(
         name="long_conv",
-        backends=(
-            Backend(name="chunked", module=".long_conv.chunked", function="long_conv_chunked"),
-            Backend(
-                name="reference",
-                module=".long_conv.reference",
-                function="long_conv_reference",
-                devices=frozenset(),
-            ),
-        ),
+        backends=backends("long_conv", "chunked", "reference"),
         sequences=("u",),
         cases=_cases,
         traffic=_traffic,

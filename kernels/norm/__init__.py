@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...errors import UnknownName, UnsupportedShape
-from ..native import native_refusal
-from ..registry import Backend, Case, Draw, Op, register_op
+from ..backends import backends
+from ..registry import Case, Draw, Op, register_op
 from ..tools import triton_refusal
 
 # Channels of the widest slice that a Triton program holds.
@@ -131,24 +131,7 @@ def _refuse(arguments: Mapping[str, Any]) -> str | None:
 OP = register_op(
     Op(
         name="norm",
-        backends=(
-            Backend(
-                name="triton",
-                module=".norm.triton",
-                function="norm_triton",
-                refuse=_refuse,
-                devices=frozenset({"cuda"}),
-            ),
-            Backend(
-                name="native",
-                module=".norm.native",
-                function="norm_native",
-                refuse=native_refusal("norm"),
-                devices=frozenset({"cpu"}),
-            ),
-            Backend(name="chunked", module=".norm.chunked", function="norm_chunked"),
-            Backend(name="reference", module=".norm.reference", function="norm_reference", devices=frozenset()),
-        ),
+        backends=backends("norm", "triton", "native", "chunked", "reference", triton=_refuse),
         sequences=("x", "gate"),
         cases=_cases,
         traffic=_traffic,

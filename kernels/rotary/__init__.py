@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...errors import UnsupportedShape
-from ..registry import Backend, Case, Draw, Op, register_op
-from ..tools import triton_refusal
+from ..backends import backends
+from ..registry import Case, Draw, Op, register_op
 
 
 def rotary(
@@ -77,17 +77,7 @@ def _traffic(arguments: Mapping[str, Any]) -> float:
 OP = register_op(
     Op(
         name="rotary",
-        backends=(
-            Backend(
-                name="triton",
-                module=".rotary.triton",
-                function="rotary_triton",
-                refuse=triton_refusal,
-                devices=frozenset({"cuda"}),
-            ),
-            Backend(name="chunked", module=".rotary.chunked", function="rotary_chunked"),
-            Backend(name="reference", module=".rotary.reference", function="rotary_reference", devices=frozenset()),
-        ),
+        backends=backends("rotary", "triton", "chunked", "reference"),
         sequences=("x", "angle"),
         cases=_cases,
         traffic=_traffic,

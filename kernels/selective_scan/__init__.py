@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import UnsupportedShape
-from ..native import native_refusal
-from ..registry import Backend, Case, Draw, Op, register_op
+from ..backends import backends
+from ..registry import Case, Draw, Op, register_op
 from ..tools import triton_refusal
 
 # Of one channel, in one Triton program.
@@ -177,29 +177,7 @@ def _cases() -> tuple[Case, ...]:
 OP = register_op(
     Op(
         name="selective_scan",
-        backends=(
-            Backend(
-                name="native",
-                module=".selective_scan.native",
-                function="selective_scan_native",
-                refuse=native_refusal("selective_scan"),
-                devices=frozenset({"cpu"}),
-            ),
-            Backend(
-                name="triton",
-                module=".selective_scan.triton",
-                function="selective_scan_triton",
-                refuse=_triton_refusal,
-                devices=frozenset({"cuda"}),
-            ),
-            Backend(name="chunked", module=".selective_scan.chunked", function="selective_scan_chunked"),
-            Backend(
-                name="reference",
-                module=".selective_scan.reference",
-                function="selective_scan_reference",
-                devices=frozenset(),
-            ),
-        ),
+        backends=backends("selective_scan", "native", "triton", "chunked", "reference", triton=_triton_refusal),
         sequences=("x", "delta", "B", "C", "z"),
         cases=_cases,
         traffic=_traffic,

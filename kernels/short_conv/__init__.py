@@ -8,9 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import UnknownName, UnsupportedShape
-from ..native import native_refusal
-from ..registry import Backend, Case, Draw, Op, register_op
-from ..tools import triton_refusal
+from ..backends import backends
+from ..registry import Case, Draw, Op, register_op
 
 
 def short_conv(
@@ -111,29 +110,7 @@ def _cases() -> tuple[Case, ...]:
 OP = register_op(
     Op(
         name="short_conv",
-        backends=(
-            Backend(
-                name="triton",
-                module=".short_conv.triton",
-                function="short_conv_triton",
-                refuse=triton_refusal,
-                devices=frozenset({"cuda"}),
-            ),
-            Backend(
-                name="native",
-                module=".short_conv.native",
-                function="short_conv_native",
-                refuse=native_refusal("short_conv"),
-                devices=frozenset({"cpu"}),
-            ),
-            Backend(name="chunked", module=".short_conv.chunked", function="short_conv_chunked"),
-            Backend(
-                name="reference",
-                module=".short_conv.reference",
-                function="short_conv_reference",
-                devices=frozenset(),
-            ),
-        ),
+        backends=backends("short_conv", "triton", "native", "chunked", "reference"),
         sequences=("x",),
         cases=_cases,
         traffic=lambda arguments: 2.0 * arguments["x"].numel() * arguments["x"].element_size(),

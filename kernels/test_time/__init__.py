@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import UnsupportedShape
-from ..registry import Backend, Case, Draw, Op, register_op
+from ..backends import backends
+from ..registry import Case, Draw, Op, register_op
 from .memory import state_parts, state_size
 
 __all__ = ["state_parts", "state_size", "test_time"]
@@ -215,15 +216,7 @@ def _cases() -> tuple[Case, ...]:
 OP = register_op(
     Op(
         name="test_time",
-        backends=(
-            Backend(name="chunked", module=".test_time.chunked", function="test_time_chunked"),
-            Backend(
-                name="reference",
-                module=".test_time.reference",
-                function="test_time_reference",
-                devices=frozenset(),
-            ),
-        ),
+        backends=backends("test_time", "chunked", "reference"),
         sequences=("q", "k", "v", "lr", "momentum", "decay"),
         cases=_cases,
         flops=_flops,
