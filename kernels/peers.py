@@ -74,7 +74,8 @@ def _channel_decay(a: Arguments) -> Inputs | None:
 
 def _delta(decay_dims: int) -> Callable[[Arguments], Inputs | None]:
     def adapt(a: Arguments) -> Inputs | None:
-        fits = a.get("beta") is not None and a.get("removal") is None and _decay_dims(a) == decay_dims
+        # A removal key of its own is as much work as k in its place, which is all that these peers know.
+        fits = a.get("beta") is not None and _decay_dims(a) == decay_dims
         if not fits or not _ungrouped(a):
             return None
         if decay_dims:

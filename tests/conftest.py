@@ -11,6 +11,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 import jaxtyping
 import pytest
 import torch
+import triton.language as tl
+from triton.runtime import interpreter
 
 
 class _Unchecked(importlib.abc.MetaPathFinder):
@@ -23,6 +25,21 @@ class _Unchecked(importlib.abc.MetaPathFinder):
 
 
 sys.meta_path.insert(0, _Unchecked())
+
+_prepare = interpreter._patch_lang
+
+
+def _prepare_once(fn):
+    """Triton's interpreter prepares the language anew at each call of a device function, though a launch already did.
+
+    Without that interpreted tests take a quarter less time.
+    """
+    languages = [m for m in (tl, tl.core) if any(m is value for value in fn.__globals__.values())]
+    ready = languages and not any(tl.core.is_builtin(m.load) for m in languages)
+    return interpreter._LangPatchScope() if ready else _prepare(fn)
+
+
+interpreter._patch_lang = _prepare_once
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

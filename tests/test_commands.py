@@ -81,7 +81,7 @@ def test_explain_shows_each_backend_once(capsys):
     assert main(["kernels", "explain", "norm", "--device", "cpu", "--json", "-"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["auto"] for row in rows].count("chosen") == 1
-    assert {row["backend"] for row in rows} == {"reference", "chunked", "triton"}
+    assert {row["backend"] for row in rows} == {"reference", "chunked", "native", "triton"}
 
 
 def test_an_error_of_ours_is_one_line(capsys):

@@ -116,7 +116,8 @@ class NSA(Mixer):
         """The state after the tokens of `pairs`, keys and values of the three branches (n, t, g, d)."""
         (size, stride, reach), position = (self.config.size, self.config.stride, self.config.reach), old["position"]
         new = {"k": extended(old["k"], pairs[2], position), "v": extended(old["v"], pairs[3], position)}
-        room = max(0, (new["k"].shape[1] - size) // stride + 1)
+        # One at least, if only to keep the compression within the graph: parameters without gradients halt DDP.
+        room = max(1, (new["k"].shape[1] - size) // stride + 1)
         for name, tokens, near, compress in zip("kv", pairs[:2], pairs[4:], self.compress, strict=True):
             joined = torch.cat([old[f"{name}_tail"], tokens], dim=1)
             coarse = compressed(compress, old[f"{name}_coarse"], joined, position, lengths, stride, room)
@@ -131,8 +132,6 @@ class NSA(Mixer):
         sizes = {"size": config.size, "stride": config.stride, "block_size": config.block_size}
         choice = sizes | {"number": config.blocks, "local": config.local, "blocks": count}
         blocks = by_compressed_attention(q, k, queries, causal=causal, lengths=lengths, **choice)
-        if not k.shape[1]:
-            return torch.zeros_like(q), blocks
         # The last compressed key that is seen: the queries' positions among these.
         seen = ((queries if causal else (lengths - 1)[:, None].expand_as(queries)) - config.size + 1) // config.stride
         every = torch.arange(-(-k.shape[1] // DENSE), device=q.device).expand(1, -(-q.shape[1] // DENSE), 1, -1)

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from .visible import Rule, positions, visible_keys
 
+# In a block of a window's queries. Shorter ones meet fewer keys in vain, but are smaller products.
+QUERIES = 128
+
 
 def attention_chunked(
     *,
@@ -43,10 +46,10 @@ def aligned(q: Tensor, k: Tensor, v: Tensor, rule: Rule, scale: float) -> Tensor
     """Attention where keys stand at 0 … tk-1 and the queries are the last of them. Shapes as in `attention`."""
     tq, tk = q.shape[1], k.shape[1]
     if rule.window is not None and rule.window < tk:
-        block = -(-max(rule.window - 1, 1) // 64) * 64
-        # With fewer blocks there is nothing to save.
-        if tq > 2 * block and tq <= tk:
-            return _windowed(q, k, v, rule, scale, block)
+        reach = -(-max(rule.window - 1, 1) // 64) * 64
+        # With fewer steps there is nothing to save.
+        if tq > 2 * reach and tq <= tk:
+            return _windowed(q, k, v, rule, scale, min(reach, QUERIES))
     elif not rule.causal or tq == 1:
         return _sdpa(q, k, v, scale)
     elif tq == tk:
@@ -85,25 +88,27 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tens
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, rule: Rule, scale: float, block: int) -> Tensor:
-    """Blocks of queries become batch rows; each meets the sinks, its own keys and a block before (and after) them.
+    """Blocks of queries become batch rows; each meets the sinks, its own keys and those that a window reaches around.
 
-    `block` is at least window - 1. All blocks share one mask but those at the ends of the sequence, where keys are
-    missing or are sinks at the same time.
+    All blocks share one mask but those at the ends of the sequence, where keys are missing or are sinks at the same
+    time.
     """
     (b, tq), tk = q.shape[:2], k.shape[1]
-    n, first, around = -(-tq // block), tk - tq, 2 if rule.causal else 3
+    n, first, back = -(-tq // block), tk - tq, -(-(rule.window - 1) // block) * block
+    around = block + (back if rule.causal else 2 * back)
     sinks = min(rule.sinks, tk)
     q = F.pad(q, (0, 0, 0, 0, 0, n * block - tq)).unflatten(1, (n, block))
-    # Keys from `block` before the first query on, to the end of the last block's reach.
-    begin, length = first - block, (n + around - 1) * block
+    # Keys from `back` before the first query on, to the end of the last block's reach.
+    begin, length = first - back, (n - 1) * block + around
     k, v = (_reached(x, begin, length, block, around, sinks) for x in (k, v))
-    start = max(0, -(-(sinks + block - first) // block))
-    stop = n if rule.causal else max(start, (tk - first) // block - 1)
+    start = max(0, -(-(sinks + back - first) // block))
+    stop = n if rule.causal else max(start, (tk - first - back) // block)
     outputs = []
     for i, j in ((0, min(start, n)), (start, stop), (max(start, stop), n)):
         if i < j:
             shared = (i, j) == (start, stop)
-            seen = _block_mask(range(i, i + 1 if shared else j), block, first, tk, sinks, around, rule, q.device)
+            blocks = torch.arange(i, i + 1 if shared else j, device=q.device)
+            seen = _block_mask(first + blocks * block, block, back, around, tk, sinks, rule)
             rows = (x[:, i:j].flatten(0, 1) for x in (q, k, v))
             mask = seen.expand(b * (j - i), -1, -1, -1) if shared else seen.repeat(b, 1, 1, 1)
             outputs.append(_sdpa(*rows, scale, mask=mask).unflatten(0, (b, j - i)))
@@ -111,29 +116,30 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, rule: Rule, scale: float, block: 
 
 
 def _reached(x: Tensor, begin: int, length: int, block: int, around: int, sinks: int) -> Tensor:
-    """The keys that each block of queries meets, [b, blocks, sinks + around · block, g, k].
+    """The keys that each block of queries meets, [b, blocks, sinks + around, g, k].
 
     `begin`, which may be negative, and `length` say which keys the blocks reach; missing ones are zeros.
     """
     inside = x[:, max(begin, 0) :]
     before = max(-begin, 0)
-    padded = F.pad(inside, (0, 0, 0, 0, before, length - before - inside.shape[1])).unflatten(1, (-1, block))
-    n = padded.shape[1] - around + 1
-    kept = x[:, None, :sinks].expand(-1, n, -1, -1, -1)
-    return torch.cat([kept, *(padded[:, i : i + n] for i in range(around))], dim=2)
+    padded = F.pad(inside, (0, 0, 0, 0, before, length - before - inside.shape[1]))
+    near = padded.unfold(1, around, block).movedim(-1, 2)
+    if not sinks:
+        return near
+    return torch.cat([x[:, None, :sinks].expand(-1, near.shape[1], -1, -1, -1), near], dim=2)
 
 
-def _block_mask(
-    blocks: range, block: int, first: int, tk: int, sinks: int, around: int, rule: Rule, device: torch.device
-) -> Tensor:
-    """What the queries of some blocks see of the keys that they meet, [blocks, 1, block, sinks + around · block]."""
-    index = torch.arange(blocks.start, blocks.stop, device=device)[:, None, None]
-    start = first + index * block
+def _block_mask(start: Tensor, block: int, back: int, around: int, tk: int, sinks: int, rule: Rule) -> Tensor:
+    """What the queries of the blocks that begin at `start` see of the keys that they meet.
+
+    [blocks, 1, block, sinks + around]
+    """
+    device, start = start.device, start[:, None, None]
     p = start + torch.arange(block, device=device)[:, None]
-    near = start - block + torch.arange(around * block, device=device)
+    near = start - back + torch.arange(around, device=device)
     # A sink in reach of the window is met twice, and counts among the sinks.
     of_near = visible_keys(p, near, rule) & (near >= sinks) & (near < tk)
-    of_sinks = visible_keys(p, torch.arange(sinks, device=device), rule).expand(len(blocks), block, sinks)
+    of_sinks = visible_keys(p, torch.arange(sinks, device=device), rule).expand(len(start), block, sinks)
     seen = torch.cat([of_sinks, of_near], dim=-1)
     # Queries behind the end are cut off later; until then they must see something.
     return (seen | (p >= tk))[:, None]

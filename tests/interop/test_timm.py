@@ -29,7 +29,8 @@ def images(*size: int, channels: int = 3) -> torch.Tensor:
 
 
 def without_gradient(model: torch.nn.Module) -> list[str]:
-    return [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    # Zeros are in order: what stands behind a matrix that starts as zero, or is for longer sequences.
+    return [name for name, p in model.named_parameters() if p.grad is None]
 
 
 each_model = pytest.mark.parametrize("name", NAMES)
