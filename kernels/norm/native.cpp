@@ -115,7 +115,7 @@ template <class S>
 void run(const View* views, const int64_t* numbers, bool back) {
     const Call call(views, numbers);
     const View* v = call.v;
-#pragma omp parallel for num_threads(call.threads) schedule(static)
+#pragma omp parallel for num_threads(std::min(call.threads, call.tasks)) schedule(dynamic, 1)
     for (int64_t task = 0; task < call.tasks; task++) {
         const int64_t last = call.rows * (task + 1) / call.tasks;
         S* dweight = back && v[DWEIGHT] ? v[DWEIGHT].at<S>(task) : nullptr;

@@ -6,8 +6,9 @@ from torch import Tensor
 from .. import native
 from ..tools import accumulate_dtype, unit_stride
 
-# Elements of a task; smaller calls are not worth waking a thread.
-TASK = 1 << 15
+# More tasks than threads, so that no thread waits long for the others; but none so small that waking one costs more.
+TASKS = 4
+SMALLEST = 1 << 16
 
 
 def norm_native(
@@ -31,7 +32,7 @@ def _rows(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _numbers(x: Tensor, groups: int, silu: bool, before: bool) -> list[int]:
     d = x.shape[-1]
     rows = x.numel() // d
-    tasks = max(1, min(torch.get_num_threads(), rows, x.numel() // TASK))
+    tasks = max(1, min(TASKS * torch.get_num_threads(), rows, x.numel() // SMALLEST))
     return [rows, groups, d // groups, int(silu), int(before), tasks]
 
 

@@ -143,8 +143,9 @@ void walk(const Call& call, bool back) {
     using M = Math<S>;
     using V = typename M::V;
     const int64_t blocks = (call.channels + M::lanes - 1) / M::lanes, w = call.width;
-#pragma omp parallel for num_threads(call.threads) schedule(static)
-    for (int64_t task = 0; task < call.sequences * call.parts; task++) {
+    const int64_t tasks = call.sequences * call.parts;
+#pragma omp parallel for num_threads(std::min(call.threads, tasks)) schedule(dynamic, 1)
+    for (int64_t task = 0; task < tasks; task++) {
         const int64_t sequence = task / call.parts, part = task % call.parts;
         const int64_t last = blocks * (part + 1) / call.parts;
         std::vector<V> taps(TOGETHER * w), sums(TOGETHER * (w + 1)), dz(back ? TOGETHER * (STRETCH + w) : 0);

@@ -7,8 +7,9 @@ from .. import native
 from ..tools import accumulate_dtype, unit_stride
 from .ops import Gradients, Outputs, gradient_shapes, register, shapes
 
-# Elements of a task; smaller calls are not worth waking a thread.
-TASK = 1 << 15
+# More tasks than threads, so that no thread waits long for the others; but none so small that waking one costs more.
+TASKS = 4
+SMALLEST = 1 << 16
 LANES = 16
 
 
@@ -38,7 +39,7 @@ def _inputs(x, weight, bias, initial_state, cu_seqlens, dtype: torch.dtype) -> l
 
 def _numbers(x: Tensor, weight: Tensor, sequences: int, silu: bool) -> list[int]:
     """Sizes and options; last the number of parts into which channels are divided among tasks."""
-    wanted = min(torch.get_num_threads(), x.numel() // TASK)
+    wanted = min(TASKS * torch.get_num_threads(), x.numel() // SMALLEST)
     parts = max(1, min(-(-wanted // sequences), x.shape[2] // LANES))
     return [sequences, x.shape[2], weight.shape[1], int(silu), parts]
 
