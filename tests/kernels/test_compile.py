@@ -51,33 +51,21 @@ def started(tmp_path, *command):
     )
 
 
-def compiled(tmp_path, targets):
-    """Two processes at once, since each compiles on one core."""
-    halves = [targets[::2], targets[1::2]]
-    command = ["-m", "omnimix", "kernels", "compile", "--json", "-", "--targets"]
-    processes = [started(tmp_path, *command, ",".join(half)) for half in halves]
-    rows = []
-    for process in processes:
-        out, error = process.communicate()
-        assert out, error
-        rows += json.loads(out)
-        assert process.returncode == (1 if any(row["problem"] for row in json.loads(out)) else 0), error
-    return rows
-
-
-def test_every_kernel_fits_every_target(tmp_path):
-    rows = compiled(tmp_path, DEFAULT_TARGETS)
+@pytest.mark.parametrize("target", DEFAULT_TARGETS)
+def test_every_kernel_fits_every_target(tmp_path, target):
+    out, error = started(
+        tmp_path, "-m", "omnimix", "kernels", "compile", "--json", "-", "--targets", target
+    ).communicate()
+    assert out, error
+    rows = json.loads(out)
     assert not [row for row in rows if row["problem"]]
-    expected = {op.name for op in ops() if any(b.name == "triton" for b in op.backends)}
-    for target in DEFAULT_TARGETS:
-        here = [row for row in rows if row["target"] == target]
-        assert {row["op"] for row in here} == expected
-        assert all(row["spills"] == 0 and 0 < row["registers"] <= 512 for row in here)
-        assert all(0 <= row["shared"] <= row["shared limit"] == TARGETS[target].shared for row in here)
+    assert {row["op"] for row in rows} == {op.name for op in ops() if any(b.name == "triton" for b in op.backends)}
+    assert all(row["spills"] == 0 and 0 < row["registers"] <= 512 for row in rows)
+    assert all(0 <= row["shared"] <= row["shared limit"] == TARGETS[target].shared for row in rows)
     # Tensor cores are used where there is a product.
     products = [row for row in rows if row["op"] == "gated_linear" and row["kernel"] == "_output_kernel"]
-    assert {row["mma"] for row in products if row["target"] == "sm_90"} == {"wgmma"}
-    assert {row["mma"] for row in products if row["target"] == "gfx942"} == {"mfma"}
+    expected = {"sm_90": {"wgmma"}, "gfx942": {"mfma"}}.get(target)
+    assert expected in (None, {row["mma"] for row in products})
 
 
 def test_a_spilling_kernel_is_reported(tmp_path):
