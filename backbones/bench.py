@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, UnknownName
 from ..kernels.bench import DTYPES, Stopwatch, peak_bytes
+from ..kernels.peers import in_its_own_process
 from ..kernels.registry import using
 from .backbone import Backbone
 from .channel import get_channel
@@ -139,7 +139,7 @@ SUBJECTS = (
     ),
     Subject(block=MAMBA2, name="chunked", dim=768, build=lambda: _stack("mamba2"), backend="chunked"),
     Subject(block=MAMBA2, name="transformers", dim=768, build=_transformers_mamba2, packages=("transformers",)),
-    Subject(block=MOE, name="chunked", dim=512, build=lambda: _channel("moe", experts=8, active=2, ratio=2.0)),
+    Subject(block=MOE, name="omnimix", dim=512, build=lambda: _channel("moe", experts=8, active=2, ratio=2.0)),
     Subject(block=MOE, name="dense, as many products", dim=512, build=lambda: _channel("swiglu", ratio=4.0)),
     Subject(block=MOE, name="transformers grouped_mm", dim=512, build=_transformers_moe, packages=("transformers",)),
 )
@@ -164,17 +164,6 @@ def measure(subject: Subject, length: int, dtype: torch.dtype, device: torch.dev
         net.train()
         both, peak = watch.milliseconds(step), peak_bytes(step, device)
     return {"forward": forward, "forward+backward": both, "MB": None if peak is None else peak / 1e6}
-
-
-def _apart(index: int, **asked: Any) -> dict[str, Any]:
-    asked |= {"subject": index, "threads": torch.get_num_threads()}
-    # -P: a folder called `kernels` where the command runs must not be taken for the package of that name.
-    command = [sys.executable, "-P", "-m", "omnimix.backbones.bench", json.dumps(asked)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        return {"error": lines[-1] if lines else f"exit code {done.returncode}"}
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def bench_blocks(
@@ -225,7 +214,8 @@ def bench_blocks(
         if s.missing:
             left_out[f"{s.name}, {s.block}"] = f"not installed: {', '.join(s.missing)} (pip install 'omnimix[bench]')"
             continue
-        taken = _apart(i, length=t, dtype=dtype, device=device, repeats=repeats)
+        asked = {"subject": i, "length": t, "dtype": dtype, "device": device, "repeats": repeats}
+        taken = in_its_own_process("omnimix.backbones.bench", asked)
         if "error" in taken:
             left_out[f"{s.name}, {s.block}"] = taken["error"]
         else:
@@ -282,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _alone(asked: dict[str, Any]) -> None:
-    """What `_apart` asks for: one subject, as JSON on standard output."""
+    """One subject, as `bench_blocks` asks for it; prints its times as JSON."""
     torch.set_num_threads(asked["threads"])
     subject = SUBJECTS[asked["subject"]]
     if subject.packages:

@@ -159,17 +159,21 @@ def served(peer: Peer, arguments: Arguments, length: int) -> bool:
     return (peer.longest is None or length <= peer.longest) and peer.adapt(arguments) is not None
 
 
-def times(peer: Peer, case: str, length: int, *, dtype: str, device: str, repeats: int) -> dict[str, Any]:
-    """The peer's times on a case in a process of its own: pass -> milliseconds, and "MB"; or "error" -> why not."""
-    asked = {"peer": PEERS.index(peer), "case": case, "length": length, "dtype": dtype, "device": device}
-    asked |= {"repeats": repeats, "threads": torch.get_num_threads()}
+def in_its_own_process(module: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """What `python -m module` prints as JSON when it is given `asked` as JSON; or "error" -> why there is nothing."""
     # -P: a folder called `kernels` where the command runs must not be taken for the package of that name.
-    command = [sys.executable, "-P", "-m", "omnimix.kernels.peers", json.dumps(asked)]
+    command = [sys.executable, "-P", "-m", module, json.dumps(asked | {"threads": torch.get_num_threads()})]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         return {"error": lines[-1] if lines else f"exit code {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def times(peer: Peer, case: str, length: int, *, dtype: str, device: str, repeats: int) -> dict[str, Any]:
+    """The peer's times on a case in a process of its own: pass -> milliseconds, and "MB"; or "error" -> why not."""
+    asked = {"peer": PEERS.index(peer), "case": case, "length": length, "dtype": dtype, "device": device}
+    return in_its_own_process("omnimix.kernels.peers", asked | {"repeats": repeats})
 
 
 def main(argv: Sequence[str]) -> int:

@@ -51,6 +51,25 @@ def _seeded():
 
 
 @pytest.fixture
+def without_gradient():
+    """Names of the parameters on which a loss of a model's output does not depend.
+
+    Called with the model and a function from the model to the loss. Parameters that start as zeros, behind which
+    nothing has a gradient at first, get small values before.
+    """
+
+    def names(model, loss):
+        with torch.no_grad():
+            for p in model.parameters():
+                if not p.any():
+                    p.normal_(std=0.02)
+        loss(model).backward()
+        return [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+
+    return names
+
+
+@pytest.fixture
 def without_shape_checks():
     """Switches jaxtyping's checks off: torch.compile(fullgraph=True) cannot trace them."""
     before = jaxtyping.config.jaxtyping_disable
