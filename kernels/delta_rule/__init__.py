@@ -12,7 +12,7 @@ from torch import Tensor
 from ...errors import UnsupportedCall, UnsupportedShape
 from ..backends import backends
 from ..registry import Case, Draw, Op, register_op
-from ..tools import triton_refusal
+from ..tools import check_matrix_recurrence, triton_refusal
 
 
 def delta_rule(
@@ -69,7 +69,8 @@ def delta_rule(
         BackendUnavailable: the named backend cannot serve the call.
     """
     _check_forms(beta, removal, a, b)
-    _check(q, k, v, beta, decay, {"removal": removal, "a": a, "b": b}, initial_state, cu_seqlens)
+    check_matrix_recurrence(q, k, v, decay, initial_state, cu_seqlens)
+    _check_keys(k, v, beta, {"removal": removal, "a": a, "b": b})
     return OP.dispatch(
         backend,
         q=q,
@@ -95,30 +96,12 @@ def _check_forms(beta, removal, a, b) -> None:
         raise UnsupportedCall(f"{name} has no place beside a and b; leave it out, or multiply it into a, b and v")
 
 
-def _check(q, k, v, beta, decay, keys, initial_state, cu_seqlens) -> None:
-    batch, t, h, dv = v.shape
-    g, dk = q.shape[2:]
-    if q.shape != k.shape or q.shape[:2] != (batch, t):
-        raise UnsupportedShape(
-            f"q {tuple(q.shape)} and k {tuple(k.shape)} must be equal and start with v's {(batch, t)}"
-        )
-    if t < 1:
-        raise UnsupportedShape("v: the sequence is empty (t = 0); pass at least one step")
-    if g < 1 or h % g:
-        raise UnsupportedShape(f"q: its {g} heads must divide v's {h} heads")
+def _check_keys(k, v, beta, keys) -> None:
     for name, x in keys.items():
         if x is not None and x.shape != k.shape:
             raise UnsupportedShape(f"{name}: shape {tuple(x.shape)} is not k's {tuple(k.shape)}")
-    if beta is not None and tuple(beta.shape) != (batch, t, h):
-        raise UnsupportedShape(f"beta: shape {tuple(beta.shape)} is not {(batch, t, h)}")
-    if decay is not None and tuple(decay.shape) not in {(h,), (batch, t, h), (batch, t, h, dk)}:
-        shapes = f"{(h,)}, {(batch, t, h)}, {(batch, t, h, dk)}"
-        raise UnsupportedShape(f"decay: shape {tuple(decay.shape)} is none of {shapes}")
-    if cu_seqlens is not None and batch != 1:
-        raise UnsupportedShape(f"cu_seqlens: packed sequences need batch 1, not {batch}")
-    n = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if initial_state is not None and tuple(initial_state.shape) != (n, h, dk, dv):
-        raise UnsupportedShape(f"initial_state: shape {tuple(initial_state.shape)} is not {(n, h, dk, dv)}")
+    if beta is not None and beta.shape != v.shape[:3]:
+        raise UnsupportedShape(f"beta: shape {tuple(beta.shape)} is not {tuple(v.shape[:3])}")
 
 
 def _flops(arguments: Mapping[str, Any]) -> float:

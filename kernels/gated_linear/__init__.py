@@ -12,6 +12,7 @@ from torch import Tensor
 from ...errors import UnsupportedShape
 from ..backends import backends
 from ..registry import Case, Draw, Op, register_op
+from ..tools import check_matrix_recurrence
 
 
 def gated_linear(
@@ -52,7 +53,10 @@ def gated_linear(
         UnsupportedShape: shapes that do not fit, with the argument's name.
         BackendUnavailable: the named backend cannot serve the call.
     """
-    _check(q, k, v, decay, bonus, initial_state, cu_seqlens)
+    check_matrix_recurrence(q, k, v, decay, initial_state, cu_seqlens)
+    of_heads = (v.shape[2], q.shape[3])
+    if bonus is not None and tuple(bonus.shape) != of_heads:
+        raise UnsupportedShape(f"bonus: shape {tuple(bonus.shape)} is not {of_heads}")
     return OP.dispatch(
         backend,
         q=q,
@@ -64,26 +68,6 @@ def gated_linear(
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
     )
-
-
-def _check(q, k, v, decay, bonus, initial_state, cu_seqlens) -> None:
-    b, t, h, dv = v.shape
-    g, dk = q.shape[2:]
-    if q.shape != k.shape or q.shape[:2] != (b, t):
-        raise UnsupportedShape(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be equal and start with v's {(b, t)}")
-    if t < 1:
-        raise UnsupportedShape("v: the sequence is empty (t = 0); pass at least one step")
-    if g < 1 or h % g:
-        raise UnsupportedShape(f"q: its {g} heads must divide v's {h} heads")
-    if decay is not None and tuple(decay.shape) not in {(h,), (b, t, h), (b, t, h, dk)}:
-        raise UnsupportedShape(f"decay: shape {tuple(decay.shape)} is none of {(h,)}, {(b, t, h)}, {(b, t, h, dk)}")
-    if bonus is not None and tuple(bonus.shape) != (h, dk):
-        raise UnsupportedShape(f"bonus: shape {tuple(bonus.shape)} is not {(h, dk)}")
-    if cu_seqlens is not None and b != 1:
-        raise UnsupportedShape(f"cu_seqlens: packed sequences need batch 1, not {b}")
-    n = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if initial_state is not None and tuple(initial_state.shape) != (n, h, dk, dv):
-        raise UnsupportedShape(f"initial_state: shape {tuple(initial_state.shape)} is not {(n, h, dk, dv)}")
 
 
 def _flops(arguments: Mapping[str, Any]) -> float:
