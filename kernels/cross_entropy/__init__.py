@@ -125,10 +125,13 @@ def _cases() -> tuple[Case, ...]:
     )
 
 
+def _product(arguments: Mapping[str, Any]) -> float:
+    return 2.0 * arguments["x"].numel() * arguments["weight"].shape[0]
+
+
 def _flops(arguments: Mapping[str, Any]) -> float:
     # The custom op also says into which of x, weight and bias it computes gradients: a product for x and for weight.
-    products = 1 + sum(arguments.get("into", ())[:2])
-    return 2.0 * products * arguments["x"].numel() * arguments["weight"].shape[0]
+    return (1 + sum(arguments.get("into", ())[:2])) * _product(arguments)
 
 
 OP = register_op(
@@ -139,6 +142,8 @@ OP = register_op(
         cases=_cases,
         causal=False,
         flops=_flops,
+        # With a loss for each row the gradients wait for the backward pass.
+        parts={f"cross_entropy_{backend}_rows": _product for backend in ("chunked", "triton")},
         summary="-log softmax(x W^T + b)_target, without all logits at once",
     )
 )

@@ -142,11 +142,15 @@ def _check_state(v, w1, w2, momentum, initial_state, cu_seqlens) -> None:
 
 
 def _flops(arguments: Mapping[str, Any]) -> float:
-    """Of the dual form: each layer forward on k and q, its gradients, and the products within a mini-batch."""
+    """Of the dual form: each layer forward on k and q, its gradients, and the products within a mini-batch.
+
+    Momentum is a second set of weights, which q reads and gradients change.
+    """
     (b, t, h, size), m = arguments["q"].shape, arguments["w1"].shape[2]
     layers = [(size, m)] if arguments.get("w2") is None else [(size, m), (m, size)]
     within = arguments.get("chunk", 16)
-    products = sum(3 * i * o + within * (i + o) for i, o in layers) + (size * m if len(layers) > 1 else 0)
+    each = 3 if arguments.get("momentum") is None else 5
+    products = sum(each * i * o + within * (i + o) for i, o in layers) + (size * m if len(layers) > 1 else 0)
     return 2.0 * b * t * h * products
 
 
