@@ -14,6 +14,8 @@ _LAZY = {
     "BackboneConfig": ".backbones",
     "Layout": ".backbones",
     "State": ".backbones",
+    "LanguageModel": ".backbones",
+    "LanguageModelConfig": ".backbones",
     "list_mixers": ".backbones",
     "list_models": ".modalities",
     "create_model": ".modalities",
@@ -22,6 +24,7 @@ _LAZY = {
     "PatchTokenizer": ".modalities",
     "PatchTokenizerConfig": ".modalities",
     "ClassificationHead": ".backbones.heads",
+    "list_objectives": ".backbones.heads",
 }
 _MODULES = {
     "backbones": ".backbones",

@@ -2,7 +2,8 @@
 
 from .backbone import Backbone, Trace
 from .channel import list_channels
-from .config import BackboneConfig, ChannelConfig, MixerConfig, from_dict, to_dict
+from .config import BackboneConfig, ChannelConfig, MixerConfig, ObjectiveConfig, from_dict, to_dict
+from .language import LanguageModel, LanguageModelConfig
 from .layout import Layout
 from .mixers import list_mixers
 from .parameters import no_weight_decay
@@ -12,8 +13,11 @@ __all__ = [
     "Backbone",
     "BackboneConfig",
     "ChannelConfig",
+    "LanguageModel",
+    "LanguageModelConfig",
     "Layout",
     "MixerConfig",
+    "ObjectiveConfig",
     "State",
     "Trace",
     "from_dict",

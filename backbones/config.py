@@ -23,6 +23,11 @@ class ChannelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """Base of the options of a language model's objective."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Site:
     """Where in a backbone a layer stands; some mixers initialise by it.
 
@@ -161,11 +166,12 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
 def _restore(key: str, hint: Any, value: Any) -> Any:
     if isinstance(value, dict) and dataclasses.is_dataclass(hint):
         return from_dict(hint, value)
-    if key in {"mixers", "channels"} and isinstance(value, dict):
+    if key in {"mixers", "channels", "objectives"} and isinstance(value, dict):
         from .channel import get_channel
+        from .heads import get_objective
         from .mixers import get_mixer
 
-        get = get_mixer if key == "mixers" else get_channel
+        get = {"mixers": get_mixer, "channels": get_channel, "objectives": get_objective}[key]
         return {name: from_dict(get(name).config, v) if isinstance(v, dict) else v for name, v in value.items()}
     return tuple(value) if isinstance(value, list) else value
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ..backbones import LanguageModel
 from ..errors import CheckpointError, ConfigError, UnknownName
 from .vision import VISION_MODELS, ImageClassifier, image_classifier
 from .weights import CONFIG, WEIGHTS, build_config, load_weights, read_config, save_weights, unwrap, write_config
@@ -140,5 +141,6 @@ def read_details(folder: str | Path) -> dict[str, Any]:
 
 
 register_class(ImageClassifier)
+register_class(LanguageModel)
 for _name, _options in VISION_MODELS.items():
     register_model(_name, partial(image_classifier, **_options))

@@ -1,0 +1,143 @@
+"""Next-token prediction, optionally of several tokens ahead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
+from ...kernels import cross_entropy
+from ..config import ObjectiveConfig, positive
+from ..layout import Layout
+from .objective import Likelihood, Objective, ObjectiveLoss, register_objective
+
+if TYPE_CHECKING:
+    from ..language import LanguageModel
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalConfig(ObjectiveConfig):
+    """Options of `causal`.
+
+    Args:
+        ahead: tokens that are predicted from each position; only the first of them is used to decode.
+        ahead_weight: of the mean loss of the further tokens.
+        z_loss: coefficient that keeps the softmax's normaliser near 1 (arXiv 2204.02311, section 5).
+    """
+
+    ahead: int = 1
+    ahead_weight: float = 0.3
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        positive(self, "ahead")
+        for name in ("ahead_weight", "z_loss"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"CausalConfig.{name} is {getattr(self, name)}; it must be at least 0")
+
+
+@register_objective(
+    "causal",
+    CausalConfig,
+    summary="each token from those before it; several ahead where wanted",
+    source="arXiv 2404.19737",
+    examples=(CausalConfig(), CausalConfig(ahead=3, z_loss=1e-3)),
+)
+class Causal(Objective):
+    """−log p(token | tokens before it).
+
+    With `ahead` > 1 each further token has its own residual layer between the backbone and the shared output matrix
+    (multi-token prediction, arXiv 2404.19737; the layer is Medusa's, arXiv 2401.10774), which decoding leaves out.
+    """
+
+    def __init__(self, dim: int, vocabulary: int, config: CausalConfig):
+        super().__init__()
+        self.config = config
+        self.further = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(config.ahead - 1))
+        for layer in self.further:
+            nn.init.zeros_(layer.weight)
+
+    def check(self, model: LanguageModel) -> None:
+        for name, mixer in model.mixers().items():
+            if not mixer.causal:
+                raise UnsupportedCall(
+                    f"objective 'causal' needs mixers that only look backwards, and {name} runs in several "
+                    "directions; configure scan='forward'"
+                )
+
+    def loss(
+        self,
+        model: LanguageModel,
+        tokens: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+        counted: Tensor | None = None,
+    ) -> ObjectiveLoss:
+        targets = shifted(tokens, 1, cu_seqlens, lengths, counted)
+        count = int((targets != IGNORED).sum())
+        if not count:
+            raise UnsupportedShape(f"tokens: of {tuple(tokens.shape)} none is left to be predicted")
+        trace = model.trace(tokens, Layout(causal=True, cu_seqlens=cu_seqlens))
+        weight = model.output_weight(trace.y)
+        plain = cross_entropy(trace.y, weight, targets, reduction="sum", z_loss=self.config.z_loss)
+        parts = {"next": plain.detach() / count}
+        loss = plain / count
+        if self.config.ahead > 1:
+            total = loss.new_zeros(())
+            for i, layer in enumerate(self.further):
+                later = shifted(tokens, i + 2, cu_seqlens, lengths, counted)
+                total = total + cross_entropy(trace.y + F.silu(layer(trace.y)), weight, later)
+            parts["ahead"] = total.detach() / len(self.further)
+            loss = loss + self.config.ahead_weight * total / len(self.further)
+        for name, extra in trace.losses.items():
+            parts[name] = extra.detach()
+            loss = loss + extra
+        nats = plain.detach()
+        if self.config.z_loss:
+            with torch.no_grad():
+                nats = cross_entropy(trace.y, weight, targets, reduction="sum")
+        return ObjectiveLoss(loss=loss, nats=nats, count=count, parts=parts)
+
+    @torch.no_grad()
+    def log_likelihood(
+        self,
+        model: LanguageModel,
+        tokens: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        counted: Tensor | None = None,
+        samples: int = 32,
+        seed: int = 0,
+    ) -> Likelihood:
+        """Exact: `samples` and `seed` have no influence. The first token of a row is given."""
+        targets = shifted(tokens, 1, None, lengths, counted)
+        scored = targets != IGNORED
+        y = model.trace(tokens, Layout(causal=True)).y
+        nats = cross_entropy(y, model.output_weight(y), targets, reduction="none").double().sum(1)
+        best = torch.stack([model.logits(row).argmax(-1) for row in y])
+        greedy = ((best == targets) | ~scored).all(1)
+        return Likelihood(nats=nats.cpu(), greedy=greedy.cpu())
+
+
+def shifted(
+    tokens: Tensor, by: int, cu_seqlens: Tensor | None, lengths: Tensor | None, counted: Tensor | None
+) -> Tensor:
+    """For each position the token `by` places later in its sequence, `IGNORED` where there is none or it is given."""
+    targets = tokens if counted is None else tokens.masked_fill(~counted, IGNORED)
+    if lengths is not None:
+        place = torch.arange(tokens.shape[1], device=tokens.device)
+        targets = targets.masked_fill(place >= lengths[:, None], IGNORED)
+    targets = F.pad(targets[:, by:], (0, min(by, tokens.shape[1])), value=IGNORED)
+    if cu_seqlens is not None:
+        place = torch.arange(tokens.shape[1], device=tokens.device)
+        ends = cu_seqlens.long()[1:]
+        end = ends[torch.searchsorted(ends, place, right=True)]
+        targets = targets.masked_fill((place + by >= end)[None], IGNORED)
+    return targets

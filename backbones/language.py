@@ -1,0 +1,152 @@
+"""Language models: token ids in, logits or a loss out, around any backbone and any objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from ..errors import UnsupportedCall, UnsupportedShape
+from .backbone import Backbone, Trace
+from .config import BackboneConfig, ObjectiveConfig, check_options, positive
+from .heads.objective import ObjectiveLoss, build_objective
+from .layout import Layout
+from .mixers import Mixer
+from .state import State
+from .wrappers.parallel import Parallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig:
+    """A language model.
+
+    Args:
+        backbone: its `scan` is "forward" under causal objectives, and "both" under diffusion.
+        vocabulary: token ids are 0 … vocabulary − 1. An objective may add tokens of its own behind them (the mask).
+        objective: what it is trained for, by name; see `list_objectives()`.
+        objectives: options by objective name.
+        tie: whether the output matrix is the embedding (arXiv 1608.05859).
+    """
+
+    backbone: BackboneConfig
+    vocabulary: int
+    objective: str = "causal"
+    objectives: dict[str, ObjectiveConfig] = field(default_factory=dict)
+    tie: bool = True
+
+    def __post_init__(self) -> None:
+        from .heads import get_objective
+
+        positive(self, "vocabulary")
+        get_objective(self.objective)
+        check_options("objectives", self.objectives, {name: get_objective(name).config for name in self.objectives})
+
+
+class LanguageModel(nn.Module):
+    """An embedding, a backbone, an output matrix and an objective.
+
+    Example:
+        >>> model = LanguageModel(LanguageModelConfig(
+        ...     backbone=BackboneConfig(dim=256, depth=6, pattern=["gated_deltanet", "attention"]), vocabulary=4096))
+        >>> model.loss(tokens).loss.backward()          # tokens: (b, t), int64
+        >>> logits, state = model(prompt)               # (b, t, 4096)
+        >>> logits, state = model(next_token, state)    # goes on where it stopped
+
+    Raises:
+        UnsupportedCall: a mixer cannot serve the objective, with the remedy.
+    """
+
+    config_class = LanguageModelConfig
+
+    def __init__(self, config: LanguageModelConfig):
+        super().__init__()
+        self.config = config
+        dim = config.backbone.dim
+        self.objective = build_objective(config.objective, dim, config.vocabulary, config.objectives)
+        self.embedding = nn.Embedding(config.vocabulary + self.objective.extra_tokens, dim)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.backbone = Backbone(config.backbone)
+        self.head = None if config.tie else nn.Linear(dim, config.vocabulary, bias=False)
+        if self.head is not None:
+            nn.init.normal_(self.head.weight, std=0.02)
+        self.objective.check(self)
+
+    @property
+    def vocabulary(self) -> int:
+        return self.config.vocabulary
+
+    @property
+    def mask_token(self) -> int:
+        """The id of the token that stands for one not yet known.
+
+        Raises:
+            UnsupportedCall: the objective has none.
+        """
+        if not self.objective.extra_tokens:
+            raise UnsupportedCall(f"objective {self.config.objective!r} has no mask token; diffusion objectives have")
+        return self.config.vocabulary
+
+    def mixers(self) -> dict[str, Mixer]:
+        """The mixers of the blocks by a name for messages, those inside parallel heads included."""
+        found: dict[str, Mixer] = {}
+        for i, block in enumerate(self.backbone.blocks):
+            parts = block.mixer.parts.values() if isinstance(block.mixer, Parallel) else [block.mixer]
+            for part in parts:
+                found[f"{type(part).__name__} in layer {i}"] = part
+        return found
+
+    def trace(self, tokens: Int[Tensor, "b t"], layout: Layout, state: tuple[State, ...] | None = None) -> Trace:
+        """The backbone's `Trace` of embedded tokens.
+
+        Raises:
+            UnsupportedShape: ids outside the vocabulary (and the objective's own tokens), or none.
+        """
+        if tokens.ndim != 2 or not tokens.shape[1]:
+            raise UnsupportedShape(f"tokens: shape {tuple(tokens.shape)} is not (batch, time) with at least one token")
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = tokens.aminmax()
+            if low < 0 or high >= self.embedding.num_embeddings:
+                raise UnsupportedShape(
+                    f"tokens: ids reach from {int(low)} to {int(high)}, and the model knows 0 to "
+                    f"{self.embedding.num_embeddings - 1}; is this its tokenizer?"
+                )
+        return self.backbone.trace(self.embedding(tokens), layout, state)
+
+    def forward(
+        self, tokens: Int[Tensor, "b t"], state: tuple[State, ...] | None = None, *, layout: Layout | None = None
+    ) -> tuple[Float[Tensor, "b t v"], tuple[State, ...] | None]:
+        """Logits for every position and, under a causal layout, the state after the last.
+
+        Args:
+            state: what an earlier call returned; the tokens then go on from there.
+            layout: causal by default.
+        """
+        trace = self.trace(tokens, Layout(causal=True) if layout is None else layout, state)
+        return self.logits(trace.y), trace.state
+
+    def logits(self, y: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows v"]:
+        """Logits from the backbone's outputs."""
+        return F.linear(y, self.output_weight(y))
+
+    def output_weight(self, y: Tensor) -> Float[Tensor, "v d"]:
+        """The output matrix, in the dtype of the backbone's outputs `y`."""
+        weight = self.embedding.weight[: self.vocabulary] if self.head is None else self.head.weight
+        return weight.to(y.dtype)
+
+    def loss(
+        self,
+        tokens: Int[Tensor, "b t"],
+        *,
+        cu_seqlens: Int[Tensor, "n_plus_1"] | None = None,
+        lengths: Int[Tensor, "b"] | None = None,
+        counted: Bool[Tensor, "b t"] | None = None,
+    ) -> ObjectiveLoss:
+        """The objective's loss; see `Objective.loss`."""
+        return self.objective.loss(self, tokens, cu_seqlens=cu_seqlens, lengths=lengths, counted=counted)
+
+    def init_state(self, batch: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+        """The state before the first token, one a block."""
+        return self.backbone.init_state(batch, device=device, dtype=dtype)
