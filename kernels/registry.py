@@ -229,7 +229,8 @@ class Op:
             warnings.warn(message, stacklevel=4)
 
     def dispatch(self, backend: str, **arguments: Any) -> Any:
-        return self.choose(backend, arguments).load()(**arguments)
+        with own_precision(device_of(arguments)):
+            return self.choose(backend, arguments).load()(**arguments)
 
     def explain(self, arguments: Arguments) -> list[dict[str, str]]:
         """One row a backend: its name, whether `auto` takes it for this call, and why (not)."""
@@ -276,6 +277,14 @@ def using(backend: str) -> Iterator[None]:
         yield
     finally:
         _using.reset(token)
+
+
+def own_precision(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Switches off autocast, which would round the factors of single products inside an algorithm that decides on its
+    precision itself."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 def device_of(arguments: Arguments) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ...kernels import grouped_mm
 from ...kernels.grouped_mm import combine, dispatch, route
+from ...kernels.registry import own_precision
 from ..config import ChannelConfig, Site, positive
 from .base import Channel, register_channel
 from .mlp import SwiGLU, SwiGLUConfig
@@ -145,7 +146,7 @@ class MoE(Channel):
     def _logits(self, tokens: Tensor) -> Tensor:
         wide = torch.promote_types(tokens.dtype, torch.float32)
         # A choice among experts is a step: rounding moves it, so that nothing here is rounded.
-        with torch.autocast(tokens.device.type, enabled=False):
+        with own_precision(tokens.device.type):
             return F.linear(tokens.to(wide), self.router.weight.to(wide))
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

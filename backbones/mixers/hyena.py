@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...kernels import long_conv, short_conv
+from ...kernels.registry import own_precision
 from ..config import MixerConfig, Site, positive
 from ..layout import Layout
 from ..parameters import mark
@@ -72,9 +73,10 @@ class _Filters(nn.Module):
         bands = torch.linspace(1e-4, max(self.bands - 1, 1e-4), self.bands, device=device, dtype=wide)
         angle = 2 * math.pi * place * bands
         z = torch.cat([place, angle.cos(), -angle.sin()], dim=-1)
-        for layer in self.layers:
-            z = (self.frequency.to(wide) * F.linear(z, layer.weight.to(wide), layer.bias.to(wide))).sin()
-        filters = F.linear(z, self.last.weight.to(wide)).t()
+        with own_precision(device.type):
+            for layer in self.layers:
+                z = (self.frequency.to(wide) * F.linear(z, layer.weight.to(wide), layer.bias.to(wide))).sin()
+            filters = F.linear(z, self.last.weight.to(wide)).t()
         # From channel to channel the window falls to a hundredth after 0.3 to 1.5 times the length.
         reach = torch.linspace(1 / 0.3, 1 / 1.5, filters.shape[0], device=device, dtype=wide)
         return filters * torch.exp(math.log(0.01) * reach[:, None] * place.t())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...kernels import gated_linear
+from ...kernels.registry import own_precision
 from ..config import MixerConfig, Site, positive
 from ..layout import Layout, repack, unpack
 from ..state import State
@@ -80,8 +81,9 @@ class Linear(Mixer):
 
     def _both_ways(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         wide = torch.promote_types(v.dtype, torch.float32)
-        memory = torch.einsum("bthk,bthv->bhkv", k.to(wide), v.to(wide))
-        return torch.einsum("bthk,bhkv->bthv", q.to(wide), memory)
+        with own_precision(v.device.type):
+            memory = torch.einsum("bthk,bthv->bhkv", k.to(wide), v.to(wide))
+            return torch.einsum("bthk,bhkv->bthv", q.to(wide), memory)
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:
         wide = torch.promote_types(dtype, torch.float32)

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import UnsupportedShape
+from ..registry import own_precision
 from .tables import distinct
 
 Lists = Int[Tensor, "_ _ _ _"]
@@ -209,7 +210,8 @@ def _scores(q: Tensor, keys: Tensor) -> Tensor:
     """The products (b, g, t, r, m) of queries (b, t, g · r, k) with keys (b, m, g, k), in float32 or wider."""
     wide = torch.promote_types(q.dtype, torch.float32)
     rows = q.detach().to(wide).unflatten(2, (keys.shape[2], -1)).transpose(1, 2)
-    found = rows.flatten(2, 3) @ keys.detach().to(wide).permute(0, 2, 3, 1)
+    with own_precision(q.device.type):
+        found = rows.flatten(2, 3) @ keys.detach().to(wide).permute(0, 2, 3, 1)
     return found.unflatten(2, rows.shape[2:4])
 
 
@@ -328,7 +330,8 @@ def vertical_slash(
     first, ends, _ = _borders(t, block_size, query_block, q.device)
     last, wide = min(last, t), torch.promote_types(q.dtype, torch.float32)
     some = q[:, t - last :].detach().to(wide).unflatten(2, (groups, -1))
-    scores = torch.einsum("btgrk,bsgk->bgrts", some, k.detach().to(wide)).flatten(1, 2)
+    with own_precision(q.device.type):
+        scores = torch.einsum("btgrk,bsgk->bgrts", some, k.detach().to(wide)).flatten(1, 2)
     place, key = torch.arange(t - last, t, device=q.device), torch.arange(t, device=q.device)
     behind = place[:, None] - key
     weights = (scores * (width**-0.5 if scale is None else scale)).masked_fill(behind < 0, -torch.inf).softmax(-1)
