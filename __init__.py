@@ -16,6 +16,8 @@ _LAZY = {
     "State": ".backbones",
     "LanguageModel": ".backbones",
     "LanguageModelConfig": ".backbones",
+    "GenerationConfig": ".backbones.decoding",
+    "generate": ".backbones.decoding",
     "list_mixers": ".backbones",
     "list_models": ".modalities",
     "create_model": ".modalities",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -50,6 +51,15 @@ class State:
         """The states of the sequences `index` (int64), in that order; repeats are allowed (beam search)."""
         return self.map(lambda t: t.index_select(0, index))
 
+    @staticmethod
+    def join(states: Sequence[State]) -> State:
+        """The sequences of several states of one mixer, behind each other.
+
+        Parts that grow with what was read are filled up at their ends as empty slots are: with zeros, and integers
+        with −1.
+        """
+        return State({name: _joined([s[name] for s in states]) for name in states[0]})
+
     def detach(self) -> State:
         """The same values without their history (truncated backpropagation)."""
         return self.map(torch.Tensor.detach)
@@ -58,6 +68,18 @@ class State:
     def nbytes(self) -> int:
         """Memory that the tensors hold."""
         return sum(t.numel() * t.element_size() for t in self.tensors())
+
+
+def _joined(parts: list[Tensor] | list[State]) -> Tensor | State:
+    if isinstance(parts[0], State):
+        return State.join(parts)
+    sizes = [max(shape) for shape in zip(*(p.shape[1:] for p in parts), strict=True)]
+    fill = 0 if parts[0].is_floating_point() or parts[0].is_complex() else -1
+    padded = []
+    for p in parts:
+        missing = [n for size, own in zip(reversed(sizes), reversed(p.shape[1:]), strict=True) for n in (0, size - own)]
+        padded.append(F.pad(p, missing, value=fill) if any(missing) else p)
+    return torch.cat(padded)
 
 
 pytree.register_pytree_node(

@@ -1,0 +1,68 @@
+"""How a text is to be written, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...errors import ConfigError
+from ..config import positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """Options of `generate` and `stream`. The filters act in this order: penalty, forbidden, temperature, k, p, min-p.
+
+    Args:
+        max_tokens: at most so many are written.
+        temperature: divides the logits before a token is drawn; at 0 the most probable one is taken (greedy), which no
+            filter below ever removes.
+        top_k: draw among the k most probable tokens.
+        top_p: draw among the fewest most probable tokens that have at least this probability together (arXiv
+            1904.09751).
+        min_p: draw among tokens with at least this share of the most probable one's probability (arXiv 2407.01082).
+        repetition_penalty: above 1 what stands in the prompt or was written is less probable (arXiv 1909.05858).
+        forbidden: ids that are never written.
+        stop: sequences of ids; a text that ends in one is finished.
+        end: the id after which a text is finished, where there is one.
+        seed: of the draws; each sequence has a generator of its own, seeded by this and the sequence's number.
+        chunk: read prompts in pieces of so many tokens, to bound the memory; None reads them whole.
+        beams: hypotheses of a beam search; 1 for none.
+        length_penalty: a hypothesis's score is the sum of its log-probabilities over length ** length_penalty.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    forbidden: Sequence[int] = ()
+    stop: Sequence[Sequence[int]] = ()
+    end: int | None = None
+    seed: int = 0
+    chunk: int | None = None
+    beams: int = 1
+    length_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        positive(self, "max_tokens", "top_k", "chunk", "beams")
+        object.__setattr__(self, "forbidden", tuple(self.forbidden))
+        object.__setattr__(self, "stop", tuple(tuple(s) for s in self.stop))
+        if self.temperature < 0:
+            raise ConfigError(f"GenerationConfig.temperature is {self.temperature}; it must be at least 0 (greedy)")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"GenerationConfig.top_p is {self.top_p}; it must be in (0, 1]")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ConfigError(f"GenerationConfig.min_p is {self.min_p}; it must be in [0, 1]")
+        if self.repetition_penalty <= 0:
+            raise ConfigError(
+                f"GenerationConfig.repetition_penalty is {self.repetition_penalty}; it must be above 0 (1 for none)"
+            )
+        if () in self.stop:
+            raise ConfigError("GenerationConfig.stop holds an empty sequence; each needs at least one id")
+        if self.beams > 1 and self.temperature:
+            raise ConfigError(
+                f"GenerationConfig.beams is {self.beams} with temperature {self.temperature}; a beam search does not "
+                "draw: set temperature=0, or beams=1"
+            )

@@ -1,0 +1,129 @@
+"""Reading prompts: ragged ones together, in pieces where memory is short, with logits for the last tokens only."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ...errors import UnsupportedCall, UnsupportedShape
+from ..language import LanguageModel
+from ..layout import Layout
+from ..state import State
+
+CAUSAL = Layout(causal=True)
+States = tuple[State, ...]
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards each of its modules is as before."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def check_decoder(model: LanguageModel) -> None:
+    """Raise UnsupportedCall unless the model writes one token after the other."""
+    if model.objective.decoder != "autoregressive":
+        raise UnsupportedCall(
+            f"objective {model.config.objective!r} is decoded by {model.objective.decoder}, not token by token; "
+            "call omnimix.backbones.decoding.diffuse, or train with objective='causal'"
+        )
+    for name, mixer in model.mixers().items():
+        if not mixer.streaming or not mixer.causal:
+            raise UnsupportedCall(f"{name} does not go on from a state, which decoding needs; choose another mixer")
+
+
+def as_lists(prompts: Sequence[Sequence[int]] | Int[Tensor, "n t"], vocabulary: int, *, empty: bool) -> list[list[int]]:
+    """Prompts as lists of ids.
+
+    Raises:
+        UnsupportedShape: none, an empty one unless `empty`, or ids that the model does not know.
+    """
+    rows = prompts.tolist() if isinstance(prompts, Tensor) else [list(p) for p in prompts]
+    if not rows:
+        raise UnsupportedShape("prompts: there is none; pass at least one")
+    for i, row in enumerate(rows):
+        if not row and not empty:
+            raise UnsupportedShape(f"prompts: number {i} is empty; begin with the tokenizer's end token")
+        if row and not (0 <= min(row) and max(row) < vocabulary):
+            raise UnsupportedShape(
+                f"prompts: ids of number {i} reach from {min(row)} to {max(row)}, and the model knows 0 to "
+                f"{vocabulary - 1}; is this its tokenizer?"
+            )
+    return rows
+
+
+def select(state: States, index: Int[Tensor, "n"]) -> States:
+    return tuple(s.select(index) for s in state)
+
+
+def last_logits(model: LanguageModel, y: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
+    """Logits of float32 or wider."""
+    logits = model.logits(y)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def advance(model: LanguageModel, tokens: Int[Tensor, "n"], state: States) -> tuple[Float[Tensor, "n v"], States]:
+    """Read one token a sequence. `model.trace` would check the ids, which are our own, at every step."""
+    trace = model.backbone.trace(model.embedding(tokens[:, None]), CAUSAL, state)
+    return last_logits(model, trace.y[:, 0]), trace.state
+
+
+def read(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], chunk: int | None = None, state: States | None = None
+) -> tuple[Float[Tensor, "n v"], States]:
+    """Read prompts of any lengths, none empty.
+
+    Args:
+        chunk: tokens of a prompt that are read at a time; all by default.
+        state: of each sequence before its prompt; the beginning by default.
+
+    Returns:
+        The logits after each prompt's last token, float32 or wider, and the states.
+    """
+    device = model.embedding.weight.device
+    alive, place = list(range(len(prompts))), 0
+    finished, outputs, states = [], [], []
+    while alive:
+        stop = None if chunk is None else place + chunk
+        y, state = _read_pieces(model, [prompts[i][place:stop] for i in alive], state, device)
+        done = [j for j, i in enumerate(alive) if stop is None or len(prompts[i]) <= stop]
+        if done:
+            index = torch.tensor(done, device=device)
+            outputs.append(y[index])
+            states.append(state if len(done) == len(alive) else select(state, index))
+            finished += [alive[j] for j in done]
+            left = [j for j in range(len(alive)) if j not in set(done)]
+            state = select(state, torch.tensor(left, device=device, dtype=torch.int64)) if left else None
+            alive = [alive[j] for j in left]
+        place = stop
+    logits = last_logits(model, torch.cat(outputs))
+    joined = states[0] if len(states) == 1 else tuple(State.join(parts) for parts in zip(*states, strict=True))
+    if finished == sorted(finished):
+        return logits, joined
+    order = torch.tensor(finished, device=device).argsort()
+    return logits[order], select(joined, order)
+
+
+def _read_pieces(
+    model: LanguageModel, pieces: list[Sequence[int]], state: States | None, device: torch.device
+) -> tuple[Float[Tensor, "n d"], States]:
+    """The backbone's outputs at the pieces' last tokens, and the states after them."""
+    lengths = [len(p) for p in pieces]
+    if len(set(lengths)) == 1:
+        trace = model.trace(torch.tensor(pieces, device=device), CAUSAL, state)
+        return trace.y[:, -1], trace.state
+    tokens = torch.tensor([[token for piece in pieces for token in piece]], device=device)
+    borders = torch.tensor([0, *accumulate(lengths)], device=device)
+    trace = model.trace(tokens, Layout(causal=True, cu_seqlens=borders), state)
+    return trace.y[0, borders[1:] - 1], trace.state
