@@ -5,22 +5,14 @@ from __future__ import annotations
 import json as json_module
 import os
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
+
+from .files import replace_file
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` so that an interrupt or a full disk leaves the old file whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def emit(title: str, rows: list[dict[str, Any]], json: str | None = None) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ from torch import Tensor, nn
 
 from ..backbones.config import from_dict, to_dict
 from ..errors import CheckpointError, ConfigError
+from ..files import replace_file
 from .image import fit_positions
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -46,7 +44,7 @@ def save_weights(model: nn.Module, file: str | Path) -> None:
     from safetensors.torch import save_file
 
     weights = {name: t.detach().cpu().contiguous() for name, t in plain_names(unwrap(model).state_dict()).items()}
-    _replace(Path(file), lambda temporary: save_file(weights, temporary, metadata={"format": "pt"}))
+    replace_file(file, lambda temporary: save_file(weights, temporary, metadata={"format": "pt"}))
 
 
 def load_weights(model: nn.Module, file: str | Path, *, resize: bool = False) -> None:
@@ -91,7 +89,7 @@ def write_config(config: Any, kind: str, file: str | Path, details: dict[str, An
     text = json.dumps(
         {"omnimix": __version__, "model": kind, "config": to_dict(config), "details": details or {}}, indent=2
     )
-    _replace(Path(file), lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+    replace_file(file, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
 
 def read_config(file: str | Path) -> dict[str, Any]:
@@ -115,22 +113,3 @@ def build_config(config_class: type, values: Any, file: str | Path) -> Any:
         return from_dict(config_class, values)
     except (ConfigError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} does not describe a model: {error}; nothing was loaded") from error
-
-
-def _replace(target: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside `target`, flush to the disk, and put it in the place of `target` in one step."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        # mkstemp's files are private; a saved model has the rights that any new file has.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)

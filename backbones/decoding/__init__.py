@@ -2,6 +2,16 @@
 
 from .config import GenerationConfig
 from .generate import Generation, Step, generate, stream
-from .prefix import Prefix, read_prefix
+from .prefix import Prefix, load_prefix, read_prefix, save_prefix
 
-__all__ = ["Generation", "GenerationConfig", "Prefix", "Step", "generate", "read_prefix", "stream"]
+__all__ = [
+    "Generation",
+    "GenerationConfig",
+    "Prefix",
+    "Step",
+    "generate",
+    "load_prefix",
+    "read_prefix",
+    "save_prefix",
+    "stream",
+]

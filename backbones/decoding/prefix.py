@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ...errors import CheckpointError
+from ...files import replace_file
+from ..config import to_dict
 from ..language import LanguageModel
+from ..state import State
 from .prefill import States, as_lists, check_decoder, evaluating, read
+
+# Elements of each weight that enter the fingerprint: training changes nearly all of them.
+SAMPLES = 256
+FORMAT = "omnimix prefix 1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,3 +60,78 @@ def read_prefix(model: LanguageModel, tokens: Sequence[int] | Int[Tensor, "t"], 
     with evaluating(model), torch.inference_mode():
         logits, state = read(model, rows, chunk)
     return Prefix(state=state, logits=logits, tokens=rows[0])
+
+
+def fingerprint(model: LanguageModel) -> str:
+    """A digest of a model's configuration and of samples of its weights, the same on every device."""
+    digest = hashlib.sha256(json.dumps(to_dict(model.config), sort_keys=True).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        flat = weight.detach().flatten()
+        some = flat[:: max(1, flat.numel() // SAMPLES)].cpu().contiguous()
+        digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_prefix(path: str | Path, prefix: Prefix, model: LanguageModel) -> None:
+    """Write a prefix as safetensors, with the fingerprint of the model that read it; whole or not at all."""
+    from safetensors.torch import save_file
+
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in _named(prefix.state)}
+    tensors |= {"logits": prefix.logits.detach().cpu().contiguous().clone(), "tokens": torch.tensor(prefix.tokens)}
+    about = {"format": FORMAT, "model": fingerprint(model)}
+    replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=about))
+
+
+def load_prefix(path: str | Path, model: LanguageModel) -> Prefix:
+    """What `save_prefix` wrote, on the model's device. No code in the file is run.
+
+    Raises:
+        CheckpointError: the file is missing or corrupt, or another model read the prefix.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; read the text again (read_prefix)") from error
+    if about.get("format") != FORMAT:
+        raise CheckpointError(f"{path} holds no prefix, or one of another version; read the text again (read_prefix)")
+    if about.get("model") != fingerprint(model):
+        raise CheckpointError(
+            f"{path} was read by a model with another configuration or other weights; read the text again (read_prefix)"
+        )
+    device, template = model.embedding.weight.device, model.init_state(1)
+    wanted = {name: t.shape for name, t in _named(template)} | {"logits": (1, model.vocabulary), "tokens": (1,)}
+    found = {name: t.shape for name, t in tensors.items()}
+    if wanted.keys() != found.keys() or any(len(found[n]) != len(shape) for n, shape in wanted.items()):
+        raise CheckpointError(f"{path} does not hold the state of this model; read the text again (read_prefix)")
+    placed = {name: t.to(device) for name, t in tensors.items()}
+    state = tuple(_filled(part, f"{i}", placed) for i, part in enumerate(template))
+    return Prefix(state=state, logits=placed["logits"], tokens=tensors["tokens"].tolist())
+
+
+def _named(states: States) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of states by their paths: "2.k", "3.attention.slots"."""
+
+    def inside(state: State, path: str) -> Iterator[tuple[str, Tensor]]:
+        for name, part in state.parts.items():
+            if isinstance(part, State):
+                yield from inside(part, f"{path}.{name}")
+            else:
+                yield f"{path}.{name}", part
+
+    for i, state in enumerate(states):
+        yield from inside(state, f"{i}")
+
+
+def _filled(state: State, path: str, tensors: dict[str, Tensor]) -> State:
+    """`state` with the tensors of these paths."""
+    return State(
+        {
+            name: _filled(part, f"{path}.{name}", tensors) if isinstance(part, State) else tensors[f"{path}.{name}"]
+            for name, part in state.parts.items()
+        }
+    )

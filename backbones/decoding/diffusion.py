@@ -1,0 +1,327 @@
+"""Writing by diffusion: hidden tokens are revealed over some steps, all at once or block by block."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from math import log
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
+from ..config import positive
+from ..language import LanguageModel
+from ..layout import Layout
+from ..state import State
+from .generate import Generation
+from .prefill import as_lists, evaluating, last_logits, select
+from .sampling import draw, generator, keep_top_p
+
+REMASK = ("low_confidence", "random", "threshold", "ancestral")
+Watch = Callable[[list[list[int]]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """Options of `diffuse`.
+
+    Args:
+        length: tokens that are written behind each prompt; 0 only fills in the prompt's own mask tokens.
+        steps: passes through the model for each sequence, shared out evenly over its blocks, at least one each; by
+            default as many as there are hidden tokens.
+        block: tokens that are written at a time. Under objective "masked" (and "sedd") blocks are counted from the
+            prompt's end, None for all at once (semi-autoregressive, arXiv 2502.09992). Under objective "block" they are
+            counted from the sequence's beginning, None for the size that the model was trained with.
+        remask: which tokens a step reveals; all others stay hidden. "low_confidence": the most probable ones, as many
+            as the steps that are left require. "random": as many, drawn at random. "threshold": all with at least
+            the probability `threshold`, at least as many as "low_confidence". "ancestral": each at random, so that
+            sequences are distributed as the diffusion process says (MDLM, arXiv 2406.07524; for "sedd" its analytic
+            steps, arXiv 2310.16834).
+        threshold: for `remask="threshold"`.
+        temperature: divides the logits before tokens are drawn; at 0 the most probable ones are taken.
+        top_p: draw among the fewest most probable tokens that have this probability together.
+        end: the id after which a text is finished. Blocks behind one that holds it are not written.
+        seed: of the draws; each sequence has a generator of its own, seeded by this and the sequence's number.
+        cache: whether what lies before a block is read once and kept as a state, or read again in each step. By
+            default, where it is exact.
+    """
+
+    length: int = 128
+    steps: int | None = None
+    block: int | None = None
+    remask: Literal["low_confidence", "random", "threshold", "ancestral"] = "low_confidence"
+    threshold: float = 0.9
+    temperature: float = 0.0
+    top_p: float | None = None
+    end: int | None = None
+    seed: int = 0
+    cache: bool | None = None
+
+    def __post_init__(self) -> None:
+        positive(self, "steps", "block")
+        if self.length < 0:
+            raise ConfigError(f"DiffusionConfig.length is {self.length}; it must be at least 0")
+        if self.remask not in REMASK:
+            raise ConfigError(f"DiffusionConfig.remask is {self.remask!r}; it must be one of {', '.join(REMASK)}")
+        if not 0 < self.threshold <= 1:
+            raise ConfigError(f"DiffusionConfig.threshold is {self.threshold}; it must be in (0, 1]")
+        if self.temperature < 0:
+            raise ConfigError(f"DiffusionConfig.temperature is {self.temperature}; it must be at least 0 (greedy)")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"DiffusionConfig.top_p is {self.top_p}; it must be in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diffusion(Generation):
+    """What was written; `log_probs` are those with which the tokens were revealed, before temperature and top-p.
+
+    Args:
+        sequences: prompts, their mask tokens filled in, and what was written behind them.
+        steps: in how many steps each.
+    """
+
+    sequences: list[list[int]]
+    steps: list[int]
+
+
+class _Canvas:
+    """One sequence while it is being written."""
+
+    def __init__(self, prompt: list[int], number: int, mask: int, block: int | None, config: DiffusionConfig):
+        self.config, self.mask = config, mask
+        self.tokens = torch.tensor(prompt + [mask] * config.length, dtype=torch.int64)
+        self.log_probs = torch.zeros(len(self.tokens), dtype=torch.float64)
+        self.prompt, self.steps, self.number = len(prompt), 0, 0
+        self.generator = generator(config.seed, number)
+        if block is not None:
+            borders = [*range(0, len(self.tokens), block), len(self.tokens)]
+        else:
+            borders = [
+                0,
+                *range(self.prompt, len(self.tokens), config.block or max(1, config.length)),
+                len(self.tokens),
+            ]
+            # What is hidden inside the prompt is filled in together with the first block.
+            del borders[1 : 2 if config.length else 1]
+        self.spans = [(a, b) for a, b in pairwise(borders) if (self.tokens[a:b] == mask).any()]
+        # The tokens that a state has read, and the backbone's output at the last of them.
+        self.read, self.last = 0, None
+        if self.spans:
+            self._enter()
+
+    def _enter(self) -> None:
+        config, n = self.config, len(self.spans)
+        self.start, self.stop = self.spans[self.number]
+        share = config.steps and config.steps * (self.number + 1) // n - config.steps * self.number // n
+        self.left = len(self.hidden()) if config.steps is None else max(1, share)
+
+    def hidden(self) -> Int[Tensor, "m"]:
+        """Places of the block's tokens that are not yet known."""
+        return self.start + (self.tokens[self.start : self.stop] == self.mask).nonzero()[:, 0]
+
+    def next(self) -> bool:
+        """Go to the next block; False where there is none, or the text has ended."""
+        self.number += 1
+        if self.number == len(self.spans) or (self.tokens[self.prompt : self.stop] == self.config.end).any():
+            return False
+        self._enter()
+        return True
+
+    def reveal(self, logits: Float[Tensor, "m v"], haste: Float[Tensor, "m"]) -> None:
+        """Make some hidden tokens known, at least so many that the steps that are left suffice for all."""
+        config, hidden = self.config, self.hidden()
+        choice, log_probs = self._choose(logits)
+        least = -(-len(hidden) // self.left)
+        if config.remask == "ancestral":
+            chance = torch.rand(len(hidden), generator=self.generator, dtype=torch.float64)
+            known = chance < haste.double().cpu() / self.left if self.left > 1 else torch.ones_like(chance) > 0
+        else:
+            random = config.remask == "random"
+            rank = torch.rand(len(hidden), generator=self.generator) if random else log_probs
+            known = torch.zeros(len(hidden), dtype=torch.bool)
+            known[rank.sort(descending=True, stable=True).indices[:least]] = True
+            if config.remask == "threshold":
+                known |= log_probs >= log(config.threshold)
+        self.tokens[hidden[known]] = choice[known]
+        self.log_probs[hidden[known]] = log_probs[known]
+        self.left = max(1, self.left - 1)
+        self.steps += 1
+
+    def _choose(self, logits: Float[Tensor, "m v"]) -> tuple[Int[Tensor, "m"], Float[Tensor, "m"]]:
+        config = self.config
+        if config.temperature:
+            flat = logits / config.temperature
+            flat = flat if config.top_p is None else keep_top_p(flat, config.top_p)
+            choice = draw(flat.softmax(-1, dtype=torch.float64), [self.generator] * len(flat))
+        else:
+            choice = logits.argmax(-1)
+        log_probs = logits.gather(1, choice[:, None])[:, 0] - logits.logsumexp(-1)
+        return choice.cpu(), log_probs.double().cpu()
+
+    def written(self) -> tuple[list[int], bool]:
+        """What stands behind the prompt, up to the end token, and whether there is one."""
+        tokens = self.tokens[self.prompt :].tolist()
+        ended = self.config.end is not None and self.config.end in tokens
+        return tokens[: tokens.index(self.config.end) + 1] if ended else tokens, ended
+
+
+class _Filler:
+    """Fills canvases, each at its own block, in common passes through the model."""
+
+    def __init__(
+        self, model: LanguageModel, canvases: list[_Canvas], block: int | None, cache: bool, watch: Watch | None
+    ):
+        self.model, self.canvases, self.block, self.cache, self.watch = model, canvases, block, cache, watch
+        self.device = model.embedding.weight.device
+        self.state: tuple[State, ...] | None = None
+
+    def run(self) -> None:
+        active = [c for c in self.canvases if c.spans]
+        while active:
+            if self.cache:
+                self._read(active)
+            self._fill(active)
+            left = [i for i, c in enumerate(active) if c.next()]
+            if left and len(left) < len(active):
+                self.state = self._states(left)
+            active = [active[i] for i in left]
+
+    def _states(self, rows: list[int]) -> tuple[State, ...] | None:
+        if self.state is None:
+            return None
+        return select(self.state, torch.tensor(rows, device=self.device))
+
+    def _read(self, active: list[_Canvas]) -> None:
+        """Bring each state to the border of its canvas's block."""
+        rows = [i for i, c in enumerate(active) if c.read < c.start]
+        rest = [i for i in range(len(active)) if i not in set(rows)]
+        if not rows:
+            return
+        if rest and self.state is None:
+            self.state = self.model.init_state(len(active), device=self.device, dtype=self.model.embedding.weight.dtype)
+        pieces = [active[i].tokens[active[i].read : active[i].start] for i in rows]
+        outputs, state = self._pass(pieces, self._states(rows) if rest else self.state)
+        for i, y in zip(rows, outputs, strict=True):
+            active[i].read, active[i].last = active[i].start, y[-1:]
+        if rest:
+            both = tuple(State.join(pair) for pair in zip(state, self._states(rest), strict=True))
+            order = torch.tensor(rows + rest, device=self.device).argsort()
+            state = select(both, order)
+        self.state = state
+
+    def _fill(self, active: list[_Canvas]) -> None:
+        rows = list(range(len(active)))
+        while rows:
+            working = [active[i] for i in rows]
+            y = torch.cat(self._outputs(working, rows if len(rows) < len(active) else None))
+            logits = last_logits(self.model, y)
+            haste = self.model.objective.haste(logits)
+            sizes = [len(c.hidden()) for c in working]
+            for canvas, own, speed in zip(working, logits.split(sizes), haste.split(sizes), strict=True):
+                canvas.reveal(own, speed)
+            if self.watch is not None:
+                self.watch([c.tokens.tolist() for c in self.canvases])
+            rows = [i for i in rows if len(active[i].hidden())]
+
+    def _outputs(self, working: list[_Canvas], rows: list[int] | None) -> list[Float[Tensor, "m d"]]:
+        """The backbone's outputs where each canvas's hidden tokens are predicted."""
+        shift = self.model.objective.shift
+        firsts = [c.start if self.cache else 0 for c in working]
+        if self.cache and shift and all(c.stop == c.start + 1 for c in working):
+            # All is predicted from what the states have read.
+            return [c.last for c in working]
+        stops = [len(c.tokens) if self.block is None else c.stop for c in working]
+        pieces = [c.tokens[a:b] for c, a, b in zip(working, firsts, stops, strict=True)]
+        outputs, _ = self._pass(pieces, self.state if rows is None else self._states(rows))
+        found = []
+        for canvas, y, first in zip(working, outputs, firsts, strict=True):
+            if shift and canvas.last is not None:
+                y, first = torch.cat([canvas.last, y]), first - 1
+            found.append(y[(canvas.hidden() - first - shift).to(self.device)])
+        return found
+
+    def _pass(
+        self, pieces: list[Int[Tensor, "t"]], state: tuple[State, ...] | None
+    ) -> tuple[Sequence[Float[Tensor, "t d"]], tuple[State, ...] | None]:
+        lengths = [len(piece) for piece in pieces]
+        ragged = len(set(lengths)) > 1
+        tokens = (torch.cat(pieces)[None] if ragged else torch.stack(pieces)).to(self.device)
+        borders = torch.tensor([0, *accumulate(lengths)], device=self.device) if ragged else None
+        layout = Layout(causal=False if self.block is None else "block", block=self.block, cu_seqlens=borders)
+        trace = self.model.trace(tokens, layout, state)
+        return trace.y[0].split(lengths) if ragged else list(trace.y), trace.state
+
+
+def diffuse(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]] | Int[Tensor, "n t"],
+    config: DiffusionConfig | None = None,
+    *,
+    numbers: Sequence[int] | None = None,
+    watch: Watch | None = None,
+) -> Diffusion:
+    """Write behind each prompt, and fill in its mask tokens; all its other tokens stay. Each as it would be alone.
+
+    Args:
+        prompts: ids, of any lengths; `model.mask_token` among them stands for tokens to be filled in.
+        config: how; greedy by default, a token a step.
+        numbers: by which, with the seed, each prompt draws; its place by default.
+        watch: called after every step with all sequences, where hidden tokens are `model.mask_token`.
+
+    Raises:
+        UnsupportedCall: the model is not decoded by diffusion, or the cache would not be exact, with the remedy.
+        UnsupportedShape: no prompt, ids outside the vocabulary, or nothing before the first hidden token of a model
+            that predicts each token at the place before it.
+    """
+    config = config or DiffusionConfig()
+    name = model.config.objective
+    if model.objective.decoder != "diffusion":
+        raise UnsupportedCall(
+            f"objective {name!r} writes token by token; call generate, or make a diffusion model of it with "
+            "omnimix.convert"
+        )
+    block = model.objective.block
+    if block is None and config.cache:
+        raise UnsupportedCall(
+            f"cache=True: under objective {name!r} every token sees those that are still hidden, so what is kept would "
+            "be wrong as soon as one is revealed; leave cache out, or train with objective='block'"
+        )
+    rows = as_lists(prompts, model.vocabulary + 1, empty=True)
+    numbers = list(range(len(rows))) if numbers is None else list(numbers)
+    if len(numbers) != len(rows):
+        raise UnsupportedShape(f"numbers: {len(numbers)} for {len(rows)} prompts; pass one each")
+    for i, row in enumerate(rows):
+        if model.objective.shift and (not row or row[0] == model.mask_token):
+            raise UnsupportedShape(
+                f"prompts: number {i} begins with nothing known, and each token is predicted at the place before it; "
+                "begin with the tokenizer's end token"
+            )
+    block = block if block is None else config.block or block
+    canvases = [_Canvas(row, n, model.mask_token, block, config) for row, n in zip(rows, numbers, strict=True)]
+    begin = time.perf_counter()
+    with evaluating(model), torch.inference_mode():
+        _Filler(model, canvases, block, block is not None and config.cache is not False, watch).run()
+    return _result(canvases, time.perf_counter() - begin)
+
+
+def _result(canvases: list[_Canvas], seconds: float) -> Diffusion:
+    written = [c.written() for c in canvases]
+    tokens = [ids for ids, _ in written]
+    return Diffusion(
+        tokens=tokens,
+        log_probs=[
+            c.log_probs[c.prompt : c.prompt + len(ids)].tolist() for c, ids in zip(canvases, tokens, strict=True)
+        ],
+        reasons=["end" if ended else "length" for _, ended in written],
+        prompt_tokens=sum(c.prompt for c in canvases),
+        new_tokens=sum(map(len, tokens)),
+        prefill_seconds=0.0,
+        decode_seconds=seconds,
+        sequences=[c.tokens[: c.prompt].tolist() + ids for c, ids in zip(canvases, tokens, strict=True)],
+        steps=[c.steps for c in canvases],
+    )
