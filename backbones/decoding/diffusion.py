@@ -127,7 +127,7 @@ class _Canvas:
     def next(self) -> bool:
         """Go to the next block; False where there is none, or the text has ended."""
         self.number += 1
-        if self.number == len(self.spans) or (self.tokens[self.prompt : self.stop] == self.config.end).any():
+        if self.number == len(self.spans) or self.config.end in self.tokens[self.prompt : self.stop].tolist():
             return False
         self._enter()
         return True
@@ -230,7 +230,7 @@ class _Filler:
 
     def _outputs(self, working: list[_Canvas], rows: list[int] | None) -> list[Float[Tensor, "m d"]]:
         """The backbone's outputs where each canvas's hidden tokens are predicted."""
-        shift = self.model.objective.shift
+        shift = int(self.model.objective.shift)
         firsts = [c.start if self.cache else 0 for c in working]
         if self.cache and shift and all(c.stop == c.start + 1 for c in working):
             # All is predicted from what the states have read.
