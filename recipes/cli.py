@@ -9,8 +9,9 @@ import logging
 import re
 import sys
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -20,15 +21,19 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from ..backbones.config import ChannelConfig, MixerConfig
+from ..backbones.config import ChannelConfig, MixerConfig, ObjectiveConfig
+from ..backbones.heads import get_objective
 from ..backbones.mixers import get_mixer
+from ..console import emit
 from ..errors import ConfigError, OmnimixError, UnknownName
 from ..modalities import load_weights
 from . import CONFIGS
+from .history import History
 from .run import RunFolder
-from .training import History, LastCheckpoint, SeedEveryStep, precision
+from .training import Interrupted, LastCheckpoint, SeedEveryStep, precision
 
-set_parsing_settings(subclasses_enabled=[MixerConfig, ChannelConfig])
+_OPTIONS = [MixerConfig, ChannelConfig, ObjectiveConfig]
+set_parsing_settings(subclasses_enabled=_OPTIONS)
 
 _OF_THE_CALL = ("overwrite", "resume", "ckpt_path", "weights_only", "json", "run")
 
@@ -45,7 +50,7 @@ class Parser(LightningArgumentParser):
             return str(UnknownName("class", unknown[1], [c.__name__ for c in _subclasses(pl.LightningDataModule)]))
         unknown = re.search(r"Option '(\w+)' is not accepted", message)
         if unknown is not None:
-            parts = _subclasses(MixerConfig) | _subclasses(ChannelConfig)
+            parts = [part for base in _OPTIONS for part in _subclasses(base)]
             fields = {field.name for part in parts for field in dataclasses.fields(part)}
             return str(UnknownName("option", unknown[1], fields))
         unknown = re.search(r"does not accept option '([^']+)'|[Uu]nrecognized arguments: --?([^\s=]+)", message)
@@ -75,15 +80,6 @@ def _own_error(error: BaseException | None) -> OmnimixError | None:
     return error
 
 
-class EpochLines(pl.Callback):
-    """One line an epoch, for logs in which a progress bar cannot move."""
-
-    @rank_zero_only
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        shown = "  ".join(f"{name} {float(value):.4f}" for name, value in sorted(trainer.callback_metrics.items()))
-        print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {shown}", flush=True)
-
-
 class RecipeCLI(LightningCLI):
     """LightningCLI for one subcommand of one recipe, all of whose files lie in the folder of the run.
 
@@ -94,7 +90,10 @@ class RecipeCLI(LightningCLI):
         recipe: the configuration that holds the defaults.
         argv: what the user typed after the command.
         links: (attribute of the data, argument of the model) pairs that the user need not repeat.
-        monitor: the metric by which `best.ckpt` is kept, the larger the better.
+        monitor: the metric by which `best.ckpt` is kept.
+        mode: "max" where larger values of it are better, "min" where smaller ones are.
+        history: keeps the curves.
+        callbacks: more of the recipe's own, for a fit.
     """
 
     def __init__(
@@ -107,9 +106,13 @@ class RecipeCLI(LightningCLI):
         argv: list[str],
         links: list[tuple[str, str]],
         monitor: str,
+        mode: Literal["min", "max"],
+        history: History | None = None,
+        callbacks: Sequence[pl.Callback] = (),
     ):
-        self.command, self.links, self.monitor = command, links, monitor
-        self.history = History()
+        self.command, self.links, self.monitor, self.mode = command, links, monitor, mode
+        self.history = history or History()
+        self.callbacks = callbacks
         argv, self.configuration = _packaged_configs(argv, recipe)
         _quiet()
         super().__init__(
@@ -221,15 +224,17 @@ class RecipeCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> pl.Trainer:
         ours = [RichProgressBar(leave=False)] if sys.stdout.isatty() else []
         if self.command == "fit":
-            ours += [*([] if ours else [EpochLines()]), SeedEveryStep(self.options.seed_everything), self.history]
+            self.history.lines = not ours
+            ours += [SeedEveryStep(self.options.seed_everything), self.history, *self.callbacks]
             ours += [
                 ModelCheckpoint(
                     self.folder.checkpoints,
                     filename="best",
                     monitor=self.monitor,
-                    mode="max",
+                    mode=self.mode,
                     enable_version_counter=False,
-                    save_on_train_epoch_end=True,
+                    # Within an epoch too, where it is validated there.
+                    save_on_train_epoch_end=False,
                 ),
                 LastCheckpoint(self.folder.checkpoints, self.options.checkpoint_steps),
             ]
@@ -270,6 +275,42 @@ class RecipeCLI(LightningCLI):
         )
 
 
+def run_fit(
+    command: str,
+    argv: list[str],
+    make: Callable[[str, list[str]], RecipeCLI],
+    finish: Callable[[RecipeCLI], None],
+) -> int:
+    """Train, and then `finish`; or, where it is stopped from outside, say how to go on.
+
+    Args:
+        command: what the user typed in front of `argv`.
+        make: parses and trains, from "fit" and the command line.
+    """
+    name, runs = argument(argv, "--name", "run"), argument(argv, "--runs", "runs")
+    if "--resume" in argv:
+        argv = with_run_config(argv, RunFolder.named(runs, name))
+    try:
+        cli = make("fit", argv)
+    except Interrupted as stop:
+        place = "" if runs == "runs" else f" --runs {runs}"
+        print(f"\n{stop}\ngo on with: {command} --name {name}{place} --resume")
+        return 130
+    finish(cli)
+    return 0
+
+
+def evaluate(command: str, argv: list[str], make: Callable[[str, list[str]], RecipeCLI]) -> int:
+    """Measure the run that `--run` names with its own configuration, and print the numbers."""
+    run = argument(argv, "--run", "")
+    if run:
+        argv = with_run_config(argv, RunFolder.finished(run))
+    cli = make(command, argv)
+    row = {"run": str(cli.folder.path), **{name: float(value) for name, value in cli.measured[0].items()}}
+    emit(f"{command} {run}", [row], cli.options.json)
+    return 0
+
+
 def argument(argv: list[str], name: str, default: str) -> str:
     """The value of `--name VALUE` or `--name=VALUE` in a command line, before it is parsed."""
     for i, word in enumerate(argv):
@@ -286,16 +327,16 @@ def with_run_config(argv: list[str], folder: RunFolder) -> list[str]:
 
 
 def _typed_options(argv: list[str]) -> list[str]:
-    """Before the first `--model.mixers.NAME.OPTION`, say which class the options of that mixer are."""
+    """Before the first `--model.mixers.NAME.OPTION`, say which class the options of that mixer are; and so on."""
     typed: list[str] = []
     seen: set[str] = set()
     for word in argv:
-        found = re.match(r"--model\.mixers\.(\w+)(\.)?", word)
-        if found is not None and found[1] not in seen:
-            seen.add(found[1])
-            if found[2]:
-                config = get_mixer(found[1]).config
-                typed.append(f"--model.mixers.{found[1]}={config.__module__}.{config.__name__}")
+        found = re.match(r"--model\.(mixers|objectives)\.(\w+)(\.)?", word)
+        if found is not None and (place := f"--model.{found[1]}.{found[2]}") not in seen:
+            seen.add(place)
+            if found[3]:
+                config = {"mixers": get_mixer, "objectives": get_objective}[found[1]](found[2]).config
+                typed.append(f"{place}={config.__module__}.{config.__name__}")
         typed.append(word)
     return typed
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,16 +17,38 @@ from ..backbones.mixers import get_mixer
 from ..console import emit
 from ..modalities import ImageClassifier, save_model
 from ..modalities.vision import image_classifier
-from .cli import RecipeCLI, argument, with_run_config
+from .cli import RecipeCLI, evaluate, run_fit
 from .data import DigitsData, ImageData, TensorData
 from .folders import ImageFolderData
+from .optimisers import optimise
 from .preprocess import Preprocess
 from .report import Row, Shown, confusion, curves, gallery, write_metrics, write_report
-from .run import RunFolder
-from .training import AverageWeights, Interrupted, TrainingConfig, adamw, from_all_ranks
+from .training import AverageWeights, TrainingConfig, from_all_ranks, not_negative, parts
 
 RECIPE = "vision_classification"
 __all__ = ["DigitsData", "ImageFolderData", "TensorData", "VisionClassification"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionTrainingConfig(TrainingConfig):
+    """How the weights of an image classifier are found; see `TrainingConfig` for the rest.
+
+    Args:
+        label_smoothing: the part of the target that is spread over all classes.
+        mixup: strength (alpha) of mixing pairs of samples; 0 is never.
+        cutmix: strength (alpha) of pasting one sample into another; 0 is never.
+        mix_probability: the part of the steps that mix at all.
+    """
+
+    label_smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parts(self, "label_smoothing", "mix_probability")
+        not_negative(self, "mixup", "cutmix")
 
 
 class VisionClassification(pl.LightningModule):
@@ -59,7 +81,7 @@ class VisionClassification(pl.LightningModule):
         channel: str | None = "swiglu",
         mixers: dict[str, MixerConfig] = {},  # noqa: B006 - jsonargparse cannot write a factory's value
         drop_path: float = 0.0,
-        training: TrainingConfig = TrainingConfig(),  # noqa: B008 - frozen
+        training: VisionTrainingConfig = VisionTrainingConfig(),
         classes: int = 10,
         in_channels: int = 1,
         image_size: int = 8,
@@ -122,7 +144,7 @@ class VisionClassification(pl.LightningModule):
         return {"logits": logits, "label": labels}
 
     def configure_optimizers(self) -> dict[str, Any]:
-        return adamw(self, self.training_config)
+        return optimise(self, self.training_config)
 
     def configure_callbacks(self) -> list[pl.Callback]:
         return [AverageWeights(self.training_config.ema)] if self.training_config.ema else []
@@ -139,7 +161,7 @@ def patch_for(size: int) -> int:
     return patch
 
 
-def mixing(training: TrainingConfig, classes: int) -> Any:
+def mixing(training: VisionTrainingConfig, classes: int) -> Any:
     """Mixup and CutMix of torchvision as configured, or None; they draw from the global generator."""
     from torchvision.transforms import v2
 
@@ -205,17 +227,7 @@ class Predictions(pl.Callback):
 
 def fit(argv: list[str]) -> int:
     """`omnimix vision fit`."""
-    name, runs = argument(argv, "--name", "run"), argument(argv, "--runs", "runs")
-    if "--resume" in argv:
-        argv = with_run_config(argv, RunFolder.named(runs, name))
-    try:
-        cli = _cli("fit", argv)
-    except Interrupted as stop:
-        place = "" if runs == "runs" else f" --runs {runs}"
-        print(f"\n{stop}\ngo on with: omnimix vision fit --name {name}{place} --resume")
-        return 130
-    _finish(cli)
-    return 0
+    return run_fit("omnimix vision fit", argv, _cli, _finish)
 
 
 def _cli(command: str, argv: list[str]) -> RecipeCLI:
@@ -227,6 +239,7 @@ def _cli(command: str, argv: list[str]) -> RecipeCLI:
         argv=argv,
         links=[("classes", "classes"), ("in_channels", "in_channels"), ("image_size", "image_size")],
         monitor="val/acc1",
+        mode="max",
     )
 
 
@@ -309,20 +322,9 @@ def _say(cli: RecipeCLI, metrics: dict[str, Any]) -> None:
 
 def validate(argv: list[str]) -> int:
     """`omnimix vision validate`."""
-    return _evaluate("validate", argv)
+    return evaluate("validate", argv, _cli)
 
 
 def test(argv: list[str]) -> int:
     """`omnimix vision test`."""
-    return _evaluate("test", argv)
-
-
-def _evaluate(command: str, argv: list[str]) -> int:
-    run = argument(argv, "--run", "")
-    if run:
-        argv = with_run_config(argv, RunFolder.finished(run))
-    cli = _cli(command, argv)
-    measured = cli.measured[0]
-    row = {"run": str(cli.folder.path), **{name: float(value) for name, value in measured.items()}}
-    emit(f"{command} {run}", [row], cli.options.json)
-    return 0
+    return evaluate("test", argv, _cli)

@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from omnimix.backbones.channel import expert_loads
 from omnimix.backbones.channel.moe import MoEConfig
 from omnimix.modalities import ImageClassifier
-from omnimix.recipes.training import TrainingConfig
-from omnimix.recipes.vision_classification import DigitsData, VisionClassification
+from omnimix.recipes.vision_classification import DigitsData, VisionClassification, VisionTrainingConfig
 
 
 def recipe(**options):
     torch.manual_seed(0)
-    training = TrainingConfig(ema=0.0, label_smoothing=0.0)
+    training = VisionTrainingConfig(ema=0.0, label_smoothing=0.0)
     module = VisionClassification(dim=16, depth=2, patch=4, channel="moe", training=training)
     config = module.model.config
     backbone = replace(config.backbone, channels={"moe": MoEConfig(experts=4, **options)})

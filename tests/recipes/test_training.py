@@ -8,7 +8,9 @@ from torch import nn
 
 from omnimix.backbones import Backbone, BackboneConfig, no_weight_decay
 from omnimix.errors import ConfigError
-from omnimix.recipes.training import AverageWeights, TrainingConfig, cosine, parameter_groups, precision
+from omnimix.recipes.optimisers import cosine, parameter_groups
+from omnimix.recipes.training import AverageWeights, precision
+from omnimix.recipes.vision_classification import VisionTrainingConfig
 
 
 def test_cosine_rises_then_falls():
@@ -65,4 +67,4 @@ def test_precision_is_what_was_named_or_what_pays(monkeypatch):
 )
 def test_impossible_numbers_raise(wrong):
     with pytest.raises(ConfigError, match=f"training.{next(iter(wrong))}"):
-        TrainingConfig(**wrong)
+        VisionTrainingConfig(**wrong)

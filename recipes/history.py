@@ -1,0 +1,132 @@
+"""The curves of a run, which are part of its checkpoint: a resumed run has them from the beginning."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from .optimisers import planned_steps
+
+
+class History(Callback):
+    """One row an epoch with what was logged, and the seconds that training took.
+
+    Attributes:
+        lines: whether to print each row, for logs in which a progress bar cannot move.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, int | float]] = []
+        self.seconds = 0.0
+        self.lines = False
+        self._since = 0.0
+
+    def _count(self) -> None:
+        now = time.monotonic()
+        self.seconds += now - self._since
+        self._since = now
+
+    def _add(self, trainer: pl.Trainer, head: str, **row: int | float) -> None:
+        self._count()
+        self.rows.append({"seconds": self.seconds, **row})
+        if self.lines and trainer.is_global_zero:
+            measured = {name: value for name, value in row.items() if name not in ("epoch", "step")}
+            print(head, *(f"{name} {_short(value)}" for name, value in sorted(measured.items())), sep="  ", flush=True)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._since = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        epoch = trainer.current_epoch + 1
+        self._add(trainer, f"epoch {epoch}/{trainer.max_epochs}", epoch=epoch, **logged)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._count()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": [dict(row) for row in self.rows], "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows, self.seconds = [dict(row) for row in state["rows"]], state["seconds"]
+
+
+class StepHistory(History):
+    """Rows over the optimiser's steps: the training loss each few of them, and what each validation measured.
+
+    A training step returns, beside its loss, "nats" and "count"; the loss in a row is their quotient over all batches
+    since the row before, in nats per token. `tokens_per_second` is counted over the same batches, without the
+    validations in between, on all ranks.
+
+    Attributes:
+        every: steps from row to row; the trainer's `log_every_n_steps`.
+        tokens: scored so far, on all ranks.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.every = 1
+        self.tokens = 0
+        self._nats: float | torch.Tensor = 0.0
+        self._counted = 0
+        self._passed = 0.0
+        self._mark = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.every = max(1, trainer.log_every_n_steps)
+        self._mark = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._nats = self._nats + outputs["nats"].double()
+        self._counted += outputs["count"]
+        if trainer.fit_loop._should_accumulate() or trainer.global_step % self.every:
+            return
+        nats = float(self._nats)  # waits for the device, so that the clock is right
+        self._passed += time.monotonic() - self._mark
+        counted = self._counted * trainer.world_size
+        row = {
+            "train/loss": nats / self._counted,
+            "tokens_per_second": counted / max(self._passed, 1e-9),
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+        }
+        self.tokens += counted
+        self._nats, self._counted, self._passed = 0.0, 0, 0.0
+        self._add(trainer, self._head(trainer), step=trainer.global_step, **row)
+        pl_module.log_dict({"tokens_per_second": row["tokens_per_second"], "lr": row["lr"]})
+        self._mark = time.monotonic()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._passed += time.monotonic() - self._mark
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            return
+        measured = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
+        self._add(trainer, self._head(trainer), step=trainer.global_step, **measured)
+        self._mark = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._count()
+
+    def _head(self, trainer: pl.Trainer) -> str:
+        return f"step {trainer.global_step}/{planned_steps(trainer)}"
+
+    def state_dict(self) -> dict[str, Any]:
+        partial = {"nats": float(self._nats), "counted": self._counted, "passed": self._passed, "tokens": self.tokens}
+        return super().state_dict() | partial
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._nats, self._counted, self._passed = state["nats"], state["counted"], state["passed"]
+        self.tokens = state["tokens"]
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2e}" if 0 < abs(value) < 0.01 else f"{value:.4f}"
