@@ -25,6 +25,9 @@ _LAZY = {
     "ImageClassifierConfig": ".modalities",
     "PatchTokenizer": ".modalities",
     "PatchTokenizerConfig": ".modalities",
+    "ByteTokenizer": ".modalities",
+    "load_tokenizer": ".modalities",
+    "train_bpe": ".modalities",
     "ClassificationHead": ".backbones.heads",
     "list_objectives": ".backbones.heads",
 }
@@ -33,6 +36,7 @@ _MODULES = {
     "errors": ".errors",
     "kernels": ".kernels",
     "modalities": ".modalities",
+    "huggingface": ".backbones.interop.huggingface",
     "timm_models": ".backbones.interop.timm",
 }
 
