@@ -23,6 +23,7 @@ COMMANDS = {
     "bench kernels": (".kernels.bench:main", "time the kernels"),
     "bench blocks": (".backbones.bench:main", "time blocks beside other packages'"),
     "bench models": (".modalities.bench:main", "time whole models beside their peers"),
+    "bench decode": (".backbones.decoding.bench:main", "time decoding against the length of the context"),
 }
 
 
