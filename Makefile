@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 .venv/.stamp: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[dev,hf]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,hf,eval]'
 	@touch $@
 
 demo: .venv/.stamp

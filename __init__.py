@@ -36,16 +36,17 @@ _MODULES = {
     "errors": ".errors",
     "kernels": ".kernels",
     "modalities": ".modalities",
-    "huggingface": ".backbones.interop.huggingface",
     "timm_models": ".backbones.interop.timm",
 }
+# These need an extra; they are left out of __all__, so that `from omnimix import *` works without.
+_EXTRAS = {"huggingface": ".backbones.interop.huggingface"}
 
 __all__ = [*_LAZY, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(_MODULES[name], __name__)
+    if name in _MODULES or name in _EXTRAS:
+        return import_module((_MODULES | _EXTRAS)[name], __name__)
     if name in _LAZY:
         value = getattr(import_module(_LAZY[name], __name__), name)
         globals()[name] = value
@@ -54,4 +55,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_EXTRAS})
