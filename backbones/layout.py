@@ -24,7 +24,10 @@ class Layout:
         grid: (t, h, w), the tokens in raster order; None where they have no such place.
         extra: positions in the sequence of tokens that are not on the grid (class token, registers), ascending. The
             sequence then has t · h · w + len(extra) tokens.
-        block: tokens per block, where `causal="block"`.
+        block: tokens per block, where `causal="block"`. Blocks count from the start of each sequence or, with a state,
+            from where it goes on, which is a border. A sequence whose length is no multiple of `block` ends in a
+            shorter block; what goes on from the state after it takes its end for a border, and so pieces equal the
+            whole only where all but the last consist of whole blocks.
     """
 
     causal: bool | Literal["block"] = True
@@ -38,6 +41,8 @@ class Layout:
             raise ConfigError(f"causal is {self.causal!r}; it must be True, False or 'block'")
         if (self.causal == "block") != (self.block is not None):
             raise ConfigError(f"block is {self.block!r} with causal={self.causal!r}; they go together")
+        if self.block is not None and self.block < 1:
+            raise ConfigError(f"block is {self.block}; it must be at least 1")
         if self.grid is not None and (len(self.grid) != 3 or min(self.grid) < 1):
             raise ConfigError(f"grid is {self.grid!r}; it must be (t, h, w), each at least 1")
         if self.extra and self.grid is None:
@@ -74,6 +79,19 @@ class Layout:
         sequence = torch.searchsorted(cu_seqlens, place, right=True) - 1
         place = place - cu_seqlens[sequence]
         return (place if start is None else place + start[sequence])[None]
+
+    def block_ends(self, x: Tensor) -> Int[Tensor, "b t"]:
+        """The place in its sequence, from 0, of the last token in each token's block."""
+        place, last = self.positions(x), x.shape[1] - 1
+        if self.cu_seqlens is not None:
+            last = (self.lengths(x) - 1).repeat_interleave(self.lengths(x), output_size=x.shape[1])
+        ends = place - place % self.block + self.block - 1
+        return ends.clamp(max=last) if isinstance(last, int) else torch.minimum(ends, last)
+
+    def block_borders(self, x: Tensor) -> Int[Tensor, "n_plus_1"]:
+        """`cu_seqlens` of the blocks of packed sequences."""
+        starts = (self.positions(x)[0] % self.block == 0).nonzero()[:, 0]
+        return torch.cat([starts, starts.new_tensor([x.shape[1]])]).to(self.cu_seqlens.dtype)
 
     def lengths(self, x: Tensor) -> Int[Tensor, "n"]:
         """Tokens in each sequence of `x` (b, t, ...)."""

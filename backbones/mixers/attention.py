@@ -50,9 +50,13 @@ class AttentionConfig(MixerConfig):
     examples=(AttentionConfig(heads=4), AttentionConfig(heads=4, kv_heads=2, rope=False, qk_norm=True, gate=True)),
 )
 class Attention(Mixer):
-    """softmax(q kᵀ / √d) v. Its state holds every key and value that was read, so it grows."""
+    """softmax(q kᵀ / √d) v. Its state holds every key and value that was read, so it grows.
+
+    Under blocks a mask of queries by keys stands beside the scores, unless one block holds all tokens.
+    """
 
     bidirectional = True
+    blockwise = True
     constant_state = False
     window: int | None = None
     sinks: int = 0
@@ -77,10 +81,10 @@ class Attention(Mixer):
         places = layout.positions(x, None if state is None else state["position"])
         if self.rope_base is not None:
             q, k = rotary(q, places, self.rope_base), rotary(k, places, self.rope_base)
-        if state is None:
-            o = attention(
-                q, k, v, causal=bool(layout.causal), window=self.window, sinks=self.sinks, cu_seqlens=layout.cu_seqlens
-            )
+        masked = layout.causal == "block" and layout.block < x.shape[1]
+        if state is None and not masked:
+            causal = layout.causal is True
+            o = attention(q, k, v, causal=causal, window=self.window, sinks=self.sinks, cu_seqlens=layout.cu_seqlens)
             cache = self._remember(k, v, places, layout, None) if layout.causal else None
         else:
             o, cache = self._go_on(q, k, v, places, layout, state)
@@ -88,16 +92,22 @@ class Attention(Mixer):
         return self.out_proj(o * gate.sigmoid() if self.sizes[-1] else o), cache
 
     def _go_on(
-        self, q: Tensor, k: Tensor, v: Tensor, places: Tensor, layout: Layout, state: State
+        self, q: Tensor, k: Tensor, v: Tensor, places: Tensor, layout: Layout, state: State | None
     ) -> tuple[Tensor, State]:
         if layout.cu_seqlens is not None:
             q = unpack(q, layout.cu_seqlens)
         k, v, slots = self._append(k, v, places, layout, state)
-        queries = places if layout.cu_seqlens is None else unpack(places, layout.cu_seqlens, fill=-1)
+        queries = places
+        if layout.causal == "block":
+            # What the last token of a block sees, the others see too.
+            queries = places - layout.positions(places) + layout.block_ends(places)
+        if layout.cu_seqlens is not None:
+            queries = unpack(queries, layout.cu_seqlens, fill=-1)
         o = attention(q, k, v, window=self.window, sinks=self.sinks, q_positions=queries, k_positions=slots)
         if layout.cu_seqlens is not None:
             o = repack(o, layout.cu_seqlens)
-        return o, self._keep(k, v, slots, state["position"] + layout.lengths(places))
+        read = layout.lengths(places)
+        return o, self._keep(k, v, slots, read if state is None else read + state["position"])
 
     def _remember(self, k: Tensor, v: Tensor, places: Tensor, layout: Layout, state: State | None) -> State:
         k, v, slots = self._append(k, v, places, layout, state)

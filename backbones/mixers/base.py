@@ -12,7 +12,7 @@ from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
 from ..config import Site
 from ..layout import Layout
 from ..state import State
-from ..wrappers.scan import permute, restore
+from ..wrappers.scan import permute, restore, within_blocks
 
 
 class Mixer(nn.Module, ABC):
@@ -24,6 +24,7 @@ class Mixer(nn.Module, ABC):
     Attributes:
         causal: serves `Layout(causal=True)`.
         bidirectional: serves `Layout(causal=False)`.
+        blockwise: serves `Layout(causal="block")`. Blocks of one token, which are causal, serves every causal mixer.
         packed: serves `cu_seqlens`.
         streaming: goes on from a state.
         constant_state: the state's size does not depend on how much was read.
@@ -31,6 +32,7 @@ class Mixer(nn.Module, ABC):
 
     causal: bool = True
     bidirectional: bool = False
+    blockwise: bool = False
     packed: bool = True
     streaming: bool = True
     constant_state: bool = True
@@ -48,6 +50,8 @@ class Mixer(nn.Module, ABC):
             UnsupportedShape: `x` does not fit the layout, or the state does not fit the batch.
         """
         self._check(x, layout, state)
+        if layout.block == 1 and self.causal:
+            layout = Layout(cu_seqlens=layout.cu_seqlens, grid=layout.grid, extra=layout.extra)
         return self.mix(x, layout, state)
 
     @abstractmethod
@@ -68,8 +72,13 @@ class Mixer(nn.Module, ABC):
         if x.shape[1] < 1:
             raise UnsupportedShape(f"{name}: x has no tokens, {tuple(x.shape)}")
         if layout.causal == "block":
-            raise UnsupportedCall(f"{name} does not serve Layout(causal='block')")
-        if layout.causal and not self.causal:
+            if not self.blockwise and not (self.causal and layout.block == 1):
+                raise UnsupportedCall(
+                    f"{name} does not look both ways within a block, and cannot serve Layout(causal='block', "
+                    f"block={layout.block}); configure scan='both' for mixers that scan, and use 'attention', 'window' "
+                    "or 'linear' in place of others"
+                )
+        elif layout.causal and not self.causal:
             raise UnsupportedCall(
                 f"{name} runs in several directions and does not serve Layout(causal=True); configure scan='forward'"
             )
@@ -83,7 +92,9 @@ class Mixer(nn.Module, ABC):
         if state is None:
             return
         if not self.streaming or not layout.causal:
-            raise UnsupportedCall(f"{name} goes on from a state only where it streams, under Layout(causal=True)")
+            raise UnsupportedCall(
+                f"{name} goes on from a state only where it streams, under Layout(causal=True) or 'block'"
+            )
         wanted, found = layout.sequences(x.shape[0]), state.tensors()[0].shape[0]
         if wanted != found:
             raise UnsupportedShape(f"{name}: state holds {found} sequences, and the batch has {wanted}")
@@ -95,6 +106,9 @@ class ScanMixer(Mixer):
     As in Vim, VMamba and ViG the directions share the projections in and out and own the rest (gates, convolution,
     decay): `project` and `finish` are shared, `branches` holds one module for each order of the scan. Outputs of the
     directions are averaged, each back in the sequence's order.
+
+    Forwards and backwards, it also serves blocks: the backward direction then runs within each block, and the forward
+    one over all of them, so that the state is that of the forward direction alone.
     """
 
     def __init__(self, site: Site):
@@ -102,6 +116,7 @@ class ScanMixer(Mixer):
         self.scan = site.scan
         self.causal = site.scan == ("forward",)
         self.bidirectional = not self.causal
+        self.blockwise = site.scan == ("forward", "backward")
         self.branches: nn.ModuleList
 
     @abstractmethod
@@ -117,6 +132,10 @@ class ScanMixer(Mixer):
         if self.causal:
             mixed, state = self.branches[0](streams, layout, state)
             return self.finish(mixed, kept), state
+        if layout.causal == "block":
+            ahead, behind = self.branches
+            mixed, state = ahead(streams, Layout(cu_seqlens=layout.cu_seqlens), state)
+            return self.finish((mixed + within_blocks(behind, streams, layout)) / 2, kept), state
         total = None
         for order, branch in zip(self.scan, self.branches, strict=True):
             mixed, _ = branch(tuple(permute(s, order, layout) for s in streams), layout, None)

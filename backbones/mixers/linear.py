@@ -47,9 +47,10 @@ class LinearConfig(MixerConfig):
     examples=(LinearConfig(heads=4), LinearConfig(heads=2, feature_map="relu")),
 )
 class Linear(Mixer):
-    """φ(q)ᵀ Σ φ(k) vᵀ / φ(q)ᵀ Σ φ(k); both ways the sums run over the whole sequence."""
+    """φ(q)ᵀ Σ φ(k) vᵀ / φ(q)ᵀ Σ φ(k); both ways the sums run over the whole sequence, in blocks to a block's end."""
 
     bidirectional = True
+    blockwise = True
 
     def __init__(self, dim: int, config: LinearConfig, site: Site):
         super().__init__()
@@ -64,26 +65,32 @@ class Linear(Mixer):
         q, k = self._features(q), self._features(k)
         # A channel of ones beside the values sums φ(k): numerator and normaliser come out of one product.
         v = F.pad(v, (0, 1), value=1.0)
-        if layout.causal:
+        if layout.causal is True:
             memory = None if state is None else state["memory"]
             o, memory = gated_linear(q, k, v, scale=1.0, initial_state=memory, cu_seqlens=layout.cu_seqlens)
             state = State({"memory": memory})
-        elif layout.cu_seqlens is None:
-            o = self._both_ways(q, k, v)
         else:
-            rows = (unpack(s, layout.cu_seqlens) for s in (q, k, v))
-            o = repack(self._both_ways(*rows), layout.cu_seqlens)
+            rows = (q, k, v) if layout.cu_seqlens is None else [unpack(s, layout.cu_seqlens) for s in (q, k, v)]
+            o, memory = self._both_ways(*rows, layout.block, None if state is None else state["memory"])
+            o = o if layout.cu_seqlens is None else repack(o, layout.cu_seqlens)
+            state = State({"memory": memory}) if layout.causal else None
         o = (o[..., :-1] / (o[..., -1:] + self.eps)).to(x.dtype)
         return self.out_proj(o.flatten(-2)), state
 
     def _features(self, x: Tensor) -> Tensor:
         return F.elu(x) + 1 if self.feature_map == "elu" else F.relu(x)
 
-    def _both_ways(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        wide = torch.promote_types(v.dtype, torch.float32)
+    def _both_ways(
+        self, q: Tensor, k: Tensor, v: Tensor, block: int | None, memory: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The sums up to the end of each token's block, read by it, and those at the end of all."""
+        wide, t = torch.promote_types(v.dtype, torch.float32), v.shape[1]
+        size = min(block or t, t)
+        q, k, v = (F.pad(s.to(wide), (0, 0, 0, 0, 0, -t % size)).unflatten(1, (-1, size)) for s in (q, k, v))
         with own_precision(v.device.type):
-            memory = torch.einsum("bthk,bthv->bhkv", k.to(wide), v.to(wide))
-            return torch.einsum("bthk,bhkv->bthv", q.to(wide), memory)
+            sums = torch.einsum("bnthk,bnthv->bnhkv", k, v).cumsum(1)
+            sums = sums if memory is None else sums + memory[:, None]
+            return torch.einsum("bnthk,bnhkv->bnthv", q, sums).flatten(1, 2)[:, :t], sums[:, -1]
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:
         wide = torch.promote_types(dtype, torch.float32)

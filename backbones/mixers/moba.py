@@ -52,6 +52,9 @@ class MoBA(Attention):
     The choice has no gradient; both ways it is made among all blocks. The state holds every key and value.
     """
 
+    # A layout's blocks need not be those from which queries choose.
+    blockwise = False
+
     def __init__(self, dim: int, config: MoBAConfig, site: Site):
         super().__init__(dim, config, site)
         self.block_size, self.top_k = config.block_size, config.top_k

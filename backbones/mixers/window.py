@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...errors import UnsupportedCall
 from ..config import Site, positive
+from ..layout import Layout
 from ..state import State
 from .attention import Attention, AttentionConfig
 from .registry import register_mixer
@@ -39,7 +41,10 @@ class WindowConfig(AttentionConfig):
     examples=(WindowConfig(heads=4, window=4), WindowConfig(heads=4, kv_heads=2, window=3, sinks=2)),
 )
 class Window(Attention):
-    """Attention to the last `window` tokens and the first `sinks`; the state holds just these."""
+    """Attention to the last `window` tokens and the first `sinks`; the state holds just these.
+
+    Under blocks the window counts from a block's last token, for all of its tokens.
+    """
 
     constant_state = True
 
@@ -47,6 +52,14 @@ class Window(Attention):
         super().__init__(dim, config, site)
         self.window, self.sinks = config.window, config.sinks
         self.slots = config.window - 1 + config.sinks
+
+    def _check(self, x: Tensor, layout: Layout, state: State | None) -> None:
+        super()._check(x, layout, state)
+        if layout.causal == "block" and self.window < min(layout.block, x.shape[1]):
+            raise UnsupportedCall(
+                f"the window of {self.window} tokens does not hold a block of {layout.block}, and its tokens would not "
+                f"see themselves; configure window={layout.block} or more"
+            )
 
     def _keep(self, k: Tensor, v: Tensor, slots: Tensor, position: Tensor) -> State:
         missing = max(0, self.slots - slots.shape[1])

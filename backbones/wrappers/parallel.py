@@ -22,7 +22,7 @@ class Parallel(Mixer):
         super().__init__()
         self.parts = nn.ModuleDict(parts)
         self.norms = nn.ModuleDict({name: RMSNorm(dim, eps=site.norm_eps) for name in parts})
-        for capability in ("causal", "bidirectional", "packed", "streaming", "constant_state"):
+        for capability in ("causal", "bidirectional", "blockwise", "packed", "streaming", "constant_state"):
             setattr(self, capability, all(getattr(part, capability) for part in parts.values()))
 
     def mix(self, x: Tensor, layout: Layout, state: State | None) -> tuple[Tensor, State | None]:

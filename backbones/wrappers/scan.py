@@ -7,6 +7,7 @@ stay where they are; `-reverse` then turns the whole sequence round.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from ...errors import ConfigError, UnknownName, UnsupportedCall
 from ...kernels.registry import constant_in_graphs
 from ..layout import Layout
+from ..state import State
 
 # Named sets of orders, as the published models use them.
 SCANS: dict[str, tuple[str, ...]] = {
@@ -57,6 +59,25 @@ def permute(x: Tensor, order: str, layout: Layout) -> Tensor:
 def restore(x: Tensor, order: str, layout: Layout) -> Tensor:
     """The inverse of `permute`."""
     return _apply(x, order, layout, inverse=True)
+
+
+def within_blocks(
+    branch: Callable[..., tuple[Tensor, State | None]], streams: tuple[Tensor, ...], layout: Layout
+) -> Tensor:
+    """What `branch` makes of `streams` (b, t, ...), backwards within each of the layout's blocks."""
+    if layout.cu_seqlens is not None:
+        inside = Layout(causal=False, cu_seqlens=layout.block_borders(streams[0]))
+        mixed, _ = branch(tuple(permute(s, "backward", inside) for s in streams), inside, None)
+        return restore(mixed, "backward", inside)
+    (b, t), parts = streams[0].shape[:2], []
+    whole = t - t % layout.block
+    # Blocks become rows: those of full size together, and the rest, if any, which is shorter.
+    for start, stop, size in ((0, whole, layout.block), (whole, t, t - whole)):
+        if start < stop:
+            rows = tuple(s[:, start:stop].unflatten(1, (-1, size)).flatten(0, 1).flip(1) for s in streams)
+            mixed, _ = branch(rows, Layout(causal=False), None)
+            parts.append(mixed.flip(1).unflatten(0, (b, -1)).flatten(1, 2))
+    return torch.cat(parts, dim=1)
 
 
 def _apply(x: Tensor, order: str, layout: Layout, *, inverse: bool) -> Tensor:

@@ -305,8 +305,11 @@ def test_law_10_triton_is_the_reference(subject: Subject):
 def test_what_is_not_declared_raises(subject: Subject):
     module = subject.module()
     x = tokens(2, 9)
-    with pytest.raises(UnsupportedCall, match="block"):
+    if capability(module, "blockwise"):
         module(x, Layout(causal="block", block=3))
+    else:
+        with pytest.raises(UnsupportedCall, match="scan='both' for mixers that scan, .*'attention'"):
+            module(x, Layout(causal="block", block=3))
     with pytest.raises(UnsupportedShape, match="batch 1"):
         module(x, Layout(cu_seqlens=BORDERS))
     _, state = module(x, CAUSAL)
