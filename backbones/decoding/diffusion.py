@@ -228,7 +228,7 @@ class _Filler:
                 self.watch([c.tokens.tolist() for c in self.canvases])
             rows = [i for i in rows if len(active[i].hidden())]
 
-    def _outputs(self, working: list[_Canvas], rows: list[int] | None) -> list[Float[Tensor, "m d"]]:
+    def _outputs(self, working: list[_Canvas], rows: list[int] | None) -> list[Float[Tensor, "_ d"]]:
         """The backbone's outputs where each canvas's hidden tokens are predicted."""
         shift = int(self.model.objective.shift)
         firsts = [c.start if self.cache else 0 for c in working]
@@ -246,8 +246,8 @@ class _Filler:
         return found
 
     def _pass(
-        self, pieces: list[Int[Tensor, "t"]], state: tuple[State, ...] | None
-    ) -> tuple[Sequence[Float[Tensor, "t d"]], tuple[State, ...] | None]:
+        self, pieces: list[Int[Tensor, "_"]], state: tuple[State, ...] | None
+    ) -> tuple[Sequence[Float[Tensor, "_ d"]], tuple[State, ...] | None]:
         lengths = [len(piece) for piece in pieces]
         ragged = len(set(lengths)) > 1
         tokens = (torch.cat(pieces)[None] if ragged else torch.stack(pieces)).to(self.device)

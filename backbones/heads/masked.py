@@ -87,7 +87,13 @@ class Masked(Objective):
 
     @property
     def shift(self) -> bool:
+        """Whether a token is predicted at the place before it."""
         return self.config.shift
+
+    @property
+    def block(self) -> int | None:
+        """Tokens that are written at a time, those before them being final; None for all."""
+        return None
 
     def check(self, model: LanguageModel) -> None:
         name = model.config.objective
