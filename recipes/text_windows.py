@@ -1,0 +1,164 @@
+"""Batches of token sequences out of a corpus' tokens: windows over packed documents, or pieces of single ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import ConfigError
+from ..modalities.token_cache import TokenCache
+from .loading import Key, mix
+
+Batch = dict[str, Any]
+
+
+class PackedWindows:
+    """Windows of `length` + 1 tokens over all documents in a ring, the last token of one the first of the next.
+
+    So `length` tokens of each are scored, and over an epoch every token once. Where the windows begin is another place
+    each epoch. A batch with a border of documents inside a window is one row with `cu_seqlens`, others are plain rows.
+
+    Args:
+        cache: the tokens.
+        documents: indices of those to read.
+        length: scored tokens of a window.
+        seed: of where windows begin.
+
+    Raises:
+        ConfigError: no documents.
+    """
+
+    def __init__(self, cache: TokenCache, documents: np.ndarray, length: int, *, seed: int):
+        if not len(documents):
+            raise ConfigError("no document is left to train on; a smaller val_part holds fewer out")
+        self.cache, self.documents, self.length, self.seed = cache, documents, length, seed
+        self._starts, self._ends = cache.offsets[documents], cache.offsets[documents + 1]
+        self._borders = np.concatenate([[0], np.cumsum(self._ends - self._starts)])
+        self.tokens = int(self._borders[-1])
+        # Each document's first token is given and not scored.
+        self._bytes = float(cache.text_bytes[documents].sum()) / (self.tokens - len(documents))
+
+    def __len__(self) -> int:
+        return max(1, self.tokens // self.length)
+
+    def __getitem__(self, key: Key) -> Batch:
+        return self.__getitems__([key])
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        width = self.length + 1
+        rows = np.empty((len(keys), width), np.int64)
+        starts: list[int] = []
+        for row, (epoch, index) in enumerate(keys):
+            at = (mix(self.seed, epoch, len(self)) + index * self.length) % self.tokens
+            starts += [row * width + start for start in self._fill(rows[row], at)]
+        tokens = torch.from_numpy(rows)
+        size = round((rows.size - len(starts)) * self._bytes)
+        if len(starts) == len(keys):
+            return {"tokens": tokens, "bytes": size}
+        borders = torch.tensor([*starts, rows.size], dtype=torch.int32)
+        return {"tokens": tokens.view(1, -1), "cu_seqlens": borders, "bytes": size}
+
+    def _fill(self, row: np.ndarray, at: int) -> list[int]:
+        """Read the ring from `at` on; returns where in the row sequences begin."""
+        document = int(np.searchsorted(self._borders, at, side="right")) - 1
+        begin = self._starts[document] + at - self._borders[document]
+        starts, done = [], 0
+        while done < len(row):
+            end = min(self._ends[document], begin + len(row) - done)
+            row[done : done + end - begin] = self.cache.tokens[begin:end]
+            starts.append(done)
+            done += int(end - begin)
+            document = (document + 1) % len(self.documents)
+            begin = self._starts[document]
+        return starts
+
+
+class Pieces:
+    """Documents in pieces of at most `length` + 1 tokens, one a row, filled up on the right.
+
+    A piece begins with the token that the one before ended with, which is then given: every token of a document but
+    its first is scored in exactly one piece. The bytes of all pieces add up to those of the documents.
+
+    Args:
+        cache: the tokens.
+        documents: indices of those to read.
+        length: scored tokens of a piece at most.
+        fill: what rows are filled up with.
+        limit: scored tokens after which no further pieces are taken, out of an order that is random but always the
+            same; None takes all.
+        sort: whether long pieces come first, so that little is filled up where the order is kept.
+
+    Raises:
+        ConfigError: no documents, or none of their tokens is to be scored.
+    """
+
+    def __init__(
+        self,
+        cache: TokenCache,
+        documents: np.ndarray,
+        length: int,
+        *,
+        fill: int,
+        limit: int | None = None,
+        sort: bool = False,
+    ):
+        self.cache, self.length, self.fill = cache, length, fill
+        pieces = [self._cut(int(document)) for document in documents]
+        self.rows = np.concatenate(pieces) if pieces else np.empty((0, 4), np.int64)
+        if limit is not None:
+            order = np.random.default_rng(0).permutation(len(self.rows))
+            before = np.cumsum(self.rows[order, 2]) - self.rows[order, 2]
+            self.rows = self.rows[np.sort(order[before < limit])]
+        if sort:
+            self.rows = self.rows[np.argsort(self.rows[:, 0] - self.rows[:, 1], kind="stable")]
+        if not len(self.rows):
+            raise ConfigError("of no document is a token left to be scored")
+
+    def _cut(self, document: int) -> np.ndarray:
+        """(pieces, 4): begin, end, scored tokens and bytes of the pieces of a document that have any scored."""
+        first, last = int(self.cache.offsets[document]), int(self.cache.offsets[document + 1])
+        begins = np.arange(first, last - 1, self.length)
+        ends = np.minimum(begins + self.length + 1, last)
+        if self.cache.counted is None:
+            through = ends - first - 1
+        else:
+            through = np.cumsum(self.cache.counted[first + 1 : last], dtype=np.int64)[ends - first - 2]
+        scored = np.diff(through, prepend=0)
+        # Whole bytes by the share of the scored tokens so far, so that their sum is exact.
+        size = np.diff(int(self.cache.text_bytes[document]) * through // max(1, int(through[-1])), prepend=0)
+        return np.stack([begins, ends, scored, size], axis=1)[scored > 0]
+
+    @property
+    def tokens(self) -> int:
+        """Scored tokens of all pieces."""
+        return int(self.rows[:, 2].sum())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of text that these stand for."""
+        return int(self.rows[:, 3].sum())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: Key) -> Batch:
+        return self.__getitems__([key])
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        rows = self.rows[[index for _, index in keys]]
+        lengths = rows[:, 1] - rows[:, 0]
+        tokens = np.full((len(rows), int(lengths.max())), self.fill, np.int64)
+        counted = None if self.cache.counted is None else np.zeros(tokens.shape, bool)
+        for i, (begin, end) in enumerate(rows[:, :2]):
+            tokens[i, : end - begin] = self.cache.tokens[begin:end]
+            if counted is not None:
+                counted[i, : end - begin] = self.cache.counted[begin:end]
+        batch: Batch = {"tokens": torch.from_numpy(tokens), "bytes": int(rows[:, 3].sum())}
+        if lengths.min() < lengths.max():
+            batch["lengths"] = torch.from_numpy(lengths)
+        if counted is not None:
+            batch["counted"] = torch.from_numpy(counted)
+        return batch
