@@ -41,6 +41,11 @@ def emit(title: str, rows: list[dict[str, Any]], json: str | None = None) -> Non
     console.print(table)
 
 
+def short_number(value: float) -> str:
+    """A number for a line of a log or a legend."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2e}" if 0 < abs(value) < 0.01 else f"{value:.4f}"
+
+
 def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"

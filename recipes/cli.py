@@ -30,7 +30,7 @@ from ..modalities import load_weights
 from . import CONFIGS
 from .history import History
 from .run import RunFolder
-from .training import Interrupted, LastCheckpoint, SeedEveryStep, precision
+from .training import AverageWeights, Interrupted, LastCheckpoint, SeedEveryStep, precision
 
 _OPTIONS = [MixerConfig, ChannelConfig, ObjectiveConfig]
 set_parsing_settings(subclasses_enabled=_OPTIONS)
@@ -261,6 +261,24 @@ class RecipeCLI(LightningCLI):
     def test(self, model: pl.LightningModule, datamodule: pl.LightningDataModule, **kwargs: Any) -> None:
         self._load(model)
         self.measured = self.trainer.test(model, datamodule=datamodule, verbose=False)
+
+    def measure(self) -> dict[str, float]:
+        """What a validation of the trained model says, with its averaged weights where there are any."""
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, AverageWeights):
+                callback.adopt(self.model)
+        return dict(self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)[0])
+
+    def about(self) -> dict[str, Any]:
+        """What the numbers of every recipe's run say of how they came about."""
+        return {
+            "parameters": sum(p.numel() for p in self.model.model.parameters()),
+            "configuration": self.options.configuration,
+            "mixer": self.model.mixer,
+            "seed": self.options.seed_everything,
+            "precision": self.trainer.precision,
+            "threads": torch.get_num_threads(),
+        }
 
     def _load(self, module: pl.LightningModule) -> None:
         load_weights(module.model, self.folder.path / "model.safetensors")

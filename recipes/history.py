@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from ..console import short_number
 from .optimisers import planned_steps
 
 
@@ -34,8 +35,8 @@ class History(Callback):
         self._count()
         self.rows.append({"seconds": self.seconds, **row})
         if self.lines and trainer.is_global_zero:
-            measured = {name: value for name, value in row.items() if name not in ("epoch", "step")}
-            print(head, *(f"{name} {_short(value)}" for name, value in sorted(measured.items())), sep="  ", flush=True)
+            measured = sorted((name, value) for name, value in row.items() if name not in ("epoch", "step"))
+            print(head, *(f"{name} {short_number(value)}" for name, value in measured), sep="  ", flush=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._since = time.monotonic()
@@ -65,12 +66,14 @@ class StepHistory(History):
     Attributes:
         every: steps from row to row; the trainer's `log_every_n_steps`.
         tokens: scored so far, on all ranks.
+        busy: seconds of training for these, without the validations in between.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.every = 1
         self.tokens = 0
+        self.busy = 0.0
         self._nats: float | torch.Tensor = 0.0
         self._counted = 0
         self._passed = 0.0
@@ -86,8 +89,11 @@ class StepHistory(History):
     ) -> None:
         self._nats = self._nats + outputs["nats"].double()
         self._counted += outputs["count"]
-        if trainer.fit_loop._should_accumulate() or trainer.global_step % self.every:
-            return
+        if not trainer.fit_loop._should_accumulate() and trainer.global_step % self.every == 0:
+            row = self._row(trainer)
+            pl_module.log_dict({name: row[name] for name in ("tokens_per_second", "lr")}, batch_size=1)
+
+    def _row(self, trainer: pl.Trainer) -> dict[str, float]:
         nats = float(self._nats)  # waits for the device, so that the clock is right
         self._passed += time.monotonic() - self._mark
         counted = self._counted * trainer.world_size
@@ -97,10 +103,11 @@ class StepHistory(History):
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
         }
         self.tokens += counted
+        self.busy += self._passed
         self._nats, self._counted, self._passed = 0.0, 0, 0.0
         self._add(trainer, self._head(trainer), step=trainer.global_step, **row)
-        pl_module.log_dict({"tokens_per_second": row["tokens_per_second"], "lr": row["lr"]})
         self._mark = time.monotonic()
+        return row
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._passed += time.monotonic() - self._mark
@@ -115,18 +122,18 @@ class StepHistory(History):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._count()
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._counted:
+            self._row(trainer)
+
     def _head(self, trainer: pl.Trainer) -> str:
         return f"step {trainer.global_step}/{planned_steps(trainer)}"
 
     def state_dict(self) -> dict[str, Any]:
-        partial = {"nats": float(self._nats), "counted": self._counted, "passed": self._passed, "tokens": self.tokens}
-        return super().state_dict() | partial
+        partial = {"nats": float(self._nats), "counted": self._counted, "passed": self._passed}
+        return super().state_dict() | partial | {"tokens": self.tokens, "busy": self.busy}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self._nats, self._counted, self._passed = state["nats"], state["counted"], state["passed"]
-        self.tokens = state["tokens"]
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2e}" if 0 < abs(value) < 0.01 else f"{value:.4f}"
+        self.tokens, self.busy = state["tokens"], state["busy"]

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, FigureBase
 from torch import Tensor
 
-from ..console import write_atomically
+from ..console import short_number, write_atomically
 
 INK, GRID, RIGHT, WRONG = "#1f2430", "#d9dde5", "#2a7f62", "#c8374a"
 LINES = ("#3566b8", "#e08a1e", "#2a7f62", "#8a4fb0")
@@ -70,21 +70,26 @@ def write_metrics(path: str | os.PathLike[str], metrics: dict[str, Any]) -> None
 
 
 def curves(
-    history: Sequence[dict[str, int | float]], lines: dict[str, str], title: str, *, percent: bool = False
+    history: Sequence[dict[str, int | float]],
+    lines: dict[str, str],
+    title: str,
+    *,
+    percent: bool = False,
+    over: str = "epoch",
 ) -> Panel:
-    """One line for each `name in the legend -> name in the history`, over the epochs, for what was logged."""
+    """One line for each `name in the legend -> name in the history`, over epochs or steps, for what was logged."""
 
     def draw(figure: FigureBase) -> None:
         axes = figure.subplots()
         for colour, (label, key) in zip(LINES, lines.items(), strict=False):
-            points = [(row["epoch"], row[key] * (100 if percent else 1)) for row in history if key in row]
+            points = [(row[over], row[key] * (100 if percent else 1)) for row in history if key in row]
             if not points:
                 continue
-            last = f"{points[-1][1]:.1f} %" if percent else f"{points[-1][1]:.3f}"
+            last = f"{points[-1][1]:.1f} %" if percent else short_number(points[-1][1])
             marker = "o" if len(points) < 4 else None
             axes.plot(*zip(*points, strict=True), color=colour, lw=2, marker=marker, label=f"{label}  {last}")
         _style(axes, title)
-        axes.set_xlabel("epoch")
+        axes.set_xlabel(over)
         axes.grid(color=GRID, lw=0.8)
         if percent:
             axes.set_ylabel("%")
@@ -119,6 +124,22 @@ def confusion(counts: Int[Tensor, "c c"], classes: Sequence[str], title: str = "
             axes.text(j, i, str(table[i, j]), ha="center", va="center", size=9.5, color=colour, weight=weight)
 
     return Panel(draw=draw, width=1.05)
+
+
+def text(content: str, title: str, columns: int = 62, lines: int = 30) -> Panel:
+    """Text as it is, in a fixed width; long lines are broken, and what does not fit is left out."""
+    # Nothing of it is markup, and the font has no glyphs for what cannot be printed.
+    plain = "".join(c if c == "\n" or c.isprintable() else "�" for c in content.expandtabs(4))
+    broken = [line[at : at + columns] for line in plain.split("\n") for at in range(0, max(1, len(line)), columns)]
+    shown = [*broken[: lines - 1], "…"] if len(broken) > lines else broken
+
+    def draw(figure: FigureBase) -> None:
+        axes = figure.subplots()
+        axes.set_axis_off()
+        axes.set_title(title, loc="left", size=13, weight="bold", color=INK, pad=10)
+        axes.text(0, 1, "\n".join(shown), family="monospace", size=8.5, color=INK, va="top", parse_math=False)
+
+    return Panel(draw=draw)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ class RunFolder:
         self.last = self.checkpoints / "last.ckpt"
         self.metrics = path / "metrics.json"
         self.report = path / "report.png"
+        self.samples = path / "samples.txt"
 
     @staticmethod
     def named(runs: str, name: str) -> RunFolder:

@@ -246,12 +246,9 @@ def _cli(command: str, argv: list[str]) -> RecipeCLI:
 def _finish(cli: RecipeCLI) -> None:
     """Measure the averaged weights once more, and write model, numbers and picture into the run's folder."""
     model, data, folder = cli.model, cli.datamodule, cli.folder
-    for callback in cli.trainer.callbacks:
-        if isinstance(callback, AverageWeights):
-            callback.adopt(model)
     seen = Predictions(shown=36)
     cli.trainer.callbacks.append(seen)
-    measured = cli.trainer.validate(model, datamodule=data, verbose=False)[0]
+    measured = cli.measure()
     for unreadable in from_all_ranks(cli.trainer, dict(data.unreadable)):
         data.unreadable.update(unreadable)
     if not cli.trainer.is_global_zero:
@@ -262,12 +259,7 @@ def _finish(cli: RecipeCLI) -> None:
         "train_seconds": round(cli.history.seconds, 1),
         "seconds_per_epoch": round(cli.history.seconds / max(1, len(cli.history.rows)), 2),
         "epochs": len(cli.history.rows),
-        "parameters": sum(p.numel() for p in model.model.parameters()),
-        "configuration": cli.options.configuration,
-        "mixer": model.mixer,
-        "seed": cli.options.seed_everything,
-        "precision": cli.trainer.precision,
-        "threads": torch.get_num_threads(),
+        **cli.about(),
         "train_images": len(data.train_set),
         "val_images": int(sum(map(len, seen.labels))),
         "unreadable": data.unreadable,

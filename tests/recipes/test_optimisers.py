@@ -1,0 +1,117 @@
+"""Muon beside AdamW, and the schedules."""
+
+import itertools
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from omnimix.backbones import BackboneConfig, LanguageModel, LanguageModelConfig
+from omnimix.backbones.channel.moe import MoEConfig
+from omnimix.recipes.optimisers import MuonAdamW, build_optimiser, cosine, hidden_matrices, wsd
+from omnimix.recipes.training import TrainingConfig
+
+
+def model() -> LanguageModel:
+    backbone = BackboneConfig(
+        dim=16, depth=2, pattern=["mamba2", "attention"], channel="moe", channels={"moe": MoEConfig(experts=2)}
+    )
+    return LanguageModel(LanguageModelConfig(backbone=backbone, vocabulary=11, tie=False))
+
+
+def muon(*parameters: nn.Parameter, **options) -> MuonAdamW:
+    options = {"lr": 0.1, "betas": (0.9, 0.95), "momentum": 0.95} | options
+    return MuonAdamW([{"params": list(parameters), "weight_decay": 0.0}], [], **options)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (48, 16), (16, 48)])
+def test_steps_of_muon_are_orthogonal_and_as_large_as_those_of_adamw(shape):
+    weight = nn.Parameter(torch.zeros(shape))
+    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    weight.grad = u @ torch.diag(torch.logspace(0, -1, min(shape))) @ v
+    muon(weight).step()
+    step = weight.detach() / (-0.1 * 0.2 * max(shape) ** 0.5)
+    values = torch.linalg.svdvals(step)
+    assert 0.6 < values.min() and values.max() < 1.3
+    # AdamW's root mean square is 0.2 to 0.4 of its rate.
+    assert weight.detach().square().mean().sqrt() == pytest.approx(0.1 * 0.2, rel=0.25)
+
+
+def test_muon_serves_hidden_matrices_and_adamw_the_rest():
+    net = model()
+    matrices = hidden_matrices(net)
+    assert {"backbone.blocks.1.mixer.out_proj.weight", "backbone.blocks.0.mixer.in_proj.weight"} <= matrices
+    assert all(net.get_parameter(name).ndim == 2 for name in matrices)
+    assert not matrices & {"embedding.weight", "head.weight"}
+    optimizer = build_optimiser(net, TrainingConfig(optimizer="muon", weight_decay=0.3, lr=0.01))
+    names = {id(p): name for name, p in net.named_parameters()}
+    served = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(served) == sorted(names.values())
+    # Stacked experts are three-dimensional.
+    assert any(net.get_parameter(name).ndim == 3 for name in set(served) - matrices)
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    optimizer.step()
+    moved = {name: (p.detach() - before[name]) / 0.01 for name, p in net.named_parameters()}
+    assert all(moved[name].abs().max() > 0 for name in moved)
+    for name in moved:
+        state = optimizer.state[net.get_parameter(name)]
+        assert ("momentum_buffer" in state) == (name in matrices) == ("exp_avg" not in state)
+    # The first step of AdamW is the sign of the gradient, beside the decay.
+    step = moved["head.weight"] + 0.3 * before["head.weight"]
+    torch.testing.assert_close(step, -net.head.weight.grad.sign(), rtol=1e-3, atol=1e-3)
+
+
+def test_the_state_goes_on_where_it_was_saved():
+    torch.manual_seed(1)
+    net, config = model(), TrainingConfig(optimizer="muon", lr=0.02)
+    gradients = [[torch.randn_like(p) for p in net.parameters()] for _ in range(4)]
+    optimizer = build_optimiser(net, config)
+
+    def step(net, optimizer, gradients):
+        for p, gradient in zip(net.parameters(), gradients, strict=True):
+            p.grad = gradient.clone()
+        optimizer.step()
+
+    for some in gradients[:2]:
+        step(net, optimizer, some)
+    other = model()
+    other.load_state_dict(net.state_dict())
+    resumed = build_optimiser(other, config)
+    resumed.load_state_dict(deepcopy(optimizer.state_dict()))
+    for group in (*optimizer.param_groups, *resumed.param_groups):
+        group["lr"] = 0.5  # as schedules do
+    for some in gradients[2:]:
+        step(net, optimizer, some)
+        step(other, resumed, some)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+
+
+def test_a_closure_is_called_once_with_gradients():
+    weight = nn.Parameter(torch.ones(4, 4))
+    optimizer, calls = muon(weight), []
+
+    def closure():
+        calls.append(1)
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 16 and calls == [1]
+    assert not torch.equal(weight.detach(), torch.ones(4, 4))
+
+
+def test_wsd_rises_stays_and_falls():
+    factors = [wsd(step, total=100, warmup=0.1, floor=0.05, decay=0.2) for step in range(101)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert factors[10:81] == [1.0] * 71
+    assert all(a > b for a, b in itertools.pairwise(factors[80:]))
+    assert factors[100] == pytest.approx(0.05)
+    # 1 − sqrt of the part of the fall that is behind.
+    assert factors[85] == pytest.approx(0.05 + 0.95 * (1 - 0.25**0.5))
+    # Where the end is does not show before the fall.
+    assert factors[:61] == pytest.approx([wsd(step, 80, 0.125, 0.05, 0.25) for step in range(61)])
+    assert wsd(100, total=100, warmup=0.1, floor=0.0, decay=0.0) == 1.0
+    assert cosine(60, total=100, warmup=0.1, floor=0.05) < 1
