@@ -8,9 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from omnimix.backbones import BackboneConfig, Layout
+from omnimix.backbones.language import LanguageModel, LanguageModelConfig
 from omnimix.kernels.check import error
 
-from .subjects import BOTH, CAUSAL, Subject, both_way_subjects, causal_subjects, floating, tokens
+from .subjects import BOTH, CAUSAL, Subject, both_way_subjects, causal_subjects, floating, subjects, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -46,3 +48,29 @@ def test_a_mixer_compiles_whole_both_ways(subject: Subject):
     x = tokens(2, 10)
     compiled = torch.compile(lambda x: module(x, BOTH)[0], fullgraph=True, backend="aot_eager")
     assert error(compiled(x), module(x, BOTH)[0]) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["attention+gla", "linear-0"])
+def test_blocks_compile_whole(name: str):
+    module = next(s for s in subjects("both") if s.name == name).module()
+    blocks = Layout(causal="block", block=4)
+    compiled = torch.compile(lambda x, state: module(x, blocks, state), fullgraph=True, backend="aot_eager")
+    before = None
+    for x in (tokens(2, 8), tokens(2, 7, seed=1)):
+        (y, state), (wanted, after) = compiled(x, before), module(x, blocks, before)
+        assert error(y, wanted) < 1e-12
+        assert all(error(a, b) < 1e-12 for a, b in zip(floating(state), floating(after), strict=True))
+        before = after
+
+
+def test_a_language_models_loss_compiles_whole():
+    torch.manual_seed(0)
+    backbone = BackboneConfig(dim=32, depth=2, pattern=("gla", "attention"))
+    model = LanguageModel(LanguageModelConfig(backbone=backbone, vocabulary=11)).double()
+    ids = torch.arange(18).view(2, 9) % 11
+    compiled = torch.compile(lambda ids: model.loss(ids).loss, fullgraph=True, backend="aot_eager")
+    found, wanted = compiled(ids), model.loss(ids).loss
+    assert error(found, wanted) < 1e-12
+    parameters = tuple(model.parameters())
+    for g, w in zip(torch.autograd.grad(found, parameters), torch.autograd.grad(wanted, parameters), strict=True):
+        assert error(g, w) < 1e-12
