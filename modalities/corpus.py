@@ -13,9 +13,9 @@ import sysconfig
 import tarfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any, Literal
 
 from ..errors import ConfigError, MediaError, MissingPackage
@@ -50,7 +50,7 @@ def place(key: str) -> int:
 
 def held_out(key: str, part: float) -> bool:
     """Whether a document belongs to the `part` of all documents that is held out."""
-    return place(key) < part * 2**64
+    return float(place(key)) < part * 2**64
 
 
 class Corpus(ABC):
@@ -59,6 +59,7 @@ class Corpus(ABC):
     Args:
         path: a file, or a folder that is searched through.
         patterns: of the names of the files in a folder.
+        apart: names of folders inside it that are left alone, as hidden ones are.
         policy: what an unreadable document does: "skip" leaves it out and counts it, "raise" stops.
 
     Attributes:
@@ -69,11 +70,18 @@ class Corpus(ABC):
         ConfigError: no such file or folder, or no file in it fits.
     """
 
-    def __init__(self, path: str | Path, *, patterns: Sequence[str] = (), policy: Literal["skip", "raise"] = "skip"):
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        patterns: Sequence[str] = (),
+        apart: Collection[str] = (),
+        policy: Literal["skip", "raise"] = "skip",
+    ):
         if policy not in ("skip", "raise"):
             raise ConfigError(f"policy is {policy!r}; it must be 'skip' or 'raise'")
         self.policy = policy
-        self.files = find_files(Path(path), patterns)
+        self.files = find_files(Path(path), patterns, apart=apart)
         self.problems: dict[str, str] = {}
 
     @abstractmethod
@@ -89,9 +97,14 @@ class Corpus(ABC):
             try:
                 yield from self._read(name, path)
             except _UNREADABLE as error:
-                self._problem(name, f"{type(error).__name__}: {error}")
+                self.refuse(name, f"{type(error).__name__}: {error}")
 
-    def _problem(self, name: str, reason: str) -> None:
+    def refuse(self, name: str, reason: str) -> None:
+        """Leave a document out and remember why, or stop, as the policy says.
+
+        Raises:
+            MediaError: under the policy "raise".
+        """
         if self.policy == "raise":
             raise MediaError(f"{name} cannot be read: {reason} (policy 'skip' leaves it out)")
         self.problems[name] = reason
@@ -109,13 +122,20 @@ class Corpus(ABC):
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
-def find_files(path: Path, patterns: Sequence[str]) -> list[tuple[str, Path]]:
-    """(name, path) of a file, or of all files in a folder whose names fit a pattern, sorted by their names."""
+def find_files(path: Path, patterns: Sequence[str], *, apart: Collection[str] = ()) -> list[tuple[str, Path]]:
+    """(name, path) of a file, or of all files in a folder whose names fit a pattern, sorted by their names.
+
+    Args:
+        apart: names of folders that are left alone, as hidden ones are.
+    """
     if path.is_file():
         return [(path.name, path)]
     if not path.is_dir():
         raise ConfigError(f"path is {str(path)!r}; there is no such file or folder")
-    everything = [p for p in path.rglob("*") if p.is_file()]
+    everything: list[Path] = []
+    for folder, inner, names in os.walk(path):
+        inner[:] = [name for name in inner if name not in apart and not name.startswith(".")]
+        everything += [Path(folder, name) for name in names]
     found = [p for p in everything if any(fnmatch.fnmatch(p.name, pattern) for pattern in patterns)]
     if not found:
         suffixes = sorted({p.suffix for p in everything if p.suffix})[:8]
@@ -131,7 +151,7 @@ class TextFiles(Corpus):
 
     Args:
         path: a file or folder.
-        patterns: of file names in a folder.
+        patterns, apart: see `Corpus`.
         section: characters after which a file is cut, at the next line, so that it gives several documents; None
             cuts nothing.
         policy: see `Corpus`.
@@ -142,10 +162,11 @@ class TextFiles(Corpus):
         path: str | Path,
         *,
         patterns: Sequence[str] = ("*.txt", "*.md"),
+        apart: Collection[str] = (),
         section: int | None = None,
         policy: Literal["skip", "raise"] = "skip",
     ):
-        super().__init__(path, patterns=patterns, policy=policy)
+        super().__init__(path, patterns=patterns, apart=apart, policy=policy)
         if section is not None and section < 1:
             raise ConfigError(f"section is {section}; it must be at least 1 character, or null")
         self.section = section
@@ -174,11 +195,8 @@ def standard_library(*, policy: Literal["skip", "raise"] = "skip") -> TextFiles:
     Raises:
         ConfigError: this Python comes without sources.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    corpus = TextFiles(root, patterns=("*.py",), policy=policy)
-    apart = {"site-packages", "dist-packages", "__pycache__"}
-    corpus.files = [(name, path) for name, path in corpus.files if not apart & set(PurePosixPath(name).parts)]
-    return corpus
+    root = sysconfig.get_paths()["stdlib"]
+    return TextFiles(root, patterns=("*.py",), apart=("site-packages", "dist-packages", "__pycache__"), policy=policy)
 
 
 class _Rows(Corpus):
@@ -211,7 +229,7 @@ class _Rows(Corpus):
             content = json.dumps(value, ensure_ascii=False) if self.chat else value
             key = hashlib.sha256(content.encode()).hexdigest()
         except (ConfigError, UnicodeEncodeError) as error:
-            self._problem(name, str(error))
+            self.refuse(name, str(error))
             return
         yield Document(name=name, key=key, messages=value) if self.chat else Document(name=name, key=key, text=value)
 
@@ -247,7 +265,7 @@ class JsonLines(_Rows):
                 try:
                     value = json.loads(line)
                 except ValueError as error:  # no JSON, or no UTF-8
-                    self._problem(row, str(error))
+                    self.refuse(row, str(error))
                     continue
                 yield from self._document(row, value.get(self.field) if isinstance(value, dict) else None)
 
@@ -287,7 +305,7 @@ class Parquet(_Rows):
         try:
             file = self._parquet.ParquetFile(path)
             if self.field not in file.schema_arrow.names:
-                self._problem(name, f"it has no column {self.field!r}, but {', '.join(file.schema_arrow.names)}")
+                self.refuse(name, f"it has no column {self.field!r}, but {', '.join(file.schema_arrow.names)}")
                 return
             number = 0
             for batch in file.iter_batches(columns=[self.field]):
@@ -295,7 +313,7 @@ class Parquet(_Rows):
                     number += 1
                     yield from self._document(f"{name}:{number}", value)
         except self._arrow.ArrowException as error:
-            self._problem(name, str(error))
+            self.refuse(name, str(error))
 
 
 class Shards(_Rows):
@@ -328,7 +346,7 @@ class Shards(_Rows):
         with path.open("rb") as file:
             if path.suffix == ".tar" and not _ended(file):
                 # tarfile takes an end between two members for the end of the shard.
-                self._problem(name, "it is cut short: a tar file ends with zeros")
+                self.refuse(name, "it is cut short: a tar file ends with zeros")
 
     def _member(self, name: str, file: IO[bytes] | None, size: int) -> Iterator[Document]:
         data = b"" if file is None else file.read()
@@ -341,7 +359,7 @@ class Shards(_Rows):
                 return
             value = json.loads(data)
         except ValueError as error:
-            self._problem(name, str(error))
+            self.refuse(name, str(error))
             return
         yield from self._document(name, value.get(self.field) if isinstance(value, dict) else None)
 

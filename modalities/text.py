@@ -90,8 +90,7 @@ class BPETokenizer(Tokenizer):
         # A second one: the switch belongs to the tokenizer, and calls may come from several threads.
         self._special = tokenizers.Tokenizer.from_str(self._plain.to_str())
         self._plain.encode_special_tokens = True
-        added = self._plain.get_added_tokens_decoder()
-        self.special = {token.content: i for i, token in sorted(added.items()) if token.special}
+        self.special = _special_of(self._plain)
         # Not the number of tokens: ids may have gaps.
         self.vocabulary = max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
         name = end if end is not None else next((name for name in _ENDS if name in self.special), None)
@@ -103,7 +102,11 @@ class BPETokenizer(Tokenizer):
         found = self._plain.token_to_id(name)
         if found is None:
             raise UnknownName("token of this tokenizer", name, self.special)
-        self.end = self.special.setdefault(name, found)
+        if name not in self.special:
+            for inner in (self._plain, self._special):
+                inner.add_special_tokens([name])
+            self.special[name] = found
+        self.end = found
         self.template = _template(template, self.special)
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
@@ -186,9 +189,13 @@ def load_tokenizer(path: str | Path, *, end: str | None = None) -> Tokenizer:
     config = _read_json(file.with_name(CONFIG)) if file.with_name(CONFIG).is_file() else {}
     with _Corrupt(file):
         inner = tokenizers.Tokenizer.from_file(str(file))
-    if end is None and not any(inner.token_to_id(name) is not None for name in _ENDS):
+    if end is None and not any(name in _ENDS for name in _special_of(inner)):
         end = _name(config.get("eos_token"))
     return BPETokenizer(inner, end=end, template=_read_template(file, config))
+
+
+def _special_of(inner: tokenizers.Tokenizer) -> dict[str, int]:
+    return {token.content: i for i, token in sorted(inner.get_added_tokens_decoder().items()) if token.special}
 
 
 def _read_template(file: Path, config: Mapping[str, Any]) -> str | None:

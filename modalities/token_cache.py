@@ -19,7 +19,7 @@ from ..errors import CheckpointError, ConfigError, MediaError
 from ..files import replace_file
 from ..kernels.native import cache_folder
 from .corpus import Corpus, Document, held_out, place
-from .text import WORDS, BPETokenizer, Tokenizer, load_tokenizer, train_bpe
+from .text import WORDS, Tokenizer, load_tokenizer, train_bpe
 
 # Of the layout of the files and of how documents are encoded: older files are then not read.
 _VERSION = 1
@@ -121,33 +121,33 @@ class _Writer:
 
 def write_tokens(
     file: Path,
-    documents: Iterable[Document],
+    corpus: Corpus,
     tokenizer: Tokenizer,
     *,
     answers_only: bool = False,
-    problems: Callable[[], dict[str, str]] = dict,
+    seen: Callable[[Document], None] = lambda document: None,
 ) -> None:
-    """Encode documents into a file that `TokenCache` reads; an interrupt leaves what was there before.
+    """Encode a corpus into a file that `TokenCache` reads; an interrupt leaves what was there before.
 
     Args:
         answers_only: of conversations only what the assistant wrote is scored.
-        problems: asked at the end for what could not be read.
+        seen: is called with every document, for whoever watches.
     """
     kind = np.dtype(np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.uint32)
+    offsets, sizes, places = array("q", [0]), array("q"), array("Q")
+    marks: list[bytes] = []
 
     def write(beside: Path) -> None:
-        offsets, sizes, places = array("q", [0]), array("q"), array("Q")
-        marks: list[bytes] = []
         with beside.open("wb") as stream:
             writer = _Writer(stream)
-            for batch in _batches(documents):
-                for document, (ids, counted, size) in zip(batch, _encode(batch, tokenizer, answers_only), strict=True):
+            for batch in _batches(corpus):
+                for document, ids, counted, size in _encode(batch, corpus, tokenizer, answers_only):
                     writer.write(np.asarray(ids, kind).tobytes())
-                    if answers_only:
-                        marks.append(np.asarray(counted, np.uint8).tobytes())
+                    marks.append(np.asarray(counted, np.uint8).tobytes())
                     offsets.append(offsets[-1] + len(ids))
                     sizes.append(size)
                     places.append(place(document.key))
+                    seen(document)
             writer.pad()
             parts = {"tokens": kind.str, "offsets": "<i8", "text_bytes": "<i8", "places": "<u8"}
             counts = {"tokens": offsets[-1], "offsets": len(offsets), "text_bytes": len(sizes), "places": len(places)}
@@ -155,10 +155,9 @@ def write_tokens(
                 writer.write(values.tobytes())
             if answers_only:
                 parts["counted"], counts["counted"] = "|u1", offsets[-1]
-                for mark in marks:
-                    writer.write(mark)
+                writer.write(b"".join(marks))
                 writer.pad()
-            content = {"parts": parts, "counts": counts, "crc": writer.crc, "problems": problems()}
+            content = {"parts": parts, "counts": counts, "crc": writer.crc, "problems": corpus.problems}
             footer = json.dumps(content).encode()
             stream.write(footer + len(footer).to_bytes(8, "little") + _MAGIC)
 
@@ -181,21 +180,30 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _encode(
-    batch: Sequence[Document], tokenizer: Tokenizer, answers_only: bool
-) -> Iterator[tuple[list[int], list[bool], int]]:
-    """For each document: its ids, which of them are scored, and the bytes of text that those stand for."""
+    batch: Sequence[Document], corpus: Corpus, tokenizer: Tokenizer, answers_only: bool
+) -> Iterator[tuple[Document, list[int], list[bool], int]]:
+    """Each document with its ids, which of them are scored (nothing: all), and the bytes that those stand for."""
     texts = iter(tokenizer.encode_batch([d.text for d in batch if d.messages is None]))
     for document in batch:
         if document.messages is None:
-            ids = [tokenizer.end, *next(texts), tokenizer.end]
-            yield ids, [True] * len(ids), len(document.text.encode())
-        elif answers_only:
-            ids, counted = tokenizer.chat_document(document.messages)
-            answers = (m["content"] for m in document.messages if m["role"] == "assistant")
-            yield ids, counted, sum(len(answer.encode()) for answer in answers)
-        else:
-            ids = [tokenizer.end, *tokenizer.encode_chat(document.messages, generate=False), tokenizer.end]
-            yield ids, [], len(tokenizer.chat(document.messages, generate=False).encode())
+            yield document, [tokenizer.end, *next(texts), tokenizer.end], [], len(document.text.encode())
+            continue
+        try:
+            conversation = _encode_chat(document.messages, tokenizer, answers_only)
+        except ConfigError as error:  # the template refuses it
+            corpus.refuse(document.name, str(error))
+            continue
+        yield document, *conversation
+
+
+def _encode_chat(
+    messages: list[dict[str, Any]], tokenizer: Tokenizer, answers_only: bool
+) -> tuple[list[int], list[bool], int]:
+    if answers_only:
+        answers = (m["content"] for m in messages if m["role"] == "assistant")
+        return *tokenizer.chat_document(messages), sum(len(answer.encode()) for answer in answers)
+    ids = [tokenizer.end, *tokenizer.encode_chat(messages, generate=False), tokenizer.end]
+    return ids, [], len(tokenizer.chat(messages, generate=False).encode())
 
 
 def cached_tokens(
@@ -220,8 +228,8 @@ def cached_tokens(
         cache = TokenCache(file)
     except CheckpointError:
         _clean(folder)
-        with _progress(corpus, "reading text into tokens") as documents:
-            write_tokens(file, documents, tokenizer, answers_only=answers_only, problems=lambda: corpus.problems)
+        with _progress(corpus, "reading text into tokens") as seen, _writing(folder):
+            write_tokens(file, corpus, tokenizer, answers_only=answers_only, seen=seen)
         cache = TokenCache(file)
     if corpus.policy == "raise" and cache.problems:
         name, reason = next(iter(cache.problems.items()))
@@ -234,7 +242,7 @@ def cached_tokens(
 
 def cached_bpe(
     corpus: Corpus, vocabulary: int, *, val_part: float, special: Sequence[str] = (), folder: Path | None = None
-) -> BPETokenizer:
+) -> Tokenizer:
     """A BPE tokenizer trained on the documents of a corpus that are not held out, now or before.
 
     Of a large corpus a part is enough, the same always: about 64 MB.
@@ -249,16 +257,19 @@ def cached_bpe(
         tokenizer = load_tokenizer(file)
     except CheckpointError:
         part = min(1.0, _SAMPLE / max(1, corpus.nbytes))
-        with _progress(corpus, f"learning {vocabulary} tokens") as documents:
-            texts = (
-                document.text or "\n".join(m["content"] for m in document.messages or [])
-                for document in documents
-                if not held_out(document.key, val_part) and place(document.key + " ") < part * 2**64
-            )
-            tokenizer = train_bpe(texts, vocabulary, special)
-        tokenizer.save(file)
-    assert isinstance(tokenizer, BPETokenizer)
+        with _progress(corpus, f"learning {vocabulary} tokens") as seen:
+            tokenizer = train_bpe(_texts(corpus, val_part, part, seen), vocabulary, special)
+        with _writing(folder):
+            tokenizer.save(file)
     return tokenizer
+
+
+def _texts(corpus: Corpus, val_part: float, part: float, seen: Callable[[Document], None]) -> Iterator[str]:
+    for document in corpus:
+        seen(document)
+        # Whether one of many is read follows from its name too, but independently of what is held out.
+        if not held_out(document.key, val_part) and held_out(f"{document.key} ", part):
+            yield document.text or "\n".join(m["content"] for m in document.messages or [])
 
 
 def _key(*parts: Any) -> str:
@@ -274,20 +285,24 @@ def _clean(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _progress(corpus: Corpus, what: str) -> Iterator[Iterable[Document]]:
-    """The documents, with a bar on a terminal."""
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except MediaError:  # of a document
+        raise
+    except OSError as error:
+        raise ConfigError(f"the cache {str(folder)!r} cannot be written: {error}; choose another folder") from error
+
+
+@contextlib.contextmanager
+def _progress(corpus: Corpus, what: str) -> Iterator[Callable[[Document], None]]:
+    """What is to be called with each document; it moves a bar where there is a terminal."""
     if not sys.stderr.isatty():
-        yield corpus
+        yield lambda document: None
         return
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=corpus.nbytes)
-
-        def counted() -> Iterator[Document]:
-            for document in corpus:
-                yield document
-                bar.advance(task, len(document.text) or sum(len(m["content"]) for m in document.messages or []))
-
-        yield counted()
+        yield lambda d: bar.advance(task, len(d.text) or sum(len(m["content"]) for m in d.messages or []))

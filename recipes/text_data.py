@@ -7,7 +7,7 @@ from typing import Literal
 from ..modalities import corpus as corpora
 from ..modalities.chat import TURN
 from ..modalities.corpus import Corpus
-from .text_module import TextData, TextOptions
+from .text_module import DEFAULTS, TextData, TextOptions
 
 __all__ = ["ChatLines", "JsonLines", "Parquet", "Shards", "StandardLibrary", "TextData", "TextFiles", "TextOptions"]
 
@@ -47,7 +47,7 @@ class TextFiles(TextData):
         batch_size: int = 16,
         borders: Literal["packed", "padded"] = "packed",
         seed: int = 0,
-        options: TextOptions = TextOptions(),
+        options: TextOptions = DEFAULTS,
     ):
         super().__init__(
             tokenizer=tokenizer,
@@ -93,7 +93,7 @@ class JsonLines(TextData):
         batch_size: int = 16,
         borders: Literal["packed", "padded"] = "packed",
         seed: int = 0,
-        options: TextOptions = TextOptions(),
+        options: TextOptions = DEFAULTS,
     ):
         super().__init__(
             tokenizer=tokenizer,
@@ -138,7 +138,7 @@ class ChatLines(TextData):
         length: int = 256,
         batch_size: int = 16,
         seed: int = 0,
-        options: TextOptions = TextOptions(),
+        options: TextOptions = DEFAULTS,
     ):
         super().__init__(
             tokenizer=tokenizer,
@@ -181,7 +181,7 @@ class Parquet(TextData):
         batch_size: int = 16,
         borders: Literal["packed", "padded"] = "packed",
         seed: int = 0,
-        options: TextOptions = TextOptions(),
+        options: TextOptions = DEFAULTS,
     ):
         super().__init__(
             tokenizer=tokenizer,
@@ -224,7 +224,7 @@ class Shards(TextData):
         batch_size: int = 16,
         borders: Literal["packed", "padded"] = "packed",
         seed: int = 0,
-        options: TextOptions = TextOptions(),
+        options: TextOptions = DEFAULTS,
     ):
         super().__init__(
             tokenizer=tokenizer,

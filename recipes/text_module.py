@@ -50,6 +50,9 @@ class TextOptions:
                 raise ConfigError(f"{name} is {value}; it must be at least 1, or null")
 
 
+DEFAULTS = TextOptions()
+
+
 class TextData(pl.LightningDataModule):
     """Base of the text data sets. A batch is a dict: tokens (b, t), perhaps cu_seqlens, lengths, counted; and bytes.
 
@@ -81,7 +84,7 @@ class TextData(pl.LightningDataModule):
         batch_size: int = 16,
         borders: Literal["packed", "padded"] = "packed",
         seed: int = 0,
-        options: TextOptions = TextOptions(),
+        options: TextOptions = DEFAULTS,
     ):
         super().__init__()
         for name, value, least in (("length", length, 1), ("batch_size", batch_size, 1), ("vocabulary", vocabulary, 1)):

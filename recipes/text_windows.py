@@ -18,8 +18,9 @@ Batch = dict[str, Any]
 class PackedWindows:
     """Windows of `length` + 1 tokens over all documents in a ring, the last token of one the first of the next.
 
-    So `length` tokens of each are scored, and over an epoch every token once. Where the windows begin is another place
-    each epoch. A batch with a border of documents inside a window is one row with `cu_seqlens`, others are plain rows.
+    So over an epoch every token is scored once, but for fewer than `length` of them. Where the windows begin is another
+    place each epoch. A batch with a border of documents inside a window is one row with `cu_seqlens`, others are plain
+    rows.
 
     Args:
         cache: the tokens.
@@ -106,8 +107,7 @@ class Pieces:
         sort: bool = False,
     ):
         self.cache, self.length, self.fill = cache, length, fill
-        pieces = [self._cut(int(document)) for document in documents]
-        self.rows = np.concatenate(pieces) if pieces else np.empty((0, 4), np.int64)
+        self.rows = self._cut(np.asarray(documents, np.int64))
         if limit is not None:
             order = np.random.default_rng(0).permutation(len(self.rows))
             before = np.cumsum(self.rows[order, 2]) - self.rows[order, 2]
@@ -117,19 +117,29 @@ class Pieces:
         if not len(self.rows):
             raise ConfigError("of no document is a token left to be scored")
 
-    def _cut(self, document: int) -> np.ndarray:
-        """(pieces, 4): begin, end, scored tokens and bytes of the pieces of a document that have any scored."""
-        first, last = int(self.cache.offsets[document]), int(self.cache.offsets[document + 1])
-        begins = np.arange(first, last - 1, self.length)
-        ends = np.minimum(begins + self.length + 1, last)
-        if self.cache.counted is None:
-            through = ends - first - 1
-        else:
-            through = np.cumsum(self.cache.counted[first + 1 : last], dtype=np.int64)[ends - first - 2]
-        scored = np.diff(through, prepend=0)
+    def _cut(self, documents: np.ndarray) -> np.ndarray:
+        """(pieces, 4): begin, end, scored tokens and bytes of all pieces that have any scored token."""
+        cache = self.cache
+        first, last = cache.offsets[documents], cache.offsets[documents + 1]
+        count = -(-(last - first - 1) // self.length)
+        owner = np.repeat(np.arange(len(documents)), count)
+        within = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
+        begins = first[owner] + within * self.length
+        ends = np.minimum(begins + self.length + 1, last[owner])
+        # Scored tokens of all documents up to a position; a document's first token is given.
+        counted = cache.counted
+        sums = None if counted is None else np.concatenate([[0], np.cumsum(counted, dtype=np.int64)])
+
+        def before(places: np.ndarray) -> np.ndarray:
+            return places if sums is None else sums[places]
+
+        start = before(first + 1)
+        total = np.maximum(1, before(last) - start)[owner]
+        upto, through = before(begins + 1) - start[owner], before(ends) - start[owner]
         # Whole bytes by the share of the scored tokens so far, so that their sum is exact.
-        size = np.diff(int(self.cache.text_bytes[document]) * through // max(1, int(through[-1])), prepend=0)
-        return np.stack([begins, ends, scored, size], axis=1)[scored > 0]
+        size = cache.text_bytes[documents][owner]
+        size = size * through // total - size * upto // total
+        return np.stack([begins, ends, through - upto, size], axis=1)[through > upto]
 
     @property
     def tokens(self) -> int:
