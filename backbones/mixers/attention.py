@@ -15,6 +15,7 @@ from ..norm import RMSNorm
 from ..rotary import rotary
 from ..state import State
 from .base import Mixer, heads_for
+from .cache import appended, known_filled
 from .registry import register_mixer
 
 
@@ -103,7 +104,9 @@ class Attention(Mixer):
             queries = places - layout.positions(places) + layout.block_ends(places)
         if layout.cu_seqlens is not None:
             queries = unpack(queries, layout.cu_seqlens, fill=-1)
-        o = attention(q, k, v, window=self.window, sinks=self.sinks, q_positions=queries, k_positions=slots)
+        plain = queries.shape[1] == 1 and self.window is None and known_filled(slots)
+        given = {} if plain else {"q_positions": queries, "k_positions": slots}
+        o = attention(q, k, v, window=self.window, sinks=self.sinks, **given)
         if layout.cu_seqlens is not None:
             o = repack(o, layout.cu_seqlens)
         read = layout.lengths(places)
@@ -124,9 +127,9 @@ class Attention(Mixer):
         if state is None:
             return k, v, slots
         return (
-            torch.cat([state["k"], k], dim=1),
-            torch.cat([state["v"], v], dim=1),
-            torch.cat([state["slots"], slots], dim=1),
+            appended(state["k"], k),
+            appended(state["v"], v),
+            appended(state["slots"], slots),
         )
 
     def _keep(self, k: Tensor, v: Tensor, slots: Tensor, position: Tensor) -> State:

@@ -1,10 +1,52 @@
-"""Caches of keys and values in which slot i holds what stands at position i, and their windows."""
+"""Caches of keys and values: how they grow, and their windows."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Slots of the smallest room that is kept for further tokens.
+LEAST = 64
+
+
+class _Room:
+    """Memory behind a cache, of which `used` slots are written; `filled` where none of these is empty (−1)."""
+
+    def __init__(self, cache: Tensor, slots: int):
+        self.used = cache.shape[1]
+        self.buffer = cache.new_empty(cache.shape[0], slots, *cache.shape[2:])
+        self.buffer[:, : self.used] = cache
+        self.filled = not cache.is_floating_point() and bool((cache >= 0).all())
+
+
+def appended(cache: Tensor, new: Tensor) -> Tensor:
+    """`torch.cat([cache, new], dim=1)`; without gradients in a time that does not depend on the cache's length.
+
+    The result then has room behind it, which the next call writes into. No tensor that was returned is ever changed:
+    a slot is written once, by whoever is first to go on from the last one, and everybody else gets a copy.
+    """
+    before, stop = cache.shape[1], cache.shape[1] + new.shape[1]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or cache.dtype != new.dtype:
+        return torch.cat([cache, new], dim=1)
+    room = getattr(cache, "_room", None)
+    ours = room is not None and room.used == before and stop <= room.buffer.shape[1]
+    # A tensor made in inference mode may only be written there, and one made elsewhere would be marked as changed.
+    if not ours or room.buffer.is_inference() != torch.is_inference_mode_enabled():
+        room = _Room(cache, stop + max(LEAST, stop // 2))
+    room.buffer[:, before:stop] = new
+    room.used = stop
+    # A single new token is one in every row; of several, the shorter rows lack some.
+    room.filled = room.filled and (new.shape[1] == 1 or bool((new >= 0).all()))
+    grown = room.buffer[:, :stop]
+    grown._room = room
+    return grown
+
+
+def known_filled(slots: Tensor) -> bool:
+    """Whether it is known, without a look at the values, that none of the positions `slots` (n, s) is −1, empty."""
+    room = getattr(slots, "_room", None)
+    return room is not None and room.filled
 
 
 def extended(cache: Tensor, new: Tensor, position: Tensor) -> Tensor:
