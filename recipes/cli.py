@@ -340,8 +340,12 @@ def argument(argv: list[str], name: str, default: str) -> str:
 
 
 def with_run_config(argv: list[str], folder: RunFolder) -> list[str]:
-    """The command line with the configuration that a run was started with in front, so that flags still win."""
-    return ["--config", str(folder.config), *argv] if folder.config.is_file() else argv
+    """The command line with the configuration that a run was started with in front, so that flags still win.
+
+    Where the run has a tokenizer, that is the one: learnt again, from text that has changed since, it would be another.
+    """
+    own = ["--config", str(folder.config)] if folder.config.is_file() else []
+    return [*own, *([f"--data.tokenizer={folder.path}"] if folder.tokenizer.is_file() else []), *argv]
 
 
 def _typed_options(argv: list[str]) -> list[str]:

@@ -78,10 +78,12 @@ class StepHistory(History):
         self._counted = 0
         self._passed = 0.0
         self._mark = 0.0
+        self._planned = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self.every = max(1, trainer.log_every_n_steps)
+        self._planned = planned_steps(trainer)
         self._mark = time.monotonic()
 
     def on_train_batch_end(
@@ -127,7 +129,7 @@ class StepHistory(History):
             self._row(trainer)
 
     def _head(self, trainer: pl.Trainer) -> str:
-        return f"step {trainer.global_step}/{planned_steps(trainer)}"
+        return f"step {trainer.global_step}/{self._planned}"
 
     def state_dict(self) -> dict[str, Any]:
         partial = {"nats": float(self._nats), "counted": self._counted, "passed": self._passed}

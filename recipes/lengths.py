@@ -11,7 +11,7 @@ START = 32
 
 
 def length_at(step: int, growing: int, longest: int) -> int:
-    """The most tokens of a sequence at `step`: `START`, doubled at equal distances over the first `growing` steps.
+    """The most scored tokens of a sequence at `step`: `START`, doubled over the first `growing` steps.
 
     The doublings are those that lead to `longest`; past them sequences are not cut.
     """
@@ -21,33 +21,32 @@ def length_at(step: int, growing: int, longest: int) -> int:
     return START << (step * doublings // growing)
 
 
-def longest_sequence(batch: dict[str, Any]) -> int:
-    """The tokens of the longest sequence of a batch, those that fill up its row included."""
+def scored(batch: dict[str, Any]) -> int:
+    """The tokens behind the first of the longest sequence of a batch, those that fill up its row included."""
     borders = batch.get("cu_seqlens")
-    return batch["tokens"].shape[1] if borders is None else int(borders.diff().max())
+    return (batch["tokens"].shape[1] if borders is None else int(borders.diff().max())) - 1
 
 
 def cut(batch: dict[str, Any], length: int) -> dict[str, Any]:
-    """The same tokens as sequences of at most `length`: packed ones get more borders, rows become more rows.
+    """The same tokens as sequences of `length` behind a first one: packed ones get more borders, rows become more rows.
 
-    What is left over at the end of a row, where `length` does not divide it, is dropped.
+    Rows begin with the token that the one before ended with. What is left over behind the last whole one is dropped.
     """
-    if longest_sequence(batch) <= length:
+    if scored(batch) <= length:
         return batch
     if batch.get("cu_seqlens") is not None:
         borders = batch["cu_seqlens"].tolist()
-        starts = [at for a, b in pairwise(borders) for at in range(a, b, length)]
+        starts = [at for a, b in pairwise(borders) for at in range(a, b, length + 1)]
         return batch | {"cu_seqlens": batch["cu_seqlens"].new_tensor([*starts, borders[-1]])}
-    parts = batch["tokens"].shape[1] // length
     rows = {
-        name: batch[name][:, : parts * length].reshape(-1, length)
+        name: batch[name].unfold(1, length + 1, length).flatten(0, 1)
         for name in ("tokens", "counted")
         if batch.get(name) is not None
     }
     if batch.get("lengths") is None:
         return batch | rows
-    starts = torch.arange(parts, device=batch["lengths"].device) * length
-    lengths = (batch["lengths"][:, None] - starts).clamp(0, length).flatten()
+    starts = torch.arange(len(rows["tokens"]) // len(batch["lengths"]), device=batch["lengths"].device) * length
+    lengths = (batch["lengths"][:, None] - starts).clamp(0, length + 1).flatten()
     # A sequence of one token has nothing to be scored.
     kept = lengths > 1
     return batch | {name: value[kept] for name, value in (rows | {"lengths": lengths}).items()}

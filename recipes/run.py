@@ -20,6 +20,7 @@ class RunFolder:
         self.metrics = path / "metrics.json"
         self.report = path / "report.png"
         self.samples = path / "samples.txt"
+        self.tokenizer = path / "tokenizer.json"
 
     @staticmethod
     def named(runs: str, name: str) -> RunFolder:
