@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -96,17 +96,24 @@ def start(
 class Writer:
     """Sequences being written; finished ones leave the batch, so that a long one does not pay for them.
 
-    Every call of `next` gives one token to each sequence that is not finished.
+    Every call of `next` gives one token to each sequence that is not finished. It and the constructor, which reads the
+    prompts, are to be called in inference mode with the model in evaluation mode. For arguments and errors see
+    `generate`.
     """
 
     def __init__(
         self,
         model: LanguageModel,
-        prompts: list[list[int]],
+        prompts: Sequence[Sequence[int]] | Int[Tensor, "n t"],
         config: GenerationConfig,
-        prefix: Prefix | None,
-        numbers: Sequence[int],
+        prefix: Prefix | None = None,
+        numbers: Sequence[int] | None = None,
     ):
+        check_decoder(model)
+        prompts = as_lists(prompts, model.vocabulary, empty=prefix is not None)
+        numbers = range(len(prompts)) if numbers is None else numbers
+        if len(numbers) != len(prompts):
+            raise UnsupportedShape(f"numbers: {len(numbers)} for {len(prompts)} prompts; pass one each")
         self.model, self.config = model, config
         self.rows = list(range(len(prompts)))
         self.written: list[list[int]] = [[] for _ in prompts]
@@ -133,6 +140,13 @@ class Writer:
             tokens = tokens[left]
         self.pending = tokens
         return steps
+
+    def leave(self, rows: Container[int]) -> None:
+        """Go on without these sequences, which are finished for a reason that tokens do not show (stop strings)."""
+        left = [i for i, row in enumerate(self.rows) if row not in rows]
+        if len(left) < len(self.rows):
+            self.pending = self.pending[left]
+            self._keep(left)
 
     def _keep(self, left: list[int]) -> None:
         self.rows = [self.rows[i] for i in left]
@@ -165,9 +179,6 @@ def generate(
     config = config or GenerationConfig()
     check_decoder(model)
     prompts = as_lists(prompts, model.vocabulary, empty=prefix is not None)
-    numbers = list(range(len(prompts))) if numbers is None else list(numbers)
-    if len(numbers) != len(prompts):
-        raise UnsupportedShape(f"numbers: {len(numbers)} for {len(prompts)} prompts; pass one each")
     if config.beams > 1:
         from .beam import search
 

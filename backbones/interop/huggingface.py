@@ -6,20 +6,15 @@ Importing this module (`omnimix.huggingface`) registers the model type "omnimix"
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, no_type_check
 
-import tokenizers
 import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError, UnsupportedCall, UnsupportedShape
-from ...modalities.chat import CHATML, TURN
-from ...modalities.text import Tokenizer
 from ..backbone import Trace
 from ..config import from_dict, to_dict
 from ..heads import get_objective
@@ -28,6 +23,7 @@ from ..language import LanguageModel, LanguageModelConfig
 from ..layout import Layout
 from ..state import State
 from .importing import load_language_model, source_hidden, wanted
+from .padding import Rows
 
 wanted("transformers", "omnimix.huggingface", "hf")
 with source_hidden():
@@ -45,9 +41,13 @@ with source_hidden():
     # The answer is remembered; asked later, transformers could find our folder `kernels` again.
     is_kernels_available()
 
+    from .fast_tokenizer import to_tokenizer
+
 __all__ = ["OmnimixCache", "OmnimixConfig", "OmnimixForCausalLM", "from_run", "to_pretrained", "to_tokenizer"]
 
 
+# The constructor is transformers', which takes what no field declares; checkers of signatures leave it alone.
+@no_type_check
 class OmnimixConfig(PretrainedConfig):
     """transformers' configuration around a `LanguageModelConfig`.
 
@@ -59,31 +59,23 @@ class OmnimixConfig(PretrainedConfig):
 
     model_type = "omnimix"
 
-    # transformers builds configurations from whatever a file holds, and without any argument to learn the defaults.
-    def __init__(
-        self,
-        omnimix: dict[str, Any] | None = None,
-        bos_token_id: int | None = None,
-        eos_token_id: int | None = None,
-        pad_token_id: int | None = None,
-        use_cache: bool = True,
-        **kwargs: Any,
-    ):
-        self.omnimix = omnimix
-        derived = {"vocab_size": None, "hidden_size": None, "num_hidden_layers": None, "tie_word_embeddings": True}
-        if omnimix is not None:
+    omnimix: dict[str, Any] | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    use_cache: bool = True
+    vocab_size: int | None = None
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # transformers builds a configuration without arguments too, to learn the defaults.
+        if self.omnimix is not None:
             config = self.language_model()
-            derived = {
-                "vocab_size": config.vocabulary,
-                "hidden_size": config.backbone.dim,
-                "num_hidden_layers": config.backbone.depth,
-                "tie_word_embeddings": config.tie,
-            }
-        tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
-        super().__init__(**kwargs | derived | tokens | {"use_cache": use_cache})
-        # Releases differ in which of these their base class keeps.
-        for name, value in (derived | tokens | {"use_cache": use_cache}).items():
-            setattr(self, name, value)
+            self.vocab_size, self.tie_word_embeddings = config.vocabulary, config.tie
+            self.hidden_size, self.num_hidden_layers = config.backbone.dim, config.backbone.depth
+        super().__post_init__(**kwargs)
 
     def language_model(self) -> LanguageModelConfig:
         """The configuration of the omnimix model.
@@ -236,7 +228,7 @@ class OmnimixForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         x = self.model.embedding(input_ids) if inputs_embeds is None else inputs_embeds
-        rows = _Rows.of(x, attention_mask)
+        rows = Rows.of(x, attention_mask)
         trace = self.model.backbone.trace(
             rows.pack(x),
             Layout(causal=True, cu_seqlens=rows.cu_seqlens),
@@ -257,7 +249,7 @@ class OmnimixForCausalLM(PreTrainedModel, GenerationMixin):
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
 
-    def _loss(self, trace: Trace, labels: Tensor, rows: _Rows, items: Tensor | int | None) -> Tensor:
+    def _loss(self, trace: Trace, labels: Tensor, rows: Rows, items: Tensor | int | None) -> Tensor:
         labels = rows.pack(labels.to(trace.y.device))
         counted = labels != IGNORED
         objective = self.model.objective
@@ -349,47 +341,6 @@ class OmnimixForCausalLM(PreTrainedModel, GenerationMixin):
             nn.init.normal_(parameter, std=0.02)
 
 
-class _Rows:
-    """Rows of which some columns are padding, and the same rows packed without it."""
-
-    def __init__(self, shape: tuple[int, int], place: Tensor | None, cu_seqlens: Tensor | None):
-        self.shape, self.place, self.cu_seqlens = shape, place, cu_seqlens
-
-    @staticmethod
-    def of(x: Tensor, mask: Tensor | None) -> _Rows:
-        """The rows of `x` (b, t, d) under `mask` (b, s), whose last t columns count."""
-        shape = (x.shape[0], x.shape[1])
-        if mask is None:
-            return _Rows(shape, None, None)
-        if mask.ndim != 2 or mask.shape[0] != shape[0] or mask.shape[1] < shape[1]:
-            raise UnsupportedShape(
-                f"attention_mask: shape {tuple(mask.shape)} is not (batch, time) with {shape[0]} rows and at least "
-                f"{shape[1]} columns"
-            )
-        mask = mask[:, -shape[1] :] != 0
-        if mask.all():
-            return _Rows(shape, None, None)
-        lengths = mask.sum(1).tolist()
-        if not min(lengths):
-            raise UnsupportedShape(
-                f"attention_mask: row {lengths.index(0)} has no token among the last {shape[1]} columns; leave the "
-                "row out, or read it in one piece"
-            )
-        cu_seqlens = torch.tensor([0, *accumulate(lengths)], device=x.device)
-        return _Rows(shape, mask.flatten().nonzero()[:, 0].to(x.device), cu_seqlens)
-
-    def pack(self, x: Tensor) -> Tensor:
-        """(b, t, ...) as (1, tokens, ...), or as it is where nothing is padding."""
-        return x if self.place is None else x.flatten(0, 1)[self.place][None]
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """The inverse of `pack`, zero at padding."""
-        if self.place is None:
-            return x
-        whole = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[2:])
-        return whole.index_copy(0, self.place, x[0]).unflatten(0, self.shape)
-
-
 def to_pretrained(model: LanguageModel, *, end: int | None = None) -> OmnimixForCausalLM:
     """A copy of a language model as transformers' model.
 
@@ -410,44 +361,6 @@ def to_pretrained(model: LanguageModel, *, end: int | None = None) -> OmnimixFor
     wrapped = OmnimixForCausalLM(config).to(like.device, like.dtype)
     wrapped.model.load_state_dict(model.state_dict())
     return wrapped.train(model.training)
-
-
-def to_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """A tokenizer as transformers': the same ids, padding on the left with the end token.
-
-    As transformers has it, names of special tokens in a text mean these tokens.
-    """
-    state = tokenizer.state()
-    if "tokenizer" in state:
-        inner = tokenizers.Tokenizer.from_str(json.dumps(state["tokenizer"]))
-    else:
-        inner = _bytes(sorted(tokenizer.special, key=tokenizer.special.get))
-    end = next(name for name, i in tokenizer.special.items() if i == tokenizer.end)
-    template = tokenizer.template
-    if template is None and all(turn in tokenizer.special for turn in TURN):
-        template = CHATML
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        bos_token=end,
-        eos_token=end,
-        pad_token=end,
-        padding_side="left",
-        chat_template=template,
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
-    )
-
-
-def _bytes(special: list[str]) -> tokenizers.Tokenizer:
-    """The 256 bytes as `tokenizers` writes them: printable ones of Latin-1 as they are, all others from U+0100 on."""
-    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = (byte for byte in range(256) if byte not in shown)
-    names = {byte: chr(byte) for byte in shown} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE({names[byte]: byte for byte in range(256)}, []))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    inner.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in special])
-    return inner
 
 
 def from_run(run: str | Path) -> tuple[OmnimixForCausalLM, PreTrainedTokenizerFast]:

@@ -1,0 +1,68 @@
+"""How an lm-eval task wants texts to be written, in our terms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...errors import UnsupportedCall
+from ...modalities.text import Tokenizer
+
+# What tasks call the most tokens to write, and other options, by our names.
+_MOST = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_OPTIONS = {name: name for name in ("top_k", "top_p", "min_p", "repetition_penalty", "length_penalty")}
+_OPTIONS |= {"num_beams": "beams"}
+
+
+class WritingOptions:
+    """What `generation_kwargs` say.
+
+    Args:
+        most: tokens to write.
+        temperature: 0 is greedy.
+        until: strings before which a text ends.
+        stop: tokens before which it ends.
+        others: further options, by the names of `GenerationConfig`.
+    """
+
+    def __init__(self, most: int, temperature: float, until: list[str], stop: list[list[int]], others: dict[str, Any]):
+        self.most, self.temperature, self.until, self.stop, self.others = most, temperature, until, stop, others
+        self.longest = max(map(len, until), default=0)
+
+    @staticmethod
+    def of(wanted: dict[str, Any], most: int, tokenizer: Tokenizer) -> WritingOptions:
+        """From a task's generation_kwargs.
+
+        Raises:
+            UnsupportedCall: one that is not known.
+        """
+        wanted = dict(wanted)
+        until = wanted.pop("until", None) or []
+        until = [until] if isinstance(until, str) else [string for string in until if string]
+        given = [wanted.pop(name) for name in _MOST if name in wanted]
+        sample, temperature = wanted.pop("do_sample", None), wanted.pop("temperature", None)
+        if sample is False:
+            temperature = 0.0
+        elif temperature is None:
+            temperature = 1.0 if sample else 0.0
+        unknown = sorted(wanted.keys() - _OPTIONS.keys())
+        if unknown:
+            known = ", ".join(("until", "do_sample", "temperature", *_MOST, *_OPTIONS))
+            raise UnsupportedCall(f"generation_kwargs: {', '.join(unknown)} is not known; known: {known}")
+        # Texts do not show special tokens, so that where one of them ends a text the token itself is looked for.
+        stop = [[tokenizer.special[string]] for string in until if string in tokenizer.special]
+        # 0 is no top-k for transformers, by whose names tasks go.
+        others = {
+            _OPTIONS[name]: value
+            for name, value in wanted.items()
+            if value is not None and (name, value) != ("top_k", 0)
+        }
+        return WritingOptions(int(given[0]) if given else most, float(temperature), until, stop, others)
+
+    def stops(self, text: str, new: int) -> bool:
+        """Whether one of the strings ends in the last `new` characters."""
+        tail = text[max(0, len(text) - new - self.longest + 1) :]
+        return any(string in tail for string in self.until)
+
+    def cut(self, text: str) -> str:
+        """The text before the first of the strings."""
+        return text[: min((text.index(string) for string in self.until if string in text), default=None)]
