@@ -5,7 +5,7 @@ A new objective of language models is a file here, its registration, and a line 
 
 from __future__ import annotations
 
-from . import causal, masked, sedd  # noqa: F401
+from . import block, causal, masked, sedd  # noqa: F401
 from .classification import ClassificationHead, ClassificationHeadConfig
 from .objective import Likelihood, Objective, ObjectiveLoss, get_objective, list_objectives
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ...errors import ConfigError, UnsupportedCall
-from ...kernels import cross_entropy
+from ...errors import ConfigError
 from ..config import ObjectiveConfig, fraction
 from ..layout import Layout
+from .denoiser import Denoiser
 from .noise import (
+    LEAST_LEVEL,
     draw_subsets,
     even,
     generator_of,
@@ -23,10 +24,11 @@ from .noise import (
     scored_tokens,
     sequence_of,
 )
-from .objective import Likelihood, Objective, ObjectiveLoss, register_objective
+from .objective import Likelihood, ObjectiveLoss, register_objective
 
 if TYPE_CHECKING:
     from ..language import LanguageModel
+    from ..mixers import Mixer
 
 # Tokens that an estimate of a likelihood passes through the model at a time.
 TOKENS_AT_A_TIME = 16384
@@ -47,7 +49,7 @@ class MaskedConfig(ObjectiveConfig):
             see `Masked.anneal`.
     """
 
-    eps: float = 1e-3
+    eps: float = LEAST_LEVEL
     stratified: bool = True
     complementary: bool = False
     shift: bool = False
@@ -68,7 +70,7 @@ class MaskedConfig(ObjectiveConfig):
     source="arXiv 2406.07524, 2502.09992",
     examples=(MaskedConfig(), MaskedConfig(complementary=True, shift=True)),
 )
-class Masked(Objective):
+class Masked(Denoiser):
     """∫ (1/t) Σ_masked −log p(token | tokens not masked) dt, a bound on −log p of all of them.
 
     Each sequence draws t, each of its scored tokens is replaced by the mask token with probability t. The first token
@@ -76,33 +78,12 @@ class Masked(Objective):
     2406.03736 shows that it need not be).
     """
 
-    decoder: ClassVar = "diffusion"
-    extra_tokens: ClassVar[int] = 1
-
     def __init__(self, dim: int, vocabulary: int, config: MaskedConfig):
-        super().__init__()
-        self.config = config
-        self.vocabulary = vocabulary
+        super().__init__(dim, vocabulary, config)
         self.annealed = 0.0 if config.anneal_steps else 1.0
 
-    @property
-    def shift(self) -> bool:
-        """Whether a token is predicted at the place before it."""
-        return self.config.shift
-
-    @property
-    def block(self) -> int | None:
-        """Tokens that are written at a time, those before them being final; None for all."""
-        return None
-
-    def check(self, model: LanguageModel) -> None:
-        name = model.config.objective
-        for mixer_name, mixer in model.mixers().items():
-            if not mixer.bidirectional:
-                raise UnsupportedCall(
-                    f"objective {name!r} needs mixers that look both ways, and {mixer_name} only looks backwards; "
-                    "configure scan='both' (omnimix.convert does it for trained weights)"
-                )
+    def serves(self, mixer: Mixer) -> bool:
+        return mixer.bidirectional and (mixer.blockwise or not self.config.anneal_steps)
 
     def anneal(self, step: int) -> None:
         """Say which training step comes next: where `anneal_steps` is set, how far the model looks ahead.
@@ -120,16 +101,6 @@ class Masked(Objective):
         if not training or self.annealed >= 1:
             return Layout(causal=False, cu_seqlens=cu_seqlens)
         return Layout(causal="block", block=max(1, round(longest**self.annealed)), cu_seqlens=cu_seqlens)
-
-    def token_nats(
-        self, model: LanguageModel, y: Float[Tensor, "n d"], targets: Int[Tensor, "n"]
-    ) -> Float[Tensor, "n"]:
-        """What each masked token costs, given the backbone's output where it is predicted."""
-        return cross_entropy(y, model.output_weight(y), targets, reduction="none")
-
-    def haste(self, logits: Float[Tensor, "n v"]) -> Float[Tensor, "n"]:
-        """By which factor each masked token is revealed sooner, or later, than its share of the time left says."""
-        return torch.ones_like(logits[:, 0])
 
     def loss(
         self,

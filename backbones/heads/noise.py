@@ -16,6 +16,9 @@ from torch import Tensor
 
 from ...errors import UnsupportedShape
 
+# A masking probability below which nothing is trained on: its weight would be larger than 1 / 0.001.
+LEAST_LEVEL = 1e-3
+
 
 def noise_levels(
     n: int, device: torch.device, *, low: float = 0.0, high: float = 1.0, stratified: bool = True

@@ -1,0 +1,63 @@
+"""What all objectives share that hide tokens behind a mask and predict them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ...errors import UnsupportedCall
+from ...kernels import cross_entropy
+from ..config import ObjectiveConfig
+from .objective import Objective
+
+if TYPE_CHECKING:
+    from ..language import LanguageModel
+    from ..mixers import Mixer
+
+
+class Denoiser(Objective):
+    """Predicts masked tokens from those that are not; the mask itself is never predicted.
+
+    Attributes:
+        shift: whether a token is predicted at the place before it.
+        block: tokens that are written at a time, those before them being final; None where all are.
+        view: where mixers have to look, for messages.
+    """
+
+    decoder: ClassVar = "diffusion"
+    extra_tokens: ClassVar[int] = 1
+    shift: bool
+    block: int | None = None
+    view: ClassVar[str] = "both ways"
+
+    def __init__(self, dim: int, vocabulary: int, config: ObjectiveConfig):
+        super().__init__()
+        self.config = config
+        self.vocabulary = vocabulary
+        self.shift = config.shift
+
+    def serves(self, mixer: Mixer) -> bool:
+        """Whether the mixer sees what this objective needs."""
+        return mixer.bidirectional
+
+    def check(self, model: LanguageModel) -> None:
+        for name, mixer in model.mixers().items():
+            if not self.serves(mixer):
+                raise UnsupportedCall(
+                    f"objective {model.config.objective!r} needs mixers that look {self.view}, and {name} does not; "
+                    "configure scan='both' (omnimix.convert does it for trained weights), or 'attention' in place of "
+                    "mixers that do not scan"
+                )
+
+    def token_nats(
+        self, model: LanguageModel, y: Float[Tensor, "n d"], targets: Int[Tensor, "n"]
+    ) -> Float[Tensor, "n"]:
+        """What each masked token costs, given the backbone's output where it is predicted."""
+        return cross_entropy(y, model.output_weight(y), targets, reduction="none")
+
+    def haste(self, logits: Float[Tensor, "n v"]) -> Float[Tensor, "n"]:
+        """By which factor each masked token is revealed sooner, or later, than its share of the time left says."""
+        return torch.ones_like(logits[:, 0])
