@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..backbones.config import positive
 from ..backbones.layout import Layout
 from ..backbones.parameters import mark
 from ..errors import ConfigError, MediaError, UnsupportedShape
+from ..kernels.registry import own_precision
 
 POSITIONS = ("learned", "factorised", "none")
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL converts to grey
@@ -81,12 +81,6 @@ def axis_weights(old: int, new: int, like: Tensor) -> Float[Tensor, "new old"]:
     return F.interpolate(basis[None, None], size=(new, old), mode="bicubic", antialias=True)[0, 0]
 
 
-def _full_precision(device: str) -> contextlib.AbstractContextManager[None]:
-    """No autocast: positions keep their precision."""
-    available = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()
-
-
 def resize_table(table: Tensor, *sizes: int) -> Tensor:
     """A table of vectors with its leading axes resized.
 
@@ -97,7 +91,7 @@ def resize_table(table: Tensor, *sizes: int) -> Tensor:
     out = table.to(torch.promote_types(table.dtype, torch.float32))
     for axis, size in enumerate(sizes):
         if out.shape[axis] != size:
-            with _full_precision(out.device.type):
+            with own_precision(out.device.type):
                 weights = axis_weights(out.shape[axis], size, out)
                 out = torch.tensordot(weights, out, dims=([1], [axis])).movedim(0, axis)
     return out.to(table.dtype)

@@ -56,7 +56,9 @@ def extended(cache: Tensor, new: Tensor, position: Tensor) -> Tensor:
     """
     index = position[:, None] + torch.arange(new.shape[1], device=new.device)
     index = index[..., None, None].expand_as(new)
-    return F.pad(cache, (0, 0, 0, 0, 0, new.shape[1])).scatter(1, index, new)
+    # Under autocast a cache may be of float32, and what is new of bfloat16.
+    dtype = torch.promote_types(cache.dtype, new.dtype)
+    return F.pad(cache.to(dtype), (0, 0, 0, 0, 0, new.shape[1])).scatter(1, index, new.to(dtype))
 
 
 def last(joined: Tensor, lengths: Tensor, size: int) -> Tensor:

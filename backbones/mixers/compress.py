@@ -56,5 +56,6 @@ def compressed(
     complete = number * stride + size <= (position + lengths)[:, None]
     # What is not complete goes into a slot that is cut off.
     number = torch.where(complete, number, room)[..., None, None].expand_as(made)
-    grown = F.pad(cache, (0, 0, 0, 0, 0, room + 1 - cache.shape[1]))
-    return grown.scatter(1, number, made)[:, :room]
+    dtype = torch.promote_types(cache.dtype, made.dtype)
+    grown = F.pad(cache.to(dtype), (0, 0, 0, 0, 0, room + 1 - cache.shape[1]))
+    return grown.scatter(1, number, made.to(dtype))[:, :room]

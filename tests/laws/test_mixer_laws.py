@@ -243,7 +243,8 @@ def test_law_7_autocast_stays_near_full_precision(subject: Subject):
         x = tokens(2, 70, torch.float32).requires_grad_()
         module.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            y, state = module(x[:, :40], CAUSAL)
+            state = module.init_state(2, device=torch.device("cpu"), dtype=x.dtype)
+            y, state = module(x[:, :40], CAUSAL, state)
             z, _ = module(x[:, 40:], CAUSAL, state)
         y = torch.cat([y, z], dim=1).float()
         y.square().mean().backward()
