@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from ..errors import ConfigError, MediaError, MissingPackage
 from .chat import check_messages
@@ -342,16 +342,12 @@ class Shards(_Rows):
         with tarfile.open(path, "r:*") as shard:
             for member in shard:
                 if member.isfile() and member.name.endswith((".txt", ".json")):
-                    yield from self._member(f"{name}/{member.name}", shard.extractfile(member), member.size)
-        with path.open("rb") as file:
-            if path.suffix == ".tar" and not _ended(file):
-                # tarfile takes an end between two members for the end of the shard.
-                self.refuse(name, "it is cut short: a tar file ends with zeros")
+                    yield from self._member(f"{name}/{member.name}", shard.extractfile(member).read())
+        if path.suffix == ".tar" and not _ended(path):
+            # tarfile takes an end between two members for the end of the shard.
+            self.refuse(name, "it is cut short: a tar file ends with zeros")
 
-    def _member(self, name: str, file: IO[bytes] | None, size: int) -> Iterator[Document]:
-        data = b"" if file is None else file.read()
-        if len(data) < size:
-            raise EOFError(f"the member {name} is cut short")
+    def _member(self, name: str, data: bytes) -> Iterator[Document]:
         try:
             if name.endswith(".txt"):
                 if not self.chat:
@@ -364,7 +360,7 @@ class Shards(_Rows):
         yield from self._document(name, value.get(self.field) if isinstance(value, dict) else None)
 
 
-def _ended(file: IO[bytes]) -> bool:
-    size = file.seek(0, io.SEEK_END)
-    file.seek(max(0, size - 2 * tarfile.BLOCKSIZE), os.SEEK_SET)
-    return not any(file.read())
+def _ended(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-min(path.stat().st_size, 2 * tarfile.BLOCKSIZE), io.SEEK_END)
+        return not any(file.read())

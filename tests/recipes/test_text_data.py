@@ -1,0 +1,298 @@
+"""Text data: windows over packed documents, padded pieces, every held-out token once, the same batches after resuming."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from omnimix.errors import CheckpointError, ConfigError
+from omnimix.modalities.text import ByteTokenizer, train_bpe
+from omnimix.modalities.token_cache import TokenCache
+from omnimix.recipes.text_data import ChatLines, JsonLines, Parquet, Shards, StandardLibrary, TextFiles, TextOptions
+from omnimix.recipes.text_windows import PackedWindows, Pieces
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Forty documents of 1 to about 230 bytes."""
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        letters = "".join(chr(c) for c in rng.integers(97, 123, int(rng.integers(1, 200))))
+        (tmp_path / f"{i}.txt").write_text(f"{i} é {letters}\n")
+    return tmp_path
+
+
+def data(folder, **changes) -> TextFiles:
+    given = {"tokenizer": "bytes", "length": 16, "batch_size": 4, "seed": 1}
+    given["options"] = TextOptions(val_part=0.3, cache=str(folder / "cache"))
+    return TextFiles(path=str(folder), **(given | changes))
+
+
+def batches(loader, epoch: int = 0) -> list[dict]:
+    loader.set_epoch(epoch)
+    return list(loader)
+
+
+def sequences(batch) -> list[list[int]]:
+    """The sequences of a batch, however they are given."""
+    tokens = batch["tokens"]
+    if "cu_seqlens" in batch:
+        return [row.tolist() for row in tokens[0].split(batch["cu_seqlens"].diff().tolist())]
+    lengths = batch.get("lengths", torch.full((len(tokens),), tokens.shape[1])).tolist()
+    return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+
+
+def documents(module, *, held: bool) -> list[list[int]]:
+    cache = module.cache
+    chosen = np.flatnonzero(cache.held_out(module.options.val_part) == held)
+    return [cache.tokens[cache.offsets[i] : cache.offsets[i + 1]].tolist() for i in chosen]
+
+
+def test_each_held_out_token_is_scored_once(folder):
+    module = data(folder)
+    expected = documents(module, held=True)
+    pieces = [s for batch in batches(module.val_dataloader()) for s in sequences(batch)]
+    assert all(2 <= len(piece) <= 17 for piece in pieces)
+    assert sum(len(piece) - 1 for piece in pieces) == sum(len(document) - 1 for document in expected)
+    # Pieces joined at the token that two of them share give the documents again.
+    found = []
+    for document in expected:
+        cut = [document[i : i + 17] for i in range(0, len(document) - 1, 16)]
+        for piece in cut:
+            pieces.remove(piece)
+        found.append(cut)
+    assert not pieces
+    held = module.cache.held_out(0.3)
+    sizes = [batch["bytes"] for batch in batches(module.val_dataloader())]
+    assert sum(sizes) == module.test_set.bytes == int(module.cache.text_bytes[held].sum())
+
+
+def test_validation_takes_long_pieces_first_and_fills_up_with_end_tokens(folder):
+    module = data(folder)
+    found = batches(module.val_dataloader())
+    assert "lengths" not in found[0] and found[0]["tokens"].shape == (8, 17)
+    ragged = [batch for batch in found if "lengths" in batch]
+    assert ragged
+    for batch in ragged:
+        for row, length in zip(batch["tokens"], batch["lengths"], strict=True):
+            assert (row[length:] == module.tokenizer.end).all()
+    assert sum(len(batch["tokens"]) for batch in found) == len(module.val_set)
+
+
+def test_validation_may_be_short_and_is_then_always_the_same(folder):
+    whole = data(folder)
+    short = data(folder, options=TextOptions(val_part=0.3, cache=str(folder / "cache"), val_tokens=100))
+    assert 100 <= short.val_set.tokens < 100 + 16 < whole.val_set.tokens
+    assert np.array_equal(short.val_set.rows, data(folder, options=short.options, seed=9).val_set.rows)
+    assert {tuple(row) for row in short.val_set.rows} <= {tuple(row) for row in whole.val_set.rows}
+    assert short.test_set.tokens == whole.test_set.tokens == whole.val_set.tokens
+    # The share of the bytes is that of the tokens.
+    assert short.val_set.bytes == pytest.approx(100 * whole.val_set.bytes / whole.val_set.tokens, rel=0.2)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_packed_windows_score_each_token_once_and_respect_borders(folder, epoch):
+    module = data(folder)
+    text = documents(module, held=False)
+    ring = [(i, j) for i, document in enumerate(text) for j in range(len(document))]
+    dataset = module.train_set
+    count = np.zeros(len(ring), int)
+    at = {place: k for k, place in enumerate(ring)}
+    start = None
+    for index in range(len(dataset)):
+        batch = dataset[(epoch, index)]
+        row = batch["tokens"].flatten().tolist()
+        borders = batch.get("cu_seqlens", torch.tensor([0, 17])).tolist()
+        if start is None:
+            [start] = [
+                k
+                for k in range(len(ring))
+                if [text[i][j] for i, j in [ring[(k + n) % len(ring)] for n in range(17)]] == row
+            ]
+        window = [ring[(start + 16 * index + n) % len(ring)] for n in range(17)]
+        assert [text[i][j] for i, j in window] == row
+        assert borders == sorted({0, 17, *(n for n, (_, j) in enumerate(window) if j == 0)})
+        for a, b in zip(borders, borders[1:]):
+            for n in range(a + 1, b):
+                count[at[window[n]]] += 1
+    firsts = [k for k, (_, j) in enumerate(ring) if j == 0]
+    assert count[firsts].sum() == 0 and count.max() == 1
+    assert (count == 0).sum() - len(firsts) < 16 + 17
+
+
+def test_batches_are_rows_or_packed(folder):
+    module = data(folder)
+    found = batches(module.train_dataloader())
+    packed = [batch for batch in found if "cu_seqlens" in batch]
+    assert 0 < len(packed) <= len(found)
+    for batch in found:
+        assert batch["tokens"].numel() == 4 * 17 and batch["tokens"].dtype == torch.int64
+        assert sum(map(len, sequences(batch))) == 4 * 17
+    # A document that is much longer than a window has none.
+    cache = module.cache
+    longest = np.array([np.diff(cache.offsets).argmax()])
+    inside = PackedWindows(cache, longest, 4, seed=0)
+    plain = [batch for i in range(len(inside)) if "cu_seqlens" not in (batch := inside[(0, i)])]
+    assert plain and all(batch["tokens"].shape == (1, 5) for batch in plain)
+
+
+def test_a_corpus_shorter_than_a_window_goes_round(folder):
+    module = data(folder)
+    cache = module.cache
+    shortest = np.array([np.diff(cache.offsets).argmin()])
+    [document] = [cache.tokens[cache.offsets[i] : cache.offsets[i + 1]].tolist() for i in shortest]
+    dataset = PackedWindows(cache, shortest, 40, seed=0)
+    assert len(dataset) == 1
+    for sequence in sequences(dataset[(0, 0)])[1:-1]:
+        assert sequence == document
+
+
+def test_epochs_shift_and_shuffle(folder):
+    module = data(folder)
+    first, second = (batches(module.train_dataloader(), epoch) for epoch in (0, 1))
+    assert not any(torch.equal(a["tokens"], b["tokens"]) for a, b in zip(first, second, strict=True))
+    again = batches(data(folder).train_dataloader(), 1)
+    assert all(torch.equal(a["tokens"], b["tokens"]) for a, b in zip(second, again, strict=True))
+    other = batches(data(folder, seed=2).train_dataloader(), 1)
+    assert not torch.equal(other[0]["tokens"], second[0]["tokens"])
+
+
+@pytest.mark.parametrize("borders", ["packed", "padded"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resumed_within_an_epoch_the_batches_are_the_same(folder, borders, workers):
+    module = data(folder, borders=borders)
+    whole = batches(module.train_dataloader(), 3)
+    loader = module.train_dataloader()
+    loader.set_epoch(3)
+    running = iter(loader)
+    for _ in range(5):
+        next(running)
+    state = loader.state_dict()
+    options = TextOptions(val_part=0.3, cache=str(folder / "cache"), workers=workers)
+    resumed = data(folder, borders=borders, options=options).train_dataloader()
+    resumed.load_state_dict(state)
+    rest = batches(resumed, 3)
+    assert len(rest) == len(whole) - 5
+    for a, b in zip(rest, whole[5:], strict=True):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
+
+
+def test_padded_rows_hold_single_documents(folder):
+    module = data(folder, borders="padded")
+    text = documents(module, held=False)
+    pieces = [s for batch in batches(module.train_dataloader()) for s in sequences(batch)]
+    cuts = [document[i : i + 17] for document in text for i in range(0, len(document) - 1, 16)]
+    # The loader leaves out a last batch that is not full.
+    assert len(cuts) - 4 < len(pieces) <= len(cuts)
+    for piece in pieces:
+        cuts.remove(piece)
+
+
+def test_bytes_of_training_batches_follow_the_tokens(folder):
+    module = data(folder)
+    total = sum(batch["bytes"] for batch in batches(module.train_dataloader()))
+    held = module.cache.held_out(0.3)
+    scored = int(np.diff(module.cache.offsets)[~held].sum() - (~held).sum())
+    assert total == pytest.approx(int(module.cache.text_bytes[~held].sum()), rel=0.1)
+    assert scored == pytest.approx(
+        sum(len(s) - 1 for b in batches(module.train_dataloader()) for s in sequences(b)), rel=0.1
+    )
+
+
+def test_the_tokenizer_is_learnt_loaded_or_bytes(folder, tmp_path):
+    learnt = data(folder, tokenizer="bpe", vocabulary=300)
+    assert 256 < learnt.vocabulary <= 300 and learnt.tokenizer.end == 0
+    train_bpe(["abc " * 50], 260).save(tmp_path / "kept")
+    loaded = data(folder, tokenizer=str(tmp_path / "kept"))
+    assert loaded.vocabulary == 260
+    assert isinstance(data(folder).tokenizer, ByteTokenizer)
+    with pytest.raises(CheckpointError, match="bpee does not exist"):
+        _ = data(folder, tokenizer="bpee").vocabulary
+
+
+def test_split_and_options_are_checked(folder):
+    one = TextFiles(path=str(folder / "1.txt"), tokenizer="bytes", options=TextOptions(cache=str(folder / "cache")))
+    with pytest.raises(ConfigError, match="none of 1 documents falls into val_part 0.05.*data.section"):
+        one.setup("fit")
+    for wrong in ({"length": 0}, {"batch_size": 0}):
+        with pytest.raises(ConfigError, match=r"is 0; it must be at least 1"):
+            data(folder, **wrong)
+    with pytest.raises(ConfigError, match="val_part is 1.0"):
+        TextOptions(val_part=1.0)
+    with pytest.raises(ConfigError, match="val_tokens is 0"):
+        TextOptions(val_tokens=0)
+
+
+def test_unreadable_documents_are_named(folder):
+    (folder / "bad.txt").write_bytes(b"\xff")
+    module = data(folder)
+    module.prepare_data()
+    assert list(module.unreadable) == ["bad.txt"]
+
+
+def test_json_lines_and_shards(folder, tmp_path):
+    import io
+    import tarfile
+
+    rows = [json.dumps({"story": f"story number {i}"}) for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        for i, row in enumerate(rows):
+            info = tarfile.TarInfo(f"{i}.json")
+            info.size = len(row)
+            shard.addfile(info, io.BytesIO(row.encode()))
+    options = TextOptions(val_part=0.3, cache=str(tmp_path / "cache"))
+    for kind in (JsonLines, Shards):
+        module = kind(path=str(tmp_path), field="story", tokenizer="bytes", length=8, options=options)
+        module.setup("fit")
+        assert len(module.cache) == 40 and module.val_set.tokens and len(module.train_set)
+
+
+def test_conversations_train_on_the_answers(tmp_path):
+    def row(i: int) -> str:
+        messages = [{"role": "user", "content": "q" * 30}, {"role": "assistant", "content": f"answer {i}"}]
+        return json.dumps({"messages": messages})
+
+    (tmp_path / "a.jsonl").write_text("\n".join(row(i) for i in range(40)))
+    options = TextOptions(val_part=0.3, cache=str(tmp_path / "cache"))
+    module = ChatLines(path=str(tmp_path), tokenizer="bytes", length=16, batch_size=4, options=options)
+    assert "<|im_start|>" in module.tokenizer.special
+    module.setup("fit")
+    scored = []
+    for batch in batches(module.val_dataloader()):
+        counted = batch["counted"].clone()
+        counted[:, 0] = False
+        # A piece without any answer is left out.
+        assert counted.any(1).all()
+        scored += batch["tokens"][counted].tolist()
+    held = module.cache.held_out(0.3)
+    assert len(scored) == int(module.cache.counted[np.repeat(held, np.diff(module.cache.offsets))].sum())
+    assert module.val_set.bytes == int(module.cache.text_bytes[held].sum())
+    text = module.tokenizer.decode(scored)
+    assert "answer" in text and "q" not in text
+    every = ChatLines(path=str(tmp_path), tokenizer="bytes", length=16, answers_only=False, options=options)
+    every.setup("fit")
+    assert "counted" not in every.val_set[(0, 0)] and every.val_set.bytes > module.val_set.bytes
+
+
+def test_pieces_of_a_cache_without_documents_are_refused(folder):
+    cache: TokenCache = data(folder).cache
+    for build in (
+        lambda: Pieces(cache, np.array([], int), 8, fill=0),
+        lambda: PackedWindows(cache, np.array([], int), 8, seed=0),
+    ):
+        with pytest.raises(ConfigError, match="no document"):
+            build()
+
+
+def test_all_kinds_have_the_same_arguments():
+    import inspect
+
+    shared = {"tokenizer", "vocabulary", "length", "batch_size", "seed", "options"}
+    for kind in (StandardLibrary, TextFiles, JsonLines, ChatLines, Parquet, Shards):
+        found = inspect.signature(kind).parameters
+        base = inspect.signature(StandardLibrary).parameters
+        assert shared <= set(found)
+        assert all(found[name].default == base[name].default for name in shared)
