@@ -1,6 +1,7 @@
-"""Text data: windows over packed documents, padded pieces, every held-out token once, the same batches after resuming."""
+"""Text data: windows over packed documents, padded pieces, each held-out token once, resumed batches."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -105,15 +106,12 @@ def test_packed_windows_score_each_token_once_and_respect_borders(folder, epoch)
         row = batch["tokens"].flatten().tolist()
         borders = batch.get("cu_seqlens", torch.tensor([0, 17])).tolist()
         if start is None:
-            [start] = [
-                k
-                for k in range(len(ring))
-                if [text[i][j] for i, j in [ring[(k + n) % len(ring)] for n in range(17)]] == row
-            ]
+            letters = [text[i][j] for i, j in ring]
+            [start] = [k for k in range(len(ring)) if (letters[k:] + letters[:k])[:17] == row]
         window = [ring[(start + 16 * index + n) % len(ring)] for n in range(17)]
         assert [text[i][j] for i, j in window] == row
         assert borders == sorted({0, 17, *(n for n, (_, j) in enumerate(window) if j == 0)})
-        for a, b in zip(borders, borders[1:]):
+        for a, b in pairwise(borders):
             for n in range(a + 1, b):
                 count[at[window[n]]] += 1
     firsts = [k for k, (_, j) in enumerate(ring) if j == 0]
@@ -196,9 +194,8 @@ def test_bytes_of_training_batches_follow_the_tokens(folder):
     held = module.cache.held_out(0.3)
     scored = int(np.diff(module.cache.offsets)[~held].sum() - (~held).sum())
     assert total == pytest.approx(int(module.cache.text_bytes[~held].sum()), rel=0.1)
-    assert scored == pytest.approx(
-        sum(len(s) - 1 for b in batches(module.train_dataloader()) for s in sequences(b)), rel=0.1
-    )
+    seen = sum(len(sequence) - 1 for batch in batches(module.train_dataloader()) for sequence in sequences(batch))
+    assert scored == pytest.approx(seen, rel=0.1)
 
 
 def test_the_tokenizer_is_learnt_loaded_or_bytes(folder, tmp_path):
@@ -213,9 +210,8 @@ def test_the_tokenizer_is_learnt_loaded_or_bytes(folder, tmp_path):
 
 
 def test_split_and_options_are_checked(folder):
-    one = TextFiles(path=str(folder / "1.txt"), tokenizer="bytes", options=TextOptions(cache=str(folder / "cache")))
-    with pytest.raises(ConfigError, match="none of 1 documents falls into val_part 0.05.*data.section"):
-        one.setup("fit")
+    with pytest.raises(ConfigError, match="none of 40 documents falls into val_part 1e-09.*data.section"):
+        data(folder, options=TextOptions(val_part=1e-9, cache=str(folder / "cache"))).setup("fit")
     for wrong in ({"length": 0}, {"batch_size": 0}):
         with pytest.raises(ConfigError, match=r"is 0; it must be at least 1"):
             data(folder, **wrong)
@@ -279,12 +275,11 @@ def test_conversations_train_on_the_answers(tmp_path):
 
 def test_pieces_of_a_cache_without_documents_are_refused(folder):
     cache: TokenCache = data(folder).cache
-    for build in (
-        lambda: Pieces(cache, np.array([], int), 8, fill=0),
-        lambda: PackedWindows(cache, np.array([], int), 8, seed=0),
-    ):
-        with pytest.raises(ConfigError, match="no document"):
-            build()
+    none = np.array([], int)
+    with pytest.raises(ConfigError, match="of no document is a token left"):
+        Pieces(cache, none, 8, fill=0)
+    with pytest.raises(ConfigError, match="no document is left to train on"):
+        PackedWindows(cache, none, 8, seed=0)
 
 
 def test_all_kinds_have_the_same_arguments():
