@@ -93,7 +93,8 @@ class OmnimixLM(TemplateLM):
             found = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
         if found is None:
             raise ConfigError("tokenizer: a model without a run needs one")
-        if found.vocabulary > model.vocabulary:
+        more = found.vocabulary - model.vocabulary
+        if more > 0 or (more and model.objective.decoder == "diffusion"):
             raise ConfigError(
                 f"tokenizer: it has {found.vocabulary} tokens, and the model knows {model.vocabulary}; is it another's?"
             )
@@ -323,6 +324,8 @@ class OmnimixLM(TemplateLM):
             max_tokens=options.most,
             temperature=options.temperature,
             end=self.tokenizer.end,
+            # Ids that only fill the model's vocabulary up stand for no text.
+            forbidden=range(self.tokenizer.vocabulary, self.model.vocabulary),
             stop=options.stop,
             seed=self.seed,
             chunk=max(1, TOKENS_AT_A_TIME // len(prompts)),

@@ -28,12 +28,12 @@ def adapter():
     return lm_eval
 
 
-def language_model(objective: str = "causal", **options):
+def language_model(objective: str = "causal", vocabulary: int = BYTES.vocabulary):
     torch.manual_seed(0)
     backbone = omnimix.BackboneConfig(
         dim=32, depth=2, pattern=["gla", "attention"], scan="forward" if objective == "causal" else "both"
     )
-    config = omnimix.LanguageModelConfig(backbone=backbone, vocabulary=BYTES.vocabulary, objective=objective, **options)
+    config = omnimix.LanguageModelConfig(backbone=backbone, vocabulary=vocabulary, objective=objective)
     model = omnimix.LanguageModel(config).eval()
     with torch.no_grad():
         # New weights give nearly flat logits, whose order means nothing.
@@ -176,6 +176,22 @@ def test_a_special_token_ends_a_text(adapter):
     lm = adapter.OmnimixLM(model=model, tokenizer=BYTES, max_gen_toks=8)
     [text] = lm.generate_until(requests("generate_until", ("one", {"until": [TURN[1]]})), True)
     assert text == BYTES.decode(tokens[:place])
+
+
+def test_ids_without_text_are_not_written(adapter):
+    """Where a vocabulary was filled up, say to a multiple of 64."""
+    model = language_model(vocabulary=320)
+    lm = adapter.OmnimixLM(model=model, tokenizer=BYTES, max_gen_toks=8)
+    config = GenerationConfig(max_tokens=8)
+    first = generate(model, [[END, *b"one"]], config).tokens[0][0]
+    with torch.no_grad():
+        model.embedding.weight[[first, 300]] = model.embedding.weight[[300, first]]
+    assert generate(model, [[END, *b"one"]], config).tokens[0][0] == 300
+    [text] = lm.generate_until(requests("generate_until", ("one", {"until": []})), True)
+    config = GenerationConfig(max_tokens=8, forbidden=range(BYTES.vocabulary, 320), end=END)
+    assert text == BYTES.decode(generate(model, [[END, *b"one"]], config).tokens[0])
+    with pytest.raises(ConfigError, match="another's"):
+        adapter.OmnimixLM(model=language_model("masked", vocabulary=320), tokenizer=BYTES)
 
 
 def test_diffusion_likelihoods_are_seeded_bounds(adapter):
