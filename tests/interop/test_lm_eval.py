@@ -194,8 +194,9 @@ def test_ids_without_text_are_not_written(adapter):
         adapter.OmnimixLM(model=language_model("masked", vocabulary=320), tokenizer=BYTES)
 
 
-def test_diffusion_likelihoods_are_seeded_bounds(adapter):
-    model = language_model("masked")
+@pytest.mark.parametrize("objective", ["masked", "block", "sedd"])
+def test_diffusion_likelihoods_are_seeded_bounds(adapter, objective):
+    model = language_model(objective)
     lm = adapter.OmnimixLM(model=model, tokenizer=BYTES, batch_size=3, samples=6, seed=3)
     assert "likelihood_standard_error" not in lm.get_model_info()
     found = lm.loglikelihood(requests("loglikelihood", *PAIRS), disable_tqdm=True)
