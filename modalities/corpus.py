@@ -140,8 +140,8 @@ def find_files(path: Path, patterns: Sequence[str], *, apart: Collection[str] = 
     if not found:
         suffixes = sorted({p.suffix for p in everything if p.suffix})[:8]
         raise ConfigError(
-            f"no file in {str(path)!r} fits {', '.join(patterns)}; "
-            + (f"there are files in {', '.join(suffixes)}: set patterns" if suffixes else "it holds no files")
+            f"no file in {str(path)!r} fits the patterns {', '.join(patterns)}; "
+            + (f"it holds files in {', '.join(suffixes)}" if suffixes else "it holds no files")
         )
     return sorted((p.relative_to(path).as_posix(), p) for p in found)
 
@@ -297,7 +297,7 @@ class Parquet(_Rows):
             import pyarrow
             import pyarrow.parquet
         except ImportError as error:
-            raise MissingPackage("pyarrow", "reading parquet files") from error
+            raise MissingPackage("pyarrow", "reading parquet files", extra="parquet") from error
         self._arrow, self._parquet = pyarrow, pyarrow.parquet
         super().__init__(path, field=field, chat=chat, patterns=patterns, policy=policy)
 

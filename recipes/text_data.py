@@ -35,6 +35,8 @@ class TextFiles(TextData):
         options: what rarely changes.
     """
 
+    _more_documents = ", or cut files into documents, for example data.section 20000"
+
     def __init__(
         self,
         *,
@@ -62,9 +64,6 @@ class TextFiles(TextData):
 
     def corpus(self) -> Corpus:
         return corpora.TextFiles(self.path, patterns=self.patterns, section=self.section, policy=self.options.policy)
-
-    def _more_documents(self) -> str:
-        return ", or cut files into documents, for example data.section 20000"
 
 
 class JsonLines(TextData):

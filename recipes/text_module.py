@@ -141,24 +141,30 @@ class TextData(pl.LightningDataModule):
         # Of several processes on a machine one encodes, and the others find its work.
         _ = self.cache
 
+    def _documents(self, *, held_out: bool) -> np.ndarray:
+        """Indices of the documents of one side of the split."""
+        found = np.flatnonzero(self.cache.held_out(self.options.val_part) == held_out)
+        if not len(found):
+            what = "none falls into val_part" if held_out else "all fall into val_part"
+            change = "raise" if held_out else "lower"
+            raise ConfigError(
+                f"of {len(self.cache)} documents {what} {self.options.val_part}; {change} it{self._more_documents}"
+            )
+        return found
+
+    # What else could give more documents, for the message above.
+    _more_documents = ""
+
     @cached_property
     def train_set(self) -> PackedWindows | Pieces:
-        documents = np.flatnonzero(~self.cache.held_out(self.options.val_part))
+        documents = self._documents(held_out=False)
         if self.borders == "packed":
             return PackedWindows(self.cache, documents, self.length, seed=self.seed)
         return Pieces(self.cache, documents, self.length, fill=self.tokenizer.end)
 
     def _held_out(self, limit: int | None) -> Pieces:
-        documents = np.flatnonzero(self.cache.held_out(self.options.val_part))
-        if not len(documents):
-            raise ConfigError(
-                f"none of {len(self.cache)} documents falls into val_part {self.options.val_part}; raise it"
-                + self._more_documents()
-            )
+        documents = self._documents(held_out=True)
         return Pieces(self.cache, documents, self.length, fill=self.tokenizer.end, limit=limit, sort=True)
-
-    def _more_documents(self) -> str:
-        return ""
 
     @cached_property
     def val_set(self) -> Pieces:

@@ -34,7 +34,7 @@ class PackedWindows:
 
     def __init__(self, cache: TokenCache, documents: np.ndarray, length: int, *, seed: int):
         if not len(documents):
-            raise ConfigError("no document is left to train on; a smaller val_part holds fewer out")
+            raise ConfigError("documents are none; there is nothing to read")
         self.cache, self.documents, self.length, self.seed = cache, documents, length, seed
         self._starts, self._ends = cache.offsets[documents], cache.offsets[documents + 1]
         self._borders = np.concatenate([[0], np.cumsum(self._ends - self._starts)])

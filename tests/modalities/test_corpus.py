@@ -53,7 +53,7 @@ def test_folders_are_read_in_order_and_broken_files_counted(folder):
 def test_missing_and_unfitting_files_are_refused(folder):
     with pytest.raises(ConfigError, match="no such file or folder"):
         TextFiles(folder / "none")
-    with pytest.raises(ConfigError, match=r"no file .* fits \*.md; there are files in .txt: set patterns"):
+    with pytest.raises(ConfigError, match=r"no file .* fits the patterns \*.md; it holds files in .txt"):
         TextFiles(folder, patterns=["*.md"])
 
 
@@ -140,11 +140,23 @@ def test_what_webdataset_writes_is_read(tmp_path):
     assert texts(corpus) == ["text 0", "text 1", "text 2"] and not corpus.problems
 
 
-def test_parquet(tmp_path, monkeypatch):
-    (tmp_path / "a.parquet").write_bytes(b"")
+def test_parquet_without_its_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(MissingPackage, match="pip install pyarrow"):
+    with pytest.raises(MissingPackage, match=r"omnimix\[parquet\]"):
         corpora.Parquet(tmp_path)
+
+
+def test_parquet(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    chats = [[{"role": "user", "content": str(i)}] for i in range(3)]
+    parquet.write_table(arrow.table({"text": ["one", None, "two"], "chat": chats}), tmp_path / "a.parquet")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "b.parquet").write_bytes(whole[:-30])
+    corpus = corpora.Parquet(tmp_path)
+    assert texts(corpus) == ["one", "two"] and sorted(corpus.problems) == ["a.parquet:2", "b.parquet"]
+    assert [d.messages for d in corpora.Parquet(tmp_path, field="chat", chat=True)] == chats
+    corpus = corpora.Parquet(tmp_path / "a.parquet", field="words")
+    assert not texts(corpus) and "no column 'words', but text, chat" in corpus.problems["a.parquet"]
 
 
 def test_the_split_depends_on_the_key_alone():

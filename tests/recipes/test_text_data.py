@@ -210,8 +210,10 @@ def test_the_tokenizer_is_learnt_loaded_or_bytes(folder, tmp_path):
 
 
 def test_split_and_options_are_checked(folder):
-    with pytest.raises(ConfigError, match="none of 40 documents falls into val_part 1e-09.*data.section"):
-        data(folder, options=TextOptions(val_part=1e-9, cache=str(folder / "cache"))).setup("fit")
+    for part, reason in ((1e-9, "none falls into val_part 1e-09; raise it"), (1 - 1e-9, "all fall into .*; lower it")):
+        with pytest.raises(ConfigError, match=f"of 40 documents {reason}.*data.section"):
+            data(folder, options=TextOptions(val_part=part, cache=str(folder / "cache"))).train_dataloader()
+            data(folder, options=TextOptions(val_part=part, cache=str(folder / "cache"))).val_dataloader()
     for wrong in ({"length": 0}, {"batch_size": 0}):
         with pytest.raises(ConfigError, match=r"is 0; it must be at least 1"):
             data(folder, **wrong)
@@ -278,7 +280,7 @@ def test_pieces_of_a_cache_without_documents_are_refused(folder):
     none = np.array([], int)
     with pytest.raises(ConfigError, match="of no document is a token left"):
         Pieces(cache, none, 8, fill=0)
-    with pytest.raises(ConfigError, match="no document is left to train on"):
+    with pytest.raises(ConfigError, match="documents are none"):
         PackedWindows(cache, none, 8, seed=0)
 
 
