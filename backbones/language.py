@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..errors import UnsupportedCall, UnsupportedShape
+from ..kernels import linear
 from .backbone import Backbone, Trace
 from .config import BackboneConfig, ObjectiveConfig, check_options, positive
 from .heads.objective import ObjectiveLoss, build_objective
@@ -129,7 +129,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, y: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows v"]:
         """Logits from the backbone's outputs."""
-        return F.linear(y, self.output_weight(y))
+        return linear(y, self.output_weight(y))
 
     def output_weight(self, y: Tensor) -> Float[Tensor, "v d"]:
         """The output matrix, in the dtype of the backbone's outputs `y`."""

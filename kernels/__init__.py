@@ -7,6 +7,7 @@ from .delta_rule import delta_rule
 from .flops import flop_counter
 from .gated_linear import gated_linear
 from .grouped_mm import grouped_mm
+from .linear import linear
 from .linear_recurrence import linear_recurrence
 from .long_conv import long_conv
 from .norm import norm
@@ -29,6 +30,7 @@ __all__ = [
     "gated_linear",
     "get_op",
     "grouped_mm",
+    "linear",
     "linear_recurrence",
     "long_conv",
     "norm",

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -27,14 +28,9 @@ from .registry import constant_in_graphs
 # No -ffast-math: what is not a number must stay none.
 FLAGS = tuple("-std=gnu++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC".split())
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128})
+_PLAIN = (Tensor, torch.nn.Parameter)
 _HERE = Path(__file__).parent
 _SECONDS = 600
-
-
-class View(ctypes.Structure):
-    """What native.h calls a View: a tensor's address and the strides of its first dimensions, in elements."""
-
-    _fields_ = (("data", ctypes.c_void_p), ("stride", ctypes.c_int64 * 3))
 
 
 _libraries: dict[str, ctypes.CDLL] = {}
@@ -71,6 +67,20 @@ def native_refusal(op: str) -> Callable[[Mapping[str, Any]], str | None]:
 def _failure(op: str) -> str | None:
     # Looking for a compiler takes longer than many a call.
     return None if op in _libraries else machine_refusal() or _build(op)
+
+
+def direct(op: str, *tensors: Tensor | None) -> bool:
+    """Whether a kernel may be called on these tensors at once, where a custom op would take longer than its work.
+
+    No gradient may be asked for, and nobody may be listening: no compiler, no mode, no autocast, no class of tensors.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    if not all(x is None or (x.is_cpu and type(x) in _PLAIN) for x in tensors):
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu"):
+        return False
+    return _failure(op) is None
 
 
 def cache_folder() -> Path:
@@ -140,15 +150,22 @@ def call(op: str, function: str, tensors: Sequence[Tensor | None], numbers: Sequ
         tensors: one view each, None as a null address; inputs have neighbouring elements in their last dimension.
         numbers: sizes and options; the number of threads is put in front.
     """
-    views = (View * len(tensors))(*(_view(x) for x in tensors))
+    flat = [word for x in tensors for word in _view(x)]
+    views = (ctypes.c_int64 * len(flat))(*flat)
     values = (ctypes.c_int64 * (len(numbers) + 1))(torch.get_num_threads(), *numbers)
     getattr(_libraries[op], function)(views, values)
 
 
-def _view(x: Tensor | None) -> View:
+def bits(x: float) -> int:
+    """A double among a call's numbers."""
+    return struct.unpack("q", struct.pack("d", x))[0]
+
+
+def _view(x: Tensor | None) -> tuple[int, ...]:
+    """What native.h calls a View: a tensor's address and the strides of its first dimensions, in elements."""
     if x is None:
-        return View(None, (0, 0, 0))
-    return View(x.data_ptr(), (*x.stride()[:3], 0, 0, 0)[:3])
+        return (0, 0, 0, 0)
+    return (x.data_ptr(), *x.stride(), 0, 0, 0)[:4]
 
 
 def suffix(dtype: torch.dtype) -> str:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import ConfigError
 from ..config import ChannelConfig, Site
+from ..linear import Linear
 from .base import Channel, register_channel
 
 
@@ -51,8 +52,8 @@ class MLP(Channel):
 
     def __init__(self, dim: int, config: MLPConfig, site: Site):
         super().__init__()
-        self.in_proj = nn.Linear(dim, max(1, round(dim * config.ratio)))
-        self.out_proj = nn.Linear(self.in_proj.out_features, dim)
+        self.in_proj = Linear(dim, max(1, round(dim * config.ratio)))
+        self.out_proj = Linear(self.in_proj.out_features, dim)
 
     def forward(self, x: Float[Tensor, "b t d"]) -> tuple[Float[Tensor, "b t d"], dict[str, Tensor]]:
         return self.out_proj(F.gelu(self.in_proj(x))), {}
@@ -72,8 +73,8 @@ class SwiGLU(Channel):
         super().__init__()
         # A multiple of 8 keeps the products aligned.
         hidden = max(8, round(dim * config.ratio / 8) * 8)
-        self.in_proj = nn.Linear(dim, 2 * hidden, bias=False)
-        self.out_proj = nn.Linear(hidden, dim, bias=False)
+        self.in_proj = Linear(dim, 2 * hidden, bias=False)
+        self.out_proj = Linear(hidden, dim, bias=False)
 
     def forward(self, x: Float[Tensor, "b t d"]) -> tuple[Float[Tensor, "b t d"], dict[str, Tensor]]:
         gate, value = self.in_proj(x).chunk(2, dim=-1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ...kernels import delta_rule, norm, short_conv
 from ..config import MixerConfig, Site, positive
 from ..layout import Layout
+from ..linear import Linear
 from ..norm import RMSNorm
 from ..state import State
 from .base import ScanMixer, heads_for
@@ -115,12 +116,12 @@ class DeltaNet(DeltaMixer):
     def __init__(self, dim: int, config: DeltaNetConfig, site: Site):
         heads, sizes = heads_for(dim, config.heads), (dim, dim, dim)
         super().__init__(site, heads, sizes, config.conv_size)
-        self.in_proj = nn.Linear(dim, sum(sizes) + heads, bias=False)
+        self.in_proj = Linear(dim, sum(sizes) + heads, bias=False)
         self.branches = nn.ModuleList(
             DeltaDirection(heads, sizes, config.conv_size, 2.0 if config.negative else 1.0) for _ in site.scan
         )
         self.norm = RMSNorm(dim, eps=site.norm_eps, groups=heads)
-        self.out_proj = nn.Linear(dim, dim, bias=False)
+        self.out_proj = Linear(dim, dim, bias=False)
 
     def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], None]:
         return self.in_proj(x).split((sum(self.sizes), self.heads), dim=-1), None

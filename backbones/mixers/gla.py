@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ...kernels import gated_linear
 from ..config import MixerConfig, Site, positive
 from ..layout import Layout
+from ..linear import Linear
 from ..norm import RMSNorm
 from ..state import State
 from .base import ScanMixer, heads_for
@@ -49,8 +50,8 @@ class _Direction(nn.Module):
     def __init__(self, dim: int, heads: int, key_dim: int, config: GLAConfig):
         super().__init__()
         self.heads, self.temperature = heads, config.gate_temperature
-        self.gate_down = nn.Linear(dim, config.gate_rank, bias=False)
-        self.gate_up = nn.Linear(config.gate_rank, key_dim)
+        self.gate_down = Linear(dim, config.gate_rank, bias=False)
+        self.gate_up = Linear(config.gate_rank, key_dim)
 
     def forward(self, streams: tuple[Tensor, ...], layout: Layout, state: State | None) -> tuple[Tensor, State | None]:
         x, q, k, v = streams
@@ -84,10 +85,10 @@ class GLA(ScanMixer):
         heads = heads_for(dim, config.heads)
         key_dim = max(1, round(dim * config.key_ratio / heads)) * heads
         self.sizes = (key_dim, key_dim, dim, dim)
-        self.in_proj = nn.Linear(dim, sum(self.sizes), bias=False)
+        self.in_proj = Linear(dim, sum(self.sizes), bias=False)
         self.branches = nn.ModuleList(_Direction(dim, heads, key_dim, config) for _ in site.scan)
         self.norm = RMSNorm(dim, eps=site.norm_eps, groups=heads)
-        self.out_proj = nn.Linear(dim, dim, bias=False)
+        self.out_proj = Linear(dim, dim, bias=False)
         self.state_shape = (heads, key_dim // heads, dim // heads)
 
     def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -13,6 +13,7 @@ from ...errors import ConfigError
 from ...kernels import gated_linear, short_conv
 from ..config import MixerConfig, Site, positive
 from ..layout import Layout
+from ..linear import Linear
 from ..norm import RMSNorm
 from ..parameters import mark
 from ..state import State
@@ -108,10 +109,10 @@ class Mamba2(ScanMixer):
             raise ConfigError(f"groups is {config.groups}; it must divide the {heads} heads")
         channels = inner + 2 * config.groups * config.state_size
         self.sizes = (inner, channels, heads)
-        self.in_proj = nn.Linear(dim, sum(self.sizes), bias=False)
+        self.in_proj = Linear(dim, sum(self.sizes), bias=False)
         self.branches = nn.ModuleList(_Direction(inner, heads, config) for _ in site.scan)
         self.norm = RMSNorm(inner, eps=site.norm_eps, groups=config.groups, norm_before_gate=False)
-        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.out_proj = Linear(inner, dim, bias=False)
         self.conv_shape = (channels, config.conv_size - 1)
         self.state_shape = (heads, config.state_size, inner // heads)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..gated_linear.chunked_plan import CHUNK, Block, Packing, batch_blocks, saved_states
 from .chunked_block import Blocks
 from .chunked_inputs import Inputs, Sequences
-from .reference import delta_rule_reference
+from .step import delta_rule_step
 
 NAMES = ("q", "k", "v", "beta", "decay", "removal", "a", "b")
 
@@ -32,7 +32,7 @@ def delta_rule_chunked(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     if v.shape[1] == 1 and cu_seqlens is None:
-        return delta_rule_reference(
+        return delta_rule_step(
             q=q,
             k=k,
             v=v,
@@ -43,7 +43,6 @@ def delta_rule_chunked(
             b=b,
             scale=scale,
             initial_state=initial_state,
-            cu_seqlens=None,
         )
     if decay is not None and decay.dim() == 1:
         decay = decay.to(torch.promote_types(v.dtype, torch.float32)).expand(v.shape[:3])

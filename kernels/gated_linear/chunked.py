@@ -13,7 +13,7 @@ from .chunked_channel import ChannelForm
 from .chunked_forms import Adjoint, Form
 from .chunked_plan import Block, Packing, batch_blocks, saved_states
 from .chunked_scalar import ScalarForm
-from .reference import gated_linear_reference
+from .step import gated_linear_step
 
 # After so many chunks the decays' gradient is taken afresh from the state.
 FRESH = 8
@@ -32,16 +32,7 @@ def gated_linear_chunked(
 ) -> tuple[Tensor, Tensor]:
     t, h = v.shape[1:3]
     if t == 1 and cu_seqlens is None:
-        return gated_linear_reference(
-            q=q,
-            k=k,
-            v=v,
-            decay=decay,
-            bonus=bonus,
-            scale=scale,
-            initial_state=initial_state,
-            cu_seqlens=None,
-        )
+        return gated_linear_step(q=q, k=k, v=v, decay=decay, bonus=bonus, scale=scale, initial_state=initial_state)
     wide = torch.promote_types(v.dtype, torch.float32)
     decay = v.new_zeros(h, dtype=wide) if decay is None else decay
     if decay.dim() == 1:

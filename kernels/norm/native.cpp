@@ -5,7 +5,7 @@
 
 namespace {
 
-enum { X, WEIGHT, GATE, EPS, Y };
+enum { X, WEIGHT, GATE, Y };
 enum { DY = Y, DX, DWEIGHT, DGATE };
 
 struct Call {
@@ -14,8 +14,9 @@ struct Call {
     double eps;
 
     Call(const View* views, const int64_t* n)
-        : v(views), threads(n[0]), rows(n[1]), groups(n[2]), width(n[3]), silu(n[4]), before(n[5]), tasks(n[6]),
-          eps(*views[EPS].at<double>()) {}
+        : v(views), threads(n[0]), rows(n[1]), groups(n[2]), width(n[3]), silu(n[4]), before(n[5]), tasks(n[7]) {
+        std::memcpy(&eps, n + 6, sizeof eps);
+    }
 };
 
 template <class S>

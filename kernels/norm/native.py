@@ -22,22 +22,22 @@ def norm_native(
     eps: float,
 ) -> Tensor:
     """See `omnimix.kernels.norm`."""
-    return _forward(x, weight, gate, gate_activation == "silu", norm_before_gate, groups, eps)
+    run = _run if native.direct("norm", x, weight, gate) else _forward
+    return run(x, weight, gate, gate_activation == "silu", norm_before_gate, groups, eps)
 
 
 def _rows(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else unit_stride(x.to(dtype).reshape(-1, x.shape[-1]))
 
 
-def _numbers(x: Tensor, groups: int, silu: bool, before: bool) -> list[int]:
+def _numbers(x: Tensor, groups: int, silu: bool, before: bool, eps: float) -> list[int]:
     d = x.shape[-1]
     rows = x.numel() // d
     tasks = max(1, min(TASKS * torch.get_num_threads(), rows, x.numel() // SMALLEST))
-    return [rows, groups, d // groups, int(silu), int(before), tasks]
+    return [rows, groups, d // groups, int(silu), int(before), native.bits(eps), tasks]
 
 
-@torch.library.custom_op("omnimix::norm_native", mutates_args=())
-def _forward(
+def _run(
     x: Tensor, weight: Tensor | None, gate: Tensor | None, silu: bool, before: bool, groups: int, eps: float
 ) -> Tensor:
     dtype = accumulate_dtype(x.dtype)
@@ -46,10 +46,17 @@ def _forward(
     native.call(
         "norm",
         f"norm_forward_{native.suffix(dtype)}",
-        [*inputs, torch.tensor(eps, dtype=torch.float64), y.view(-1, x.shape[-1])],
-        _numbers(x, groups, silu, before),
+        [*inputs, y.view(-1, x.shape[-1])],
+        _numbers(x, groups, silu, before, eps),
     )
     return y.to(x.dtype)
+
+
+@torch.library.custom_op("omnimix::norm_native", mutates_args=())
+def _forward(
+    x: Tensor, weight: Tensor | None, gate: Tensor | None, silu: bool, before: bool, groups: int, eps: float
+) -> Tensor:
+    return _run(x, weight, gate, silu, before, groups, eps)
 
 
 @_forward.register_fake
@@ -69,7 +76,7 @@ def _backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype, d = accumulate_dtype(x.dtype), x.shape[-1]
-    numbers = _numbers(x, groups, silu, before)
+    numbers = _numbers(x, groups, silu, before, eps)
     dx = x.new_empty(x.shape, dtype=dtype)
     dgate = None if gate is None else torch.empty_like(dx)
     # One share a task, summed below: so results do not depend on which thread was first.
@@ -80,7 +87,6 @@ def _backward(
         f"norm_backward_{native.suffix(dtype)}",
         [
             *inputs,
-            torch.tensor(eps, dtype=torch.float64),
             _rows(dy, dtype),
             dx.view(-1, d),
             dweight,

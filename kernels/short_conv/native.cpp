@@ -161,6 +161,39 @@ void walk(const Call& call, bool back) {
     }
 }
 
+// A single step of every sequence, on one thread: what `walk` prepares would take longer than the work.
+template <class S, int W>
+void step(const Call& call) {
+    using M = Math<S>;
+    using V = typename M::V;
+    const int64_t w = W ? W : call.width;
+    for (int64_t sequence = 0; sequence < call.sequences; sequence++)
+        for (int64_t channel = 0; channel < call.channels; channel += M::lanes) {
+            const int width = int(std::min<int64_t>(M::lanes, call.channels - channel));
+            const S* taps = call.v[WEIGHT].at<S>(channel);
+            const S* before = call.v[INITIAL] ? call.v[INITIAL].at<S>(sequence, channel) : nullptr;
+            S* after = w > 1 ? call.v[FINAL].at<S>(sequence, channel) : nullptr;
+            const V x = M::load(call.v[X].at<S>(sequence) + channel, width);
+            V z = call.v[BIAS] ? M::load(call.v[BIAS].at<S>(channel), width) : V{};
+            for (int i = 0; i < width; i++) {
+                S sum = taps[i * w + w - 1] * x[i];
+                for (int64_t j = 0; j < w - 1; j++) {
+                    if (before) sum += taps[i * w + j] * before[i * (w - 1) + j];
+                    after[i * (w - 1) + j] = j + 1 < w - 1 ? (before ? before[i * (w - 1) + j + 1] : S(0)) : x[i];
+                }
+                z[i] += sum;
+            }
+            if (call.silu) z *= M::sigmoid(z);
+            M::store(call.v[Y].at<S>(sequence) + channel, z, width);
+        }
+}
+
+template <class S>
+void run_step(const View* views, const int64_t* numbers) {
+    const Call call(views, numbers);
+    call.width == 4 ? step<S, 4>(call) : step<S, 0>(call);
+}
+
 template <class S>
 void run(const View* views, const int64_t* numbers, bool back) {
     const Call call(views, numbers);
@@ -170,6 +203,8 @@ void run(const View* views, const int64_t* numbers, bool back) {
 }  // namespace
 
 extern "C" {
+void short_conv_step_float(const View* v, const int64_t* n) { run_step<float>(v, n); }
+void short_conv_step_double(const View* v, const int64_t* n) { run_step<double>(v, n); }
 void short_conv_forward_float(const View* v, const int64_t* n) { run<float>(v, n, false); }
 void short_conv_forward_double(const View* v, const int64_t* n) { run<double>(v, n, false); }
 void short_conv_backward_float(const View* v, const int64_t* n) { run<float>(v, n, true); }

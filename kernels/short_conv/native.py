@@ -27,12 +27,36 @@ def short_conv_native(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `omnimix.kernels.short_conv`."""
+    if x.shape[1] == 1 and cu_seqlens is None and native.direct("short_conv", x, weight, bias, initial_state):
+        return _step(x, weight, bias, initial_state, activation == "silu")
     return _convolve(x, weight, bias, initial_state, cu_seqlens, activation == "silu")
 
 
+def _step(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    dtype, (b, _, d) = accumulate_dtype(x.dtype), x.shape
+    y, final = x.new_empty(b, 1, d, dtype=dtype), x.new_empty(b, d, weight.shape[1] - 1, dtype=dtype)
+    tensors = [
+        _wide(x[:, 0], dtype),
+        weight.to(dtype).contiguous(),
+        _wide(bias, dtype),
+        _kept(initial_state, x.dtype, dtype),
+        None,
+        y[:, 0],
+        final,
+    ]
+    native.call("short_conv", f"short_conv_step_{native.suffix(dtype)}", tensors, [b, d, weight.shape[1], int(silu), 1])
+    return y.to(x.dtype), final.to(x.dtype)
+
+
+def _kept(state: Tensor | None, kept: torch.dtype, dtype: torch.dtype) -> Tensor | None:
+    """A state passes through x's dtype, in which it is kept."""
+    return None if state is None else state.to(kept).to(dtype).contiguous()
+
+
 def _inputs(x, weight, bias, initial_state, cu_seqlens, dtype: torch.dtype) -> list[Tensor | None]:
-    # A state passes through x's dtype, in which it is kept.
-    state = None if initial_state is None else initial_state.to(x.dtype).to(dtype).contiguous()
+    state = _kept(initial_state, x.dtype, dtype)
     segments = native.segments(x.shape[0], x.shape[1], cu_seqlens, x.shape[1])
     return [_wide(x, dtype), weight.to(dtype).contiguous(), _wide(bias, dtype), state, segments]
 

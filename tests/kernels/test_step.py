@@ -1,0 +1,91 @@
+"""What a decoding step runs in C++, beside torch's dispatcher: single steps of the recurrences, and `linear`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from omnimix.kernels import get_op, linear, native
+from omnimix.kernels.registry import Draw
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+BACKENDS = {"gated_linear": "chunked", "delta_rule": "chunked", "short_conv": "native"}
+pytestmark = pytest.mark.skipif(native.machine_refusal() is not None, reason=str(native.machine_refusal()))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of the C++ functions called."""
+    found = []
+    call = native.call
+    monkeypatch.setattr(native, "call", lambda op, name, *rest: (found.append(name), call(op, name, *rest))[1])
+    return found
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_a_step_is_the_definitions(calls, name, dtype):
+    op = get_op(name)
+    for case in op.cases():
+        for batch, started in ((1, True), (2, False), (2, True)):
+            draw = Draw.seeded(batch, dtype=dtype)
+            arguments = case.make(draw, batch, 1)
+            if started:
+                # A state as batches of beams have it: rows repeated, not contiguous.
+                arguments["initial_state"] = case.state(draw, batch).transpose(1, 2).contiguous().transpose(1, 2)
+            with torch.no_grad():
+                found = op.function(**arguments, backend=BACKENDS[name])
+                wanted = op.function(**arguments, backend="reference")
+            for f, w in zip(found, wanted, strict=True):
+                torch.testing.assert_close(f, w, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+    assert calls and all(call.startswith(f"{name}_step_") for call in calls)
+
+
+@pytest.mark.parametrize(("keys", "values"), [(8, 64), (3, 100), (16, 16)])
+def test_whole_vectors_and_tails_of_values(keys, values):
+    draw = Draw.seeded()
+    arguments = {
+        "q": draw.normal(1, 1, 2, keys),
+        "k": draw.normal(1, 1, 2, keys),
+        "v": draw.normal(1, 1, 4, values),
+        "decay": draw.log_decay(1, 1, 4, keys),
+        "initial_state": draw.normal(1, 4, keys, values),
+    }
+    for name, extra in (("gated_linear", {"bonus": draw.normal(4, keys)}), ("gated_linear", {}), ("delta_rule", {})):
+        op = get_op(name)
+        with torch.no_grad():
+            pairs = (op.function(**arguments, **extra, backend=backend) for backend in ("chunked", "reference"))
+            for found, wanted in zip(*pairs, strict=True):
+                torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 1, 768, 70), (1, 2, 33, 17), (3, 1, 5, 130), (2, 2, 64, 64), (1, 3, 1, 1)])
+def test_a_few_rows_times_a_matrix(calls, dtype, shape):
+    b, t, outputs, width = shape
+    draw = Draw.seeded(dtype=dtype)
+    # Rows and weights as slices leave them.
+    x, weight = draw.normal(b, t, width + 3)[..., 1:-2], draw.normal(outputs, width + 1)[:, 1:]
+    for bias in (None, draw.normal(outputs)):
+        with torch.no_grad():
+            found = linear(x, weight, bias)
+        torch.testing.assert_close(found, F.linear(x, weight, bias))
+    assert calls == [f"linear_{native.suffix(dtype)}"] * 2
+
+
+def test_linear_is_torchs_where_more_is_asked_of_it(calls):
+    x, weight = torch.randn(1, 4), torch.nn.Parameter(torch.randn(3, 4))
+    linear(x, weight).sum().backward()
+    torch.testing.assert_close(weight.grad, x.expand(3, 4))
+    with torch.no_grad():
+        assert linear(torch.randn(64, 4), weight).shape == (64, 3)
+        assert linear(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
+        assert linear(torch.randn(2, 0, 4), weight).shape == (2, 0, 3)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert linear(x, weight).dtype == torch.bfloat16
+        with FlopCounterMode(display=False) as counter:
+            linear(x, weight)
+    assert counter.get_total_flops() == 2 * 3 * 4
+    assert calls == []
