@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...errors import UnsupportedShape
+from ...errors import UnsupportedCall, UnsupportedShape
 from ..language import LanguageModel
 from ..state import State
 from .config import GenerationConfig
@@ -222,8 +222,8 @@ def stream(
     config = config or GenerationConfig()
     check_decoder(model)
     if config.beams > 1:
-        raise UnsupportedShape(f"config.beams is {config.beams}; a beam search knows no token before the last: beams=1")
-    prompts = as_lists([list(prompt)], model.vocabulary, empty=prefix is not None)
+        raise UnsupportedCall(f"config.beams is {config.beams}; a beam search knows no token before the last: beams=1")
+    prompts = as_lists([list(map(int, prompt))], model.vocabulary, empty=prefix is not None)
     return _stream(model, prompts, config, prefix, number)
 
 
