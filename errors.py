@@ -37,7 +37,7 @@ class BackendUnavailable(OmnimixError, RuntimeError):
 
 
 class MediaError(OmnimixError, OSError):
-    """An image, video or audio file that cannot be read."""
+    """An image, video, audio or text file that cannot be read."""
 
 
 class CheckpointError(OmnimixError, RuntimeError):

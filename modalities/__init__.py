@@ -1,5 +1,6 @@
 """From files and raw data to tokens, and the models that begin there."""
 
+from .corpus import Document, JsonLines, Parquet, Shards, TextFiles, standard_library
 from .image import PatchTokenizer, PatchTokenizerConfig, load_image
 from .models import (
     build_model,
@@ -13,18 +14,27 @@ from .models import (
     save_model,
 )
 from .text import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from .token_cache import TokenCache, cached_bpe, cached_tokens
 from .vision import ImageClassifier, ImageClassifierConfig
 from .weights import load_weights, save_weights
 
 __all__ = [
     "BPETokenizer",
     "ByteTokenizer",
+    "Document",
     "ImageClassifier",
     "ImageClassifierConfig",
+    "JsonLines",
+    "Parquet",
     "PatchTokenizer",
     "PatchTokenizerConfig",
+    "Shards",
+    "TextFiles",
+    "TokenCache",
     "Tokenizer",
     "build_model",
+    "cached_bpe",
+    "cached_tokens",
     "create_model",
     "list_models",
     "load_image",
@@ -37,5 +47,6 @@ __all__ = [
     "register_model",
     "save_model",
     "save_weights",
+    "standard_library",
     "train_bpe",
 ]

@@ -199,19 +199,29 @@ def standard_library(*, policy: Literal["skip", "raise"] = "skip") -> TextFiles:
     return TextFiles(root, patterns=("*.py",), apart=("site-packages", "dist-packages", "__pycache__"), policy=policy)
 
 
-class _Rows(Corpus):
-    """Documents that are rows of a table, named by their file and number."""
+class Rows(Corpus):
+    """Documents that are rows of a table, named by their file and number.
+
+    Args:
+        path: a file or folder.
+        field: that holds the text, or the messages.
+        chat: whether it holds messages, each with role and content.
+        patterns: of file names in a folder; None are the usual ones.
+        policy: see `Corpus`.
+    """
+
+    usual: tuple[str, ...]
 
     def __init__(
         self,
         path: str | Path,
         *,
-        field: str,
-        chat: bool,
-        patterns: Sequence[str],
-        policy: Literal["skip", "raise"],
+        field: str = "text",
+        chat: bool = False,
+        patterns: Sequence[str] | None = None,
+        policy: Literal["skip", "raise"] = "skip",
     ):
-        super().__init__(path, patterns=patterns, policy=policy)
+        super().__init__(path, patterns=self.usual if patterns is None else patterns, policy=policy)
         self.field, self.chat = field, chat
 
     def options(self) -> list[Any]:
@@ -234,27 +244,10 @@ class _Rows(Corpus):
         yield Document(name=name, key=key, messages=value) if self.chat else Document(name=name, key=key, text=value)
 
 
-class JsonLines(_Rows):
-    """Lines of JSON objects, each a document; .gz files too.
+class JsonLines(Rows):
+    """Lines of JSON objects, each a document; .gz files too."""
 
-    Args:
-        path: a file or folder.
-        field: that holds the text, or the messages.
-        chat: whether the field holds messages, each with role and content.
-        patterns: of file names in a folder.
-        policy: see `Corpus`.
-    """
-
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        field: str = "text",
-        chat: bool = False,
-        patterns: Sequence[str] = ("*.jsonl", "*.ndjson", "*.jsonl.gz"),
-        policy: Literal["skip", "raise"] = "skip",
-    ):
-        super().__init__(path, field=field, chat=chat, patterns=patterns, policy=policy)
+    usual = ("*.jsonl", "*.ndjson", "*.jsonl.gz")
 
     def _read(self, name: str, path: Path) -> Iterator[Document]:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -270,19 +263,14 @@ class JsonLines(_Rows):
                 yield from self._document(row, value.get(self.field) if isinstance(value, dict) else None)
 
 
-class Parquet(_Rows):
+class Parquet(Rows):
     """Rows of parquet files, as `datasets` writes them.
-
-    Args:
-        path: a file or folder.
-        field: the column that holds the text, or the messages.
-        chat: whether it holds messages.
-        patterns: of file names in a folder.
-        policy: see `Corpus`.
 
     Raises:
         MissingPackage: pyarrow is not installed.
     """
+
+    usual = ("*.parquet",)
 
     def __init__(
         self,
@@ -290,7 +278,7 @@ class Parquet(_Rows):
         *,
         field: str = "text",
         chat: bool = False,
-        patterns: Sequence[str] = ("*.parquet",),
+        patterns: Sequence[str] | None = None,
         policy: Literal["skip", "raise"] = "skip",
     ):
         try:
@@ -316,27 +304,13 @@ class Parquet(_Rows):
             self.refuse(name, str(error))
 
 
-class Shards(_Rows):
-    """webdataset shards: tar files whose .txt members are documents; of .json members a field is.
+class Shards(Rows):
+    """webdataset shards: tar files whose .txt members are documents; of .json members the field is.
 
-    Args:
-        path: a file or folder.
-        field: of .json members.
-        chat: whether that field holds messages; .txt members are then left alone.
-        patterns: of file names in a folder.
-        policy: see `Corpus`. Of a shard that is cut short the members before the cut are kept.
+    With `chat` .txt members are left alone. Of a shard that is cut short the members before the cut are kept.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        field: str = "text",
-        chat: bool = False,
-        patterns: Sequence[str] = ("*.tar", "*.tar.gz", "*.tgz"),
-        policy: Literal["skip", "raise"] = "skip",
-    ):
-        super().__init__(path, field=field, chat=chat, patterns=patterns, policy=policy)
+    usual = ("*.tar", "*.tar.gz", "*.tgz")
 
     def _read(self, name: str, path: Path) -> Iterator[Document]:
         with tarfile.open(path, "r:*") as shard:

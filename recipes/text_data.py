@@ -66,11 +66,11 @@ class TextFiles(TextData):
         return corpora.TextFiles(self.path, patterns=self.patterns, section=self.section, policy=self.options.policy)
 
 
-class JsonLines(TextData):
-    """JSON lines, each object a document.
+class TextRows(TextData):
+    """Base of text in tables, of which a field holds a document's text.
 
     Args:
-        path: a .jsonl file (or .jsonl.gz, .ndjson), or a folder of them.
+        path: a file, or a folder that is searched through.
         field: that holds the text.
         tokenizer: see `TextData`, as for all that follow.
         vocabulary: of a tokenizer that is learnt.
@@ -80,6 +80,8 @@ class JsonLines(TextData):
         seed: of the order.
         options: what rarely changes.
     """
+
+    _reader: type[corpora.Rows]
 
     def __init__(
         self,
@@ -106,7 +108,25 @@ class JsonLines(TextData):
         self.path, self.field = path, field
 
     def corpus(self) -> Corpus:
-        return corpora.JsonLines(self.path, field=self.field, policy=self.options.policy)
+        return self._reader(self.path, field=self.field, policy=self.options.policy)
+
+
+class JsonLines(TextRows):
+    """JSON lines, each object a document: .jsonl, .jsonl.gz or .ndjson files."""
+
+    _reader = corpora.JsonLines
+
+
+class Parquet(TextRows):
+    """Rows of parquet files, as `datasets` writes them, `field` being the column; needs pyarrow."""
+
+    _reader = corpora.Parquet
+
+
+class Shards(TextRows):
+    """webdataset shards: tar files with .txt members, or .json ones with the text in `field`."""
+
+    _reader = corpora.Shards
 
 
 class ChatLines(TextData):
@@ -152,89 +172,3 @@ class ChatLines(TextData):
 
     def corpus(self) -> Corpus:
         return corpora.JsonLines(self.path, field=self.field, chat=True, policy=self.options.policy)
-
-
-class Parquet(TextData):
-    """Rows of parquet files, as `datasets` writes them; needs pyarrow.
-
-    Args:
-        path: a .parquet file, or a folder of them.
-        field: the column that holds the text.
-        tokenizer: see `TextData`, as for all that follow.
-        vocabulary: of a tokenizer that is learnt.
-        length: scored tokens of a sequence.
-        batch_size: sequences a step.
-        borders: packed or padded.
-        seed: of the order.
-        options: what rarely changes.
-    """
-
-    def __init__(
-        self,
-        *,
-        path: str,
-        field: str = "text",
-        tokenizer: str = "bpe",
-        vocabulary: int = 4096,
-        length: int = 256,
-        batch_size: int = 16,
-        borders: Literal["packed", "padded"] = "packed",
-        seed: int = 0,
-        options: TextOptions = DEFAULTS,
-    ):
-        super().__init__(
-            tokenizer=tokenizer,
-            vocabulary=vocabulary,
-            length=length,
-            batch_size=batch_size,
-            borders=borders,
-            seed=seed,
-            options=options,
-        )
-        self.path, self.field = path, field
-
-    def corpus(self) -> Corpus:
-        return corpora.Parquet(self.path, field=self.field, policy=self.options.policy)
-
-
-class Shards(TextData):
-    """webdataset shards: tar files with .txt members, or .json ones with the text in a field.
-
-    Args:
-        path: a .tar file, or a folder of them.
-        field: of .json members.
-        tokenizer: see `TextData`, as for all that follow.
-        vocabulary: of a tokenizer that is learnt.
-        length: scored tokens of a sequence.
-        batch_size: sequences a step.
-        borders: packed or padded.
-        seed: of the order.
-        options: what rarely changes.
-    """
-
-    def __init__(
-        self,
-        *,
-        path: str,
-        field: str = "text",
-        tokenizer: str = "bpe",
-        vocabulary: int = 4096,
-        length: int = 256,
-        batch_size: int = 16,
-        borders: Literal["packed", "padded"] = "packed",
-        seed: int = 0,
-        options: TextOptions = DEFAULTS,
-    ):
-        super().__init__(
-            tokenizer=tokenizer,
-            vocabulary=vocabulary,
-            length=length,
-            batch_size=batch_size,
-            borders=borders,
-            seed=seed,
-            options=options,
-        )
-        self.path, self.field = path, field
-
-    def corpus(self) -> Corpus:
-        return corpora.Shards(self.path, field=self.field, policy=self.options.policy)
