@@ -18,7 +18,7 @@ from .chat import Message
 from .models import load_model
 from .text import Tokenizer, load_tokenizer
 
-Prompt = str | Sequence[Message]
+Prompt = str | Sequence[Message] | Sequence[int]
 Config = GenerationConfig | DiffusionConfig
 
 
@@ -171,7 +171,7 @@ class TextGenerator:
         """Go on with each prompt, as it would be alone.
 
         Args:
-            prompts: texts, or conversations as lists of messages with "role" and "content".
+            prompts: texts; conversations as lists of messages with "role" and "content"; or ids, taken as they are.
             config: a `GenerationConfig`, or a `DiffusionConfig` for models that are decoded by diffusion; their
                 defaults otherwise. Without an `end` it is the tokenizer's.
             stop: strings before which a text ends, wherever the borders of the tokens are. Under diffusion and in a
@@ -230,6 +230,8 @@ class TextGenerator:
 
     def _ids(self, prompt: Prompt, prefix: Prefix | None) -> list[int]:
         """A prompt's ids, behind the end token with which every document begins unless there is a prefix."""
+        if not isinstance(prompt, str) and all(isinstance(part, int) for part in prompt):
+            return list(prompt)
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.encode_chat(prompt)
         begun = prefix is not None or (not isinstance(prompt, str) and ids[:1] == [self.tokenizer.end])
         return ids if begun else [self.tokenizer.end, *ids]

@@ -15,10 +15,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
+from ...modalities.generation import TextGenerator
 from ...modalities.text import Tokenizer, load_tokenizer
 from ..config import positive
-from ..decoding import DiffusionConfig, GenerationConfig, diffuse, generate
-from ..decoding.generate import Writer
+from ..decoding import DiffusionConfig, GenerationConfig, diffuse
 from ..decoding.prefill import evaluating, last_logits, select
 from ..language import LanguageModel
 from ..layout import Layout
@@ -63,7 +63,8 @@ class OmnimixLM(TemplateLM):
         max_batch_size: lm-eval passes it to every model; it must not be below `batch_size`.
 
     Raises:
-        ConfigError: not one of `run`, and `model` with `tokenizer`; or a number that is not positive.
+        ConfigError: not one of `run`, and `model` with `tokenizer`; a tokenizer of another model; or a number that is
+            not positive.
         CheckpointError: the run holds no language model.
     """
 
@@ -93,14 +94,10 @@ class OmnimixLM(TemplateLM):
             found = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
         if found is None:
             raise ConfigError("tokenizer: a model without a run needs one")
-        more = found.vocabulary - model.vocabulary
-        if more > 0 or (more and model.objective.decoder == "diffusion"):
-            raise ConfigError(
-                f"tokenizer: it has {found.vocabulary} tokens, and the model knows {model.vocabulary}; is it another's?"
-            )
         if not str(batch_size).isdigit():
             raise ConfigError(f"batch_size is {batch_size!r}; it must be a number, as nothing is tried out")
         self.run, self.model, self.tokenizer = run, model if device is None else model.to(device), found
+        self.writer = TextGenerator(self.model, found)
         self.batch_size = int(batch_size)
         self.max_length, self.max_gen_toks, self.steps = max_length, max_gen_toks, steps
         self.samples, self.seed, self.prefix = samples, seed, prefix
@@ -109,10 +106,6 @@ class OmnimixLM(TemplateLM):
             raise ConfigError(f"max_batch_size is {max_batch_size}, and batch_size {batch_size}")
         self._device = model.embedding.weight.device
         self._errors: list[float] = []
-
-    @property
-    def diffusion(self) -> bool:
-        return self.model.objective.decoder == "diffusion"
 
     @property
     def eot_token_id(self) -> int:
@@ -143,7 +136,7 @@ class OmnimixLM(TemplateLM):
             "model_dtype": str(self.model.embedding.weight.dtype),
             "likelihood": "exact",
         }
-        if self.diffusion:
+        if self.writer.diffusion:
             info |= {
                 "likelihood": f"bound from {self.samples} draws, seed {self.seed}",
                 "likelihood_samples": self.samples,
@@ -181,7 +174,7 @@ class OmnimixLM(TemplateLM):
             given.append(len(row) - len(continuation))
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
         for part in self._batches([len(row) for row in rows], "Likelihoods", disable_tqdm):
-            score = self._bound if self.diffusion else self._exact
+            score = self._bound if self.writer.diffusion else self._exact
             nats, greedy = score([rows[i] for i in part], [given[i] for i in part])
             for i, cost, best in zip(part, nats.tolist(), greedy.tolist(), strict=True):
                 answers[i] = (-cost, best)
@@ -301,13 +294,12 @@ class OmnimixLM(TemplateLM):
             groups.setdefault(repr(sorted(request.args[1].items(), key=str)), []).append(i)
         texts = [""] * len(requests)
         for group in groups.values():
-            options = WritingOptions.of(requests[group[0]].args[1], self.max_gen_toks, self.tokenizer)
+            options = WritingOptions(requests[group[0]].args[1], self.max_gen_toks, self.tokenizer)
             prompts = self._prompts([requests[i].args[0] for i in group], options.most)
             for part in self._batches([len(p) for p in prompts], "Texts", disable_tqdm):
-                write = self._unmask if self.diffusion else self._write
-                found = write([prompts[j] for j in part], [group[j] for j in part], options)
+                found = self._write([prompts[j] for j in part], [group[j] for j in part], options)
                 for j, text in zip(part, found, strict=True):
-                    texts[group[j]] = options.cut(text)
+                    texts[group[j]] = text
                     self.cache_hook.add_partial("generate_until", requests[group[j]].args, texts[group[j]])
         return texts
 
@@ -320,49 +312,28 @@ class OmnimixLM(TemplateLM):
         return [prompt[most - self.max_length :] for prompt in prompts]
 
     def _write(self, prompts: list[list[int]], numbers: list[int], options: WritingOptions) -> list[str]:
-        config = GenerationConfig(
-            max_tokens=options.most,
-            temperature=options.temperature,
-            end=self.tokenizer.end,
-            # Ids that only fill the model's vocabulary up stand for no text.
-            forbidden=range(self.tokenizer.vocabulary, self.model.vocabulary),
-            stop=options.stop,
-            seed=self.seed,
-            chunk=max(1, TOKENS_AT_A_TIME // len(prompts)),
-            **options.others,
-        )
-        if config.beams > 1:
-            return [self.tokenizer.decode(tokens) for tokens in generate(self.model, prompts, config).tokens]
-        streams, texts = [self.tokenizer.stream() for _ in prompts], [""] * len(prompts)
-        with evaluating(self.model), torch.inference_mode():
-            writer = Writer(self.model, prompts, config, None, numbers)
-            while writer.rows:
-                stopped = set()
-                for row, step in writer.next():
-                    new = streams[row].push(step.token)
-                    texts[row] += new
-                    if step.reason is None and options.stops(texts[row], len(new)):
-                        stopped.add(row)
-                writer.leave(stopped)
-        return [text + rest.flush() for text, rest in zip(texts, streams, strict=True)]
-
-    def _unmask(self, prompts: list[list[int]], numbers: list[int], options: WritingOptions) -> list[str]:
-        refused = sorted(options.others.keys() - {"top_p"})
-        if refused:
-            raise UnsupportedCall(f"{', '.join(refused)}: writing by diffusion has temperature and top_p only")
-        config = DiffusionConfig(
-            length=options.most,
-            steps=self.steps,
-            temperature=options.temperature,
-            end=self.tokenizer.end,
-            seed=self.seed,
-            **options.others,
-        )
-        texts = []
-        for tokens in diffuse(self.model, prompts, config, numbers=numbers).tokens:
-            ends = [tokens.index(stop) for (stop,) in options.stop if stop in tokens]
-            texts.append(self.tokenizer.decode(tokens[: min(ends, default=None)]))
-        return texts
+        if self.writer.diffusion:
+            refused = sorted(options.others.keys() - {"top_p"})
+            if refused:
+                raise UnsupportedCall(f"{', '.join(refused)}: writing by diffusion has temperature and top_p only")
+            config = DiffusionConfig(
+                length=options.most,
+                steps=self.steps,
+                temperature=options.temperature,
+                seed=self.seed,
+                **options.others,
+            )
+        else:
+            config = GenerationConfig(
+                max_tokens=options.most,
+                temperature=options.temperature,
+                stop=[[token] for token in options.stop],
+                seed=self.seed,
+                chunk=max(1, TOKENS_AT_A_TIME // len(prompts)),
+                **options.others,
+            )
+        found = self.writer.generate(prompts, config, stop=options.until, numbers=numbers)
+        return [options.cut(result.text, result.tokens) for result in found]
 
 
 class _Differs(Exception):

@@ -14,27 +14,25 @@ _OPTIONS |= {"num_beams": "beams"}
 
 
 class WritingOptions:
-    """What `generation_kwargs` say.
+    """What a task's `generation_kwargs` say.
 
     Args:
+        wanted: the `generation_kwargs`.
+        most: tokens to write where they do not say.
+        tokenizer: the model's.
+
+    Attributes:
         most: tokens to write.
         temperature: 0 is greedy.
         until: strings before which a text ends.
         stop: tokens before which it ends.
         others: further options, by the names of `GenerationConfig`.
+
+    Raises:
+        UnsupportedCall: an option that is not known.
     """
 
-    def __init__(self, most: int, temperature: float, until: list[str], stop: list[list[int]], others: dict[str, Any]):
-        self.most, self.temperature, self.until, self.stop, self.others = most, temperature, until, stop, others
-        self.longest = max(map(len, until), default=0)
-
-    @staticmethod
-    def of(wanted: dict[str, Any], most: int, tokenizer: Tokenizer) -> WritingOptions:
-        """From a task's generation_kwargs.
-
-        Raises:
-            UnsupportedCall: one that is not known.
-        """
+    def __init__(self, wanted: dict[str, Any], most: int, tokenizer: Tokenizer):
         wanted = dict(wanted)
         until = wanted.pop("until", None) or []
         until = [until] if isinstance(until, str) else [string for string in until if string]
@@ -49,20 +47,20 @@ class WritingOptions:
             known = ", ".join(("until", "do_sample", "temperature", *_MOST, *_OPTIONS))
             raise UnsupportedCall(f"generation_kwargs: {', '.join(unknown)} is not known; known: {known}")
         # Texts do not show special tokens, so that where one of them ends a text the token itself is looked for.
-        stop = [[tokenizer.special[string]] for string in until if string in tokenizer.special]
+        self.stop = [tokenizer.special[string] for string in until if string in tokenizer.special]
         # 0 is no top-k for transformers, by whose names tasks go.
-        others = {
+        self.others = {
             _OPTIONS[name]: value
             for name, value in wanted.items()
             if value is not None and (name, value) != ("top_k", 0)
         }
-        return WritingOptions(int(given[0]) if given else most, float(temperature), until, stop, others)
+        self.most, self.temperature = int(given[0]) if given else most, float(temperature)
+        self.until, self.tokenizer = until, tokenizer
 
-    def stops(self, text: str, new: int) -> bool:
-        """Whether one of the strings ends in the last `new` characters."""
-        tail = text[max(0, len(text) - new - self.longest + 1) :]
-        return any(string in tail for string in self.until)
-
-    def cut(self, text: str) -> str:
-        """The text before the first of the strings."""
+    def cut(self, text: str, tokens: list[int]) -> str:
+        """The text, or that of the tokens before the first of those that end one."""
+        ends = [tokens.index(token) for token in self.stop if token in tokens]
+        if not ends:
+            return text
+        text = self.tokenizer.decode(tokens[: min(ends)])
         return text[: min((text.index(string) for string in self.until if string in text), default=None)]
