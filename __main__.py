@@ -16,6 +16,7 @@ COMMANDS = {
     "text eval": (".recipes.evaluate:main", "measure a language model on tasks of lm-eval"),
     "text fit": (".recipes.text_generation:fit", "train a language model (default: the standard library's sources)"),
     "text validate": (".recipes.text_generation:validate", "measure a run's bits per byte on its held-out text"),
+    "text generate": (".recipes.generate:main", "write on behind a prompt or standard input with a run"),
     "list mixers": (".commands:list_mixers", "the sequence mixers"),
     "list models": (".commands:list_models", "the models that create_model builds by name"),
     "list recipes": (".commands:list_recipes", "the training recipes and their configurations"),

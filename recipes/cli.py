@@ -325,7 +325,8 @@ def evaluate(command: str, argv: list[str], make: Callable[[str, list[str]], Rec
         argv = with_run_config(argv, RunFolder.finished(run))
     cli = make(command, argv)
     row = {"run": str(cli.folder.path), **{name: float(value) for name, value in cli.measured[0].items()}}
-    emit(f"{command} {run}", [row], cli.options.json)
+    if cli.trainer.is_global_zero:
+        emit(f"{command} {run}", [row], cli.options.json)
     return 0
 
 

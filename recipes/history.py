@@ -123,9 +123,7 @@ class StepHistory(History):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._count()
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._counted:
+        if self._counted and trainer.global_step >= self._planned:
             self._row(trainer)
 
     def _head(self, trainer: pl.Trainer) -> str:

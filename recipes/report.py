@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, FigureBase
+from matplotlib.font_manager import findfont, get_font
 from torch import Tensor
 
 from ..console import short_number, write_atomically
@@ -128,8 +129,8 @@ def confusion(counts: Int[Tensor, "c c"], classes: Sequence[str], title: str = "
 
 def text(content: str, title: str, columns: int = 62, lines: int = 30) -> Panel:
     """Text as it is, in a fixed width; long lines are broken, and what does not fit is left out."""
-    # Nothing of it is markup, and the font has no glyphs for what cannot be printed.
-    plain = "".join(c if c == "\n" or c.isprintable() else "�" for c in content.expandtabs(4))
+    font = get_font(findfont("monospace"))
+    plain = "".join(c if c == "\n" or font.get_char_index(ord(c)) else "□" for c in content.expandtabs(4))
     broken = [line[at : at + columns] for line in plain.split("\n") for at in range(0, max(1, len(line)), columns)]
     shown = [*broken[: lines - 1], "…"] if len(broken) > lines else broken
 

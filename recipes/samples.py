@@ -11,8 +11,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from ..backbones import LanguageModel
-from ..backbones.decoding import DiffusionConfig, GenerationConfig, diffuse, generate
+from ..backbones.decoding import DiffusionConfig, GenerationConfig
 from ..console import write_atomically
+from ..modalities.generation import TextGenerator
 from ..modalities.text import Tokenizer
 from .run import RunFolder
 
@@ -67,24 +68,24 @@ class Samples(Callback):
         write_atomically(RunFolder(Path(trainer.default_root_dir)).samples, "\n".join(blocks))
 
     def _write(self, model: LanguageModel, tokenizer: Tokenizer, prompts: list[str]) -> list[str]:
-        ids = [[tokenizer.end, *tokenizer.encode(prompt)] for prompt in prompts]
-        if model.objective.decoder == "autoregressive":
-            config = GenerationConfig(max_tokens=self.tokens, end=tokenizer.end, **self.options)
-            found = generate(model, ids, config)
-        else:
+        writer = TextGenerator(model, tokenizer)
+        if writer.diffusion:
             # A pass through the model for each token would take as long as many steps of training.
-            steps = -(-self.tokens // 5)
-            config = DiffusionConfig(length=self.tokens, steps=steps, end=tokenizer.end, **self.options)
-            found = diffuse(model, ids, config)
-        return [tokenizer.decode(tokens) for tokens in found.tokens]
+            config = DiffusionConfig(length=self.tokens, steps=-(-self.tokens // 5), **self.options)
+        else:
+            config = GenerationConfig(max_tokens=self.tokens, **self.options)
+        return [result.text for result in writer.generate(prompts, config)]
+
+    def of_step(self, step: int) -> list[Sample]:
+        """What was written at a step, by prompt."""
+        return [sample for sample in self.samples if sample.step == step]
 
     def over_time(self, most: int) -> list[Sample]:
-        """At most so many, evenly from the first step to the last; of one prompt, or of several in turn."""
-        steps = sorted({sample.step for sample in self.samples})
+        """What was made of the first prompt, at most so many times, evenly from the first step to the last."""
+        steps = list(dict.fromkeys(sample.step for sample in self.samples))
         if len(steps) > most:
             steps = [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
-        prompts = list(dict.fromkeys(sample.prompt for sample in self.samples))
-        return [s for s in self.samples if s.step in steps and s.prompt == prompts[0]] if prompts else []
+        return [self.of_step(step)[0] for step in steps]
 
     def state_dict(self) -> dict[str, Any]:
         return {"samples": [asdict(sample) for sample in self.samples]}

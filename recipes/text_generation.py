@@ -156,8 +156,8 @@ class TextGeneration(pl.LightningModule):
                 "val/perplexity": math.exp(min(700.0, nats / tokens)),
             },
             prog_bar=True,
-            # Summed over the ranks already.
-            rank_zero_only=False,
+            # Equal on all ranks already; without it Lightning warns.
+            sync_dist=True,
         )
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -222,25 +222,30 @@ def _finish(cli: RecipeCLI) -> None:
 
 def _picture(cli: RecipeCLI, samples: Samples, metrics: dict[str, Any]) -> None:
     rows, every = cli.history.rows, cli.history.every
+    training = "training" if every == 1 else f"training, each {every} steps"
     title = f"{metrics['val/bits_per_byte']:.3f} bits per byte of held-out text"
     subtitle = (
         f"{metrics['configuration']} · mixer {metrics['mixer']} · {metrics['objective']} · "
         f"{metrics['parameters']:,} parameters · {metrics['steps']:,} steps, {metrics['tokens']:,} tokens in "
         f"{metrics['train_seconds']:.0f} s"
     )
-    mean = f", mean of {every} steps" if every > 1 else ""
-    loss = {"training": "train/loss", "held out": "val/loss"}
+    over_time = samples.over_time(3)
+    others = samples.of_step(over_time[-1].step)[1:4]
     picture = [
         Row(
             panels=[
-                curves(rows, loss, f"loss, nats per token{mean}", over="step"),
+                curves(rows, {training: "train/loss", "held out": "val/loss"}, "nats per token", over="step"),
                 curves(rows, {"held out": "val/bits_per_byte"}, "bits per byte", over="step"),
                 curves(rows, {"rate": "lr"}, "learning rate", over="step"),
-                curves(rows, {"training": "tokens_per_second"}, "tokens per second", over="step"),
+                curves(rows, {training: "tokens_per_second"}, "tokens per second", over="step"),
             ],
             height=4.0,
         ),
-        Row(panels=[text(sample.text, f"step {sample.step:,}") for sample in samples.over_time(3)], height=5.5),
+        *(
+            Row(panels=[text(s.prompt + s.text, f"{s.prompt!r} after step {s.step:,}") for s in some], height=4.9)
+            for some in (over_time, others)
+            if some
+        ),
     ]
     write_report(cli.folder.report, title, subtitle, picture)
 

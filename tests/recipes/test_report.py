@@ -1,11 +1,13 @@
 """The picture of a run."""
 
+import pytest
 import torch
 from PIL import Image
 
-from omnimix.recipes.report import Row, Shown, confusion, curves, gallery, write_report
+from omnimix.recipes.report import Row, Shown, confusion, curves, gallery, text, write_report
 
 
+@pytest.mark.filterwarnings("error:Glyph")
 def test_a_report_of_every_panel(tmp_path):
     history = [{"epoch": i + 1, "train/loss": 1 / (i + 1), "val/acc1": i / 5} for i in range(5)]
     names = [f"class-{i}" for i in range(3)]
@@ -25,6 +27,14 @@ def test_a_report_of_every_panel(tmp_path):
             ]
         ),
         Row(panels=[gallery(shown, "images"), gallery([], "none")], height=3.0),
+        Row(
+            panels=[
+                curves([{"step": 3, "lr": 0.1}, {"step": 7, "lr": 1e-5}], {"rate": "lr"}, "rate", over="step"),
+                # Nothing of it is a formula, and no font has all of it.
+                text("\tif a[$x$] % 2: # \\frac\n" + "long " * 50 + "\n\x00\U0002f800\n" * 40, "after step 7"),
+                text("", "nothing"),
+            ]
+        ),
     ]
     write_report(file, "title", "subtitle", rows)
     with Image.open(file) as image:
