@@ -68,6 +68,9 @@ class Objective(nn.Module, ABC):
     def check(self, model: LanguageModel) -> None:
         """Raise UnsupportedCall where a mixer of the model cannot serve this objective, with the remedy."""
 
+    def anneal(self, step: int) -> None:
+        """Say which training step, from 0, comes next; objectives that change while they train follow it."""
+
     @abstractmethod
     def loss(
         self,
