@@ -23,13 +23,18 @@ class _Room:
 def appended(cache: Tensor, new: Tensor) -> Tensor:
     """`torch.cat([cache, new], dim=1)`; without gradients in a time that does not depend on the cache's length.
 
-    The result then has room behind it, which the next call writes into. No tensor that was returned is ever changed:
-    a slot is written once, by whoever is first to go on from the last one, and everybody else gets a copy.
+    What was appended to before then has room behind it, which the next call writes into. No tensor that was returned is
+    ever changed: a slot is written once, by whoever is first to go on from the last one, and others get a copy.
     """
     before, stop = cache.shape[1], cache.shape[1] + new.shape[1]
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or cache.dtype != new.dtype:
         return torch.cat([cache, new], dim=1)
-    room = getattr(cache, "_room", None)
+    if not hasattr(cache, "_room"):
+        # It may never be appended to again: a window is cut, and a beam search selects.
+        grown = torch.cat([cache, new], dim=1)
+        grown._room = None
+        return grown
+    room = cache._room
     ours = room is not None and room.used == before and stop <= room.buffer.shape[1]
     # A tensor made in inference mode may only be written there, and one made elsewhere would be marked as changed.
     if not ours or room.buffer.is_inference() != torch.is_inference_mode_enabled():

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import UnsupportedCall
+from ...kernels import attention
 from ..config import Site, positive
 from ..layout import Layout
 from ..state import State
@@ -60,6 +61,17 @@ class Window(Attention):
                 f"the window of {self.window} tokens does not hold a block of {layout.block}, and its tokens would not "
                 f"see themselves; configure window={layout.block} or more"
             )
+
+    def _go_on(
+        self, q: Tensor, k: Tensor, v: Tensor, places: Tensor, layout: Layout, state: State | None
+    ) -> tuple[Tensor, State]:
+        if self.sinks or not self.slots or state is None or layout.cu_seqlens is not None or q.shape[1] > 1:
+            return super()._go_on(q, k, v, places, layout, state)
+        # One token takes the place of the oldest, or of an empty slot: `_keep` puts both last.
+        news = {"k": k, "v": v, "slots": places}
+        k, v, slots = (torch.cat([new, state[name]], dim=1) for name, new in news.items())
+        o = attention(q, k, v, window=self.window, q_positions=places, k_positions=slots)
+        return o, State({"k": k[:, :-1], "v": v[:, :-1], "slots": slots[:, :-1], "position": state["position"] + 1})
 
     def _keep(self, k: Tensor, v: Tensor, slots: Tensor, position: Tensor) -> State:
         missing = max(0, self.slots - slots.shape[1])
