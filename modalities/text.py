@@ -42,6 +42,7 @@ class ByteTokenizer(Tokenizer):
         names = _special_names(special)
         self.special = {name: 256 + i for i, name in enumerate(names)}
         self.vocabulary, self.end = 256 + len(names), self.special[END]
+        self.variables = {"bos_token": END, "eos_token": END}
         self.template = _template(template, self.special)
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
@@ -77,13 +78,21 @@ class BPETokenizer(Tokenizer):
         inner: what it adds, cuts or fills up by itself is switched off.
         end: name of the token that ends documents; None looks for the usual ones.
         template: a chat template.
+        variables: what it may use beside the messages, such as `bos_token`; the end token by default.
 
     Raises:
         UnknownName: no token is called `end`.
         ConfigError: none of the usual end tokens is there.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, *, end: str | None = None, template: str | None = None):
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        *,
+        end: str | None = None,
+        template: str | None = None,
+        variables: Mapping[str, str] | None = None,
+    ):
         self._plain = tokenizers.Tokenizer.from_str(inner.to_str())
         self._plain.no_truncation()
         self._plain.no_padding()
@@ -107,6 +116,7 @@ class BPETokenizer(Tokenizer):
                 inner.add_special_tokens([name])
             self.special[name] = found
         self.end = found
+        self.variables = {"bos_token": name, "eos_token": name, "pad_token": name} | dict(variables or {})
         self.template = _template(template, self.special)
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
@@ -119,13 +129,13 @@ class BPETokenizer(Tokenizer):
         return self._plain.decode(ids, skip_special_tokens=not special)
 
     def state(self) -> dict[str, Any]:
-        return {"tokenizer": json.loads(self._special.to_str()), "end": self.end, "template": self.template}
+        inner = json.loads(self._special.to_str())
+        return {"tokenizer": inner, "end": self.end, "template": self.template, "variables": self.variables}
 
     def save(self, folder: str | Path) -> None:
         """Write what transformers' AutoTokenizer reads too: `tokenizer.json` and `tokenizer_config.json`."""
-        name = next(name for name, i in self.special.items() if i == self.end)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        config |= {"bos_token": name, "eos_token": name, "pad_token": name}
+        config |= self.variables
         if self.template is not None:
             config["chat_template"] = self.template
         _write(Path(folder) / CONFIG, json.dumps(config, indent=1, ensure_ascii=False))
@@ -191,7 +201,8 @@ def load_tokenizer(path: str | Path, *, end: str | None = None) -> Tokenizer:
         inner = tokenizers.Tokenizer.from_file(str(file))
     if end is None and not any(name in _ENDS for name in _special_of(inner)):
         end = _name(config.get("eos_token"))
-    return BPETokenizer(inner, end=end, template=_read_template(file, config))
+    named = {key: _name(config[key]) for key in ("bos_token", "eos_token", "pad_token", "unk_token") if config.get(key)}
+    return BPETokenizer(inner, end=end, template=_read_template(file, config), variables=named)
 
 
 def _special_of(inner: tokenizers.Tokenizer) -> dict[str, int]:

@@ -22,12 +22,14 @@ class Tokenizer(ABC):
         end: the id that stands before and after every document.
         template: the chat template: as given, or ChatML's where `<|im_start|>` and `<|im_end|>` are special tokens;
             otherwise None.
+        variables: what else a template may use: `bos_token`, `eos_token`, ... by name.
     """
 
     vocabulary: int
     special: dict[str, int]
     end: int
     template: str | None
+    variables: dict[str, str]
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
@@ -92,10 +94,6 @@ class Tokenizer(ABC):
             )
         return self.template
 
-    def _variables(self) -> dict[str, Any]:
-        name = next(name for name, i in self.special.items() if i == self.end)
-        return {"bos_token": name, "eos_token": name}
-
     def chat(self, messages: Sequence[Message], *, generate: bool = True) -> str:
         """The conversation as the template writes it; to encode messages use `encode_chat`.
 
@@ -106,7 +104,7 @@ class Tokenizer(ABC):
         Raises:
             ConfigError: messages without role or content; no template; one that is broken or refuses the messages.
         """
-        return render(self._chat_template(), messages, generate=generate, variables=self._variables())
+        return render(self._chat_template(), messages, generate=generate, variables=self.variables)
 
     def encode_chat(self, messages: Sequence[Message], *, generate: bool = True) -> list[int]:
         """The ids of `chat(messages)`. Names of special tokens that users write stay ordinary text."""
@@ -124,7 +122,7 @@ class Tokenizer(ABC):
         check_messages(messages)
         guard = Guard(list(self.special), messages)
         ids, counted = [self.end], [False]
-        for text, answer in turns(self._chat_template(), guard.messages, self._variables()):
+        for text, answer in turns(self._chat_template(), guard.messages, self.variables):
             piece = self._encode_guarded(text, guard)
             # A template may write the end token at the beginning itself.
             piece = piece[1:] if len(ids) == 1 and piece[:1] == [self.end] else piece

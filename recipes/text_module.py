@@ -30,6 +30,7 @@ class TextOptions:
         val_tokens: about how many held-out tokens each validation during a fit takes, always the same; null takes all,
             as the measurement at the end does.
         policy: what an unreadable document does: "skip" leaves it out and names it, "raise" stops.
+        end: name of the token that ends documents, for a tokenizer that is loaded and has none of the usual ones.
         cache: folder of tokens and tokenizers; null is the user's cache.
         workers: processes that read ahead; the tokens lie in memory, so 0 is fastest.
     """
@@ -38,6 +39,7 @@ class TextOptions:
     val_batch_size: int | None = None
     val_tokens: int | None = None
     policy: Literal["skip", "raise"] = "skip"
+    end: str | None = None
     cache: str | None = None
     workers: int = 0
 
@@ -113,7 +115,7 @@ class TextData(pl.LightningDataModule):
         if self._tokenizer == "bytes":
             return ByteTokenizer(self._special)
         if self._tokenizer != "bpe":
-            return load_tokenizer(self._tokenizer)
+            return load_tokenizer(self._tokenizer, end=self.options.end)
         return cached_bpe(
             self._corpus,
             self._vocabulary,

@@ -269,6 +269,14 @@ def test_a_cache_that_cannot_be_written_is_reported(folder, tmp_path):
         cached_tokens(TextFiles(folder), ByteTokenizer(), folder=tmp_path / "file" / "cache")
 
 
+def test_a_terminal_shows_how_far_it_is(folder, tmp_path, monkeypatch, capsys):
+    cached_tokens(TextFiles(folder), ByteTokenizer(), folder=tmp_path / "a")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    cached_tokens(TextFiles(folder), ByteTokenizer(), folder=tmp_path / "b")
+    assert "reading text into tokens" in capsys.readouterr().err
+
+
 def test_a_corpus_without_text_is_refused(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="has no text: a.txt: UnicodeDecodeError"):

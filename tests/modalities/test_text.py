@@ -198,6 +198,15 @@ def test_foreign_tokenizers_add_nothing_by_themselves(tmp_path):
     assert load_tokenizer(tmp_path).chat([{"role": "user", "content": "a"}]) == "user"
 
 
+def test_templates_see_the_tokens_that_a_tokenizer_names(tmp_path):
+    config = {"bos_token": {"content": "<s>"}, "chat_template": [{"name": "default", "template": "{{ bos_token }}!"}]}
+    foreign(tmp_path, special=["</s>"], config=config)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.chat(MESSAGES) == "<s>!"
+    loaded.save(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").chat(MESSAGES) == "<s>!"
+
+
 def test_the_end_token_is_found_declared_or_asked_for(tmp_path):
     foreign(tmp_path, special=["<stop>"])
     with pytest.raises(ConfigError, match="name one with end=.*<stop>"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from omnimix.errors import CheckpointError, ConfigError
+from omnimix.errors import CheckpointError, ConfigError, UnknownName
 from omnimix.modalities.text import ByteTokenizer, train_bpe
 from omnimix.modalities.token_cache import TokenCache
 from omnimix.recipes.text_data import ChatLines, JsonLines, Parquet, Shards, StandardLibrary, TextFiles, TextOptions
@@ -204,6 +204,9 @@ def test_the_tokenizer_is_learnt_loaded_or_bytes(folder, tmp_path):
     train_bpe(["abc " * 50], 260).save(tmp_path / "kept")
     loaded = data(folder, tokenizer=str(tmp_path / "kept"))
     assert loaded.vocabulary == 260
+    options = TextOptions(end="<stop>", cache=str(folder / "cache"))
+    with pytest.raises(UnknownName, match="'<stop>'"):
+        _ = data(folder, tokenizer=str(tmp_path / "kept"), options=options).tokenizer
     assert isinstance(data(folder).tokenizer, ByteTokenizer)
     with pytest.raises(CheckpointError, match="bpee does not exist"):
         _ = data(folder, tokenizer="bpee").vocabulary
