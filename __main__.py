@@ -18,6 +18,7 @@ COMMANDS = {
     "text validate": (".recipes.text_generation:validate", "measure a run's bits per byte on its held-out text"),
     "text generate": (".recipes.generate:main", "write on behind a prompt or standard input with a run"),
     "list mixers": (".commands:list_mixers", "the sequence mixers"),
+    "list objectives": (".commands:list_objectives", "what language models are trained for"),
     "list models": (".commands:list_models", "the models that create_model builds by name"),
     "list recipes": (".commands:list_recipes", "the training recipes and their configurations"),
     "env": (".commands:env", "versions, devices, and the backend of every kernel with the reason"),

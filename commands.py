@@ -29,7 +29,7 @@ def list_mixers(argv: list[str]) -> None:
 
 
 def mixer_rows() -> list[dict[str, Any]]:
-    """One row a mixer: what it is and, as it declares, how it serves sequences in time and on grids."""
+    """One row a mixer: what it is and, as it declares, how it serves text, in order and by diffusion, and images."""
     from .backbones.config import Site
     from .backbones.mixers import get_mixer
     from .backbones.mixers import list_mixers as names
@@ -40,11 +40,13 @@ def mixer_rows() -> list[dict[str, Any]]:
         entry = get_mixer(name)
         forward, both = (entry.build(32, entry.examples[0], Site(scan=scan_orders(s))) for s in ("forward", "both"))
         streams = f"streams, {'constant state' if forward.constant_state else 'growing cache'}"
+        diffusion = {"masked": both.bidirectional, "block": both.blockwise and both.streaming}
         rows.append(
             {
                 "mixer": name,
                 "what it is": entry.summary,
                 "causal sequences": "no" if not forward.causal else streams if forward.streaming else "yes",
+                "text by diffusion": ", ".join(name for name, served in diffusion.items() if served) or "no",
                 "packed": "yes" if forward.packed else "no",
                 "images": "both ways" if forward.bidirectional else "by scans" if both.bidirectional else "no",
                 "source": entry.source,
@@ -57,6 +59,27 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(value) for value in row.values()] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def list_objectives(argv: list[str]) -> None:
+    options = _parser("list objectives", "What language models are trained for.").parse_args(argv)
+    emit("objectives", objective_rows(), options.json)
+
+
+def objective_rows() -> list[dict[str, Any]]:
+    """One row an objective of language models: what it is and how such models write."""
+    from .backbones.heads import get_objective
+    from .backbones.heads import list_objectives as names
+
+    return [
+        {
+            "objective": name,
+            "what it is": get_objective(name).summary,
+            "writes": "token by token" if get_objective(name).build.decoder == "autoregressive" else "by diffusion",
+            "source": get_objective(name).source,
+        }
+        for name in names()
+    ]
 
 
 def list_models(argv: list[str]) -> None:
