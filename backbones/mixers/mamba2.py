@@ -87,7 +87,7 @@ class _Direction(nn.Module):
             initial_state=None if state is None else state["memory"],
             cu_seqlens=layout.cu_seqlens,
         )
-        y = y + x * self.D[:, None].to(x.dtype)
+        y = torch.addcmul(y, x, self.D[:, None].to(x.dtype))
         return y.flatten(-2), State({"conv": window, "memory": memory})
 
 

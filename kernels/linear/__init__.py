@@ -11,6 +11,7 @@ from .. import native
 
 # Up to so many rows the time is that of reading the weights, and torch's matrix product takes longer.
 ROWS = 4
+DTYPES = frozenset({torch.float32, torch.float64})
 # Weights for which it is worth waking a thread.
 SMALLEST = 1 << 16
 
@@ -26,16 +27,20 @@ def linear(
     Raises:
         RuntimeError: shapes that do not fit, as torch says it.
     """
-    few = 0 < x.numel() <= ROWS * x.shape[-1] and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
-    if not few or x.shape[-1] != weight.shape[-1] or not native.direct("linear", x, weight, bias):
+    if not _few(x, weight, bias) or not native.direct("linear", x, weight, bias):
         return F.linear(x, weight, bias)
     outputs, width = weight.shape
     inputs = x.reshape(-1, width)
-    if inputs.stride(1) != 1 or weight.stride(1) != 1 or (bias is not None and bias.dtype != x.dtype):
-        return F.linear(x, weight, bias)
     y = x.new_empty(*x.shape[:-1], outputs)
     count = inputs.shape[0]
     tasks = max(1, min(torch.get_num_threads(), weight.numel() // SMALLEST))
     tensors = [inputs, weight, bias, y.view(count, outputs)]
     native.call("linear", f"linear_{native.suffix(x.dtype)}", tensors, [count, outputs, width, tasks])
     return y
+
+
+def _few(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether native.cpp serves these."""
+    fits = x.shape[-1] == weight.shape[-1] and 0 < x.numel() <= ROWS * x.shape[-1]
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    return fits and all(a.dtype == x.dtype and a.stride(-1) == 1 for a in tensors) and x.dtype in DTYPES

@@ -9,7 +9,7 @@ enum { X, WEIGHT, BIAS, INITIAL, SEGMENTS, Y, FINAL };
 enum { DY = Y, DFINAL, DX, DWEIGHT, DBIAS, DINITIAL };
 
 // Steps for which the backward pass keeps the gradients of what was filtered, and blocks that go through time together.
-constexpr int64_t STRETCH = 32, TOGETHER = 8;
+constexpr int64_t STRETCH = 32, TOGETHER = 32;
 
 struct Call {
     const View* v;
