@@ -109,7 +109,7 @@ class Writer:
         prefix: Prefix | None = None,
         numbers: Sequence[int] | None = None,
     ):
-        check_decoder(model)
+        check_decoder(model, config)
         prompts = as_lists(prompts, model.vocabulary, empty=prefix is not None)
         numbers = range(len(prompts)) if numbers is None else numbers
         if len(numbers) != len(prompts):
@@ -177,7 +177,7 @@ def generate(
         UnsupportedShape: no prompt, an empty one, or ids outside the vocabulary.
     """
     config = config or GenerationConfig()
-    check_decoder(model)
+    check_decoder(model, config)
     prompts = as_lists(prompts, model.vocabulary, empty=prefix is not None)
     if config.beams > 1:
         from .beam import search
@@ -220,7 +220,7 @@ def stream(
     see `generate`; they are raised before the first token is asked for.
     """
     config = config or GenerationConfig()
-    check_decoder(model)
+    check_decoder(model, config)
     if config.beams > 1:
         raise UnsupportedCall(f"config.beams is {config.beams}; a beam search knows no token before the last: beams=1")
     prompts = as_lists([list(map(int, prompt))], model.vocabulary, empty=prefix is not None)

@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...errors import UnsupportedCall, UnsupportedShape
+from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
 from ..language import LanguageModel
 from ..layout import Layout
 from ..state import State
+from .config import GenerationConfig
 
 CAUSAL = Layout(causal=True)
 States = tuple[State, ...]
@@ -31,8 +32,8 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def check_decoder(model: LanguageModel) -> None:
-    """Raise UnsupportedCall unless the model writes one token after the other."""
+def check_decoder(model: LanguageModel, config: GenerationConfig | None = None) -> None:
+    """Raise UnsupportedCall unless the model writes one token after the other, ConfigError unless it may write some."""
     if model.objective.decoder != "autoregressive":
         raise UnsupportedCall(
             f"objective {model.config.objective!r} is decoded by {model.objective.decoder}, not token by token; "
@@ -41,6 +42,12 @@ def check_decoder(model: LanguageModel) -> None:
     for name, mixer in model.mixers().items():
         if not mixer.streaming or not mixer.causal:
             raise UnsupportedCall(f"{name} does not go on from a state, which decoding needs; choose another mixer")
+    forbidden = set() if config is None else set(config.forbidden)
+    if forbidden and (min(forbidden) < 0 or max(forbidden) >= model.vocabulary or len(forbidden) == model.vocabulary):
+        raise ConfigError(
+            f"GenerationConfig.forbidden holds {len(forbidden)} ids from {min(forbidden)} to {max(forbidden)}; it must "
+            f"leave one of the model's 0 to {model.vocabulary - 1}"
+        )
 
 
 def as_lists(prompts: Sequence[Sequence[int]] | Int[Tensor, "n t"], vocabulary: int, *, empty: bool) -> list[list[int]]:

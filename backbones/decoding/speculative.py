@@ -104,7 +104,7 @@ def speculate(
         UnsupportedShape: no prompt, an empty one, or ids outside the vocabulary.
     """
     config, speculation = config or GenerationConfig(), speculation or SpeculationConfig()
-    check_decoder(model)
+    check_decoder(model, config)
     check_decoder(draft)
     if draft.vocabulary != model.vocabulary:
         raise UnsupportedCall(

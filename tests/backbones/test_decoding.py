@@ -146,6 +146,9 @@ def test_what_cannot_be_served_says_why():
         generate(model, [[1]], numbers=[0, 1])
     with pytest.raises(UnsupportedCall, match="beams=1"):
         stream(model, [1], GenerationConfig(beams=2))
+    for ids in ([V], [-1], range(V)):
+        with pytest.raises(ConfigError, match="forbidden"):
+            generate(model, [[1]], GenerationConfig(forbidden=ids))
     model.objective.decoder = "diffusion"
     for call in (lambda: generate(model, [[1]]), lambda: stream(model, [1]), lambda: read_prefix(model, [1])):
         with pytest.raises(UnsupportedCall, match="diffuse"):
@@ -278,6 +281,9 @@ def test_a_prefix_is_the_beginning(tmp_path):
         assert all(map(lambda a, b: far(a, b) < 1e-9, found.log_probs, wanted.log_probs))
         assert [s.token for s in stream(model, [7], config, prefix=start, number=2)] == wanted.tokens[2]
     assert generate(model, [[], []], config, prefix=prefix).tokens[1] == wanted.tokens[1]
+    config = GenerationConfig(max_tokens=4, beams=3)
+    wanted = generate(model, [[1, 2, 3, 4, *r] for r in rest], config)
+    assert generate(model, rest, config, prefix=prefix).tokens == wanted.tokens
 
 
 def test_prefixes_of_others_are_refused(tmp_path):
