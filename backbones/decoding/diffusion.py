@@ -179,6 +179,8 @@ class _Filler:
         self.model, self.canvases, self.block, self.cache, self.watch = model, canvases, block, cache, watch
         self.device = model.embedding.weight.device
         self.state: tuple[State, ...] | None = None
+        # When the first tokens were known.
+        self.first: float | None = None
 
     def run(self) -> None:
         active = [c for c in self.canvases if c.spans]
@@ -224,6 +226,7 @@ class _Filler:
             sizes = [len(c.hidden()) for c in working]
             for canvas, own, speed in zip(working, logits.split(sizes), haste.split(sizes), strict=True):
                 canvas.reveal(own, speed)
+            self.first = self.first or time.perf_counter()
             if self.watch is not None:
                 self.watch([c.tokens.tolist() for c in self.canvases])
             rows = [i for i in rows if len(active[i].hidden())]
@@ -305,11 +308,13 @@ def diffuse(
     canvases = [_Canvas(row, n, model.mask_token, block, config) for row, n in zip(rows, numbers, strict=True)]
     begin = time.perf_counter()
     with evaluating(model), torch.inference_mode():
-        _Filler(model, canvases, block, block is not None and config.cache is not False, watch).run()
-    return _result(canvases, time.perf_counter() - begin)
+        filler = _Filler(model, canvases, block, block is not None and config.cache is not False, watch)
+        filler.run()
+    first = filler.first or begin
+    return _result(canvases, first - begin, time.perf_counter() - first)
 
 
-def _result(canvases: list[_Canvas], seconds: float) -> Diffusion:
+def _result(canvases: list[_Canvas], prefill_seconds: float, decode_seconds: float) -> Diffusion:
     written = [c.written() for c in canvases]
     tokens = [ids for ids, _ in written]
     return Diffusion(
@@ -320,8 +325,8 @@ def _result(canvases: list[_Canvas], seconds: float) -> Diffusion:
         reasons=["end" if ended else "length" for _, ended in written],
         prompt_tokens=sum(c.prompt for c in canvases),
         new_tokens=sum(map(len, tokens)),
-        prefill_seconds=0.0,
-        decode_seconds=seconds,
+        prefill_seconds=prefill_seconds,
+        decode_seconds=decode_seconds,
         sequences=[c.tokens[: c.prompt].tolist() + ids for c, ids in zip(canvases, tokens, strict=True)],
         steps=[c.steps for c in canvases],
     )

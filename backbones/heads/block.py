@@ -140,6 +140,9 @@ class Block(Denoiser):
         for number, start in enumerate(range(0, max(sizes), block)):
             clean = [i for i in alive if sizes[i] > start + block]
             noisy = [(v, i) for v, rows in enumerate(needed) for i in alive if rows[i][number]]
+            if not (clean or noisy or start):
+                # Nothing is masked at all; a loss still needs a path to the parameters.
+                noisy = [(0, i) for i in alive]
             if clean or noisy:
                 before = None
                 if state is not None:

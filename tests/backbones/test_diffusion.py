@@ -131,6 +131,18 @@ def test_complementary_masks_predict_every_token():
         assert sorted(seen.pop().tolist()) == list(range(1, 11))
 
 
+@pytest.mark.parametrize(
+    ("objective", "options"), [("masked", MaskedConfig(eps=0.0)), ("block", BlockConfig(low=0.0, high=1e-6))]
+)
+def test_a_batch_in_which_nothing_is_masked_costs_nothing(objective, options):
+    net = model(objective, options=options)
+    losses = [net.loss(torch.randint(11, (1, 2))).loss for _ in range(8)]
+    assert any(loss == 0 for loss in losses)
+    for loss in losses:
+        loss.backward()
+    assert net.embedding.weight.grad is not None
+
+
 GRADIENTS = {
     "masked": ("hybrid", "masked", None),
     "sedd": ("attention", "sedd", None),
