@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .registry import constant_in_graphs
+from .registry import constant_in_graphs, named
 
 # No -ffast-math: what is not a number must stay none.
 FLAGS = tuple("-std=gnu++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC".split())
@@ -72,9 +72,10 @@ def _failure(op: str) -> str | None:
 def direct(op: str, *tensors: Tensor | None) -> bool:
     """Whether a kernel may be called on these tensors at once, where a custom op would take longer than its work.
 
-    No gradient may be asked for, and nobody may be listening: no compiler, no mode, no autocast, no class of tensors.
+    No gradient may be asked for, nobody may be listening (no compiler, no mode, no autocast, no class of tensors), and
+    no other backend may be named by `using`.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or named() not in (None, "native"):
         return False
     if not all(x is None or (x.is_cpu and type(x) in _PLAIN) for x in tensors):
         return False

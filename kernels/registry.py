@@ -287,6 +287,11 @@ def own_precision(device: str) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+def named() -> str | None:
+    """The backend that `using` names here."""
+    return _using.get()
+
+
 def device_of(arguments: Arguments) -> str:
     return next((a.device.type for a in arguments.values() if isinstance(a, Tensor)), "cpu")
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...kernels import gated_linear, short_conv
+from ...kernels.gated_linear.step import mamba2_step
 from ..config import MixerConfig, Site, positive
 from ..layout import Layout
 from ..linear import Linear
@@ -66,6 +67,8 @@ class _Direction(nn.Module):
 
     def forward(self, streams: tuple[Tensor, ...], layout: Layout, state: State | None) -> tuple[Tensor, State | None]:
         xbc, dt = streams
+        if state is not None and layout.cu_seqlens is None and (after := self._step(xbc, dt, state)) is not None:
+            return after
         xbc, window = short_conv(
             xbc,
             self.conv_weight,
@@ -89,6 +92,12 @@ class _Direction(nn.Module):
         )
         y = torch.addcmul(y, x, self.D[:, None].to(x.dtype))
         return y.flatten(-2), State({"conv": window, "memory": memory})
+
+    def _step(self, xbc: Tensor, dt: Tensor, state: State) -> tuple[Tensor, State] | None:
+        """What `forward` returns, where a decoding step may be taken in one call."""
+        own = {name: getattr(self, name) for name in ("conv_weight", "conv_bias", "dt_bias", "A_log", "D")}
+        found = mamba2_step(xbc=xbc, dt=dt, **own, window=state["conv"], memory=state["memory"])
+        return None if found is None else (found[0], State({"conv": found[1], "memory": found[2]}))
 
 
 @register_mixer(

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from omnimix.kernels import get_op, linear, native
+from omnimix import Backbone, BackboneConfig, Layout, State
+from omnimix.backbones.mixers.mamba2 import Mamba2Config
+from omnimix.kernels import get_op, linear, native, using
 from omnimix.kernels.registry import Draw
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -41,6 +43,26 @@ def test_a_step_is_the_definitions(calls, name, dtype):
             for f, w in zip(found, wanted, strict=True):
                 torch.testing.assert_close(f, w, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
     assert calls and all(call.startswith(f"{name}_step_") for call in calls)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("taps", [1, 4])
+def test_mamba2s_step_is_its_ops(calls, groups, taps):
+    b, h, k, v = 2, 4, 5, 20
+    channels, draw = h * v + 2 * groups * k, Draw.seeded()
+    config = Mamba2Config(heads=h, state_size=k, groups=groups, conv_size=taps)
+    net = Backbone(BackboneConfig(dim=h * v // 2, depth=1, pattern=["mamba2"], mixers={"mamba2": config})).double()
+    state = (State({"conv": draw.normal(b, channels, taps - 1), "memory": draw.normal(b, h, k, v)}),)
+    x, layout = draw.normal(b, 1, h * v // 2), Layout(causal=True)
+    with torch.no_grad():
+        found, (after,) = net(x, layout, state)
+        assert calls.count("mamba2_step_double") == 1
+        calls.clear()
+        with using("chunked"):
+            wanted, (then,) = net(x, layout, state)
+    assert calls == []
+    for f, w in ((found, wanted), (after["conv"], then["conv"]), (after["memory"], then["memory"])):
+        torch.testing.assert_close(f, w, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("keys", "values"), [(8, 64), (3, 100), (16, 16)])
