@@ -11,6 +11,7 @@ from ...errors import ConfigError
 from ...kernels import attention
 from ..config import MixerConfig, Site, positive
 from ..layout import Layout, repack, unpack
+from ..linear import Linear
 from ..norm import RMSNorm
 from ..rotary import rotary
 from ..state import State
@@ -70,10 +71,10 @@ class Attention(Mixer):
             raise ConfigError(f"kv_heads is {kv_heads}; it must divide the {heads} query heads")
         self.size, self.kv_heads, self.rope_base = dim // heads, kv_heads, config.rope_base if config.rope else None
         self.sizes = (dim, kv_heads * self.size, kv_heads * self.size, dim if config.gate else 0)
-        self.in_proj = nn.Linear(dim, sum(self.sizes), bias=False)
+        self.in_proj = Linear(dim, sum(self.sizes), bias=False)
         self.q_norm = RMSNorm(self.size, eps=site.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.size, eps=site.norm_eps) if config.qk_norm else nn.Identity()
-        self.out_proj = nn.Linear(dim, dim, bias=False)
+        self.out_proj = Linear(dim, dim, bias=False)
 
     def mix(self, x: Tensor, layout: Layout, state: State | None) -> tuple[Tensor, State | None]:
         q, k, v, gate = self.in_proj(x).split(self.sizes, dim=-1)
@@ -126,11 +127,7 @@ class Attention(Mixer):
             slots = unpack(places, layout.cu_seqlens, fill=-1)
         if state is None:
             return k, v, slots
-        return (
-            appended(state["k"], k),
-            appended(state["v"], v),
-            appended(state["slots"], slots),
-        )
+        return appended(state["k"], k), appended(state["v"], v), appended(state["slots"], slots)
 
     def _keep(self, k: Tensor, v: Tensor, slots: Tensor, position: Tensor) -> State:
         return State({"k": k, "v": v, "slots": slots, "position": position})

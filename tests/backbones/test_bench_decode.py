@@ -16,7 +16,7 @@ from omnimix.errors import ConfigError, UnknownName
 from omnimix.kernels.peers import in_its_own_process
 
 SIZES = Sizes(dim=64, depth=4, vocabulary=32, window=8)
-PLAN = Plan(lengths=(16, 48), steps=2, prompt=16, chunk=16)
+PLAN = Plan(lengths=(16, 32), steps=1, prompt=16, chunk=16)
 
 
 def test_the_command_writes_a_table_and_a_plot_and_names_what_is_missing(monkeypatch, capsys, tmp_path):
@@ -42,10 +42,10 @@ def test_only_attention_needs_more_memory_for_more_context():
         bytes_of[name] = [found["lengths"][length]["state"] for length in PLAN.lengths]
     growing = {name for name, (short, long) in bytes_of.items() if long > short}
     assert growing == {"attention", "hybrid"}
-    # Of keys and values, 32 tokens in 4 layers or 1.
+    # Of keys and values, 16 tokens in 4 layers or 1.
     for name, layers in (("attention", 4), ("hybrid", 1)):
         short, long = bytes_of[name]
-        assert long - short >= 32 * layers * 2 * SIZES.dim * 4
+        assert long - short >= 16 * layers * 2 * SIZES.dim * 4
 
 
 def test_lengths_beyond_patience_are_left_out():
