@@ -11,6 +11,7 @@ import torch
 
 from ..backbones import LanguageModel
 from ..backbones.decoding import DiffusionConfig, GenerationConfig, Prefix, diffuse, generate, read_prefix, stream
+from ..backbones.decoding.diffusion import Watch
 from ..backbones.decoding.generate import Writer
 from ..backbones.decoding.prefill import evaluating
 from ..errors import CheckpointError, ConfigError, UnsupportedCall
@@ -167,6 +168,7 @@ class TextGenerator:
         stop: Sequence[str] = (),
         prefix: Prefix | None = None,
         numbers: Sequence[int] | None = None,
+        watch: Watch | None = None,
     ) -> list[TextResult]:
         """Go on with each prompt, as it would be alone.
 
@@ -178,6 +180,7 @@ class TextGenerator:
                 beam search they are looked for afterwards.
             prefix: what all prompts are behind (`read`).
             numbers: by which, with the seed, each prompt draws; its place by default.
+            watch: under diffusion called after every step; see `diffuse`.
 
         Raises:
             ConfigError: a config for the other kind of decoding, or an empty stop string.
@@ -192,7 +195,7 @@ class TextGenerator:
         elif prefix is not None:
             raise UnsupportedCall("prefix: diffusion does not go on from one; write it into the prompts")
         else:
-            found = diffuse(self.model, ids, config, numbers=numbers)
+            found = diffuse(self.model, ids, config, numbers=numbers, watch=watch)
         results = []
         for tokens, log_probs, reason, text in zip(found.tokens, found.log_probs, found.reasons, texts, strict=True):
             pieces = []

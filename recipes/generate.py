@@ -6,10 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
 
 from ..backbones.decoding import DiffusionConfig, GenerationConfig, Prefix, load_prefix, save_prefix
 from ..console import emit
@@ -80,8 +84,13 @@ def main(argv: list[str]) -> int:
     echo = sys.stdout.isatty() if options.echo is None else options.echo
     try:
         for number, (prompt, text) in enumerate(zip(prompts, wrapped, strict=True)):
+            if writer.diffusion and sys.stdout.isatty():
+                # It clears the lines that it has used: what stays is written afterwards.
+                pieces = iter([unmasked(writer, text, config, options.stop, number, Console())])
+            else:
+                pieces = writer.stream(text, config, stop=options.stop, prefix=prefix, number=number)
             _show(prompt if echo else "")
-            for piece in writer.stream(text, config, stop=options.stop, prefix=prefix, number=number):
+            for piece in pieces:
                 _show(piece)
             _show("\n")
     except KeyboardInterrupt:
@@ -91,6 +100,23 @@ def main(argv: list[str]) -> int:
         # The reader, such as `head`, has enough; the interpreter's own flush at the end must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def unmasked(
+    writer: TextGenerator, prompt: Any, config: DiffusionConfig, stop: Sequence[str], number: int, console: Console
+) -> str:
+    """What diffusion writes behind a prompt; until it is done the console shows it with its hidden tokens."""
+    mask = writer.model.mask_token
+
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+
+        def show(sequences: list[list[int]]) -> None:
+            spans = groupby(sequences[0], mask.__eq__)
+            shown = ("░" * len(list(ids)) if hidden else writer.tokenizer.decode(list(ids)) for hidden, ids in spans)
+            live.update(Text("".join(shown)), refresh=True)
+
+        [result] = writer.generate([prompt], config, stop=stop, numbers=[number], watch=show)
+    return result.text
 
 
 def _show(text: str) -> None:

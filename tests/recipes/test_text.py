@@ -10,10 +10,14 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 
 from omnimix.__main__ import main
+from omnimix.backbones.decoding import DiffusionConfig
+from omnimix.modalities.generation import TextGenerator
 from omnimix.recipes import text_generation as recipe
+from omnimix.recipes.generate import unmasked
 
 WORDS = "the cat sat on a mat and saw two dogs run to it".split()
 
@@ -183,6 +187,10 @@ def test_a_diffusion_model_is_measured_by_the_same_masks(place, capsys):
     assert torch.equal(after, torch.get_rng_state())
     words = ["text", "generate", "--run", run, "--max_tokens", "12", "--steps", "3", "--block", "6", "the "]
     assert main(words) == 0 and capsys.readouterr().out.endswith("\n")
+    writer, shown = TextGenerator.load(run), io.StringIO()
+    terminal = Console(file=shown, force_terminal=True, width=80)
+    text = unmasked(writer, "the ", DiffusionConfig(length=12, steps=3, block=6), [], 0, terminal)
+    assert "░" in shown.getvalue() and "the " in shown.getvalue() and "░" not in text
     assert main([*words, "--top_k", "3"]) == 2
     assert "--top_k does not apply: a model with objective 'masked' writes by diffusion" in capsys.readouterr().err
 
@@ -223,8 +231,6 @@ def test_a_long_prompt_is_read_once(place, tmp_path, capsys):
 
 
 def test_ctrl_c_ends_a_text_where_it_is(place, capsys, monkeypatch):
-    from omnimix.modalities.generation import TextGenerator
-
     def stream(self, *arguments, **options):
         yield "the mat"
         raise KeyboardInterrupt
