@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,14 +48,15 @@ def write_report(
     path: str | os.PathLike[str], title: str, subtitle: str, rows: Sequence[Row], width: float = 15
 ) -> None:
     """Draw the rows below each other into a PNG file; an interrupt leaves an older one whole."""
-    head = 0.9
+    lines = textwrap.wrap(subtitle, round(9.5 * width))
+    head = 0.7 + 0.2 * len(lines)
     heights = [row.height for row in rows]
     figure = Figure(figsize=(width, head + sum(heights)), facecolor="white", layout="constrained")
     figure.get_layout_engine().set(w_pad=0.16, h_pad=0.08)
     FigureCanvasAgg(figure)
     top, *parts = figure.subfigures(1 + len(rows), 1, height_ratios=[head, *heights], squeeze=False)[:, 0]
-    top.text(0.015, 0.72, title, size=19, weight="bold", color=INK, va="center")
-    top.text(0.015, 0.22, subtitle, size=11.5, color="#5b6475", va="center")
+    top.text(0.015, 1 - 0.25 / head, title, size=19, weight="bold", color=INK, va="center")
+    top.text(0.015, 1 - 0.6 / head, "\n".join(lines), size=11.5, color="#5b6475", va="top")
     for row, part in zip(rows, parts, strict=True):
         widths = [panel.width for panel in row.panels]
         for panel, place in zip(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -39,6 +39,7 @@ class TextTrainingConfig(TrainingConfig):
             their full length (arXiv 2108.06084); 0 is full length from the start.
     """
 
+    optimizer: Literal["adamw", "muon"] = "muon"
     lr: float = 2e-3
     weight_decay: float = 0.1
     length_warmup: float = 0.0
