@@ -243,7 +243,7 @@ def _picture(cli: RecipeCLI, samples: Samples, metrics: dict[str, Any]) -> None:
             height=4.0,
         ),
         *(
-            Row(panels=[text(s.prompt + s.text, f"{s.prompt!r} after step {s.step:,}") for s in some], height=4.9)
+            Row(panels=[text(s.prompt + s.text, f"{s.prompt!r} after step {s.step:,}") for s in some], height=3.6)
             for some in (over_time, others)
             if some
         ),
