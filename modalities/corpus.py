@@ -22,7 +22,7 @@ from ..errors import ConfigError, MediaError, MissingPackage
 from .chat import check_messages
 
 # What reading compressed or broken files may raise.
-_UNREADABLE = (OSError, EOFError, UnicodeDecodeError, zlib.error, lzma.LZMAError, tarfile.TarError)
+_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, tarfile.TarError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +116,8 @@ class Corpus(ABC):
 
     @property
     def fingerprint(self) -> str:
-        """Another one whenever a file changed, came or went."""
-        stats = [(name, (found := path.stat()).st_size, found.st_mtime_ns) for name, path in self.files]
+        """Another one whenever a file changed, came, went or became readable."""
+        stats = [(name, (found := path.stat()).st_size, found.st_mtime_ns, found.st_mode) for name, path in self.files]
         what = [type(self).__name__, self.options(), stats]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
@@ -135,7 +135,8 @@ def find_files(path: Path, patterns: Sequence[str], *, apart: Collection[str] = 
     everything: list[Path] = []
     for folder, inner, names in os.walk(path):
         inner[:] = [name for name in inner if name not in apart and not name.startswith(".")]
-        everything += [Path(folder, name) for name in names]
+        # Editors leave hidden files and links to nowhere.
+        everything += [p for name in names if not name.startswith(".") and (p := Path(folder, name)).is_file()]
     found = [p for p in everything if any(fnmatch.fnmatch(p.name, pattern) for pattern in patterns)]
     if not found:
         suffixes = sorted({p.suffix for p in everything if p.suffix})[:8]
@@ -257,7 +258,7 @@ class JsonLines(Rows):
                 row = f"{name}:{number}"
                 try:
                     value = json.loads(line)
-                except ValueError as error:  # no JSON, or no UTF-8
+                except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested without end
                     self.refuse(row, str(error))
                     continue
                 yield from self._document(row, value.get(self.field) if isinstance(value, dict) else None)
@@ -315,7 +316,12 @@ class Shards(Rows):
     def _read(self, name: str, path: Path) -> Iterator[Document]:
         with tarfile.open(path, "r:*") as shard:
             for member in shard:
-                if member.isfile() and member.name.endswith((".txt", ".json")):
+                if not member.isfile() or not member.name.endswith((".txt", ".json")):
+                    continue
+                # A few bytes may claim to be terabytes of zeros.
+                if member.issparse():
+                    self.refuse(f"{name}/{member.name}", "it is a sparse file")
+                else:
                     yield from self._member(f"{name}/{member.name}", shard.extractfile(member).read())
         if path.suffix == ".tar" and not _ended(path):
             # tarfile takes an end between two members for the end of the shard.
@@ -328,7 +334,7 @@ class Shards(Rows):
                     yield from self._document(name, data.decode())
                 return
             value = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             self.refuse(name, str(error))
             return
         yield from self._document(name, value.get(self.field) if isinstance(value, dict) else None)

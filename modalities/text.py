@@ -20,6 +20,8 @@ __all__ = ["END", "BPETokenizer", "ByteTokenizer", "TextStream", "Tokenizer", "l
 
 END = "<|endoftext|>"
 FILE, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+# In the configuration, beside what transformers reads there: the token that ends documents.
+OWN_END = "omnimix_end"
 
 # What ends a document is called otherwise in every family; looked for in this order.
 _ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|end▁of▁sentence|>", "<EOS>", "[EOS]", "[SEP]")
@@ -136,6 +138,7 @@ class BPETokenizer(Tokenizer):
         """Write what transformers' AutoTokenizer reads too: `tokenizer.json` and `tokenizer_config.json`."""
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         config |= self.variables
+        config[OWN_END] = self._plain.id_to_token(self.end)
         if self.template is not None:
             config["chat_template"] = self.template
         _write(Path(folder) / CONFIG, json.dumps(config, indent=1, ensure_ascii=False))
@@ -180,8 +183,8 @@ def load_tokenizer(path: str | Path, *, end: str | None = None) -> Tokenizer:
     Args:
         path: a folder that holds `tokenizer.json`, or such a file. The chat template is taken from
             `chat_template.jinja` or `tokenizer_config.json` beside it.
-        end: name of the token that ends documents; None looks for the usual ones, then takes the `eos_token` of
-            `tokenizer_config.json`.
+        end: name of the token that ends documents; None takes the one it was saved with, looks for the usual ones, then
+            takes the `eos_token` of `tokenizer_config.json`.
 
     Raises:
         CheckpointError: no such file, or a corrupt one.
@@ -193,12 +196,17 @@ def load_tokenizer(path: str | Path, *, end: str | None = None) -> Tokenizer:
         special, template = content.get("special"), content.get("template")
         if not isinstance(special, list) or not all(isinstance(name, str) for name in special):
             raise CheckpointError(f"{file} is corrupt: 'special' is {special!r} and not a list of names")
+        if template is not None and not isinstance(template, str):
+            raise CheckpointError(f"{file} is corrupt: 'template' is {template!r} and not text")
         if end not in (None, END):
             raise UnknownName("end token of bytes", end, [END])
         return ByteTokenizer(special, template=template)
     config = _read_json(file.with_name(CONFIG)) if file.with_name(CONFIG).is_file() else {}
     with _Corrupt(file):
         inner = tokenizers.Tokenizer.from_file(str(file))
+    if not inner.get_vocab_size(with_added_tokens=True):
+        raise CheckpointError(f"{file} is no tokenizer: it has no tokens")
+    end = _name(config.get(OWN_END)) if end is None else end
     if end is None and not any(name in _ENDS for name in _special_of(inner)):
         end = _name(config.get("eos_token"))
     named = {key: _name(config[key]) for key in ("bos_token", "eos_token", "pad_token", "unk_token") if config.get(key)}
@@ -212,10 +220,14 @@ def _special_of(inner: tokenizers.Tokenizer) -> dict[str, int]:
 def _read_template(file: Path, config: Mapping[str, Any]) -> str | None:
     beside = file.with_name(TEMPLATE)
     if beside.is_file():
-        return beside.read_text(encoding="utf-8")
+        try:
+            return beside.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{beside} cannot be read: {error}") from error
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+        named = (entry for entry in template if isinstance(entry, dict))
+        template = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
     return template if isinstance(template, str) else None
 
 

@@ -26,6 +26,7 @@ _VERSION = 1
 _MAGIC = b"omnixtok"
 _BATCH = 1 << 20  # characters that are encoded at a time
 _SAMPLE = 64 << 20  # bytes of text from which a vocabulary is learnt
+_LONG = 1 << 20  # characters of a document of which a part may be taken for that
 
 
 def text_cache() -> Path:
@@ -202,8 +203,10 @@ def _encode_chat(
     if answers_only:
         answers = (m["content"] for m in messages if m["role"] == "assistant")
         return *tokenizer.chat_document(messages), sum(len(answer.encode()) for answer in answers)
-    ids = [tokenizer.end, *tokenizer.encode_chat(messages, generate=False), tokenizer.end]
-    return ids, [], len(tokenizer.chat(messages, generate=False).encode())
+    ids = tokenizer.encode_chat(messages, generate=False)
+    # A template may write the end token at the beginning itself.
+    ids = [tokenizer.end, *(ids[1:] if ids[:1] == [tokenizer.end] else ids), tokenizer.end]
+    return ids, [], len(tokenizer.decode(ids).encode())
 
 
 def cached_tokens(
@@ -267,9 +270,15 @@ def cached_bpe(
 def _texts(corpus: Corpus, val_part: float, part: float, seen: Callable[[Document], None]) -> Iterator[str]:
     for document in corpus:
         seen(document)
+        if held_out(document.key, val_part):
+            continue
+        text = document.text or "\n".join(m["content"] for m in document.messages or [])
+        # Of few long documents chance might choose none: of each of them a part.
+        if part < 1 and len(text) > _LONG:
+            yield text[: round(part * len(text))]
         # Whether one of many is read follows from its name too, but independently of what is held out.
-        if not held_out(document.key, val_part) and held_out(f"{document.key} ", part):
-            yield document.text or "\n".join(m["content"] for m in document.messages or [])
+        elif held_out(f"{document.key} ", part):
+            yield text
 
 
 def _key(*parts: Any) -> str:

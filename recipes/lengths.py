@@ -30,7 +30,8 @@ def scored(batch: dict[str, Any]) -> int:
 def cut(batch: dict[str, Any], length: int) -> dict[str, Any]:
     """The same tokens as sequences of `length` behind a first one: packed ones get more borders, rows become more rows.
 
-    Rows begin with the token that the one before ended with. What is left over behind the last whole one is dropped.
+    Rows begin with the token that the one before ended with. What is left over behind the last whole one is dropped,
+    unless nothing would then be scored: such a batch stays as it is.
     """
     if scored(batch) <= length:
         return batch
@@ -43,6 +44,8 @@ def cut(batch: dict[str, Any], length: int) -> dict[str, Any]:
         for name in ("tokens", "counted")
         if batch.get(name) is not None
     }
+    if "counted" in rows and not rows["counted"][:, 1:].any():
+        return batch
     if batch.get("lengths") is None:
         return batch | rows
     starts = torch.arange(len(rows["tokens"]) // len(batch["lengths"]), device=batch["lengths"].device) * length

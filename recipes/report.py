@@ -139,7 +139,7 @@ def text(content: str, title: str, columns: int = 62, lines: int = 30) -> Panel:
     def draw(figure: FigureBase) -> None:
         axes = figure.subplots()
         axes.set_axis_off()
-        axes.set_title(title, loc="left", size=13, weight="bold", color=INK, pad=10)
+        axes.set_title(title, loc="left", size=13, weight="bold", color=INK, pad=10, parse_math=False)
         axes.text(0, 1, "\n".join(shown), family="monospace", size=8.5, color=INK, va="top", parse_math=False)
 
     return Panel(draw=draw)
@@ -186,7 +186,7 @@ def gallery(shown: Sequence[Shown], title: str, columns: int = 12) -> Panel:
 
 
 def _style(axes: Any, title: str) -> None:
-    axes.set_title(title, loc="left", size=13, weight="bold", color=INK, pad=10)
+    axes.set_title(title, loc="left", size=13, weight="bold", color=INK, pad=10, parse_math=False)
     axes.tick_params(colors=INK, labelsize=9.5)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -312,3 +312,50 @@ def test_bpe_learns_from_what_is_not_held_out(folder, tmp_path):
 def test_the_cache_lies_with_the_users_other_caches(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert text_cache() == tmp_path / "omnimix" / "text"
+
+
+def test_odd_files_are_left_out_and_counted(tmp_path):
+    (tmp_path / ".#notes.txt").symlink_to("nowhere")
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    (tmp_path / "a.txt").write_text("text")
+    assert [name for name, _ in TextFiles(tmp_path, patterns=["*.txt"]).files] == ["a.txt"]
+    (tmp_path / "deep.jsonl").write_text("[" * 200_000 + '\n{"text": "kept"}\n')
+    lines = JsonLines(tmp_path / "deep.jsonl")
+    assert texts(lines) == ["kept"] and list(lines.problems) == ["deep.jsonl:1"]
+
+
+@pytest.mark.parametrize(
+    "headers", [{"GNU.sparse.size": "200000000", "GNU.sparse.map": "0,4"}, {"GNU.sparse.map": "x,y"}], ids=str
+)
+def test_sparse_members_are_refused(tmp_path, headers):
+    with tarfile.open(tmp_path / "s.tar", "w", format=tarfile.PAX_FORMAT) as shard:
+        member = tarfile.TarInfo("a.txt")
+        member.size, member.pax_headers = 4, headers
+        shard.addfile(member, io.BytesIO(b"text"))
+    shards = Shards(tmp_path / "s.tar")
+    assert texts(shards) == [] and len(shards.problems) == 1
+
+
+def test_bpe_learns_a_part_of_each_long_document(tmp_path, monkeypatch):
+    from omnimix.modalities import token_cache
+
+    for i in range(6):
+        (tmp_path / f"{i}.txt").write_text(f"some words of file {i} " * 200)
+    monkeypatch.setattr(token_cache, "_SAMPLE", 1000)
+    monkeypatch.setattr(token_cache, "_LONG", 1000)
+    corpus = TextFiles(tmp_path, patterns=["*.txt"])
+    assert cached_bpe(corpus, 280, val_part=0.1, folder=tmp_path / "cache").vocabulary > 260
+
+
+@pytest.mark.parametrize("answers_only", [True, False])
+def test_names_of_special_tokens_are_no_text(tmp_path, answers_only):
+    template = "{{bos_token}}{% for m in messages %}<|im_start|>{{m.role}}\n{{m.content}}<|im_end|>\n{% endfor %}"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"}]
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    tokenizer = ByteTokenizer(TURN, template=template)
+    corpus = JsonLines(tmp_path / "c.jsonl", field="messages", chat=True)
+    cache = cached_tokens(corpus, tokenizer, folder=tmp_path / "cache", answers_only=answers_only)
+    ids = cache.tokens.tolist()
+    assert ids.count(tokenizer.end) == 2
+    written = "bc" if answers_only else "user\na\nassistant\nbc\n"
+    assert cache.text_bytes.tolist() == [len(written)]

@@ -242,3 +242,31 @@ def test_transformers_reads_what_is_saved(tmp_path):
     assert theirs(CODE[0], add_special_tokens=False)["input_ids"] == tokenizer.encode(CODE[0])
     assert theirs.eos_token_id == tokenizer.end
     assert theirs.apply_chat_template(MESSAGES, tokenize=False) == tokenizer.chat(MESSAGES, generate=False)
+
+
+def test_a_chosen_end_token_is_kept(tmp_path):
+    learnt = train_bpe(CODE, 320, ["<stop>"])
+    chosen = BPETokenizer(tokenizers.Tokenizer.from_str(json.dumps(learnt.state()["tokenizer"])), end="<stop>")
+    chosen.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.end == learnt.special["<stop>"] != learnt.end
+    assert loaded.fingerprint == chosen.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("chat_template.jinja", b"\xff"),
+        ("tokenizer.json", b'{"omnimix": "bytes", "special": [], "template": 5}'),
+        (
+            "tokenizer.json",
+            b'{"added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}',
+        ),
+    ],
+    ids=["template", "bytes", "empty"],
+)
+def test_odd_files_are_corrupt_checkpoints(tmp_path, file, content):
+    train_bpe(CODE, 320).save(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(CheckpointError):
+        load_tokenizer(tmp_path)

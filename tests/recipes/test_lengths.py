@@ -36,3 +36,12 @@ def test_packed_sequences_get_more_borders(dtype):
     short = cut(batch, 2)
     assert short["cu_seqlens"].tolist() == [0, 3, 6, 7, 9, 12] and short["cu_seqlens"].dtype == dtype
     assert short["tokens"] is batch["tokens"]
+
+
+def test_a_batch_whose_scored_tokens_would_be_dropped_stays_whole():
+    counted = torch.zeros(1, 93, dtype=torch.bool)
+    counted[0, 90:] = True
+    batch = {"tokens": torch.arange(93)[None], "counted": counted}
+    assert cut(batch, 32) is batch
+    counted[0, 40] = True
+    assert cut(batch, 32)["tokens"].shape == (2, 33)

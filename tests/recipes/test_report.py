@@ -32,7 +32,7 @@ def test_a_report_of_every_panel(tmp_path):
                 curves([{"step": 3, "lr": 0.1}, {"step": 7, "lr": 1e-5}], {"rate": "lr"}, "rate", over="step"),
                 # Nothing of it is a formula, and no font has all of it.
                 text("\tif a[$x$] % 2: # \\frac\n" + "long " * 50 + "\n\x00\U0002f800\n" * 40, "after step 7"),
-                text("", "nothing"),
+                text("", "of $x_$ nothing"),
             ]
         ),
     ]
