@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .registry import constant_in_graphs, named
 
@@ -72,14 +73,18 @@ def _failure(op: str) -> str | None:
 def direct(op: str, *tensors: Tensor | None) -> bool:
     """Whether a kernel may be called on these tensors at once, where a custom op would take longer than its work.
 
-    No gradient may be asked for, nobody may be listening (no compiler, no mode, no autocast, no class of tensors), and
-    no other backend may be named by `using`.
+    No gradient may be asked for, nobody may be listening (no compiler or tracer, no mode, no transform of torch.func,
+    no forward derivative, no autocast, no class of tensors), and no other backend may be named by `using`.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or named() not in (None, "native"):
         return False
     if not all(x is None or (x.is_cpu and type(x) in _PLAIN) for x in tensors):
         return False
     if torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch._C._get_tracing_state() is not None or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if forward_ad._current_level >= 0:
         return False
     return _failure(op) is None
 

@@ -230,11 +230,10 @@ def stream(
 def _stream(
     model: LanguageModel, prompts: list[list[int]], config: GenerationConfig, prefix: Prefix | None, number: int
 ) -> Iterator[Step]:
-    # Inference mode must not be left on while the caller has control.
-    with evaluating(model):
-        with torch.inference_mode():
-            writer = Writer(model, prompts, config, prefix, [number])
-        while writer.rows:
-            with torch.inference_mode():
-                ((_, step),) = writer.next()
-            yield step
+    # Neither evaluation nor inference mode may be left on while the caller has control.
+    with evaluating(model), torch.inference_mode():
+        writer = Writer(model, prompts, config, prefix, [number])
+    while writer.rows:
+        with evaluating(model), torch.inference_mode():
+            ((_, step),) = writer.next()
+        yield step

@@ -24,7 +24,8 @@ States = tuple[State, ...]
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """The model in evaluation mode; afterwards each of its modules is as before."""
     training = [m for m in model.modules() if m.training]
-    model.eval()
+    if training:
+        model.eval()
     try:
         yield
     finally:

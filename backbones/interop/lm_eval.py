@@ -136,7 +136,8 @@ class OmnimixLM(TemplateLM):
             "model_dtype": str(self.model.embedding.weight.dtype),
             "likelihood": "exact",
         }
-        if self.writer.diffusion:
+        # Of blocks of one token the likelihood is exact.
+        if self.writer.diffusion and self.model.objective.block != 1:
             info |= {
                 "likelihood": f"bound from {self.samples} draws, seed {self.seed}",
                 "likelihood_samples": self.samples,

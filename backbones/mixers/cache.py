@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 # Slots of the smallest room that is kept for further tokens.
 LEAST = 64
@@ -19,6 +22,20 @@ class _Room:
         self.buffer[:, : self.used] = cache
         self.filled = not cache.is_floating_point() and bool((cache >= 0).all())
 
+    def claim(self, before: int, stop: int, filled: bool) -> bool:
+        """Take the slots from `before` to `stop`, if nobody has taken them; `filled`: whether none becomes empty."""
+        with _claiming:
+            if self.used != before or stop > self.buffer.shape[1]:
+                return False
+            self.used = stop
+            self.filled = self.filled and filled
+            return True
+
+
+# Of each cache that `appended` returned, its room, or None. Beside the tensors, which may be pickled or copied.
+_rooms = WeakIdKeyDictionary()
+_claiming = threading.Lock()
+
 
 def appended(cache: Tensor, new: Tensor) -> Tensor:
     """`torch.cat([cache, new], dim=1)`; without gradients in a time that does not depend on the cache's length.
@@ -29,28 +46,31 @@ def appended(cache: Tensor, new: Tensor) -> Tensor:
     before, stop = cache.shape[1], cache.shape[1] + new.shape[1]
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or cache.dtype != new.dtype:
         return torch.cat([cache, new], dim=1)
-    if not hasattr(cache, "_room"):
+    if cache not in _rooms:
         # It may never be appended to again: a window is cut, and a beam search selects.
         grown = torch.cat([cache, new], dim=1)
-        grown._room = None
+        _rooms[grown] = None
         return grown
-    room = cache._room
-    ours = room is not None and room.used == before and stop <= room.buffer.shape[1]
-    # A tensor made in inference mode may only be written there, and one made elsewhere would be marked as changed.
-    if not ours or room.buffer.is_inference() != torch.is_inference_mode_enabled():
-        room = _Room(cache, stop + max(LEAST, stop // 2))
-    room.buffer[:, before:stop] = new
-    room.used = stop
     # A single new token is one in every row; of several, the shorter rows lack some.
-    room.filled = room.filled and (new.shape[1] == 1 or bool((new >= 0).all()))
+    filled = new.shape[1] == 1 or bool((new >= 0).all())
+    room = _rooms[cache]
+    # A tensor made in inference mode may only be written there, and one made elsewhere would be marked as changed.
+    if room is None or room.buffer.is_inference() != torch.is_inference_mode_enabled():
+        room = _Room(cache, stop + max(LEAST, stop // 2))
+    if not room.claim(before, stop, filled):
+        room = _Room(cache, stop + max(LEAST, stop // 2))
+        room.claim(before, stop, filled)
+    room.buffer[:, before:stop] = new
     grown = room.buffer[:, :stop]
-    grown._room = room
+    _rooms[grown] = room
     return grown
 
 
 def known_filled(slots: Tensor) -> bool:
     """Whether it is known, without a look at the values, that none of the positions `slots` (n, s) is −1, empty."""
-    room = getattr(slots, "_room", None)
+    if torch.compiler.is_compiling():
+        return False
+    room = _rooms.get(slots)
     return room is not None and room.filled
 
 

@@ -41,6 +41,8 @@ def linear(
 
 def _few(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether native.cpp serves these."""
-    fits = x.shape[-1] == weight.shape[-1] and 0 < x.numel() <= ROWS * x.shape[-1]
+    fits = weight.ndim == 2 and x.shape[-1] == weight.shape[1] and 0 < x.numel() <= ROWS * x.shape[-1]
+    if not fits or x.dtype not in DTYPES or (bias is not None and bias.shape != weight.shape[:1]):
+        return False
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    return fits and all(a.dtype == x.dtype and a.stride(-1) == 1 for a in tensors) and x.dtype in DTYPES
+    return all(a.dtype == x.dtype and a.layout is torch.strided and a.stride(-1) == 1 for a in tensors)

@@ -305,3 +305,15 @@ def test_prefixes_of_others_are_refused(tmp_path):
             load_prefix(file, model)
     with pytest.raises(CheckpointError, match="cannot read"):
         load_prefix(tmp_path / "none", model)
+
+
+def test_two_streams_of_a_model_in_training_do_not_disturb_each_other():
+    model = tiny(["gated_deltanet"]).train()
+    first = stream(model, PROMPTS[0], GenerationConfig(max_tokens=2))
+    second = stream(model, PROMPTS[0], GenerationConfig(max_tokens=5))
+    next(first)
+    next(second)
+    assert model.training
+    list(first)
+    with torch.no_grad():
+        assert len(list(second)) == 4 and all(m.training for m in model.modules())

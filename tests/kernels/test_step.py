@@ -111,3 +111,20 @@ def test_linear_is_torchs_where_more_is_asked_of_it(calls):
             linear(x, weight)
     assert counter.get_total_flops() == 2 * 3 * 4
     assert calls == []
+
+
+def test_whoever_looks_on_gets_what_torch_does():
+    weight, x = torch.randn(16, 8), torch.randn(1, 8)
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda row: linear(row, weight) + 0, (x,), check_trace=False)
+        torch.testing.assert_close(traced(x), F.linear(x, weight))
+        many = torch.randn(3, 8)
+        torch.testing.assert_close(torch.vmap(lambda row: linear(row, weight))(many), F.linear(many, weight))
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            found = torch.autograd.forward_ad.unpack_dual(linear(dual, weight)).tangent
+        torch.testing.assert_close(found, F.linear(torch.ones_like(x), weight))
+        torch.testing.assert_close(linear(x, weight.to_sparse_csr()), F.linear(x, weight))
+        torch.testing.assert_close(linear(x, weight, torch.ones(1)), F.linear(x, weight, torch.ones(1)))
+        with pytest.raises(RuntimeError):
+            linear(x, weight, torch.ones(8))
