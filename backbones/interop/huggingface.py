@@ -88,6 +88,17 @@ class OmnimixConfig(PretrainedConfig):
         return from_dict(LanguageModelConfig, self.omnimix)
 
 
+# What transformers calls the cache; until 5.23 past_key_values.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def _either(cache: OmnimixCache | None, past_key_values: OmnimixCache | None) -> OmnimixCache | None:
+    """The one that is given."""
+    if cache is not None and past_key_values is not None:
+        raise UnsupportedShape("cache, past_key_values: two names of one argument; pass it once")
+    return past_key_values if cache is None else cache
+
+
 class OmnimixCache:
     """The states of a batch of sequences, as transformers carries a cache through `generate`.
 
@@ -100,6 +111,8 @@ class OmnimixCache:
 
     is_compileable = False
     is_croppable = False
+    # A layer without a length, of which `generate` would not know how much it has read; ours says it.
+    is_linear = (False,)
 
     def __init__(self, states: tuple[State, ...] | None = None, length: int = 0):
         self.states = states
@@ -199,24 +212,27 @@ class OmnimixForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        cache: OmnimixCache | None = None,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits, and the loss of the labels.
 
         Args:
             input_ids: `(b, t)`, int64; or `inputs_embeds`, `(b, t, d)`, in their place.
             attention_mask: `(b, s)`, 0 at padding; the last t columns count. Every row has at least one token.
-            past_key_values: of an earlier call with `use_cache`; the tokens then go on from there, and it is updated.
+            cache: of an earlier call with `use_cache`; the tokens then go on from there, and it is updated.
+            past_key_values: the same, by its name before transformers 5.24.
             labels: `(b, t)`, each token itself; −100 is not scored. The loss is the omnimix objective's, with all that
                 its options and experts add.
             logits_to_keep: logits for the last so many columns or for these; 0 for all. With labels 1 saves memory.
             num_items_in_batch: what the summed loss is divided by, in place of the tokens scored here.
 
         Returns:
-            loss; logits `(b, t, v)`, all alike at padding; past_key_values; and hidden_states: the embedded tokens,
+            loss; logits `(b, t, v)`, all alike at padding; the cache; and hidden_states: the embedded tokens,
             each block's output, and for the last block the normalised one.
 
         Raises:
-            UnsupportedShape: not one of `input_ids` and `inputs_embeds`, or a row of padding only.
+            UnsupportedShape: not one of `input_ids` and `inputs_embeds`, a cache under both names, or a row of padding
+                only.
             UnsupportedCall: `output_attentions`.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -225,6 +241,7 @@ class OmnimixForCausalLM(PreTrainedModel, GenerationMixin):
             raise UnsupportedCall("output_attentions: mixers have no attention matrices to return; leave it out")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        cache = _either(cache, past_key_values)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         x = self.model.embedding(input_ids) if inputs_embeds is None else inputs_embeds
@@ -232,7 +249,7 @@ class OmnimixForCausalLM(PreTrainedModel, GenerationMixin):
         trace = self.model.backbone.trace(
             rows.pack(x),
             Layout(causal=True, cu_seqlens=rows.cu_seqlens),
-            None if past_key_values is None else past_key_values.states,
+            None if cache is None else cache.states,
             taps=range(len(self.model.backbone.blocks) - 1) if output_hidden_states else (),
         )
         loss = None if labels is None else self._loss(trace, labels, rows, num_items_in_batch)
@@ -241,10 +258,10 @@ class OmnimixForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self.model.logits(y[:, keep])
         hidden = (x, *map(rows.unpack, trace.taps), y) if output_hidden_states else None
         if use_cache:
-            past_key_values = OmnimixCache() if past_key_values is None else past_key_values
-            past_key_values.update(trace.state, x.shape[1])
+            cache = OmnimixCache() if cache is None else cache
+            cache.update(trace.state, x.shape[1])
         output = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None, hidden_states=hidden
+            loss=loss, logits=logits, hidden_states=hidden, **{CACHE: cache if use_cache else None}
         )
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
@@ -266,14 +283,14 @@ class OmnimixForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         past_key_values: OmnimixCache | None = None,
         inputs_embeds: Tensor | None = None,
+        cache: OmnimixCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As transformers', which passes new tokens only; without a cache all tokens are new."""
-        if past_key_values is None and kwargs.get("next_sequence_length") is not None:
+        cache = _either(cache, past_key_values)
+        if cache is None and kwargs.get("next_sequence_length") is not None:
             kwargs["next_sequence_length"] = None
-        return super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
-        )
+        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **{CACHE: cache}, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *others: Any) -> None:
         """`generate` asks for its cache here, once, with the whole mask at hand."""
@@ -288,8 +305,8 @@ class OmnimixForCausalLM(PreTrainedModel, GenerationMixin):
                 f"cache_implementation is {generation_config.cache_implementation!r}; a model of omnimix keeps its own "
                 "states: leave it out"
             )
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = OmnimixCache()
+        if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = OmnimixCache()
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.embedding
