@@ -111,7 +111,7 @@ class OmnimixCache:
 
     is_compileable = False
     is_croppable = False
-    # A layer without a length, of which `generate` would not know how much it has read; ours says it.
+    # With True `generate` would not ask `get_seq_length`, and hand over again what was read before.
     is_linear = (False,)
 
     def __init__(self, states: tuple[State, ...] | None = None, length: int = 0):
