@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor, nn
-
-from ..backbones import Backbone, BackboneConfig, Layout, list_mixers
-from ..backbones.heads import ClassificationHead, ClassificationHeadConfig
-from ..backbones.mixers import get_mixer
+from ..backbones import BackboneConfig, list_mixers
+from ..backbones.heads import ClassificationHeadConfig
 from ..errors import ConfigError
+from .classifier import Classifier, plain_backbone
 from .image import PatchTokenizer, PatchTokenizerConfig
 
 
@@ -30,47 +27,21 @@ class ImageClassifierConfig:
             raise ConfigError("head.pool is 'class_token', but image.class_token is None; set 'first' or 'middle'")
 
 
-class ImageClassifier(nn.Module):
-    """Images of any size to logits."""
+class ImageClassifier(Classifier):
+    """Images of any size to logits.
+
+    `forward` takes images (b, c, h, w), floating point, normalised as the model was trained.
+    """
 
     config_class = ImageClassifierConfig
 
     def __init__(self, config: ImageClassifierConfig):
-        super().__init__()
-        self.tokenizer = PatchTokenizer(config.image)
-        self.backbone = Backbone(config.backbone)
-        self.head = ClassificationHead(config.backbone.dim, config.head)
+        super().__init__(PatchTokenizer(config.image), config.backbone, config.head)
 
     @property
     def config(self) -> ImageClassifierConfig:
         """The configuration that builds this model as it is now, resized or with another head."""
         return ImageClassifierConfig(image=self.tokenizer.config, backbone=self.backbone.config, head=self.head.config)
-
-    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b *t classes"]:
-        """Logits, `(b, classes)`; see `ClassificationHead` for other pools.
-
-        Args:
-            images: floating point, normalised as the model was trained.
-        """
-        return self.forward_head(*self.forward_features(images))
-
-    def forward_with_losses(
-        self, images: Float[Tensor, "b c h w"]
-    ) -> tuple[Float[Tensor, "b *t classes"], dict[str, Tensor]]:
-        """Logits, and by name the losses of the backbone's routed experts, weighted: add them to the training loss."""
-        tokens, layout = self.tokenizer(images)
-        trace = self.backbone.trace(tokens, layout)
-        return self.forward_head(trace.y, layout), trace.losses
-
-    def forward_features(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b t d"], Layout]:
-        """The backbone's tokens after its last norm, and where they are."""
-        tokens, layout = self.tokenizer(images)
-        tokens, _ = self.backbone(tokens, layout)
-        return tokens, layout
-
-    def forward_head(self, tokens: Float[Tensor, "b t d"], layout: Layout) -> Float[Tensor, "b *t classes"]:
-        """Logits from what `forward_features` returned."""
-        return self.head(tokens, layout)
 
 
 def image_classifier(
@@ -93,18 +64,11 @@ def image_classifier(
     Mixers that only look backwards run in both directions, the others ignore the scan. Attention has no rotary
     positions where the tokenizer gives learned ones.
     """
-    options: dict[str, Any] = {}
-    for name in mixer.split("+"):
-        config = get_mixer(name).config
-        if positions != "none" and "rope" in config.__dataclass_fields__:
-            options[name] = config(rope=False)
     return ImageClassifierConfig(
         image=PatchTokenizerConfig(
             dim=dim, patch=patch, channels=channels, size=size, positions=positions, class_token=class_token
         ),
-        backbone=BackboneConfig(
-            dim=dim, depth=depth, pattern=(mixer,), mixers=options, scan="both", drop_path=drop_path
-        ),
+        backbone=plain_backbone(mixer=mixer, dim=dim, depth=depth, positions=positions != "none", drop_path=drop_path),
         head=ClassificationHeadConfig(classes=classes, pool=pool, dropout=dropout),
     )
 

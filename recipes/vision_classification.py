@@ -13,7 +13,6 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from ..backbones.config import MixerConfig, to_dict
-from ..backbones.mixers import get_mixer
 from ..console import emit
 from ..modalities import ImageClassifier, save_model
 from ..modalities.vision import image_classifier
@@ -87,12 +86,8 @@ class VisionClassification(pl.LightningModule):
         image_size: int = 8,
     ):
         super().__init__()
-        pattern = tuple(part.strip() for part in mixer.split(","))
-        names = [name for entry in pattern for name in entry.split("+")]
-        for name in names:
-            get_mixer(name)
         plain = image_classifier(
-            mixer="+".join(dict.fromkeys(names)),
+            mixer=mixer,
             dim=dim,
             depth=depth,
             classes=classes,
@@ -102,7 +97,7 @@ class VisionClassification(pl.LightningModule):
             drop_path=drop_path,
         )
         options = plain.backbone.mixers | mixers
-        backbone = replace(plain.backbone, pattern=pattern, scan=scan, channel=channel, mixers=options)
+        backbone = replace(plain.backbone, scan=scan, channel=channel, mixers=options)
         self.mixer, self.training_config = mixer, training
         self.model = ImageClassifier(replace(plain, backbone=backbone))
         # As large as the patches: starting at 0.02, a small data set needs many epochs to find out where things are.

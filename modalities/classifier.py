@@ -1,0 +1,93 @@
+"""What the classifiers of every modality share: a tokenizer, a backbone and a head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..backbones import Backbone, BackboneConfig, Layout
+from ..backbones.config import MixerConfig
+from ..backbones.heads import ClassificationHead, ClassificationHeadConfig
+from ..backbones.mixers import get_mixer
+
+
+class Classifier(nn.Module):
+    """Media to logits.
+
+    Args:
+        tokenizer: from media to tokens (b, t, dim) and their layout; it has its configuration as `config`.
+        backbone: its width is the tokenizer's.
+        head: of the classification.
+    """
+
+    def __init__(self, tokenizer: nn.Module, backbone: BackboneConfig, head: ClassificationHeadConfig):
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.backbone = Backbone(backbone)
+        self.head = ClassificationHead(backbone.dim, head)
+
+    def forward(self, media: Any) -> Float[Tensor, "b *t classes"]:
+        """Logits, `(b, classes)`; see `ClassificationHead` for other pools.
+
+        Args:
+            media: what the tokenizer takes, prepared as the model was trained.
+        """
+        return self.forward_head(*self.forward_features(media))
+
+    def forward_with_losses(self, media: Any) -> tuple[Float[Tensor, "b *t classes"], dict[str, Tensor]]:
+        """Logits, and by name the losses of the backbone's routed experts, weighted: add them to the training loss."""
+        tokens, layout = self.tokenizer(media)
+        trace = self.backbone.trace(tokens, layout)
+        return self.forward_head(trace.y, layout), trace.losses
+
+    def forward_features(self, media: Any) -> tuple[Float[Tensor, "b t d"], Layout]:
+        """The backbone's tokens after its last norm, and where they are."""
+        tokens, layout = self.tokenizer(media)
+        tokens, _ = self.backbone(tokens, layout)
+        return tokens, layout
+
+    def forward_head(self, tokens: Float[Tensor, "b t d"], layout: Layout) -> Float[Tensor, "b *t classes"]:
+        """Logits from what `forward_features` returned."""
+        return self.head(tokens, layout)
+
+
+def plain_backbone(
+    *,
+    mixer: str,
+    dim: int,
+    depth: int,
+    positions: bool,
+    scan: str = "both",
+    channel: str | None = "swiglu",
+    mixers: dict[str, MixerConfig] | None = None,
+    drop_path: float = 0.0,
+) -> BackboneConfig:
+    """A ViT-shaped backbone around one mixer or several.
+
+    Args:
+        mixer: by name; several, joined by commas, are tiled over the depth ("gla,gla,attention"), and joined by "+"
+            they run in parallel ("attention+gla").
+        positions: whether the tokens bring positions; attention then has no rotary ones.
+        scan: the orders in which mixers that only look backwards run over the tokens; the others ignore it.
+        mixers: options by mixer name.
+
+    Raises:
+        UnknownName: no such mixer, scan or channel layer.
+    """
+    pattern = tuple(part.strip() for part in mixer.split(","))
+    options: dict[str, Any] = {}
+    for name in dict.fromkeys(name for entry in pattern for name in entry.split("+")):
+        config = get_mixer(name).config
+        if positions and "rope" in config.__dataclass_fields__:
+            options[name] = config(rope=False)
+    return BackboneConfig(
+        dim=dim,
+        depth=depth,
+        pattern=pattern,
+        mixers=options | (mixers or {}),
+        channel=channel,
+        scan=scan,
+        drop_path=drop_path,
+    )
