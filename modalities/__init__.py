@@ -13,15 +13,30 @@ from .models import (
     register_model,
     save_model,
 )
+from .sources import (
+    AUDIO_SUFFIXES,
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    CSVSource,
+    FolderSource,
+    Source,
+    find_source,
+    has_split,
+)
 from .text import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 from .token_cache import TokenCache, cached_bpe, cached_tokens
 from .vision import ImageClassifier, ImageClassifierConfig
 from .weights import load_weights, save_weights
 
 __all__ = [
+    "AUDIO_SUFFIXES",
+    "IMAGE_SUFFIXES",
+    "VIDEO_SUFFIXES",
     "BPETokenizer",
     "ByteTokenizer",
+    "CSVSource",
     "Document",
+    "FolderSource",
     "ImageClassifier",
     "ImageClassifierConfig",
     "JsonLines",
@@ -29,6 +44,7 @@ __all__ = [
     "PatchTokenizer",
     "PatchTokenizerConfig",
     "Shards",
+    "Source",
     "TextFiles",
     "TokenCache",
     "Tokenizer",
@@ -36,6 +52,8 @@ __all__ = [
     "cached_bpe",
     "cached_tokens",
     "create_model",
+    "find_source",
+    "has_split",
     "list_models",
     "load_image",
     "load_model",

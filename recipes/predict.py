@@ -11,10 +11,9 @@ import torch
 from ..console import emit
 from ..errors import ConfigError, MediaError
 from ..modalities import load_model, read_details
-from .preprocess import Preprocess
+from ..modalities.sources import IMAGE_SUFFIXES, walk_files
+from .preprocess import ImagePreprocess
 from .run import RunFolder
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 
 
 def main(argv: list[str]) -> int:
@@ -63,7 +62,7 @@ def predict_files(
         MediaError: an unreadable file, with `policy="raise"`.
     """
     model = load_model(folder)
-    preprocess = Preprocess.from_dict(read_details(folder).get("preprocess", {}))
+    preprocess = ImagePreprocess.from_dict(read_details(folder).get("preprocess", {}))
     top = min(max(1, top), len(preprocess.classes))
     rows: list[dict[str, Any]] = []
     for at in range(0, len(files), batch_size):
@@ -88,4 +87,4 @@ def predict_files(
 
 def image_files(folder: Path) -> list[Path]:
     """The image files below a folder, in alphabetical order."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    return walk_files(folder, IMAGE_SUFFIXES)

@@ -1,0 +1,344 @@
+"""Where media with labels lie: folders of files by class, tables of files, tar shards."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from ..errors import ConfigError
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv", ".3gp"})
+AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".aif", ".aiff"})
+
+_LAYOUTS = "{split}/CLASS/FILES, {split}.csv, or tar shards {split}-*.tar or {split}/*.tar"
+_PATH_COLUMNS = ("path", "file", "filename", "file_name", "video", "audio", "image")
+_ID_COLUMN = "youtube_id"
+_LABEL_COLUMNS = ("label", "class", "category")
+# A label beyond this is a column of something else, and not the number of a class.
+_MOST_CLASSES = 1_000_000
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Labelled media by index. Picklable; what it has to open it opens in the process that reads."""
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """Where the sample lies, another one for every sample."""
+
+    def label(self, index: int) -> int:
+        """The index of its class."""
+
+    def media(self, index: int) -> Path | bytes:
+        """The path of its file, or the bytes of a shard's member.
+
+        Raises:
+            MediaError: the shard cannot be read.
+        """
+
+
+class Strings(Sequence[str]):
+    """Many strings in two blocks of memory.
+
+    A list of a million strings costs minutes where a worker is spawned, and a forked worker copies it page by page,
+    since reading an object writes its reference count.
+    """
+
+    def __init__(self, strings: Iterable[str]):
+        data, ends = bytearray(), array("q", [0])
+        for string in strings:
+            data += string.encode("utf-8", "surrogateescape")
+            ends.append(len(data))
+        self._data, self._ends = bytes(data), ends
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} of {len(self)} strings")
+        index %= len(self)
+        return self._data[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogateescape")
+
+
+class _Files:
+    """Files with labels."""
+
+    def __init__(self, files: Iterable[tuple[str, int]], classes: tuple[str, ...]):
+        files = list(files)
+        self.classes = classes
+        self._paths = Strings(path for path, _ in files)
+        self._labels = array("q", [label for _, label in files])
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def name(self, index: int) -> str:
+        return self._paths[index]
+
+    def label(self, index: int) -> int:
+        return self._labels[index]
+
+    def media(self, index: int) -> Path:
+        return Path(self._paths[index])
+
+
+class FolderSource(_Files):
+    """Files in one folder a class, in alphabetical order; folders inside these are searched through.
+
+    Args:
+        folder: with a folder for every class.
+        suffixes: of the files that count, lower case; hidden ones do not.
+        classes: by index; None takes the names of the folders.
+
+    Raises:
+        ConfigError: no such folder, no class, no file, or folders that `classes` does not know.
+    """
+
+    def __init__(self, folder: str | Path, suffixes: Collection[str], classes: Sequence[str] | None = None):
+        folder = Path(folder)
+        found = sorted(e.name for e in _visible(folder) if e.is_dir()) if folder.is_dir() else []
+        if not found:
+            raise ConfigError(f"{str(folder)!r} holds no folders; it needs one for each class, with its files")
+        files = {name: walk_files(folder / name, suffixes) for name in found}
+        if not any(files.values()):
+            raise ConfigError(f"no file below {str(folder)!r} ends in {', '.join(sorted(suffixes))}")
+        # An empty folder makes a class where classes are found, and is no error where they are given.
+        known = tuple(found if classes is None else classes)
+        labels = label_of([name for name in found if files[name]], known, str(folder), numbers=False)
+        super().__init__(((str(path), labels[name]) for name in found for path in files[name]), known)
+
+
+class CSVSource(_Files):
+    """Files that a table names, as for Kinetics.
+
+    The table has a header with one of the columns path, file, filename, video, audio, image or youtube_id, and one of
+    label, class, category; or no header and the path before the label. Columns are separated by commas, tabs, or by
+    spaces where the line has neither. A label is the name of a class or its index. Paths are relative to the table's
+    folder; the files of `youtube_id` are searched for below it, by ID or ID_START_END. A file that is missing is an
+    unreadable one, as long as any is there.
+
+    Args:
+        table: the .csv file.
+        suffixes: of the files that belong to a youtube_id.
+        classes: by index; None takes those of `classes.json` or `classes.txt` beside the table, or the names that
+            occur, in alphabetical order, or the numbers up to the largest.
+
+    Raises:
+        ConfigError: no such table, a row without path or label, labels that `classes` does not know, or none of the
+            files is there.
+    """
+
+    def __init__(self, table: str | Path, suffixes: Collection[str], classes: Sequence[str] | None = None):
+        table = Path(table)
+        if not table.is_file():
+            raise ConfigError(f"there is no table {str(table)!r}")
+        rows = _read_table(table, suffixes)
+        if classes is None:
+            classes = read_classes(table.parent)
+        if classes is None:
+            classes = _name_classes({label for _, label in rows}, str(table))
+        labels = label_of({label for _, label in rows}, classes, str(table))
+        super().__init__([(path, labels[label]) for path, label in rows], tuple(classes))
+        if not any(os.path.isfile(path) for path in self._paths):
+            raise ConfigError(
+                f"of the {len(rows)} files that {str(table)!r} names none is there, the first being {self.name(0)!r}; "
+                f"paths are relative to {str(table.parent)!r}"
+            )
+
+
+def find_source(
+    root: str | Path, split: str, suffixes: Collection[str], classes: Sequence[str] | None = None
+) -> Source:
+    """The source of one split, from the layout that is there.
+
+    Args:
+        root: holds `split.csv`, tar shards `split-*.tar` or `split/*.tar`, or `split/CLASS/FILES`; of several the first
+            in this order is taken, as tables and shards say more than folders.
+        split: "train", "val", ...
+        suffixes: of the media files, such as IMAGE_SUFFIXES.
+        classes: by index, where the split has to fit them; None takes the split's own.
+
+    Raises:
+        ConfigError: none of the layouts, or it holds nothing that fits.
+        MediaError: a shard that cannot be read.
+    """
+    root = Path(root)
+    if (root / f"{split}.csv").is_file():
+        return CSVSource(root / f"{split}.csv", suffixes, classes)
+    shards = find_shards(root, split)
+    if shards:
+        from .shards import ShardSource
+
+        return ShardSource(shards, suffixes, classes)
+    if not (root / split).is_dir():
+        packed = any(p.name.endswith((".tar.gz", ".tgz")) for p in root.glob(f"{split}-*"))
+        raise ConfigError(
+            f"{str(root)!r} has no split {split!r}; it needs {_LAYOUTS.format(split=split)}"
+            + ("; compressed shards have to be unpacked (gunzip)" if packed else "")
+        )
+    try:
+        return FolderSource(root / split, suffixes, classes)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; the layouts are {_LAYOUTS.format(split=split)}, in {str(root)!r}") from error
+
+
+def has_split(root: str | Path, split: str) -> bool:
+    """Whether `find_source` would find a layout for the split."""
+    root = Path(root)
+    return (root / split).is_dir() or (root / f"{split}.csv").is_file() or bool(find_shards(root, split))
+
+
+def find_shards(root: Path, split: str) -> list[Path]:
+    """The tar files of a split, in alphabetical order."""
+    inside = root / split
+    found = [e.path for e in _visible(root) if e.name.startswith(f"{split}-")] if root.is_dir() else []
+    found = found or ([e.path for e in _visible(inside)] if inside.is_dir() else [])
+    return [Path(path) for path in sorted(found) if path.endswith(".tar") and os.path.isfile(path)]
+
+
+def read_classes(folder: Path) -> tuple[str, ...] | None:
+    """The class names in `classes.json` (a list) or `classes.txt` (a line each) of a folder, by index.
+
+    Raises:
+        ConfigError: the file holds anything else.
+    """
+    for name in ("classes.json", "classes.txt"):
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            text = file.read_text("utf-8")
+            names = json.loads(text) if name.endswith("json") else text.splitlines()
+        except ValueError as error:
+            raise ConfigError(f"{str(file)!r} cannot be read: {error}") from error
+        if not isinstance(names, list) or not names or not all(isinstance(n, str) and n for n in names):
+            raise ConfigError(f"{str(file)!r} must hold the names of the classes, in their order")
+        if len(set(names)) < len(names):
+            raise ConfigError(f"{str(file)!r} names a class twice")
+        return tuple(names)
+    return None
+
+
+def label_of(found: Iterable[str], classes: Sequence[str], where: str, *, numbers: bool = True) -> dict[str, int]:
+    """The index of the class for each label that occurs, which is its name or, with `numbers`, its index.
+
+    Raises:
+        ConfigError: labels that are neither, by name.
+    """
+    known = {name: index for index, name in enumerate(classes)}
+    labels = {text: known.get(text, _index(text) if numbers else None) for text in found}
+    unknown = sorted(text for text, index in labels.items() if index is None or not 0 <= index < len(classes))
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        names = ", ".join([*classes[:8], *(["..."] if len(classes) > 8 else [])])
+        raise ConfigError(
+            f"{where} has the classes {', '.join(unknown[:5])}{more}, which are none of the {len(classes)} known ones "
+            f"({names})"
+        )
+    return {text: int(index) for text, index in labels.items()}  # type: ignore[arg-type]
+
+
+def walk_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """The files below a folder that end in one of `suffixes`, in alphabetical order, without hidden ones.
+
+    Links to folders are followed, as data sets often consist of them, but never in a circle.
+    """
+    return [Path(path) for path in sorted(_walk(folder, suffixes, ()))]
+
+
+def _walk(folder: Path, suffixes: Collection[str], above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    stat = os.stat(folder)
+    here = (stat.st_dev, stat.st_ino)
+    if here in above:
+        return
+    for entry in _visible(folder):
+        if entry.is_dir():
+            yield from _walk(Path(entry.path), suffixes, (*above, here))
+        elif os.path.splitext(entry.name)[1].lower() in suffixes and entry.is_file():
+            yield entry.path
+
+
+def _visible(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not entry.name.startswith(".")]
+
+
+def _index(text: str) -> int | None:
+    return int(text) if text.isdecimal() and text.isascii() else None
+
+
+def _name_classes(labels: set[str], where: str) -> list[str]:
+    indices = [_index(label) for label in labels]
+    if None in indices:
+        return sorted(labels)
+    top = max(indices)  # type: ignore[type-var]
+    if top >= _MOST_CLASSES:
+        raise ConfigError(f"{where} has the label {top}; a label is the name of a class or its index")
+    return [str(index) for index in range(top + 1)]
+
+
+def _read_table(table: Path, suffixes: Collection[str]) -> list[tuple[str, str]]:
+    """(path, label) of every row."""
+    try:
+        text = table.read_text("utf-8-sig")
+    except ValueError as error:
+        raise ConfigError(f"{str(table)!r} is no text in UTF-8: {error}") from error
+    rows = [(number, cells) for number, line in enumerate(text.splitlines(), 1) if (cells := _cells(line))]
+    if not rows:
+        raise ConfigError(f"{str(table)!r} is empty")
+    header = [cell.lower() for cell in rows[0][1]]
+    path = next((header.index(name) for name in (*_PATH_COLUMNS, _ID_COLUMN) if name in header), None)
+    label = next((header.index(name) for name in _LABEL_COLUMNS if name in header), None)
+    headed = path is not None and label is not None
+    at = (path, label) if path is not None and label is not None else (0, 1)
+    for number, cells in rows:
+        # Without a header exactly two: a third column would leave open which one is the label.
+        if len(cells) <= max(at) or not all(cells[i] for i in at) or (not headed and len(cells) != 2):
+            raise ConfigError(
+                f"line {number} of {str(table)!r} is not a path and a label: {' '.join(cells)[:80]!r}; other tables "
+                f"need a header with {', '.join(_PATH_COLUMNS)} or {_ID_COLUMN}, and {', '.join(_LABEL_COLUMNS)}"
+            )
+    body = [cells for _, cells in rows[headed:]]
+    if headed and header[at[0]] == _ID_COLUMN:
+        return _find_ids(table, suffixes, header, body, at)
+    return [(os.path.join(table.parent, cells[at[0]]), cells[at[1]]) for cells in body]
+
+
+def _cells(line: str) -> list[str]:
+    if "," in line or "\t" in line:
+        return [cell.strip() for cell in next(csv.reader([line], delimiter="," if "," in line else "\t"))]
+    # Names of files may hold spaces, labels of such tables do not.
+    return line.strip().rsplit(None, 1)
+
+
+def _find_ids(
+    table: Path, suffixes: Collection[str], header: list[str], body: list[list[str]], at: tuple[int, int]
+) -> list[tuple[str, str]]:
+    found: dict[str, str] = {}
+    for path in walk_files(table.parent, suffixes):
+        # Of the same clip in two folders that of this table's split counts.
+        if path.stem not in found or path.is_relative_to(table.parent / table.stem):
+            found[path.stem] = str(path)
+    rows = []
+    for cells in body:
+        clip, row = cells[at[0]], dict(zip(header, cells, strict=False))
+        names = [clip]
+        start, end = row.get("time_start", ""), row.get("time_end", "")
+        if _index(start) is not None and _index(end) is not None:
+            names.insert(0, f"{clip}_{int(start):06d}_{int(end):06d}")
+        missing = str(table.parent / table.stem / names[0])
+        rows.append((next((found[name] for name in names if name in found), missing), cells[at[1]]))
+    return rows
