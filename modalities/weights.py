@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..backbones.config import from_dict, to_dict
 from ..errors import CheckpointError, ConfigError
 from ..files import replace_file
-from .image import fit_positions
+from .grid import fit_positions
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # Marks that torch.compile and data parallel wrappers leave in parameter names.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...modalities import ImageClassifier, ImageClassifierConfig, list_models, model_config
-from ...modalities.image import fit_positions
+from ...modalities.grid import fit_positions
 from ...modalities.weights import plain_names
 from ..heads import ClassificationHead
 from ..heads.classification import split_tokens
