@@ -195,6 +195,17 @@ def find_source(
         raise ConfigError(f"{error}; the layouts are {_LAYOUTS.format(split=split)}, in {str(root)!r}") from error
 
 
+def find_splits(root: str | Path, suffixes: Collection[str]) -> dict[str, Source]:
+    """The sources "train" and "val" of a root, and "test" where it has one; their classes are the training ones.
+
+    Raises:
+        ConfigError, MediaError: as `find_source`.
+    """
+    train = find_source(root, "train", suffixes)
+    rest = ["val", *(["test"] if has_split(root, "test") else [])]
+    return {"train": train, **{split: find_source(root, split, suffixes, train.classes) for split in rest}}
+
+
 def has_split(root: str | Path, split: str) -> bool:
     """Whether `find_source` would find a layout for the split."""
     root = Path(root)

@@ -4,46 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..errors import ConfigError, MediaError
-from .loading import EpochLoader, Key, uniform
-from .preprocess import Preprocess
+from ..errors import ConfigError
+from .loading import Key, uniform
+from .media import IGNORED, MediaData, own_key
+from .preprocess import ImagePreprocess
 
 
-class ImageData(pl.LightningDataModule):
-    """Base of the image data sets. A batch is a dict: image (b, c, h, w), label (b,), problems [(file, reason)].
-
-    Subclasses set `preprocess` when they are built and their three sets in `setup`; a set that is None does not exist.
-
-    Args:
-        batch_size: images a step, on each device.
-        workers: processes that read ahead; 0 for what lies in memory.
-        seed: of order and augmentation; the recipe passes its own.
-        policy: what an unreadable file does: "skip" leaves it out and names it at the end, "raise" stops.
-    """
-
-    preprocess: Preprocess
-
-    def __init__(self, *, batch_size: int, workers: int, seed: int, policy: Literal["skip", "raise"] = "skip"):
-        super().__init__()
-        if policy not in ("skip", "raise"):
-            raise ConfigError(f"data.policy is {policy!r}; it must be 'skip' or 'raise'")
-        self.batch_size, self.workers, self.seed, self.policy = batch_size, workers, seed, policy
-        self.unreadable: dict[str, str] = {}
-        self.train_set: Any = None
-        self.val_set: Any = None
-        self.test_set: Any = None
-
-    @property
-    def classes(self) -> int:
-        return len(self.preprocess.classes)
+class ImageData(MediaData):
+    """Base of the image data sets, whose batches have their images (b, c, h, w) as `image`."""
 
     @property
     def in_channels(self) -> int:
@@ -52,54 +26,6 @@ class ImageData(pl.LightningDataModule):
     @property
     def image_size(self) -> int:
         return self.preprocess.size
-
-    def _loader(self, dataset: Any, *, shuffle: bool) -> EpochLoader:
-        return EpochLoader(
-            dataset,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            shuffle=shuffle,
-            workers=self.workers,
-            collate=None if hasattr(dataset, "__getitems__") else collate_images,
-            rank=self.trainer.global_rank if self.trainer else 0,
-            world=self.trainer.world_size if self.trainer else 1,
-        )
-
-    def train_dataloader(self) -> EpochLoader:
-        return self._loader(self.train_set, shuffle=True)
-
-    def val_dataloader(self) -> EpochLoader:
-        return self._loader(self.val_set, shuffle=False)
-
-    def test_dataloader(self) -> EpochLoader:
-        """The test images; the held-out ones where the data has no third split."""
-        return self._loader(self.val_set if self.test_set is None else self.test_set, shuffle=False)
-
-    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        # Here and not in the workers: only this process knows of all files, and an exception that a worker raises
-        # arrives with its traceback in the message.
-        for path, reason in batch["problems"]:
-            if self.policy == "raise":
-                raise MediaError(f"{reason} (data.policy 'skip' leaves such files out)")
-            self.unreadable.setdefault(path, reason)
-        if len(batch["label"]) == 0:
-            raise MediaError(f"no file of a whole batch can be read, among them {batch['problems'][0][0]!r}")
-        return batch
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"unreadable": dict(self.unreadable)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.unreadable.update(state["unreadable"])
-
-
-def collate_images(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    good = [sample for sample in samples if sample["problem"] is None]
-    return {
-        "image": torch.stack([sample["image"] for sample in good]) if good else torch.empty(0),
-        "label": torch.tensor([sample["label"] for sample in good], dtype=torch.int64),
-        "problems": [sample["problem"] for sample in samples if sample["problem"] is not None],
-    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +66,7 @@ class TensorImages:
         self,
         images: Float[Tensor, "n c h w"],
         labels: Int[Tensor, "n"],
-        preprocess: Preprocess,
+        preprocess: ImagePreprocess,
         *,
         jitter: Jitter | None = None,
         seed: int = 0,
@@ -152,11 +78,14 @@ class TensorImages:
         return len(self.labels)
 
     def __getitems__(self, keys: list[Key]) -> dict[str, Any]:
-        index = torch.tensor([index for _, index in keys])
+        own = [own_key(key) for key in keys]
+        index = torch.tensor([index for _, index in own])
         images = self.images[index]
         if self.jitter is not None:
-            images = self.jitter(images, uniform(self.seed, keys, 5))
-        return {"image": self.preprocess.normalise(images), "label": self.labels[index], "problems": []}
+            images = self.jitter(images, uniform(self.seed, own, 5))
+        counted = torch.tensor([number >= 0 for _, number in keys])
+        labels = self.labels[index].masked_fill(~counted, IGNORED)
+        return {"image": self.preprocess.normalise(images), "label": labels, "problems": []}
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         return self.__getitems__([key])
@@ -197,7 +126,7 @@ class TensorData(ImageData):
         top = max(int(labels.max()) for _, labels in self._splits.values())
         if top >= len(names):
             raise ConfigError(f"a label is {top}, but there are {len(names)} class names")
-        self.preprocess = Preprocess(
+        self.preprocess = ImagePreprocess(
             classes=tuple(names),
             size=images.shape[-1],
             channels=images.shape[1],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import ConfigError, MediaError
 from ..modalities.image import load_image
+from ..modalities.sources import IMAGE_SUFFIXES, find_splits
 from .data import ImageData
-from .loading import Key, mix
-from .predict import image_files
-from .preprocess import Preprocess
+from .media import Samples
+from .preprocess import ImagePreprocess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,35 +45,29 @@ class Augment:
             return v2.Compose(steps)(image)
 
 
-class FolderImages:
-    """Image files with labels, decoded one by one."""
+class LoadImage:
+    """A sample from an image file: `image` (c, h, w).
 
-    def __init__(
-        self, files: Sequence[tuple[str, int]], preprocess: Preprocess, *, augment: Augment | None = None, seed: int = 0
-    ):
-        self.files, self.preprocess, self.augment, self.seed = list(files), preprocess, augment, seed
+    Args:
+        preprocess: of held-out images, and the normalisation of all.
+        augment: what happens to training images.
+    """
 
-    def __len__(self) -> int:
-        return len(self.files)
+    def __init__(self, preprocess: ImagePreprocess, augment: Augment | None = None):
+        self.preprocess, self.augment = preprocess, augment
 
-    def __getitem__(self, key: Key) -> dict[str, Any]:
-        epoch, index = key
-        path, label = self.files[index]
-        try:
-            if self.augment is None:
-                image = self.preprocess.load(path)
-            else:
-                raw = load_image(path, "L" if self.preprocess.channels == 1 else "RGB")
-                image = self.preprocess.normalise(self.augment(raw, self.preprocess.size, mix(self.seed, epoch, index)))
-        except MediaError as error:
-            return {"image": None, "label": label, "problem": (path, str(error))}
-        return {"image": image, "label": label, "problem": None}
+    def __call__(self, media: Path | bytes, seed: int | None) -> dict[str, Float[Tensor, "c h w"]]:
+        if self.augment is None or seed is None:
+            return {"image": self.preprocess.load(media)}
+        raw = load_image(media, "L" if self.preprocess.channels == 1 else "RGB")
+        return {"image": self.preprocess.normalise(self.augment(raw, self.preprocess.size, seed))}
 
 
 class ImageFolderData(ImageData):
-    """Image files in one folder a class: `root/train/CLASS/*.jpg`, `root/val/CLASS/*.jpg`, perhaps `root/test/...`.
+    """Your own images, in any of the layouts of `find_source`: one folder a class (`root/train/CLASS/*.jpg`), tables
+    (`root/train.csv`) or tar shards (`root/train-*.tar`); the same with `val`, and perhaps `test`.
 
-    Classes are the folders of `root/train`, in alphabetical order.
+    Classes are those of the training images.
 
     Args:
         root: the folder.
@@ -86,6 +77,7 @@ class ImageFolderData(ImageData):
         workers: processes that decode.
         seed: of order and augmentation.
         policy: what an unreadable file does: "skip" leaves it out and names it at the end, "raise" stops.
+        max_unreadable: the part of the files read above which the run stops even so.
         augment: what happens to training images.
         crop: the part of the shorter side that is kept of held-out images.
     """
@@ -100,17 +92,17 @@ class ImageFolderData(ImageData):
         workers: int = 2,
         seed: int = 0,
         policy: Literal["skip", "raise"] = "skip",
+        max_unreadable: float = 0.1,
         augment: Augment = Augment(),
         crop: float = 0.9,
     ):
-        super().__init__(batch_size=batch_size, workers=workers, seed=seed, policy=policy)
+        super().__init__(
+            batch_size=batch_size, workers=workers, seed=seed, policy=policy, max_unreadable=max_unreadable
+        )
         self.root, self.augment = Path(root), augment
-        folder = self.root / "train"
-        classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
-        if not classes:
-            raise ConfigError(f"data.root is {root!r}; it needs train/CLASS/*.jpg and val/CLASS/*.jpg")
-        self.preprocess = Preprocess(
-            classes=tuple(classes),
+        self.sources = find_splits(self.root, IMAGE_SUFFIXES)
+        self.preprocess = ImagePreprocess(
+            classes=self.sources["train"].classes,
             size=size,
             channels=channels,
             # ImageNet's statistics, which every public image model uses.
@@ -120,26 +112,7 @@ class ImageFolderData(ImageData):
         )
 
     def setup(self, stage: str) -> None:
-        self.train_set = FolderImages(self.files("train"), self.preprocess, augment=self.augment, seed=self.seed)
-        self.val_set = FolderImages(self.files("val"), self.preprocess)
-        if (self.root / "test").is_dir():
-            self.test_set = FolderImages(self.files("test"), self.preprocess)
-
-    def files(self, split: str) -> list[tuple[str, int]]:
-        """The image files of a split with their labels, in alphabetical order.
-
-        Raises:
-            ConfigError: no images, or a class that `root/train` does not have.
-        """
-        label = {name: i for i, name in enumerate(self.preprocess.classes)}
-        found = [
-            (path, path.relative_to(self.root / split).parts[0])
-            for path in image_files(self.root / split)
-            if path.parent != self.root / split
-        ]
-        unknown = sorted({name for _, name in found} - set(label))
-        if unknown:
-            raise ConfigError(f"{self.root / split} has classes that {self.root / 'train'} lacks: {', '.join(unknown)}")
-        if not found:
-            raise ConfigError(f"{self.root / split} holds no images in class folders")
-        return [(str(path), label[name]) for path, name in found]
+        for split, source in self.sources.items():
+            augmented = split == "train"
+            load = LoadImage(self.preprocess, self.augment if augmented else None)
+            setattr(self, f"{split}_set", Samples(source, load, seed=self.seed if augmented else None))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -11,13 +11,41 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..modalities.image import load_image
 
+P = TypeVar("P", bound="Preprocess")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """How an image file becomes what the model was trained on; saved with a run, so that predict repeats it.
+    """How a file becomes what the model was trained on; saved with a run, so that predict repeats it.
 
     Args:
         classes: names, by index.
+    """
+
+    classes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for the details of a saved model."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls: type[P], values: dict[str, Any]) -> P:
+        """The inverse of `to_dict`.
+
+        Raises:
+            CheckpointError: other keys.
+        """
+        try:
+            return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        except TypeError as error:
+            raise CheckpointError(f"the model does not say how its input was prepared: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePreprocess(Preprocess):
+    """How an image file becomes what the model was trained on.
+
+    Args:
         size: side of the square that the model sees.
         channels: 1 (grey) or 3.
         mean: of each channel, subtracted.
@@ -25,7 +53,6 @@ class Preprocess:
         crop: the part of the shorter side that is kept.
     """
 
-    classes: tuple[str, ...]
     size: int
     channels: int
     mean: tuple[float, ...]
@@ -52,19 +79,3 @@ class Preprocess:
         """The inverse of `normalise`, in 0..1, to look at."""
         mean, std = (images.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
         return (images * std + mean).clamp(0, 1)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, for the details of a saved model."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-    @staticmethod
-    def from_dict(values: dict[str, Any]) -> Preprocess:
-        """The inverse of `to_dict`.
-
-        Raises:
-            CheckpointError: other keys.
-        """
-        try:
-            return Preprocess(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
-        except TypeError as error:
-            raise CheckpointError(f"the model does not say how images were prepared: {error}") from error

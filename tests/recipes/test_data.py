@@ -8,7 +8,7 @@ from PIL import Image
 from omnimix.errors import CheckpointError, ConfigError, MediaError
 from omnimix.recipes.data import DigitsData, Jitter, TensorData, stratified_split
 from omnimix.recipes.folders import Augment, ImageFolderData
-from omnimix.recipes.preprocess import Preprocess
+from omnimix.recipes.preprocess import ImagePreprocess
 
 
 def write_image(path, seed: int, shape=(20, 26)) -> None:
@@ -82,17 +82,17 @@ def test_jitter_moves_as_told():
 
 
 def test_preprocess_round_trips():
-    preprocess = Preprocess(
+    preprocess = ImagePreprocess(
         classes=("a", "b"), size=16, channels=3, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.1), crop=0.8
     )
-    assert Preprocess.from_dict(preprocess.to_dict()) == preprocess
+    assert ImagePreprocess.from_dict(preprocess.to_dict()) == preprocess
     image = torch.rand(3, 33, 21)
     seen = preprocess.load(image)
     assert seen.shape == (3, 16, 16)
     restored = preprocess.restore(preprocess.normalise(image))
     assert torch.allclose(restored, image, atol=1e-6)
     with pytest.raises(CheckpointError, match="prepared"):
-        Preprocess.from_dict({"size": 3})
+        ImagePreprocess.from_dict({"size": 3})
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,12 +1,13 @@
 """Batches that follow from (seed, epoch, index)."""
 
 import itertools
+import time
 
 import pytest
 import torch
 
-from omnimix.errors import ConfigError
-from omnimix.recipes.loading import EpochLoader, mix, uniform
+from omnimix.errors import ConfigError, MediaError
+from omnimix.recipes.loading import EpochLoader, mix, own_key, uniform
 
 
 class Keys:
@@ -62,13 +63,21 @@ def test_without_shuffling_every_sample_comes_once_in_order():
 
 
 @pytest.mark.parametrize("size", [1, 5, 16, 23])
-def test_ranks_share_the_samples_and_take_equally_many_steps(size):
-    loaders = [EpochLoader(Keys(size), batch_size=4, shuffle=True, rank=r, world=3) for r in range(3)]
-    steps = {len(epochs(loader, 2)[0]) for loader in loaders}
-    assert len(steps) == 1 and steps == {len(loaders[0])}
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_ranks_take_equally_many_steps_of_equally_many_samples(size, shuffle):
+    loaders = [EpochLoader(Keys(size), batch_size=4, shuffle=shuffle, rank=r, world=3) for r in range(3)]
+    sizes = {tuple(len(batch) for batch in epochs(loader, 2)[0]) for loader in loaders}
+    assert len(sizes) == 1 and len(sizes.pop()) == len(loaders[0])
+
+
+@pytest.mark.parametrize("size", [1, 5, 16, 23])
+def test_ranks_share_held_out_samples_and_mark_what_fills_up(size):
     held = [EpochLoader(Keys(size), batch_size=4, rank=r, world=3) for r in range(3)]
-    seen = [index for loader in held for batch in epochs(loader, 0)[0] for _, index in batch]
-    assert sorted(seen) == list(range(size))
+    seen = [key for loader in held for batch in epochs(loader, 1)[0] for key in batch]
+    assert sorted(index for _, index in seen if index >= 0) == list(range(size))
+    filling = [key for key in seen if key[1] < 0]
+    assert len(filling) == -size % 3 and {own_key(key) for key in filling} <= {(1, size - 1)}
+    assert own_key((4, 7)) == (4, 7)
 
 
 @pytest.mark.parametrize(("before", "after"), [(0, 0), (0, 2), (2, 0)])
@@ -99,10 +108,29 @@ def test_resumes_after_the_last_batch_with_the_next_epoch():
     assert epochs(fresh, 1) == [second]
 
 
-@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"batch_size": 2, "workers": -1}])
-def test_impossible_numbers_raise(wrong):
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch_size": 0},
+        {"batch_size": 2, "workers": -1},
+        {"batch_size": 2, "world": 2, "rank": 2},
+        {"batch_size": 2, "context": "thread"},
+        {"batch_size": 2, "timeout": -1.0},
+    ],
+)
+def test_impossible_values_raise(wrong):
     with pytest.raises(ConfigError, match=next(reversed(wrong))):
         EpochLoader(Keys(8), **wrong)
+
+
+def test_workers_that_hang_are_an_error():
+    class Hangs(Keys):
+        def __getitem__(self, key):
+            time.sleep(60)
+
+    loader = EpochLoader(Hangs(8), batch_size=2, workers=1, context="fork", timeout=1.0)
+    with pytest.raises(MediaError, match="1 seconds"):
+        next(iter(loader))
 
 
 def test_an_empty_set_raises():

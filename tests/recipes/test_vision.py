@@ -170,10 +170,10 @@ def test_predict_names_class_and_probability(runs, tmp_path, capsys):
     assert [row["file"] for row in rows if row["class"] is None] == [str(tmp_path / "more" / "c.jpg")]
     model = omnimix.modalities.load_model(runs / "whole")
     details = omnimix.modalities.read_details(runs / "whole")
-    from omnimix.recipes.preprocess import Preprocess
+    from omnimix.recipes.preprocess import ImagePreprocess
 
     with torch.no_grad():
-        logits = model(Preprocess.from_dict(details["preprocess"]).load(tmp_path / "a.png")[None])
+        logits = model(ImagePreprocess.from_dict(details["preprocess"]).load(tmp_path / "a.png")[None])
     assert good[0]["class"] == str(int(logits.argmax()))
     assert main([*words, "--policy", "raise"]) == 2
     assert "c.jpg" in capsys.readouterr().err

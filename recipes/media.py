@@ -1,0 +1,164 @@
+"""What the data of every medium shares: samples from any source, unreadable files, loaders that resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, MediaError
+from ..modalities.sources import Source
+from .loading import EpochLoader, Key, mix
+from .preprocess import Preprocess
+
+# Of samples that fill up a batch, so that every rank takes equally many: losses and metrics leave them out.
+IGNORED = -100
+# Files after which the share of unreadable ones means something.
+ENOUGH = 50
+
+
+class Samples:
+    """Samples of a source, decoded one by one.
+
+    Args:
+        source: says what there is and what it is.
+        load: makes the tensors of a sample from a file or its bytes and a seed, which is None for held-out samples.
+        seed: of the augmentation; None for held-out samples.
+    """
+
+    def __init__(
+        self, source: Source, load: Callable[[Path | bytes, int | None], dict[str, Any]], *, seed: int | None = None
+    ):
+        self.source, self.load, self.seed = source, load, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        epoch, index, label = *own_key(key), IGNORED
+        if key[1] >= 0:
+            label = self.source.label(index)
+        try:
+            sample = self.load(self.source.media(index), None if self.seed is None else mix(self.seed, epoch, index))
+        except MediaError as error:
+            return {"label": label, "problem": (self.source.name(index), str(error))}
+        return {**sample, "label": label, "problem": None}
+
+
+def own_key(key: Key) -> Key:
+    """The epoch and the sample that a key stands for; keys that only fill up a batch have negative numbers."""
+    epoch, index = key
+    return epoch, index if index >= 0 else -1 - index
+
+
+class MediaData(pl.LightningDataModule):
+    """Base of the data sets. A batch is a dict: the tensors of its samples, label (b,), problems [(file, reason)].
+
+    Subclasses set `preprocess` when they are built and their three sets in `setup`; a set that is None does not exist.
+
+    Args:
+        batch_size: samples a step, on each device.
+        workers: processes that read ahead; 0 for what lies in memory.
+        seed: of order and augmentation; the recipe passes its own.
+        policy: what an unreadable file does: "skip" leaves it out and names it at the end, "raise" stops.
+        max_unreadable: the part of the files read above which the run stops even so.
+    """
+
+    preprocess: Preprocess
+    # How workers start; None is the system's way.
+    context: str | None = None
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        workers: int,
+        seed: int,
+        policy: Literal["skip", "raise"] = "skip",
+        max_unreadable: float = 0.1,
+    ):
+        super().__init__()
+        if policy not in ("skip", "raise"):
+            raise ConfigError(f"data.policy is {policy!r}; it must be 'skip' or 'raise'")
+        if not 0 <= max_unreadable <= 1:
+            raise ConfigError(f"data.max_unreadable is {max_unreadable}; it must be a part between 0 and 1")
+        self.batch_size, self.workers, self.seed, self.policy = batch_size, workers, seed, policy
+        self.max_unreadable = max_unreadable
+        self.unreadable: dict[str, str] = {}
+        self._read, self._failed = 0, 0
+        self.train_set: Any = None
+        self.val_set: Any = None
+        self.test_set: Any = None
+
+    @property
+    def classes(self) -> int:
+        return len(self.preprocess.classes)
+
+    def _loader(self, dataset: Any, *, shuffle: bool) -> EpochLoader:
+        return EpochLoader(
+            dataset,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            shuffle=shuffle,
+            workers=self.workers,
+            collate=None if hasattr(dataset, "__getitems__") else collate,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world=self.trainer.world_size if self.trainer else 1,
+        )
+
+    def train_dataloader(self) -> EpochLoader:
+        return self._loader(self.train_set, shuffle=True)
+
+    def val_dataloader(self) -> EpochLoader:
+        return self._loader(self.val_set, shuffle=False)
+
+    def test_dataloader(self) -> EpochLoader:
+        """The test samples; the held-out ones where the data has no third split."""
+        return self._loader(self.val_set if self.test_set is None else self.test_set, shuffle=False)
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        # Here and not in the workers: only this process knows of all files, and an exception that a worker raises
+        # arrives with its traceback in the message.
+        problems = batch["problems"]
+        for name, reason in problems:
+            if self.policy == "raise":
+                raise MediaError(f"{reason} (data.policy 'skip' leaves such files out)")
+            if name not in self.unreadable:
+                self.unreadable[name] = reason
+                print(f"skipped: {name} ({reason})", flush=True)
+        self._read += len(batch["label"]) + len(problems)
+        self._failed += len(problems)
+        if self._failed > self.max_unreadable * max(self._read, ENOUGH):
+            first = next(iter(self.unreadable.values()))
+            raise MediaError(
+                f"{self._failed} of {self._read} files read cannot be used, more than data.max_unreadable, "
+                f"{self.max_unreadable:.0%}, allows; the first: {first}"
+            )
+        if len(batch["label"]) == 0:
+            raise MediaError(f"no file of a whole batch can be read, among them {problems[0][0]!r}")
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"unreadable": dict(self.unreadable)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.unreadable.update(state["unreadable"])
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of samples: tensors of one shape are stacked, of several shapes listed."""
+    good = [sample for sample in samples if sample["problem"] is None]
+    names = [name for name in (good[0] if good else ()) if name not in ("label", "problem")]
+    return {
+        **{name: _stack([sample[name] for sample in good]) for name in names},
+        "label": torch.tensor([sample["label"] for sample in good], dtype=torch.int64),
+        "problems": [sample["problem"] for sample in samples if sample["problem"] is not None],
+    }
+
+
+def _stack(tensors: list[Tensor]) -> Tensor | list[Tensor]:
+    return torch.stack(tensors) if len({t.shape for t in tensors}) == 1 else tensors
