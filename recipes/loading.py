@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..errors import ConfigError
+from ..errors import ConfigError, MediaError
 
+# (epoch, index). An index below 0, -1 - i, is sample i once more: it fills up the last batch of a rank that is not to
+# be left with fewer samples than others, and counts nowhere. See `own_key`.
 Key = tuple[int, int]
+CONTEXTS = ("fork", "forkserver", "spawn")
 _MASK = (1 << 63) - 1
+_END = object()
 
 
 @runtime_checkable
@@ -26,6 +30,12 @@ class KeyedDataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, key: Key) -> Any: ...
+
+
+def own_key(key: Key) -> Key:
+    """The key of the sample itself, also where it is there only to fill up."""
+    epoch, index = key
+    return (epoch, index) if index >= 0 else (epoch, -1 - index)
 
 
 def mix(*numbers: int) -> int:
@@ -67,20 +77,24 @@ class _EpochBatches:
         self.epoch, self.start = 0, 0
 
     def order(self) -> list[int]:
+        short = -self.size % self.world
         if not self.shuffle:
-            return list(range(self.rank, self.size, self.world))
+            # The last sample: of those in order of their lengths it is the cheapest.
+            return [
+                *range(self.rank, self.size, self.world),
+                *([-self.size] if self.rank >= self.world - short else []),
+            ]
         generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
         order = torch.randperm(self.size, generator=generator).tolist()
         # Every rank takes equally many steps; at most world - 1 samples are seen twice in an epoch.
-        order += order[: -self.size % self.world]
-        return order[self.rank :: self.world]
+        return (order + (order * self.world)[:short])[self.rank :: self.world]
 
     def __len__(self) -> int:
-        ranked = len(range(self.rank, self.size, self.world))
+        ranked = -(-self.size // self.world)
         if not self.shuffle:
             return -(-ranked // self.batch_size)
         # A last batch of a few samples would be a noisy step; a set smaller than a batch is one batch.
-        return max(1, -(-self.size // self.world) // self.batch_size)
+        return max(1, ranked // self.batch_size)
 
     def __iter__(self) -> Iterator[list[Key]]:
         order = self.order()
@@ -98,11 +112,18 @@ class EpochLoader:
         dataset: read by (epoch, index).
         batch_size: of each rank.
         seed: of the order.
-        shuffle: a new order each epoch, whole batches only; otherwise every sample exactly once, in order.
+        shuffle: a new order each epoch, whole batches only; otherwise every sample exactly once, in order, and ranks
+            that would take fewer than others fill up with a key below 0 (see `Key`).
         workers: processes that read ahead; 0 reads in this one.
         collate: makes a batch of a list of samples.
         rank: of this process among `world` that train together.
         world: their number.
+        context: how workers are started: "fork", "forkserver" or "spawn"; None is Python's default. Libraries with
+            threads of their own, as for video, can hang in forked ones.
+        timeout: seconds after which workers that deliver nothing are an error; 0 waits for ever.
+
+    Raises:
+        ConfigError: a number that cannot be, an unknown context, or an empty set.
     """
 
     def __init__(
@@ -116,11 +137,19 @@ class EpochLoader:
         collate: Callable[[Any], Any] | None = None,
         rank: int = 0,
         world: int = 1,
+        context: str | None = None,
+        timeout: float = 0.0,
     ):
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
         if workers < 0:
             raise ConfigError(f"workers is {workers}; it must be at least 0")
+        if not 0 <= rank < world:
+            raise ConfigError(f"rank is {rank}; of {world} processes it must be one of 0 to {world - 1}")
+        if context not in (None, *CONTEXTS):
+            raise ConfigError(f"context is {context!r}; it must be one of {', '.join(CONTEXTS)}, or null")
+        if timeout < 0:
+            raise ConfigError(f"timeout is {timeout}; it must be at least 0 seconds")
         if len(dataset) == 0:
             raise ConfigError("the data set is empty")
         self.dataset = dataset
@@ -131,6 +160,9 @@ class EpochLoader:
             num_workers=workers,
             collate_fn=collate or _as_it_is,
             persistent_workers=workers > 0,
+            # torch refuses both without workers.
+            multiprocessing_context=context if workers else None,
+            timeout=timeout if workers else 0,
             pin_memory=torch.cuda.is_available(),
         )
         self._done = 0
@@ -158,9 +190,21 @@ class EpochLoader:
         self._resumed = None
         self._batches.start = done if epoch == self._batches.epoch and done < len(self) else 0
         self._done = self._batches.start
-        for batch in self._loader:
+        batches = iter(self._loader)
+        while (batch := self._next(batches)) is not _END:
             self._done += 1
             yield batch
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        try:
+            return next(batches, _END)
+        except RuntimeError as error:
+            if "DataLoader timed out" not in str(error):
+                raise
+            raise MediaError(
+                f"the workers have delivered no batch for {self._loader.timeout:g} seconds; raise the timeout, or "
+                "start them by the context 'forkserver'"
+            ) from error
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self._batches.epoch, "batches": self._done}

@@ -20,10 +20,12 @@ from .history import StepHistory
 from .lengths import cut, length_at, scored
 from .loading import mix
 from .optimisers import optimise, planned_steps
+from .ranks import from_all_ranks, summed
 from .report import Row, curves, text, write_metrics, write_report
 from .samples import Samples
+from .strategies import whole_model
 from .text_data import TextData
-from .training import AverageWeights, TrainingConfig, from_all_ranks, parts
+from .training import AverageWeights, TrainingConfig, parts
 
 RECIPE = "text_generation"
 # Of the masks that a diffusion objective draws over the held-out text.
@@ -52,8 +54,8 @@ class TextTrainingConfig(TrainingConfig):
 class TextGeneration(pl.LightningModule):
     """A language model and how it is trained.
 
-    With `trainer.accumulate_grad_batches` each scored token of a step weighs the same, whichever batch it is in. Of
-    several ranks each weighs the same.
+    Each scored token of a step weighs the same, whichever process has it and whichever batch it is in with
+    `trainer.accumulate_grad_batches`.
 
     Args:
         mixer: the sequence mixer, by name; several, joined by commas, are tiled over the depth ("gla,gla,attention"),
@@ -104,7 +106,7 @@ class TextGeneration(pl.LightningModule):
         )
         self.mixer, self.training_config, self.prompts = mixer, training, prompts
         self.model = LanguageModel(config)
-        self._window: list[int] = []
+        self._window: list[Any] = []
         self._sums = [0.0, 0, 0]
         self.measured: dict[str, float] = {}
 
@@ -116,19 +118,20 @@ class TextGeneration(pl.LightningModule):
         if self.training_config.length_warmup > 0:
             batch = cut(batch, length_at(self.trainer.global_step, self._growing, scored(batch)))
         found = self.model.loss(**batch)
-        self.log("train/loss", found.nats / found.count, prog_bar=True, batch_size=1)
+        nats, count = summed(self.trainer, found.nats, found.count)
+        self.log("train/loss", nats / count, prog_bar=True, batch_size=1)
         if len(found.parts) > 1:
             self.log_dict({f"train/{name}": value for name, value in found.parts.items()}, batch_size=1)
-        loss = found.loss
+        loss = found.loss * (found.count * self.trainer.world_size / count)
         if self.trainer.accumulate_grad_batches > 1:
-            self._window.append(found.count)
-            loss = loss * (found.count / self._window[0])
-        return {"loss": loss, "nats": found.nats, "count": found.count}
+            self._window.append(count)
+            loss = loss * (count / self._window[0])
+        return {"loss": loss, "nats": nats, "count": count}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Of several batches a step: make the mean over all their tokens of what Lightning leaves, a mean of means."""
         if self._window:
-            factor = self._window[0] * self.trainer.accumulate_grad_batches / sum(self._window)
+            factor = float(self._window[0] * self.trainer.accumulate_grad_batches / sum(self._window))
             torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], factor)
             self._window = []
 
@@ -138,12 +141,17 @@ class TextGeneration(pl.LightningModule):
     def validation_step(self, batch: dict[str, Any], index: int) -> None:
         size = batch["bytes"]
         batch = {name: value for name, value in batch.items() if name != "bytes"}
+        # Rows that only fill up a rank's last batch: it takes its step, which ranks take together, and counts nothing.
+        filling = "counted" in batch and not batch["counted"][:, 1:].any()
+        if filling:
+            del batch["counted"]
         devices = [self.device] if self.device.type == "cuda" else []
         # The same masks at each validation, and training draws what it would have drawn without.
         with torch.random.fork_rng(devices):
             torch.manual_seed(mix(VALIDATION_SEED, index, self.global_rank))
             found = self.model.loss(**batch)
-        self._sums = [self._sums[0] + float(found.nats), self._sums[1] + found.count, self._sums[2] + int(size)]
+        if not filling:
+            self._sums = [self._sums[0] + float(found.nats), self._sums[1] + found.count, self._sums[2] + int(size)]
 
     def on_validation_epoch_end(self) -> None:
         nats, tokens, size = map(sum, zip(*from_all_ranks(self.trainer, self._sums), strict=True))
@@ -200,11 +208,12 @@ def _finish(cli: RecipeCLI) -> None:
     """Measure the averaged weights once more, and write model, numbers, samples and picture into the run's folder."""
     model, folder, history = cli.model, cli.folder, cli.history
     measured = cli.measure()
-    if not cli.trainer.is_global_zero:
-        return
-    save_model(model.model, folder.path)
     [samples] = cli.callbacks
     samples.take(cli.trainer, model)
+    whole = whole_model(cli.trainer, model)
+    if whole is None:
+        return
+    save_model(whole, folder.path)
     metrics = {
         **{name: round(value, 6) for name, value in measured.items()},
         **model.measured,

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import ConfigError
 from ..modalities.token_cache import TokenCache
-from .loading import Key, mix
+from .loading import Key, mix, own_key
 
 Batch = dict[str, Any]
 
@@ -52,15 +52,19 @@ class PackedWindows:
         width = self.length + 1
         rows = np.empty((len(keys), width), np.int64)
         starts: list[int] = []
-        for row, (epoch, index) in enumerate(keys):
+        scored = 0
+        for row, (epoch, index) in enumerate(map(own_key, keys)):
             at = (mix(self.seed, epoch, len(self)) + index * self.length) % self.tokens
-            starts += [row * width + start for start in self._fill(rows[row], at)]
-        tokens = torch.from_numpy(rows)
-        size = round((rows.size - len(starts)) * self._bytes)
+            found = self._fill(rows[row], at)
+            starts += [row * width + start for start in found]
+            scored += (width - len(found)) * (keys[row][1] >= 0)
+        batch: Batch = {"tokens": torch.from_numpy(rows), "bytes": round(scored * self._bytes)}
+        if min(index for _, index in keys) < 0:
+            batch["counted"] = torch.tensor([index >= 0 for _, index in keys])[:, None].expand(rows.shape)
         if len(starts) == len(keys):
-            return {"tokens": tokens, "bytes": size}
-        borders = torch.tensor([*starts, rows.size], dtype=torch.int32)
-        return {"tokens": tokens.view(1, -1), "cu_seqlens": borders, "bytes": size}
+            return batch
+        shared = {name: batch[name].reshape(1, -1) for name in ("tokens", "counted") if name in batch}
+        return batch | shared | {"cu_seqlens": torch.tensor([*starts, rows.size], dtype=torch.int32)}
 
     def _fill(self, row: np.ndarray, at: int) -> list[int]:
         """Read the ring from `at` on; returns where in the row sequences begin."""
@@ -158,15 +162,16 @@ class Pieces:
         return self.__getitems__([key])
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
-        rows = self.rows[[index for _, index in keys]]
+        rows = self.rows[[own_key(key)[1] for key in keys]]
         lengths = rows[:, 1] - rows[:, 0]
         tokens = np.full((len(rows), int(lengths.max())), self.fill, np.int64)
-        counted = None if self.cache.counted is None else np.zeros(tokens.shape, bool)
+        own = np.array([index >= 0 for _, index in keys])
+        counted = None if own.all() and self.cache.counted is None else np.zeros(tokens.shape, bool)
         for i, (begin, end) in enumerate(rows[:, :2]):
             tokens[i, : end - begin] = self.cache.tokens[begin:end]
-            if counted is not None:
-                counted[i, : end - begin] = self.cache.counted[begin:end]
-        batch: Batch = {"tokens": torch.from_numpy(tokens), "bytes": int(rows[:, 3].sum())}
+            if counted is not None and own[i]:
+                counted[i, : end - begin] = True if self.cache.counted is None else self.cache.counted[begin:end]
+        batch: Batch = {"tokens": torch.from_numpy(tokens), "bytes": int(rows[own, 3].sum())}
         if lengths.min() < lengths.max():
             batch["lengths"] = torch.from_numpy(lengths)
         if counted is not None:
