@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ..errors import ConfigError
+from .registry import OPTIONS
 
 T = TypeVar("T")
 
@@ -166,12 +167,8 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
 def _restore(key: str, hint: Any, value: Any) -> Any:
     if isinstance(value, dict) and dataclasses.is_dataclass(hint):
         return from_dict(hint, value)
-    if key in {"mixers", "channels", "objectives"} and isinstance(value, dict):
-        from .channel import get_channel
-        from .heads import get_objective
-        from .mixers import get_mixer
-
-        get = {"mixers": get_mixer, "channels": get_channel, "objectives": get_objective}[key]
+    if key in OPTIONS and isinstance(value, dict):
+        get = OPTIONS[key].get
         return {name: from_dict(get(name).config, v) if isinstance(v, dict) else v for name, v in value.items()}
     return tuple(value) if isinstance(value, list) else value
 

@@ -23,11 +23,14 @@ class Layout:
         cu_seqlens: packed sequences, batch 1: 0, then the running total of their lengths; `(n + 1,)`, int32 or int64.
         grid: (t, h, w), the tokens in raster order; None where they have no such place.
         extra: positions in the sequence of tokens that are not on the grid (class token, registers), ascending. The
-            sequence then has t · h · w + len(extra) tokens.
+            sequence then has t · h · w + len(extra) tokens. Of packed sequences, which have no grid, all such tokens by
+            their positions in the row.
         block: tokens per block, where `causal="block"`. Blocks count from the start of each sequence or, with a state,
             from where it goes on, which is a border. A sequence whose length is no multiple of `block` ends in a
             shorter block; what goes on from the state after it takes its end for a border, and so pieces equal the
             whole only where all but the last consist of whole blocks.
+        rows: whether the grid's cells stand in true rows and columns. False for merged tokens, of which only the order
+            within a time step means something; scan orders that follow rows or columns are then refused.
     """
 
     causal: bool | Literal["block"] = True
@@ -35,6 +38,7 @@ class Layout:
     grid: tuple[int, int, int] | None = None
     extra: tuple[int, ...] = ()
     block: int | None = None
+    rows: bool = True
 
     def __post_init__(self) -> None:
         if self.causal not in (True, False, "block"):
@@ -45,9 +49,11 @@ class Layout:
             raise ConfigError(f"block is {self.block}; it must be at least 1")
         if self.grid is not None and (len(self.grid) != 3 or min(self.grid) < 1):
             raise ConfigError(f"grid is {self.grid!r}; it must be (t, h, w), each at least 1")
-        if self.extra and self.grid is None:
+        if self.extra and self.grid is None and self.cu_seqlens is None:
             raise ConfigError("extra names tokens beside a grid, but grid is None")
-        if self.extra and (list(self.extra) != sorted(set(self.extra)) or not 0 <= self.extra[-1] < self.length):
+        if self.extra and (list(self.extra) != sorted(set(self.extra)) or self.extra[0] < 0):
+            raise ConfigError(f"extra is {self.extra}; it must be ascending positions from 0 on")
+        if self.extra and self.grid is not None and self.extra[-1] >= self.length:
             raise ConfigError(f"extra is {self.extra}; it must be ascending positions below {self.length}")
 
     @property

@@ -12,6 +12,9 @@ from ..errors import UnknownName
 
 M = TypeVar("M")
 
+# Fields of configurations that hold options by name -> the registry that knows their classes.
+OPTIONS: dict[str, Registry[Any]] = {}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Entry(Generic[M]):
@@ -35,9 +38,17 @@ class Entry(Generic[M]):
 
 
 class Registry(Generic[M]):
-    def __init__(self, kind: str):
+    """The parts of one kind.
+
+    Args:
+        kind: what messages call one of them.
+        options: the field of configurations that holds their options by name.
+    """
+
+    def __init__(self, kind: str, *, options: str):
         self.kind = kind
         self._entries: dict[str, Entry[M]] = {}
+        OPTIONS[options] = self
 
     def register(
         self, name: str, config: type, *, summary: str, source: str, examples: tuple[Any, ...]

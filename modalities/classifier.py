@@ -28,15 +28,15 @@ class Classifier(nn.Module):
         self.backbone = Backbone(backbone)
         self.head = ClassificationHead(backbone.dim, head)
 
-    def forward(self, media: Any) -> Float[Tensor, "b *t classes"]:
-        """Logits, `(b, classes)`; see `ClassificationHead` for other pools.
+    def forward(self, media: Any) -> Float[Tensor, "n *t classes"]:
+        """Logits, `(n, classes)`, one row a medium; see `ClassificationHead` for other pools.
 
         Args:
             media: what the tokenizer takes, prepared as the model was trained.
         """
         return self.forward_head(*self.forward_features(media))
 
-    def forward_with_losses(self, media: Any) -> tuple[Float[Tensor, "b *t classes"], dict[str, Tensor]]:
+    def forward_with_losses(self, media: Any) -> tuple[Float[Tensor, "n *t classes"], dict[str, Tensor]]:
         """Logits, and by name the losses of the backbone's routed experts, weighted: add them to the training loss."""
         tokens, layout = self.tokenizer(media)
         trace = self.backbone.trace(tokens, layout)
@@ -48,7 +48,7 @@ class Classifier(nn.Module):
         tokens, _ = self.backbone(tokens, layout)
         return tokens, layout
 
-    def forward_head(self, tokens: Float[Tensor, "b t d"], layout: Layout) -> Float[Tensor, "b *t classes"]:
+    def forward_head(self, tokens: Float[Tensor, "b t d"], layout: Layout) -> Float[Tensor, "n *t classes"]:
         """Logits from what `forward_features` returned."""
         return self.head(tokens, layout)
 

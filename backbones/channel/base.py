@@ -22,5 +22,5 @@ class Channel(nn.Module, ABC):
         return [layer for name, layer in self.named_modules() if name.endswith("out_proj")]
 
 
-CHANNELS: Registry[Channel] = Registry("channel layer")
+CHANNELS: Registry[Channel] = Registry("channel layer", options="channels")
 register_channel = CHANNELS.register

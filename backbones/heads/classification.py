@@ -53,6 +53,12 @@ def split_tokens(
     return grid, torch.cat([tokens[:, i : i + 1] for i in layout.extra], dim=1)
 
 
+def _alone(tokens: Tensor, layout: Layout, start: int, stop: int) -> tuple[Float[Tensor, "1 t d"], Layout]:
+    """One of several packed sequences, and its own layout."""
+    extra = tuple(at - start for at in layout.extra if start <= at < stop)
+    return tokens[:, start:stop], Layout(causal=False, grid=(stop - start - len(extra), 1, 1), extra=extra)
+
+
 class ClassificationHead(nn.Module):
     """Pools the tokens of a sequence and gives its logits."""
 
@@ -66,15 +72,17 @@ class ClassificationHead(nn.Module):
             nn.init.trunc_normal_(self.classifier.weight, std=0.02)
             nn.init.zeros_(self.classifier.bias)
 
-    def forward(self, tokens: Float[Tensor, "b t d"], layout: Layout) -> Float[Tensor, "b *t classes"]:
-        """Logits `(b, classes)`, or `(b, t, classes)` with `pool="none"`.
+    def forward(self, tokens: Float[Tensor, "b t d"], layout: Layout) -> Float[Tensor, "n *t classes"]:
+        """Logits `(n, classes)` of n sequences: the rows, or the packed sequences (layout.cu_seqlens) of the one row.
+
+        With `pool="none"` those of every token, `(b, t, classes)`.
 
         Raises:
-            UnsupportedCall: packed sequences, or a class token asked for where the layout has none.
+            UnsupportedCall: a class token asked for where the layout has none.
         """
         return self.classifier(self.features(tokens, layout))
 
-    def features(self, tokens: Float[Tensor, "b t d"], layout: Layout) -> Float[Tensor, "b *t d"]:
+    def features(self, tokens: Float[Tensor, "b t d"], layout: Layout) -> Float[Tensor, "n *t d"]:
         """What the classifier is given: the pooled tokens after dropout."""
         return self.dropout(self._pool(tokens, layout))
 
@@ -84,7 +92,8 @@ class ClassificationHead(nn.Module):
         if pool == "none":
             return tokens
         if layout.cu_seqlens is not None:
-            raise UnsupportedCall(f"pool={pool!r} over packed sequences (layout.cu_seqlens); pass them one a row")
+            borders = layout.cu_seqlens.tolist()
+            return torch.cat([self._pool(*_alone(tokens, layout, *ends)) for ends in pairwise(borders)])
         if pool == "class_token":
             if not layout.extra:
                 raise UnsupportedCall(

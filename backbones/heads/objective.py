@@ -112,7 +112,7 @@ class Objective(nn.Module, ABC):
         """
 
 
-OBJECTIVES: Registry[Objective] = Registry("objective")
+OBJECTIVES: Registry[Objective] = Registry("objective", options="objectives")
 register_objective = OBJECTIVES.register
 get_objective = OBJECTIVES.get
 

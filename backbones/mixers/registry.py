@@ -3,5 +3,5 @@
 from ..registry import Registry
 from .base import Mixer
 
-MIXERS: Registry[Mixer] = Registry("mixer")
+MIXERS: Registry[Mixer] = Registry("mixer", options="mixers")
 register_mixer = MIXERS.register
