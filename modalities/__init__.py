@@ -1,7 +1,11 @@
 """From files and raw data to tokens, and the models that begin there."""
 
+from .audio import AudioTokenizer, AudioTokenizerConfig
+from .audio_models import AudioClassifier, AudioClassifierConfig, audio_classifier
 from .corpus import Document, JsonLines, Parquet, Shards, TextFiles, standard_library
+from .fronts import FrameFrontConfig, FrontConfig, PatchFrontConfig, WaveFrontConfig, list_fronts
 from .image import PatchTokenizer, PatchTokenizerConfig, load_image
+from .mel import LogMel, MelConfig, SpecAugment, SpecAugmentConfig
 from .models import (
     build_model,
     create_model,
@@ -25,6 +29,8 @@ from .sources import (
 )
 from .text import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 from .token_cache import TokenCache, cached_bpe, cached_tokens
+from .video import TubeletTokenizer, TubeletTokenizerConfig, inflate
+from .video_models import VideoClassifier, VideoClassifierConfig, VideoState, VideoStep, video_classifier
 from .vision import ImageClassifier, ImageClassifierConfig
 from .weights import load_weights, save_weights
 
@@ -32,28 +38,49 @@ __all__ = [
     "AUDIO_SUFFIXES",
     "IMAGE_SUFFIXES",
     "VIDEO_SUFFIXES",
+    "AudioClassifier",
+    "AudioClassifierConfig",
+    "AudioTokenizer",
+    "AudioTokenizerConfig",
     "BPETokenizer",
     "ByteTokenizer",
     "CSVSource",
     "Document",
     "FolderSource",
+    "FrameFrontConfig",
+    "FrontConfig",
     "ImageClassifier",
     "ImageClassifierConfig",
     "JsonLines",
+    "LogMel",
+    "MelConfig",
     "Parquet",
+    "PatchFrontConfig",
     "PatchTokenizer",
     "PatchTokenizerConfig",
     "Shards",
     "Source",
+    "SpecAugment",
+    "SpecAugmentConfig",
     "TextFiles",
     "TokenCache",
     "Tokenizer",
+    "TubeletTokenizer",
+    "TubeletTokenizerConfig",
+    "VideoClassifier",
+    "VideoClassifierConfig",
+    "VideoState",
+    "VideoStep",
+    "WaveFrontConfig",
+    "audio_classifier",
     "build_model",
     "cached_bpe",
     "cached_tokens",
     "create_model",
     "find_source",
     "has_split",
+    "inflate",
+    "list_fronts",
     "list_models",
     "load_image",
     "load_model",
@@ -67,4 +94,5 @@ __all__ = [
     "save_weights",
     "standard_library",
     "train_bpe",
+    "video_classifier",
 ]

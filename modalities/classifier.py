@@ -28,6 +28,11 @@ class Classifier(nn.Module):
         self.backbone = Backbone(backbone)
         self.head = ClassificationHead(backbone.dim, head)
 
+    @classmethod
+    def examples(cls) -> list[tuple[Any, list[Any]]]:
+        """Small configurations, each with batches of two or more of every kind that it serves, for the laws."""
+        raise NotImplementedError(f"{cls.__name__} has no examples; the laws in tests/laws need them")
+
     def forward(self, media: Any) -> Float[Tensor, "n *t classes"]:
         """Logits, `(n, classes)`, one row a medium; see `ClassificationHead` for other pools.
 

@@ -108,13 +108,14 @@ class PatchTokenizer(GridTokenizer):
             raise UnsupportedShape(f"images is {images.dtype}; it must be floating point (load_image gives 0..1)")
         rows, columns = self.config.grid((height, width))
         tokens = self.proj(pad_to_whole(images, self.config.patch))
-        positions = self._positions(rows, columns)
+        positions = self.place_vectors(rows, columns)
         if positions is not None:
             tokens = tokens + positions.to(tokens.dtype)
         layout = Layout(causal=False, grid=(1, rows, columns), extra=self.extra(rows * columns))
         return self._with_beside(tokens), layout
 
-    def _positions(self, rows: int, columns: int) -> Float[Tensor, "t d"] | None:
+    def place_vectors(self, rows: int, columns: int) -> Float[Tensor, "t d"] | None:
+        """What is added to the patches of a grid of this size, in raster order; None where there are no positions."""
         if self.positions is not None:
             return resize_table(self.positions, rows, columns).flatten(0, 1)
         if self.row_positions is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from torch import nn
 
 from ..backbones import LanguageModel
 from ..errors import CheckpointError, ConfigError, UnknownName
+from .audio_models import AUDIO_MODELS, AudioClassifier, audio_classifier
+from .video_models import VIDEO_MODELS, VideoClassifier, video_classifier
 from .vision import VISION_MODELS, ImageClassifier, image_classifier
 from .weights import CONFIG, WEIGHTS, build_config, load_weights, read_config, save_weights, unwrap, write_config
 
@@ -44,6 +45,11 @@ def register_class(model_class: type[nn.Module]) -> type[nn.Module]:
     """
     _classes[model_class.__name__] = model_class
     return model_class
+
+
+def list_classes() -> list[type[nn.Module]]:
+    """All registered classes of models."""
+    return list(_classes.values())
 
 
 def list_models() -> list[str]:
@@ -110,13 +116,15 @@ def save_model(model: nn.Module, folder: str | Path, *, details: dict[str, Any] 
     write_config(inner.config, kind, Path(folder) / CONFIG, details)
 
 
-def load_model(folder: str | Path, *, size: int | tuple[int, int] | None = None) -> nn.Module:
+def load_model(folder: str | Path, *, size: int | tuple[int, ...] | None = None) -> nn.Module:
     """The model that `save_model` wrote, in evaluation mode. No code in the files is run.
 
     Args:
-        size: an image size other than the one that the model was saved with; its positions are resized.
+        size: of images (h, w) or videos (t, h, w), other than the one that the model was saved with; its positions are
+            resized.
 
     Raises:
+        ConfigError: a size for a model that has none.
         CheckpointError: a file is missing or corrupt, or the two do not fit each other; nothing is loaded.
     """
     file = Path(folder) / CONFIG
@@ -125,7 +133,9 @@ def load_model(folder: str | Path, *, size: int | tuple[int, int] | None = None)
         raise CheckpointError(f"{file}: {UnknownName('class of models', content['model'], _classes)}")
     config = build_config(_classes[content["model"]].config_class, content["config"], file)
     if size is not None:
-        config = replace(config, image=replace(config.image, size=size))
+        if not hasattr(config, "resized"):
+            raise ConfigError(f"size is {size}, but a {content['model']} has none; leave it out")
+        config = config.resized(size)
     model = build_model(config)
     load_weights(model, Path(folder) / WEIGHTS, resize=size is not None)
     return model.eval()
@@ -141,6 +151,12 @@ def read_details(folder: str | Path) -> dict[str, Any]:
 
 
 register_class(ImageClassifier)
+register_class(AudioClassifier)
+register_class(VideoClassifier)
 register_class(LanguageModel)
 for _name, _options in VISION_MODELS.items():
     register_model(_name, partial(image_classifier, **_options))
+for _name, _options in VIDEO_MODELS.items():
+    register_model(_name, partial(video_classifier, **_options))
+for _name, _options in AUDIO_MODELS.items():
+    register_model(_name, partial(audio_classifier, **_options))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ..backbones import BackboneConfig, list_mixers
 from ..backbones.heads import ClassificationHeadConfig
@@ -26,6 +29,10 @@ class ImageClassifierConfig:
         if self.head.pool == "class_token" and self.image.class_token is None:
             raise ConfigError("head.pool is 'class_token', but image.class_token is None; set 'first' or 'middle'")
 
+    def resized(self, size: int | tuple[int, int]) -> ImageClassifierConfig:
+        """The configuration for images of another size."""
+        return replace(self, image=replace(self.image, size=size))
+
 
 class ImageClassifier(Classifier):
     """Images of any size to logits.
@@ -34,6 +41,17 @@ class ImageClassifier(Classifier):
     """
 
     config_class = ImageClassifierConfig
+
+    @classmethod
+    def examples(cls) -> list[tuple[ImageClassifierConfig, list[Tensor]]]:
+        small: dict[str, Any] = {"dim": 16, "depth": 2, "classes": 3, "size": 16, "patch": 4}
+        images = [torch.randn(2, 3, 16, 16), torch.randn(3, 3, 9, 23)]
+        options: list[dict[str, Any]] = [
+            {"mixer": "gla"},
+            {"mixer": "attention", "class_token": "middle", "pool": "class_token", "positions": "factorised"},
+            {"mixer": "mamba2,attention", "pool": "max", "positions": "none"},
+        ]
+        return [(image_classifier(**small | option), images) for option in options]
 
     def __init__(self, config: ImageClassifierConfig):
         super().__init__(PatchTokenizer(config.image), config.backbone, config.head)

@@ -28,6 +28,8 @@ SCANS: dict[str, tuple[str, ...]] = {
     "window": ("window", "window-reverse"),  # LocalMamba
     "hilbert": ("hilbert", "hilbert-reverse"),
     "temporal-first": ("temporal", "temporal-reverse"),
+    # Spatial first and temporal first (VideoMamba, arXiv 2403.06977, figure 3).
+    "cross-3d": ("forward", "backward", "temporal", "temporal-reverse"),
 }
 ORDERS = ("forward", "columns", "snake", "snake-columns", "window", "hilbert", "temporal")
 WINDOW = 2  # side of LocalMamba's windows
@@ -49,6 +51,11 @@ def scan_orders(scan: str) -> tuple[str, ...]:
     if len(set(orders)) != len(orders):
         raise ConfigError(f"scan is {scan!r}; an order stands in it twice")
     return orders
+
+
+def needs_rows(order: str) -> bool:
+    """Whether an order follows the rows or columns of a frame."""
+    return order.removesuffix("-reverse") not in ("forward", "backward", "temporal")
 
 
 def permute(x: Tensor, order: str, layout: Layout) -> Tensor:
@@ -92,6 +99,11 @@ def _apply(x: Tensor, order: str, layout: Layout, *, inverse: bool) -> Tensor:
     if layout.grid is None:
         raise UnsupportedCall(
             f"scan order {order!r} needs layout.grid, which is None; only forward and backward do not"
+        )
+    if not layout.rows and needs_rows(order):
+        raise UnsupportedCall(
+            f"scan order {order!r} follows rows or columns, and these tokens have none (layout.rows is False); "
+            "use forward, backward and temporal orders"
         )
     forward, backward = grid_permutation(order, layout.grid, layout.extra)
     return x.index_select(1, (backward if inverse else forward).to(x.device))

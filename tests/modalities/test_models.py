@@ -125,7 +125,7 @@ def test_a_name_of_ones_own(monkeypatch):
 @pytest.mark.parametrize("name", list_models())
 def test_configurations_survive_json(name):
     config = model_config(name, classes=5)
-    assert from_dict(ImageClassifierConfig, json.loads(json.dumps(to_dict(config)))) == config
+    assert from_dict(type(config), json.loads(json.dumps(to_dict(config)))) == config
 
 
 # Folders
