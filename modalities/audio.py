@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..backbones.config import check_options, positive
 from ..backbones.layout import Layout
 from ..errors import UnsupportedShape
-from .fronts import FRONTS, FrontConfig
+from .fronts import FRONTS, FrontConfig, FrontState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +74,21 @@ class AudioTokenizer(nn.Module):
             _check(clip, 1)
         return self._packed(waves)
 
+    def stream(
+        self, waves: Float[Tensor, "b n"], state: FrontState | None = None
+    ) -> tuple[Float[Tensor, "b t d"], Layout, FrontState]:
+        """The tokens that further samples bring, none or more, in causal models; and what to go on from.
+
+        Raises:
+            UnsupportedCall: the front does not stream.
+            UnsupportedShape: the waves are no floating-point (b, n), or not as many rows as the state's.
+        """
+        _check(waves, 2, empty=True)
+        if state is not None and state.kept[0].shape[0] != waves.shape[0]:
+            raise UnsupportedShape(f"waves has {waves.shape[0]} rows, and the state {state.kept[0].shape[0]}")
+        tokens, state = self.front.stream(waves, state)
+        return tokens, Layout(causal=True), state
+
     def _packed(self, waves: Sequence[Float[Tensor, "_"]]) -> tuple[Float[Tensor, "1 t d"], Layout]:
         rows: dict[int, tuple[Tensor, Layout]] = {}
         # Clips of one length go through the front together.
@@ -91,11 +106,11 @@ class AudioTokenizer(nn.Module):
         return packed, Layout(causal=self.config.causal, cu_seqlens=cu_seqlens, extra=tuple(extra))
 
 
-def _check(waves: Tensor, dimensions: int) -> None:
+def _check(waves: Tensor, dimensions: int, *, empty: bool = False) -> None:
     if waves.ndim != dimensions:
         shape = "(clips, samples)" if dimensions == 2 else "(samples,)"
         raise UnsupportedShape(f"waves is {tuple(waves.shape)}; it must be {shape}, channels mixed into one")
-    if 0 in waves.shape:
+    if 0 in waves.shape and not (empty and waves.shape[0]):
         raise UnsupportedShape(f"waves is {tuple(waves.shape)}; a clip needs at least one sample")
     if not waves.is_floating_point():
         raise UnsupportedShape(f"waves is {waves.dtype}; it must be floating point, in -1..1")

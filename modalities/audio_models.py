@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..backbones import BackboneConfig, list_mixers
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..backbones import BackboneConfig, State, list_mixers
 from ..backbones.heads import ClassificationHeadConfig
-from ..errors import ConfigError
+from ..backbones.wrappers.scan import scan_orders
+from ..errors import ConfigError, UnsupportedCall
 from .audio import AudioTokenizer, AudioTokenizerConfig
 from .classifier import Classifier, plain_backbone
-from .fronts import FRONTS, FrameFrontConfig, FrontConfig, PatchFrontConfig, WaveFrontConfig
+from .fronts import FRONTS, FrameFrontConfig, FrontConfig, FrontState, PatchFrontConfig, WaveFrontConfig
 from .mel import MelConfig
 
 
@@ -25,6 +30,10 @@ class AudioClassifierConfig:
     def __post_init__(self) -> None:
         if self.audio.dim != self.backbone.dim:
             raise ConfigError(f"audio.dim is {self.audio.dim} and backbone.dim {self.backbone.dim}; they must be equal")
+        if self.audio.causal and scan_orders(self.backbone.scan) != ("forward",):
+            raise ConfigError(
+                f"backbone.scan is {self.backbone.scan!r} with audio.causal; a causal model scans 'forward'"
+            )
         if self.head.pool == "class_token" and getattr(self.audio.options, "class_token", None) is None:
             raise ConfigError(
                 "head.pool is 'class_token', but the audio front has none; the front 'patches' has one with "
@@ -32,11 +41,61 @@ class AudioClassifierConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class AudioState:
+    """What a causal classifier remembers of sounds that go on.
+
+    Args:
+        front: what its front remembers.
+        total: the sum of the tokens, (b, d), in float32 or float64.
+        backbone: one a block; None before the first token.
+    """
+
+    front: FrontState
+    total: Tensor
+    backbone: tuple[State, ...] | None
+
+    def detach(self) -> AudioState:
+        """The same values without their history (truncated backpropagation)."""
+        front = replace(self.front, kept=tuple(t.detach() for t in self.front.kept))
+        kept = None if self.backbone is None else tuple(state.detach() for state in self.backbone)
+        return AudioState(front=front, total=self.total.detach(), backbone=kept)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the tensors hold."""
+        own = sum(t.numel() * t.element_size() for t in (self.total, *self.front.kept))
+        return own + sum(state.nbytes for state in self.backbone or ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioStep:
+    """What a chunk of sound brought.
+
+    Args:
+        now: logits of each token that it completed, (b, steps, classes).
+        so_far: logits of the sound up to here, (b, classes), from the mean of all tokens; None before the first token.
+        state: to go on from.
+    """
+
+    now: Tensor
+    so_far: Tensor | None
+    state: AudioState
+
+
 class AudioClassifier(Classifier):
     """Sounds of any length to logits.
 
     `forward` takes waves, one channel each, floating point, at `config.audio.rate` samples a second: clips of one
-    length as (b, n), or a list of clips (n,) of different lengths, which run packed, without padding.
+    length as (b, n), or a list of clips (n,) of different lengths, which run packed, without padding. A causal model
+    also takes them in pieces:
+
+    Example:
+        >>> state = None
+        >>> for chunk in chunks:                    # (b, any number of samples)
+        ...     step = model.stream(chunk, state)
+        ...     state = step.state
+        >>> logits = model.finish(state).so_far     # those of the whole sound at once
     """
 
     config_class = AudioClassifierConfig
@@ -44,10 +103,76 @@ class AudioClassifier(Classifier):
     def __init__(self, config: AudioClassifierConfig):
         super().__init__(AudioTokenizer(config.audio), config.backbone, config.head)
 
+    @classmethod
+    def examples(cls) -> list[tuple[AudioClassifierConfig, list[Any]]]:
+        sound = torch.linspace(-9, 9, 900).sin() * torch.linspace(0, 20, 900).square().cos()
+        clips = torch.stack([0.1 * sound, 0.2 * sound.flip(0)])
+        batches = [clips, clips[:, 300:], [clips[0, 100:], clips[1, :30], clips[0, :800]]]
+        small = {"dim": 16, "depth": 1, "classes": 3}
+        mel = {"rate": 4000, "bins": 8}
+        return [
+            (
+                audio_classifier(
+                    mixer="gla", **small, **mel, seconds=0.2, patch=4, class_token="middle", pool="class_token"
+                ),
+                batches,
+            ),
+            (audio_classifier(mixer="attention", **small, **mel, front="frames", pool="max"), batches),
+            (audio_classifier(mixer="mamba2", **small, **mel, front="frames", causal=True), batches),
+            (
+                audio_classifier(
+                    mixer="linear",
+                    **small,
+                    front="wave",
+                    fronts={"wave": WaveFrontConfig(channels=6, kernels=(10, 3), strides=(5, 2))},
+                ),
+                batches,
+            ),
+        ]
+
     @property
     def config(self) -> AudioClassifierConfig:
         """The configuration that builds this model as it is now."""
         return AudioClassifierConfig(audio=self.tokenizer.config, backbone=self.backbone.config, head=self.head.config)
+
+    def stream(self, chunk: Float[Tensor, "b n"], state: AudioState | None = None) -> AudioStep:
+        """Go on with the next samples of sounds.
+
+        Args:
+            chunk: any number of samples.
+            state: of the call before; None begins.
+
+        Raises:
+            UnsupportedCall: the model is not causal, one of its mixers does not stream, or its head does not pool by
+                the mean.
+            UnsupportedShape: the chunk is no floating-point (b, n), or does not fit the state.
+        """
+        self._check_streaming()
+        tokens, layout, front = self.tokenizer.stream(chunk, None if state is None else state.front)
+        memory, total = (None, 0.0) if state is None else (state.backbone, state.total)
+        if tokens.shape[1]:
+            tokens, memory = self.backbone(tokens, layout, memory)
+        total = tokens.sum(1, dtype=torch.promote_types(tokens.dtype, torch.float32)) + total
+        so_far = self._logits((total / front.steps).to(tokens.dtype)) if front.steps else None
+        after = AudioState(front=front, total=total, backbone=memory)
+        return AudioStep(now=self._logits(tokens), so_far=so_far, state=after)
+
+    def finish(self, state: AudioState) -> AudioStep:
+        """The end of the sounds: where they were too short for one token, silence fills it up, as in whole clips."""
+        missing = max(0, self.tokenizer.front.shortest - state.front.samples)
+        return self.stream(state.total.new_zeros(state.total.shape[0], missing), state)
+
+    def _check_streaming(self) -> None:
+        if not self.tokenizer.config.causal:
+            raise UnsupportedCall("this model hears whole clips; build it with causal=True to stream")
+        if self.head.config.pool != "mean":
+            raise UnsupportedCall(f"the head pools by {self.head.config.pool!r}; streaming needs 'mean'")
+        for block in self.backbone.blocks:
+            if not block.mixer.streaming:
+                raise UnsupportedCall(f"{type(block.mixer).__name__} does not go on from a state; use another mixer")
+
+    def _logits(self, features: Float[Tensor, "b *t d"]) -> Float[Tensor, "b *t classes"]:
+        return self.head.classifier(self.head.dropout(features))
 
 
 def audio_front(

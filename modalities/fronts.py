@@ -16,7 +16,7 @@ from ..backbones.config import positive
 from ..backbones.layout import Layout
 from ..backbones.norm import RMSNorm
 from ..backbones.registry import Registry
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedCall
 from .image import PatchTokenizer, PatchTokenizerConfig
 from .mel import LogMel, MelConfig, SpecAugment, SpecAugmentConfig
 
@@ -36,12 +36,43 @@ class FrontConfig:
         raise NotImplementedError
 
 
+@dataclass(frozen=True, kw_only=True)
+class FrontState:
+    """What a causal front remembers of clips that go on.
+
+    Args:
+        samples: that went by.
+        steps: tokens that they brought.
+        kept: samples, and inputs of convolutions, that later tokens hear too, (b, n, ...) each.
+    """
+
+    samples: int
+    steps: int
+    kept: tuple[Tensor, ...]
+
+
 class Front(nn.Module, ABC):
-    """Clips of one length to tokens."""
+    """Clips of one length to tokens.
+
+    Attributes:
+        shortest: samples of the first token; a clip that has fewer is filled up with silence at its end.
+    """
+
+    shortest: int = 1
 
     @abstractmethod
     def forward(self, waves: Float[Tensor, "b n"]) -> tuple[Float[Tensor, "b t d"], Layout]:
         """The tokens of each clip, and where they are."""
+
+    def stream(
+        self, waves: Float[Tensor, "b n"], state: FrontState | None = None
+    ) -> tuple[Float[Tensor, "b t d"], FrontState]:
+        """The tokens, none or more, that further samples of each clip complete; of causal fronts, without masks.
+
+        Raises:
+            UnsupportedCall: the front does not stream.
+        """
+        raise UnsupportedCall(f"{type(self).__name__} hears whole clips and does not stream; use 'frames' or 'wave'")
 
 
 FRONTS: Registry[Front] = Registry("audio front", options="fronts")
@@ -148,7 +179,23 @@ class Convolution(nn.Module):
         nn.init.trunc_normal_(self.weight, std=(channels * kernel) ** -0.5)
 
     def forward(self, x: Float[Tensor, "b t c"]) -> Float[Tensor, "b s d"]:
-        x = F.pad(x.to(self.weight.dtype), (0, 0, *self.pad))
+        return self._convolved(F.pad(x.to(self.weight.dtype), (0, 0, *self.pad)))
+
+    def stream(
+        self, x: Float[Tensor, "b t c"], kept: Float[Tensor, "b m c"] | None = None
+    ) -> tuple[Float[Tensor, "b s d"], Float[Tensor, "b k c"]]:
+        """The steps that are complete when `x` has followed on the inputs `kept`, and what to keep now.
+
+        Without padding on the right; `kept` begins as the zeros on the left.
+        """
+        x = x.to(self.weight.dtype)
+        x = F.pad(x, (0, 0, self.pad[0], 0)) if kept is None else torch.cat([kept, x], dim=1)
+        out, _, kernel = self.weight.shape
+        steps = max(0, (x.shape[1] - kernel) // self.stride + 1)
+        y = self._convolved(x) if steps else x.new_zeros(x.shape[0], 0, out)
+        return y, x[:, steps * self.stride :].clone()
+
+    def _convolved(self, x: Tensor) -> Tensor:
         return F.conv1d(x.mT, self.weight, self.bias, stride=self.stride).mT
 
 
@@ -208,17 +255,42 @@ class FrameFront(Front):
         pad = (2, 0) if causal else (1, 1)
         self.first = Convolution(config.mel.bins, dim, 3, 1, pad)
         self.second = Convolution(dim, dim, 3, 2, pad)
+        self.shortest = config.mel.window
 
     def forward(self, waves: Float[Tensor, "b n"]) -> tuple[Float[Tensor, "b t d"], Layout]:
         mel = self.augment(self.mel(waves))
         tokens = F.gelu(self.second(F.gelu(self.first(mel))))
-        return _placed(tokens, self.config.positions, self.causal)
+        return _placed(tokens, self.config), Layout(causal=self.causal, grid=(tokens.shape[1], 1, 1))
+
+    def stream(
+        self, waves: Float[Tensor, "b n"], state: FrontState | None = None
+    ) -> tuple[Float[Tensor, "b t d"], FrontState]:
+        sound, first, second = (None, None, None) if state is None else state.kept
+        x, sound = self.mel.stream(waves, sound)
+        x, first = self.first.stream(x, first)
+        x, second = self.second.stream(F.gelu(x), second)
+        return _next(F.gelu(x), waves, self.config, state, (sound, first, second))
 
 
-def _placed(tokens: Tensor, positions: str, causal: bool) -> tuple[Float[Tensor, "b t d"], Layout]:
-    if positions == "sinusoidal":
-        tokens = tokens + sinusoids(*tokens.shape[1:], device=tokens.device).to(tokens.dtype)
-    return tokens, Layout(causal=causal, grid=(tokens.shape[1], 1, 1))
+def _placed(
+    tokens: Float[Tensor, "b t d"], config: FrameFrontConfig | WaveFrontConfig, start: int = 0
+) -> Float[Tensor, "b t d"]:
+    """The tokens with their positions from `start` on."""
+    if config.positions == "none":
+        return tokens
+    return tokens + sinusoids(*tokens.shape[1:], start=start, device=tokens.device).to(tokens.dtype)
+
+
+def _next(
+    tokens: Float[Tensor, "b t d"],
+    waves: Float[Tensor, "b n"],
+    config: FrameFrontConfig | WaveFrontConfig,
+    state: FrontState | None,
+    kept: tuple[Tensor, ...],
+) -> tuple[Float[Tensor, "b t d"], FrontState]:
+    samples, steps = (0, 0) if state is None else (state.samples, state.steps)
+    after = FrontState(samples=samples + waves.shape[1], steps=steps + tokens.shape[1], kept=kept)
+    return _placed(tokens, config, steps), after
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,9 +370,19 @@ class WaveFront(Front):
         self.proj = nn.Linear(channels, dim)
         nn.init.trunc_normal_(self.proj.weight, std=channels**-0.5)
         nn.init.zeros_(self.proj.bias)
+        self.shortest = config.field
 
     def forward(self, waves: Float[Tensor, "b n"]) -> tuple[Float[Tensor, "b t d"], Layout]:
-        x = F.pad(waves, (0, max(0, self.config.field - waves.shape[-1]))).unsqueeze(-1)
-        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
-            x = F.gelu(norm(convolution(x)))
-        return _placed(self.proj(x), self.config.positions, self.causal)
+        tokens, _ = self.stream(F.pad(waves, (0, max(0, self.shortest - waves.shape[1]))))
+        return tokens, Layout(causal=self.causal, grid=(tokens.shape[1], 1, 1))
+
+    def stream(
+        self, waves: Float[Tensor, "b n"], state: FrontState | None = None
+    ) -> tuple[Float[Tensor, "b t d"], FrontState]:
+        x, kept = waves.unsqueeze(-1), []
+        before = [None] * len(self.norms) if state is None else state.kept
+        for convolution, norm, inputs in zip(self.convolutions, self.norms, before, strict=True):
+            x, rest = convolution.stream(x, inputs)
+            x = F.gelu(norm(x)) if x.shape[1] else x
+            kept.append(rest)
+        return _next(self.proj(x), waves, self.config, state, tuple(kept))

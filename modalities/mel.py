@@ -60,6 +60,8 @@ class MelConfig:
         positive(self, "rate", "bins", "hop")
         if self.window < 2:
             raise ConfigError(f"MelConfig.window is {self.window}; it must be at least 2 samples")
+        if self.hop > self.window:
+            raise ConfigError(f"MelConfig.hop is {self.hop}; it must be at most the window, {self.window} samples")
         top = self.rate / 2 if self.high is None else self.high
         if not 0 <= self.low < top <= self.rate / 2:
             raise ConfigError(
@@ -183,6 +185,21 @@ class LogMel(nn.Module):
             else:
                 log = self._logarithm(self._powers(x, window) @ filters)
         return (log - config.mean) / config.std
+
+    def stream(
+        self, waves: Float[Tensor, "b n"], kept: Float[Tensor, "b m"] | None = None
+    ) -> tuple[Float[Tensor, "b t bins"], Float[Tensor, "b k"]]:
+        """The frames that are complete when `waves` has followed on the samples `kept`, and what to keep now.
+
+        Serves configurations whose frames depend on nothing else, `center=False`.
+        """
+        x = waves if kept is None else torch.cat([kept, waves], dim=1)
+        frames = max(0, (x.shape[1] - self.config.window) // self.config.hop + 1)
+        if not frames:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            return x.new_zeros(x.shape[0], 0, self.config.bins, dtype=wide), x.clone()
+        # A copy, lest a few samples keep the memory of all.
+        return self(x), x[:, frames * self.config.hop :].clone()
 
     def _powers(self, x: Tensor, window: Tensor) -> Float[Tensor, "b t frequencies"]:
         from torchaudio.functional import spectrogram
