@@ -29,7 +29,7 @@ def list_mixers(argv: list[str]) -> None:
 
 
 def mixer_rows() -> list[dict[str, Any]]:
-    """One row a mixer: what it is and, as it declares, how it serves text, in order and by diffusion, and images."""
+    """One row a mixer: what it is and, as it declares, how it serves each modality."""
     from .backbones.config import Site
     from .backbones.mixers import get_mixer
     from .backbones.mixers import list_mixers as names
@@ -41,6 +41,9 @@ def mixer_rows() -> list[dict[str, Any]]:
         forward, both = (entry.build(32, entry.examples[0], Site(scan=scan_orders(s))) for s in ("forward", "both"))
         streams = f"streams, {'constant state' if forward.constant_state else 'growing cache'}"
         diffusion = {"masked": both.bidirectional, "block": both.blockwise and both.streaming}
+        whole = "both ways" if forward.bidirectional else "by scans" if both.bidirectional else "no"
+        live = "streams" if forward.causal and forward.streaming else "no streams"
+        lengths = "any lengths packed" if both.packed else "one length a batch"
         rows.append(
             {
                 "mixer": name,
@@ -48,7 +51,9 @@ def mixer_rows() -> list[dict[str, Any]]:
                 "causal sequences": "no" if not forward.causal else streams if forward.streaming else "yes",
                 "text by diffusion": ", ".join(name for name, served in diffusion.items() if served) or "no",
                 "packed": "yes" if forward.packed else "no",
-                "images": "both ways" if forward.bidirectional else "by scans" if both.bidirectional else "no",
+                "images": whole,
+                "video": f"{whole}, {live}",
+                "audio": f"{whole}, {lengths}",
                 "source": entry.source,
             }
         )
