@@ -17,6 +17,7 @@ COMMANDS = {
     "text fit": (".recipes.text_generation:fit", "train a language model (default: the standard library's sources)"),
     "text validate": (".recipes.text_generation:validate", "measure a run's bits per byte on its held-out text"),
     "text generate": (".recipes.generate:main", "write on behind a prompt or standard input with a run"),
+    "data shard": (".modalities.shard_command:main", "write folders of labelled files into tar shards"),
     "list mixers": (".commands:list_mixers", "the sequence mixers"),
     "list objectives": (".commands:list_objectives", "what language models are trained for"),
     "list models": (".commands:list_models", "the models that create_model builds by name"),

@@ -6,7 +6,7 @@ import csv
 import json
 import os
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -149,7 +149,7 @@ class CSVSource(_Files):
         if classes is None:
             classes = read_classes(table.parent)
         if classes is None:
-            classes = _name_classes({label for _, label in rows}, str(table))
+            classes = name_classes({label for _, label in rows}, str(table))
         labels = label_of({label for _, label in rows}, classes, str(table))
         super().__init__([(path, labels[label]) for path, label in rows], tuple(classes))
         if not any(os.path.isfile(path) for path in self._paths):
@@ -243,15 +243,20 @@ def read_classes(folder: Path) -> tuple[str, ...] | None:
     return None
 
 
-def label_of(found: Iterable[str], classes: Sequence[str], where: str, *, numbers: bool = True) -> dict[str, int]:
-    """The index of the class for each label that occurs, which is its name or, with `numbers`, its index.
+def label_of(
+    found: Iterable[str | int], classes: Sequence[str], where: str, *, numbers: bool = True
+) -> dict[str | int, int]:
+    """The index of the class for each label that occurs: an index, the name of a class or, with `numbers`, its number.
 
     Raises:
         ConfigError: labels that are neither, by name.
     """
     known = {name: index for index, name in enumerate(classes)}
-    labels = {text: known.get(text, _index(text) if numbers else None) for text in found}
-    unknown = sorted(text for text, index in labels.items() if index is None or not 0 <= index < len(classes))
+    labels = {
+        label: label if isinstance(label, int) else known.get(label, as_index(label) if numbers else None)
+        for label in found
+    }
+    unknown = sorted(str(label) for label, i in labels.items() if i is None or not 0 <= i < len(classes))
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         names = ", ".join([*classes[:8], *(["..."] if len(classes) > 8 else [])])
@@ -259,7 +264,37 @@ def label_of(found: Iterable[str], classes: Sequence[str], where: str, *, number
             f"{where} has the classes {', '.join(unknown[:5])}{more}, which are none of the {len(classes)} known ones "
             f"({names})"
         )
-    return {text: int(index) for text, index in labels.items()}  # type: ignore[arg-type]
+    return labels  # type: ignore[return-value]
+
+
+def name_classes(labels: set[str | int], where: str, described: Mapping[int, str] = {}) -> list[str]:
+    """Names for all classes, from the labels that occur: the names among them, or numbers up to the largest.
+
+    Args:
+        described: names that are known for some of the numbers.
+
+    Raises:
+        ConfigError: labels of both kinds, a number that is none of a class, or two numbers of one name.
+    """
+    indices = [label if isinstance(label, int) else as_index(label) for label in labels]
+    if None in indices:
+        if not all(isinstance(label, str) for label in labels):
+            raise ConfigError(
+                f"{where} has labels that are indices beside some that are names; it must name all classes"
+            )
+        return sorted(labels)  # type: ignore[type-var]
+    top = max(indices)  # type: ignore[type-var]
+    if top >= _MOST_CLASSES:
+        raise ConfigError(f"{where} has the label {top}; a label is the name of a class or its index")
+    names = [described.get(index, str(index)) for index in range(top + 1)]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{where} gives one name to two classes, of {', '.join(names[:8])}")
+    return names
+
+
+def as_index(text: str) -> int | None:
+    """The number that a label is, if it is one."""
+    return int(text) if text.isdecimal() and text.isascii() and len(text) < 16 else None
 
 
 def walk_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
@@ -285,20 +320,6 @@ def _walk(folder: Path, suffixes: Collection[str], above: tuple[tuple[int, int],
 def _visible(folder: Path) -> list[os.DirEntry[str]]:
     with os.scandir(folder) as entries:
         return [entry for entry in entries if not entry.name.startswith(".")]
-
-
-def _index(text: str) -> int | None:
-    return int(text) if text.isdecimal() and text.isascii() else None
-
-
-def _name_classes(labels: set[str], where: str) -> list[str]:
-    indices = [_index(label) for label in labels]
-    if None in indices:
-        return sorted(labels)
-    top = max(indices)  # type: ignore[type-var]
-    if top >= _MOST_CLASSES:
-        raise ConfigError(f"{where} has the label {top}; a label is the name of a class or its index")
-    return [str(index) for index in range(top + 1)]
 
 
 def _read_table(table: Path, suffixes: Collection[str]) -> list[tuple[str, str]]:
@@ -348,7 +369,7 @@ def _find_ids(
         clip, row = cells[at[0]], dict(zip(header, cells, strict=False))
         names = [clip]
         start, end = row.get("time_start", ""), row.get("time_end", "")
-        if _index(start) is not None and _index(end) is not None:
+        if as_index(start) is not None and as_index(end) is not None:
             names.insert(0, f"{clip}_{int(start):06d}_{int(end):06d}")
         missing = str(table.parent / table.stem / names[0])
         rows.append((next((found[name] for name in names if name in found), missing), cells[at[1]]))
