@@ -3,6 +3,8 @@
 from .audio import AudioTokenizer, AudioTokenizerConfig
 from .audio_models import AudioClassifier, AudioClassifierConfig, audio_classifier
 from .corpus import Document, JsonLines, Parquet, Shards, TextFiles, standard_library
+from .decode import Clip, VideoInfo, VideoReader, read_audio, read_clip
+from .encode import write_audio, write_video
 from .fronts import FrameFrontConfig, FrontConfig, PatchFrontConfig, WaveFrontConfig, list_fronts
 from .image import PatchTokenizer, PatchTokenizerConfig, load_image
 from .mel import LogMel, MelConfig, SpecAugment, SpecAugmentConfig
@@ -17,6 +19,8 @@ from .models import (
     register_model,
     save_model,
 )
+from .sampling import Dense, Sampling, Segments, Uniform, views
+from .shards import ShardSource
 from .sources import (
     AUDIO_SUFFIXES,
     IMAGE_SUFFIXES,
@@ -45,6 +49,8 @@ __all__ = [
     "BPETokenizer",
     "ByteTokenizer",
     "CSVSource",
+    "Clip",
+    "Dense",
     "Document",
     "FolderSource",
     "FrameFrontConfig",
@@ -58,6 +64,9 @@ __all__ = [
     "PatchFrontConfig",
     "PatchTokenizer",
     "PatchTokenizerConfig",
+    "Sampling",
+    "Segments",
+    "ShardSource",
     "Shards",
     "Source",
     "SpecAugment",
@@ -67,8 +76,11 @@ __all__ = [
     "Tokenizer",
     "TubeletTokenizer",
     "TubeletTokenizerConfig",
+    "Uniform",
     "VideoClassifier",
     "VideoClassifierConfig",
+    "VideoInfo",
+    "VideoReader",
     "VideoState",
     "VideoStep",
     "WaveFrontConfig",
@@ -87,6 +99,8 @@ __all__ = [
     "load_tokenizer",
     "load_weights",
     "model_config",
+    "read_audio",
+    "read_clip",
     "read_details",
     "register_class",
     "register_model",
@@ -95,4 +109,7 @@ __all__ = [
     "standard_library",
     "train_bpe",
     "video_classifier",
+    "views",
+    "write_audio",
+    "write_video",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -145,13 +146,15 @@ class PatchTokenizer(GridTokenizer):
         return {"positions": (rows, columns), "row_positions": (rows,), "column_positions": (columns,)}
 
 
-def load_image(source: object, mode: Literal["RGB", "L"] = "RGB") -> Float[Tensor, "c h w"]:
+def load_image(source: object, mode: Literal["RGB", "L"] = "RGB", *, name: str | None = None) -> Float[Tensor, "c h w"]:
     """An image as a float32 tensor in 0..1.
 
     Args:
-        source: a file (path) in any format that Pillow reads, a PIL image, or a tensor `(c, h, w)` or `(h, w)` with 1
-            to 4 channels: uint8, uint16 or floating point (taken to be in 0..1 already).
+        source: a file in any format that Pillow reads (its path, its bytes, or opened in binary mode), a PIL image, or
+            a tensor `(c, h, w)` or `(h, w)` with 1 to 4 channels: uint8, uint16 or floating point (taken to be in 0..1
+            already).
         mode: "RGB", 3 channels; "L", 1 channel, grey.
+        name: what messages call the source; a path names itself.
 
     Palettes are expanded, 16-bit images keep their precision, the EXIF orientation is applied, and transparent pixels
     are laid over white.
@@ -167,18 +170,29 @@ def load_image(source: object, mode: Literal["RGB", "L"] = "RGB") -> Float[Tenso
         return _channels(_scale(source), mode)
     from PIL import Image
 
-    if not isinstance(source, str | Path | Image.Image):
-        raise UnsupportedShape(f"source is a {type(source).__name__}; it must be a path, a PIL image or a tensor")
-    name = source if isinstance(source, str | Path) else getattr(source, "filename", "") or "(a PIL image)"
+    kinds = (str, Path, bytes, Image.Image)
+    if not isinstance(source, kinds) and not hasattr(source, "read"):
+        raise UnsupportedShape(
+            f"source is a {type(source).__name__}; it must be a path, bytes, an open file, a PIL image or a tensor"
+        )
+    name = name or _name_of(source)
     try:
         if isinstance(source, Image.Image):
             pixels = _pixels(source)
         else:
-            with Image.open(source) as image:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 pixels = _pixels(image)
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise MediaError(f"cannot read the image {str(name)!r}: {error}") from error
+        raise MediaError(f"cannot read the image {name!r}: {error}") from error
     return _channels(pixels, mode)
+
+
+def _name_of(source: Any) -> str:
+    if isinstance(source, str | Path):
+        return str(source)
+    if isinstance(source, bytes):
+        return "(bytes)"
+    return getattr(source, "filename", "") or ("(an open file)" if hasattr(source, "read") else "(a PIL image)")
 
 
 def _pixels(image: Any) -> Float[Tensor, "c h w"]:

@@ -1,0 +1,203 @@
+"""Media files, opened: what video and audio reading share.
+
+FFmpeg (by PyAV) reads the containers. Headers are not believed: a file that was cut, say by a download that broke off,
+often opens and decodes without an error and only ends early.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from ..errors import MediaError, UnsupportedCall, UnsupportedShape
+
+Media = str | Path | bytes
+Source = str | Path | bytes | BinaryIO
+
+# Containers of media. Left out are formats that name further files or addresses to open (playlists, concatenations)
+# and text that FFmpeg would draw as a picture.
+_FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,asf,ivf,nut,gif,h264,hevc,av1,"
+    "wav,w64,flac,mp3,aac,ogg,aiff,au,amr,caf,ac3,eac3,dts"
+)
+# Of these the header states the length in time, written when the file was finished; others are estimates.
+_STATED = ("mov", "matroska", "avi", "flv", "wav", "flac")
+_MICROSECONDS = 1_000_000
+_YEARS = 1 << 31  # seconds; later than any file ends
+
+
+class Tail(NamedTuple):
+    """Where the packets of a stream end, in seconds of the file's clock.
+
+    Args:
+        last: when the last frame begins.
+        end: when it ends.
+    """
+
+    last: float
+    end: float
+
+
+class Input:
+    """A file that is open for reading, and is closed once.
+
+    Args:
+        source: a path, the bytes of a file, or an open binary file (which is read from its beginning and left open).
+        name: what messages call it; a path names itself.
+        threads: that decode one stream.
+
+    Raises:
+        MediaError: missing, empty, or no media file.
+    """
+
+    def __init__(self, source: Source, name: str | None = None, threads: int = 1):
+        import av
+
+        self._errors = (av.FFmpegError, OSError)
+        self._process = os.getpid()
+        self._source, self._threads = source, threads
+        self._container: Any = None
+        path = isinstance(source, str | Path)
+        self.name = name or (str(source) if path else "(bytes)" if isinstance(source, bytes) else "(an open file)")
+        if path and not Path(source).is_file():
+            raise self.error("there is no such file" if not Path(source).exists() else "it is no file")
+        if not path and not isinstance(source, bytes) and not hasattr(source, "read"):
+            raise UnsupportedShape(f"source is a {type(source).__name__}; it must be a path, bytes or an open file")
+        if (path and Path(source).stat().st_size == 0) or source == b"":
+            raise self.error("it is empty")
+        self.open()
+
+    def open(self) -> None:
+        """Open the file (anew)."""
+        import av
+
+        self.close()
+        source = self._source
+        if isinstance(source, bytes):
+            source = io.BytesIO(source)
+        elif isinstance(source, str | Path):
+            # FFmpeg would take what stands before a colon in a name for a protocol.
+            source = f"file:{source}"
+        else:
+            source.seek(0)
+        options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
+        with self.reading():
+            self._container = av.open(source, metadata_errors="replace", container_options=options)
+        for stream in self._container.streams:
+            if stream.codec_context is not None:
+                # PyAV takes as many threads as there are processors, in every worker.
+                stream.codec_context.thread_count = self._threads
+                stream.codec_context.thread_type = "AUTO" if self._threads > 1 else "NONE"
+
+    def close(self) -> None:
+        container, self._container = self._container, None
+        if container is not None and os.getpid() == self._process:
+            container.close()
+
+    def error(self, reason: object) -> MediaError:
+        return MediaError(f"cannot read {self.name!r}: {reason}")
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Turns what FFmpeg and the operating system raise into a MediaError that names the file."""
+        try:
+            yield
+        except MediaError:
+            raise
+        except self._errors as error:
+            raise self.error(getattr(error, "strerror", None) or error) from error
+
+    @property
+    def container(self) -> Any:
+        if self._container is None:
+            raise UnsupportedCall(f"{self.name!r} has been closed; open it again")
+        if os.getpid() != self._process:
+            # Both processes would move one file position, and the decoder's threads exist in the other one only.
+            raise UnsupportedCall(f"{self.name!r} was opened by another process; open it in the process that reads")
+        return self._container
+
+    def streams(self, kind: str) -> list[int]:
+        """Numbers of the "video" or "audio" streams that FFmpeg can decode, without the pictures of covers."""
+        from av.stream import Disposition
+
+        return [
+            stream.index
+            for stream in getattr(self.container.streams, kind)
+            if stream.codec_context is not None and not stream.disposition & Disposition.attached_pic
+        ]
+
+    def stream(self, index: int) -> Any:
+        """A stream of the file as it is open now: to open it anew makes new ones."""
+        return self.container.streams[index]
+
+    def frames(self, index: int) -> Iterator[Any]:
+        """The decoded frames of a stream from where the file stands."""
+        decoded = self.container.decode(self.stream(index))
+        while True:
+            with self.reading():
+                frame = next(decoded, None)
+            if frame is None:
+                return
+            yield frame
+
+    def seek(self, index: int, seconds: float) -> None:
+        """Go to the last place at or before a time of the file's clock from which the stream decodes."""
+        stream = self.stream(index)
+        with self.reading():
+            self.container.seek(int(seconds / stream.time_base), stream=stream, backward=True)
+
+    def tail(self, index: int) -> Tail:
+        """Where a stream ends, by the file's last packets, read but not decoded; the file's position is lost.
+
+        Raises:
+            MediaError: the file ends well before its header says; it was cut.
+        """
+        try:
+            self.seek(index, _YEARS)
+            tails = self._scan()
+        except MediaError:
+            tails = {}
+        if index not in tails:
+            # No end to seek to, as in a bare stream: from the beginning.
+            self.open()
+            tails = self._scan()
+        if index not in tails:
+            raise self.error("the stream is empty")
+        stated, found = self.stated_end(), max(tail.end for tail in tails.values())
+        if stated is not None and found < stated - slack(stated):
+            raise self.error(f"it was cut: its header says {stated:.2f} s, but it ends at {found:.2f} s")
+        return tails[index]
+
+    def _scan(self) -> dict[int, Tail]:
+        tails: dict[int, Tail] = {}
+        packets = self.container.demux()
+        while True:
+            with self.reading():
+                packet = next(packets, None)
+            if packet is None:
+                return tails
+            when = packet.dts if packet.pts is None else packet.pts
+            if when is None or not packet.size or packet.is_discard:
+                continue
+            base = float(packet.time_base)
+            old = tails.get(packet.stream_index, Tail(-_YEARS, -_YEARS))
+            end = (when + (packet.duration or 0)) * base
+            tails[packet.stream_index] = Tail(max(old.last, when * base), max(old.end, end))
+
+    def stated_end(self) -> float | None:
+        """When the file ends by its header, in seconds of its clock; None where that is a guess."""
+        name, duration = self.container.format.name, self.container.duration
+        if duration is None or not name.startswith(_STATED):
+            return None
+        # Matroska counts from zero of its clock, the others from the first time stamp.
+        start = 0 if name.startswith("matroska") else self.container.start_time or 0
+        return (start + duration) / _MICROSECONDS
+
+
+def slack(seconds: float) -> float:
+    """By how much a whole file of a length that is stated may end before."""
+    return max(0.25, 0.05 * seconds)
