@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import ConfigError
-from .loading import Key, uniform
-from .media import IGNORED, MediaData, own_key
+from .loading import Key, own_key, uniform
+from .media import IGNORED, MediaData
 from .preprocess import ImagePreprocess
 
 

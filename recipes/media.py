@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, MediaError
 from ..modalities.sources import Source
-from .loading import EpochLoader, Key, mix
+from .loading import EpochLoader, Key, mix, own_key
 from .preprocess import Preprocess
 
 # Of samples that fill up a batch, so that every rank takes equally many: losses and metrics leave them out.
@@ -49,12 +49,6 @@ class Samples:
         return {**sample, "label": label, "problem": None}
 
 
-def own_key(key: Key) -> Key:
-    """The epoch and the sample that a key stands for; keys that only fill up a batch have negative numbers."""
-    epoch, index = key
-    return epoch, index if index >= 0 else -1 - index
-
-
 class MediaData(pl.LightningDataModule):
     """Base of the data sets. A batch is a dict: the tensors of its samples, label (b,), problems [(file, reason)].
 
@@ -71,6 +65,8 @@ class MediaData(pl.LightningDataModule):
     preprocess: Preprocess
     # How workers start; None is the system's way.
     context: str | None = None
+    # Seconds after which workers that deliver nothing stop the run.
+    timeout: float = 600.0
 
     def __init__(
         self,
@@ -108,6 +104,8 @@ class MediaData(pl.LightningDataModule):
             collate=None if hasattr(dataset, "__getitems__") else collate,
             rank=self.trainer.global_rank if self.trainer else 0,
             world=self.trainer.world_size if self.trainer else 1,
+            context=self.context,
+            timeout=self.timeout,
         )
 
     def train_dataloader(self) -> EpochLoader:

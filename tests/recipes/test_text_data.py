@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from omnimix.backbones.heads.noise import scored_tokens
 from omnimix.errors import CheckpointError, ConfigError, UnknownName
 from omnimix.modalities.text import ByteTokenizer, train_bpe
 from omnimix.modalities.token_cache import TokenCache
 from omnimix.recipes.text_data import ChatLines, JsonLines, Parquet, Shards, StandardLibrary, TextFiles, TextOptions
+from omnimix.recipes.text_generation import TextGeneration
 from omnimix.recipes.text_windows import PackedWindows, Pieces
 
 
@@ -285,6 +287,21 @@ def test_pieces_of_a_cache_without_documents_are_refused(folder):
         Pieces(cache, none, 8, fill=0)
     with pytest.raises(ConfigError, match="documents are none"):
         PackedWindows(cache, none, 8, seed=0)
+
+
+@pytest.mark.parametrize("kind", ["packed", "padded"])
+def test_rows_that_only_fill_up_count_nothing(folder, kind):
+    module = data(folder, borders=kind)
+    alone, both = module.train_set[0, 3], module.train_set.__getitems__([(0, 3), (0, -1 - 5)])
+    assert both["bytes"] == alone["bytes"] > 0
+    scored = lambda batch: scored_tokens(*(batch.get(n) for n in ("tokens", "cu_seqlens", "lengths", "counted")))  # noqa: E731
+    assert scored(both).sum() == scored(alone).sum()
+    width = alone["tokens"].shape[1]
+    assert both["counted"].flatten()[:width].any() and not both["counted"].flatten()[-width:].any()
+    model = TextGeneration(mixer="attention", dim=16, depth=1, vocabulary=module.vocabulary)
+    model.on_validation_epoch_start()
+    model.validation_step(module.train_set[0, -1 - 5], 0)
+    assert model._sums == [0.0, 0, 0]
 
 
 def test_all_kinds_have_the_same_arguments():
