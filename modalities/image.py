@@ -197,10 +197,11 @@ def _name_of(source: Any) -> str:
 
 def _pixels(image: Any) -> Float[Tensor, "c h w"]:
     import numpy as np
-    from PIL import ImageOps
+    from PIL import ExifTags, ImageOps
 
     image.load()
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode in {"I", "F"} or image.mode.startswith("I;16"):
         # `convert` would clip these to 255.
         values = torch.from_numpy(np.array(image, dtype=np.float32))
@@ -213,8 +214,9 @@ def _pixels(image: Any) -> Float[Tensor, "c h w"]:
         image = image.convert("RGBA")
     elif image.mode not in {"RGB", "L"}:
         image = image.convert("L" if image.mode == "1" else "RGB")
-    values = torch.from_numpy(np.array(image))
-    return _scale(values if values.ndim == 2 else values.permute(2, 0, 1))
+    values = np.array(image)
+    # Planes are copied while they are bytes.
+    return _scale(torch.from_numpy(values if values.ndim == 2 else np.ascontiguousarray(values.transpose(2, 0, 1))))
 
 
 def _scale(image: Tensor) -> Float[Tensor, "c h w"]:
@@ -225,7 +227,7 @@ def _scale(image: Tensor) -> Float[Tensor, "c h w"]:
         return image.to(torch.float32)
     if image.dtype not in (torch.uint8, torch.uint16):
         raise UnsupportedShape(f"source is {image.dtype}; an image tensor is uint8, uint16 or floating point in 0..1")
-    return image.to(torch.float32) / (255 if image.dtype == torch.uint8 else 65535)
+    return image.to(torch.float32).div_(255 if image.dtype == torch.uint8 else 65535)
 
 
 def _channels(image: Float[Tensor, "c h w"], mode: str) -> Float[Tensor, "new_c h w"]:
