@@ -44,7 +44,7 @@ class MelConfig:
     """
 
     rate: int = 16_000
-    bins: int = 128
+    bins: int = 64
     window: int = 400
     hop: int = 160
     low: float = 0.0

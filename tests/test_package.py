@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("triton", "transformers", "lightning", "av", "timm", "torchvision", "torchmetrics", "matplotlib", "sklearn")
+HEAVY = (
+    "triton",
+    "transformers",
+    "lightning",
+    "av",
+    "timm",
+    "torchaudio",
+    "torchvision",
+    "torchmetrics",
+    "matplotlib",
+    "sklearn",
+)
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess:
