@@ -10,6 +10,8 @@ CONFIGS = Path(__file__).parent / "configs"
 RECIPES = {
     "vision_classification": "omnimix vision fit",
     "vision_folder": "omnimix vision fit --config vision_folder --data.root DIR",
+    "video_understanding": "omnimix video fit",
+    "video_folder": "omnimix video fit --config video_folder --data.root DIR",
     "text_generation": "omnimix text fit",
     "text_files": "omnimix text fit --config text_files --data.path DIR",
 }

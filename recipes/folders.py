@@ -19,7 +19,7 @@ from .preprocess import ImagePreprocess
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """What happens to a training image from a file.
+    """What happens to a training image from a file, or alike to all frames of a clip.
 
     Args:
         scale: the smallest part of the area that a random crop keeps.
@@ -31,7 +31,7 @@ class Augment:
     flip: bool = True
     colour: float = 0.0
 
-    def __call__(self, image: Float[Tensor, "c h w"], size: int, seed: int) -> Float[Tensor, "c s s"]:
+    def __call__(self, image: Float[Tensor, "*t c h w"], size: int, seed: int) -> Float[Tensor, "*t c s s"]:
         from torchvision.transforms import v2
 
         steps: list[Any] = [v2.RandomResizedCrop(size, scale=(self.scale, 1.0), antialias=True)]

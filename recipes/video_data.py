@@ -1,0 +1,388 @@
+"""Video data for the recipes: clips in files, and how they are prepared."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from ..backbones.config import positive
+from ..errors import ConfigError, MediaError, UnknownName
+from ..modalities.decode import VideoReader
+from ..modalities.sampling import Dense, Sampling, Segments, Uniform, views
+from ..modalities.sources import VIDEO_SUFFIXES, Source, find_splits
+from .folders import Augment
+from .loading import Key
+from .media import MediaData, Samples
+from .preprocess import Preprocess
+
+SAMPLINGS = ("uniform", "segments", "dense")
+_AUGMENT = Augment(flip=False)
+# Files that are asked for their duration.
+_MEASURED = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    """What a model sees of a video file.
+
+    Args:
+        size: side of the square that frames are cut to, in pixels.
+        channels: 3, or 1 for grey.
+        frames: of a clip.
+        sampling: "uniform", evenly over the whole file; "segments", one frame out of each of equal parts of the file,
+            at a random place in training; "dense", `frames` at `rate` from a random place in training, and from the
+            middle otherwise.
+        rate: frames a second of "dense".
+        crop: the part of the shorter side that is kept of held-out clips.
+    """
+
+    size: int = 112
+    channels: Literal[1, 3] = 3
+    frames: int = 8
+    sampling: Literal["uniform", "segments", "dense"] = "uniform"
+    rate: float = 8.0
+    crop: float = 0.9
+
+    def __post_init__(self) -> None:
+        positive(self, "size", "frames")
+        if self.channels not in (1, 3):
+            raise ConfigError(f"clip.channels is {self.channels}; it must be 1 (grey) or 3")
+        if self.sampling not in SAMPLINGS:
+            raise UnknownName("clip.sampling", self.sampling, SAMPLINGS)
+        if not self.rate > 0:
+            raise ConfigError(f"clip.rate is {self.rate}; it must be above 0")
+        if not 0 < self.crop <= 1:
+            raise ConfigError(f"clip.crop is {self.crop}; it must be a part above 0, at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoPreprocess(Preprocess):
+    """How a video file becomes what the model was trained on; for the rest see `ClipConfig`.
+
+    Args:
+        mean: of each channel, subtracted.
+        std: of each channel, divided by.
+        seconds: that a clip lasts: what a model sees of a longer film at a time.
+    """
+
+    size: int
+    channels: int
+    frames: int
+    sampling: str
+    rate: float
+    crop: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    seconds: float
+
+    @property
+    def sampler(self) -> Sampling:
+        if self.sampling == "dense":
+            return Dense(self.frames, self.rate)
+        return {"uniform": Uniform, "segments": Segments}[self.sampling](self.frames)
+
+    def load(self, media: Path | str | bytes) -> Float[Tensor, "c t h w"]:
+        """The central view of a file: its frames resized by the shorter side, cut out of the centre, normalised.
+
+        Raises:
+            MediaError: the file cannot be read.
+        """
+        return self.load_views(media, 1, 1)[0]
+
+    def load_views(self, media: Path | str | bytes, times: int, crops: int) -> Float[Tensor, "v c t h w"]:
+        """All views of a file: at several times, and of each several squares along the longer side."""
+        with VideoReader(media) as video:
+            moments = views(video.info.duration, self.sampler, times)
+            clips = [video.at(moment).frames for moment in moments]
+        return torch.stack([self.finish(square) for clip in clips for square in self.squares(clip, crops)])
+
+    def read(self, media: Path | str | bytes, seed: int | None) -> UInt8[Tensor, "t c h w"]:
+        """The frames as they are in the file, from a random place where there is a seed."""
+        with VideoReader(media) as video:
+            return video.at(self.sampler.times(video.info.duration, seed)).frames
+
+    def squares(self, frames: UInt8[Tensor, "t c h w"], crops: int = 1) -> list[Float[Tensor, "t c s s"]]:
+        """The frames in 0..1, resized by the shorter side and cut to squares; one is the centre."""
+        from torchvision.transforms.v2 import functional as tv
+
+        frames = tv.resize(self.tinted(frames), [round(self.size / self.crop)], antialias=True)
+        height, width = frames.shape[-2:]
+        parts = [index / (crops - 1) if crops > 1 else 0.5 for index in range(crops)]
+        # Across the longer side the squares go from edge to edge; across the shorter one they are central.
+        tall, wide = height > width, width > height
+        corners = [
+            (round((height - self.size) * (p if tall else 0.5)), round((width - self.size) * (p if wide else 0.5)))
+            for p in parts
+        ]
+        return [frames[..., top : top + self.size, left : left + self.size] for top, left in corners]
+
+    def tinted(self, frames: UInt8[Tensor, "t c h w"]) -> Float[Tensor, "t k h w"]:
+        """The frames in 0..1 in the model's channels."""
+        return self.coloured(frames).float() / 255
+
+    def coloured(self, frames: UInt8[Tensor, "t c h w"]) -> UInt8[Tensor, "t k h w"]:
+        """The frames in the model's channels."""
+        from torchvision.transforms.v2 import functional as tv
+
+        return frames if frames.shape[1] == self.channels else tv.rgb_to_grayscale(frames)
+
+    def finish(self, frames: Float[Tensor, "t c h w"]) -> Float[Tensor, "c t h w"]:
+        """Frames in 0..1 as the model takes them."""
+        mean, std = (frames.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
+        return ((frames - mean) / std).transpose(0, 1)
+
+    def restore(self, clip: Float[Tensor, "c t h w"]) -> Float[Tensor, "t c h w"]:
+        """The inverse of `finish`, in 0..1, to look at."""
+        mean, std = (clip.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
+        return (clip.transpose(0, 1) * std + mean).clamp(0, 1)
+
+
+class KeptClips:
+    """A source whose files are decoded once: their frames stay in memory, always the central ones.
+
+    Args:
+        source: of files.
+        preprocess: says which frames.
+    """
+
+    def __init__(self, source: Source, preprocess: VideoPreprocess):
+        self.source, self.preprocess = source, preprocess
+        self._kept: dict[int, UInt8[Tensor, "t c h w"]] = {}
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.source.classes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+    def label(self, index: int) -> int:
+        return self.source.label(index)
+
+    def media(self, index: int) -> UInt8[Tensor, "t c h w"]:
+        if index not in self._kept:
+            frames = self.preprocess.read(self.source.media(index), None)
+            # In planes: decoded frames come in another order of memory.
+            self._kept[index] = self.preprocess.coloured(frames).contiguous()
+        return self._kept[index]
+
+
+class LoadVideo:
+    """A sample from a video file, or from its frames: `video` (c, t, h, w), or (views, c, t, h, w).
+
+    Args:
+        preprocess: of held-out clips, and the normalisation of all.
+        augment: what happens to training clips, the same to all frames of a clip.
+        views: times at which a file is looked at.
+        crops: squares along the longer side.
+    """
+
+    def __init__(self, preprocess: VideoPreprocess, augment: Augment | None = None, *, views: int = 1, crops: int = 1):
+        self.preprocess, self.augment, self.views, self.crops = preprocess, augment, views, crops
+
+    def __call__(self, media: Path | bytes | Tensor, seed: int | None) -> dict[str, Tensor]:
+        prepare = self.preprocess
+        if self.views * self.crops > 1:
+            return {"video": prepare.load_views(media, self.views, self.crops)}
+        frames = media if isinstance(media, Tensor) else prepare.read(media, seed)
+        if len(frames) > prepare.frames == 1:
+            at = len(frames) // 2 if seed is None else seed % len(frames)
+            frames = frames[at : at + 1]
+        if seed is None or self.augment is None:
+            return {"video": prepare.finish(prepare.squares(frames)[0])}
+        return {"video": prepare.finish(self.augment(prepare.tinted(frames), prepare.size, seed))}
+
+
+class VideoData(MediaData):
+    """Base of the video data sets, whose batches have their clips (b, c, t, h, w) as `video`.
+
+    Subclasses set `preprocess` when they are built, and `sources` at the latest in `find`.
+
+    Args:
+        augment: what happens to training clips; None is nothing.
+        views: times at which a file is looked at in a test, whose logits are averaged.
+        crops: squares along the longer side, at each of these times.
+        keep: decode each file once, and keep its frames in memory: then always the central ones, and no workers.
+    """
+
+    preprocess: VideoPreprocess
+    sources: dict[str, Source]
+    # FFmpeg has threads of its own, which do not survive a fork.
+    context = "forkserver"
+
+    def __init__(
+        self,
+        *,
+        augment: Augment | None,
+        views: int,
+        crops: int,
+        keep: bool,
+        batch_size: int,
+        workers: int,
+        seed: int,
+        policy: Literal["skip", "raise"],
+        max_unreadable: float,
+    ):
+        super().__init__(
+            batch_size=batch_size, workers=workers, seed=seed, policy=policy, max_unreadable=max_unreadable
+        )
+        for name, count in (("views", views), ("crops", crops)):
+            if count < 1:
+                raise ConfigError(f"data.{name} is {count}; it must be at least 1")
+        if keep and workers:
+            raise ConfigError(f"data.keep with data.workers {workers}: each would keep all clips; set workers to 0")
+        self.augment, self.views, self.crops, self.keep = augment, views, crops, keep
+
+    @property
+    def clips(self) -> tuple[int, int, int, int, int]:
+        """What a clip is: channels, frames, height, width; and the number of classes."""
+        own = self.preprocess
+        return own.channels, own.frames, own.size, own.size, self.classes
+
+    def find(self) -> dict[str, Source]:
+        """The sources of the splits."""
+        return self.sources
+
+    def setup(self, stage: str) -> None:
+        sources = self.find()
+        read = {s: KeptClips(f, self.preprocess) if self.keep else f for s, f in sources.items()}
+        self.train_set = Samples(read["train"], LoadVideo(self.preprocess, self.augment), seed=self.seed)
+        self.val_set = Samples(read["val"], LoadVideo(self.preprocess))
+        # Several views of a file are more than what is kept of it.
+        tested = "test" if "test" in sources else "val"
+        several = self.views * self.crops > 1
+        many = LoadVideo(self.preprocess, views=self.views, crops=self.crops)
+        self.test_set = Samples(sources[tested] if several else read[tested], many)
+
+    def single_frames(self) -> SingleFrames:
+        """Of the clips that can be read one frame each: a random one in training, the middle one otherwise."""
+        return SingleFrames(self)
+
+
+class SingleFrames(MediaData):
+    """See `VideoData.single_frames`.
+
+    Args:
+        clips: set up, and read before, so that it knows its unreadable files.
+    """
+
+    context = VideoData.context
+
+    def __init__(self, clips: VideoData):
+        super().__init__(batch_size=clips.batch_size, workers=clips.workers, seed=clips.seed)
+        self.preprocess = replace(clips.preprocess, frames=1, sampling="segments")
+        augmented = LoadVideo(self.preprocess, clips.augment)
+        train = Samples(clips.train_set.source, augmented, seed=clips.seed)
+        val = Samples(clips.val_set.source, LoadVideo(self.preprocess))
+        self.train_set, self.val_set = Readable(train, clips.unreadable), Readable(val, clips.unreadable)
+
+
+class Readable:
+    """Samples without those whose files are known to be unreadable."""
+
+    def __init__(self, samples: Samples, unreadable: Collection[str]):
+        self.samples = samples
+        self._indices = [i for i in range(len(samples)) if samples.source.name(i) not in unreadable]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        epoch, index = key
+        return self.samples[epoch, self._indices[index]]
+
+
+class VideoFolderData(VideoData):
+    """Your own clips, in any of the layouts of `find_source`: one folder a class (`root/train/CLASS/*.mp4`), tables as
+    for Kinetics (`root/train.csv`) or tar shards (`root/train-*.tar`); the same with `val`, and perhaps `test`.
+
+    Classes are those of the training clips.
+
+    Args:
+        root: the folder.
+        clip: what the model sees of a file.
+        augment: what happens to training clips; clips are mirrored only where it says so, since in many data sets left
+            and right are classes.
+        batch_size: clips a step, on each device.
+        workers: processes that decode.
+        seed: of order and augmentation.
+        policy: what an unreadable file does: "skip" leaves it out and names it at the end, "raise" stops.
+        max_unreadable: the part of the files read above which the run stops even so.
+        views: times at which a file is looked at in a test, whose logits are averaged.
+        crops: squares along the longer side, at each of these times.
+        keep: decode each file once, and keep its frames in memory: then always the central ones, and no workers.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        clip: ClipConfig = ClipConfig(),
+        augment: Augment | None = _AUGMENT,
+        batch_size: int = 16,
+        workers: int = 2,
+        seed: int = 0,
+        policy: Literal["skip", "raise"] = "skip",
+        max_unreadable: float = 0.1,
+        views: int = 1,
+        crops: int = 1,
+        keep: bool = False,
+    ):
+        super().__init__(
+            augment=augment,
+            views=views,
+            crops=crops,
+            keep=keep,
+            batch_size=batch_size,
+            workers=workers,
+            seed=seed,
+            policy=policy,
+            max_unreadable=max_unreadable,
+        )
+        self.sources = find_splits(Path(root), VIDEO_SUFFIXES)
+        train = self.sources["train"]
+        self.preprocess = VideoPreprocess(
+            classes=train.classes,
+            **asdict(clip),
+            # ImageNet's statistics, which every public video model uses.
+            mean=(0.485, 0.456, 0.406) if clip.channels == 3 else (0.449,),
+            std=(0.229, 0.224, 0.225) if clip.channels == 3 else (0.226,),
+            seconds=clip.frames / clip.rate if clip.sampling == "dense" else usual_duration(train),
+        )
+
+
+def usual_duration(source: Source) -> float:
+    """The median duration of some readable files, in seconds.
+
+    Raises:
+        MediaError: none of them can be read; the message is the first one's.
+    """
+    durations: list[float] = []
+    first: MediaError | None = None
+    for index in range(0, len(source), max(1, len(source) // _MEASURED)):
+        try:
+            with VideoReader(source.media(index)) as video:
+                durations.append(video.info.duration)
+        except MediaError as error:
+            first = first or error
+    if not durations:
+        raise first or MediaError("there are no files")
+    return statistics.median(durations)
+
+
+def strip(frames: Float[Tensor, "t c h w"], count: int) -> Float[Tensor, "c h wide"]:
+    """Some frames side by side, evenly from the first to the last."""
+    shown = [round(i * (len(frames) - 1) / max(1, count - 1)) for i in range(min(count, len(frames)))]
+    gap = frames.new_ones(*frames.shape[1:3], 1)
+    parts: list[Any] = [part for i in shown for part in (frames[i], gap)]
+    return torch.cat(parts[:-1], dim=2)

@@ -1,0 +1,183 @@
+"""Video understanding: `omnimix video fit`, `validate` and `test`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from ..backbones.config import MixerConfig
+from ..modalities.video_models import VideoClassifier, video_classifier
+from .classification import Baseline, Classification, ClassificationTrainingConfig, Look, finish
+from .cli import RecipeCLI, evaluate, run_fit
+from .moving_digits import MovingDigitsData
+from .training import AverageWeights, SeedEveryStep
+from .video_data import VideoData, VideoFolderData, strip
+
+RECIPE = "video_understanding"
+__all__ = ["MovingDigitsData", "VideoFolderData", "VideoUnderstanding"]
+
+_TRAINING = ClassificationTrainingConfig()
+# Frames of a clip that the report shows.
+_SHOWN = 5
+
+
+class VideoUnderstanding(Classification):
+    """A classifier of clips and how it is trained.
+
+    Args:
+        mixer: the sequence mixer, by name; several, joined by commas, are tiled over the depth ("gla,gla,attention"),
+            and joined by "+" they run in parallel ("attention+gla").
+        dim: width of the tokens.
+        depth: number of blocks.
+        tubelet: frames and pixels down and across of a token, [t, h, w].
+        scan: the orders in which mixers that only look backwards run over the tokens; null is "temporal-first", and
+            "forward" where `causal`.
+        channel: the other half of a block: "swiglu", "mlp", "moe" or null.
+        mixers: options by mixer name.
+        causal: see the past only, so that a film can be streamed.
+        drop_path: stochastic depth in the last block.
+        training: optimiser, schedule, regularisation and averaging.
+        one_frame_epochs: for so many epochs another model is trained that sees one frame of each clip, to compare with;
+            0 leaves it out.
+        clips: channels, frames, height and width of a clip, and the number of classes; the data says it.
+    """
+
+    def __init__(
+        self,
+        *,
+        mixer: str = "gla",
+        dim: int = 64,
+        depth: int = 2,
+        tubelet: tuple[int, int, int] = (2, 8, 8),
+        scan: str | None = None,
+        channel: str | None = "swiglu",
+        mixers: dict[str, MixerConfig] = {},  # noqa: B006 - jsonargparse cannot write a factory's value
+        causal: bool = False,
+        drop_path: float = 0.0,
+        training: ClassificationTrainingConfig = _TRAINING,
+        one_frame_epochs: int = 8,
+        clips: tuple[int, int, int, int, int] = (1, 16, 32, 32, 12),
+    ):
+        channels, *size, classes = clips
+        plain = video_classifier(
+            mixer=mixer,
+            dim=dim,
+            depth=depth,
+            classes=classes,
+            size=tuple(size),
+            tubelet=tuple(tubelet),
+            channels=channels,
+            # Those of steps that no clip has reached would mean nothing where a film goes on.
+            time_positions="none" if causal else None,
+            causal=causal,
+            scan=scan or ("forward" if causal else "temporal-first"),
+            channel=channel,
+            drop_path=drop_path,
+        )
+        backbone = replace(plain.backbone, mixers=plain.backbone.mixers | mixers)
+        model = VideoClassifier(replace(plain, backbone=backbone))
+        # Nearly as large as the tubelets: from 0.02, a small data set needs many epochs to find out where things are.
+        for table in (model.tokenizer.positions, model.tokenizer.time_positions):
+            if table is not None:
+                torch.nn.init.trunc_normal_(table, std=0.3)
+        super().__init__(model, medium="video", mixer=mixer, training=training, classes=classes)
+        self.one_frame_epochs = one_frame_epochs
+        self._options = {
+            "mixer": mixer,
+            "dim": dim,
+            "depth": depth,
+            "tubelet": (1, *tuple(tubelet)[1:]),
+            "scan": scan,
+            "channel": channel,
+            "mixers": mixers,
+            "causal": causal,
+            "drop_path": drop_path,
+            "training": training,
+            "clips": (channels, 1, *size[1:], classes),
+        }
+
+    def forward(self, media: Tensor) -> Tensor:
+        """Logits of clips (b, c, t, h, w), or the mean of the logits of several views (b, v, c, t, h, w)."""
+        if media.ndim == 5:
+            return self.model(media)
+        return self.model(media.flatten(0, 1)).unflatten(0, media.shape[:2]).mean(1)
+
+    def of_one_frame(self) -> VideoUnderstanding:
+        """A new one of the same build for clips of one frame."""
+        return VideoUnderstanding(**self._options)
+
+
+def fit(argv: list[str]) -> int:
+    """`omnimix video fit`."""
+    return run_fit("omnimix video fit", argv, _cli, _finish)
+
+
+def _cli(command: str, argv: list[str]) -> RecipeCLI:
+    return RecipeCLI(
+        command,
+        model=VideoUnderstanding,
+        data=VideoData,
+        recipe=RECIPE,
+        argv=argv,
+        links=[("clips", "clips")],
+        monitor="val/acc1",
+        mode="max",
+    )
+
+
+def _finish(cli: RecipeCLI) -> None:
+    restore = cli.datamodule.preprocess.restore
+    look = Look(noun="clips", picture=lambda clip: strip(restore(clip), _SHOWN), columns=4, rows=6, height=5.6)
+    finish(cli, look, one_frame_baseline)
+
+
+def one_frame_baseline(cli: RecipeCLI) -> Baseline | None:
+    """What a model of the same build reaches that sees a random frame of each clip, and the middle one in the end."""
+    module: VideoUnderstanding = cli.model
+    if not module.one_frame_epochs:
+        return None
+    print(f"training a model that sees one frame of each clip, {module.one_frame_epochs} epochs", flush=True)
+    begun = time.monotonic()
+    torch.manual_seed(cli.options.seed_everything)
+    single = module.of_one_frame()
+    data = cli.datamodule.single_frames()
+    trainer = pl.Trainer(
+        accelerator=cli.trainer.strategy.root_device.type,
+        devices=1,
+        max_epochs=module.one_frame_epochs,
+        precision=cli.trainer.precision,
+        gradient_clip_val=cli.trainer.gradient_clip_val,
+        limit_val_batches=0,
+        log_every_n_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[SeedEveryStep(cli.options.seed_everything)],
+    )
+    trainer.fit(single, datamodule=data)
+    for callback in trainer.callbacks:
+        if isinstance(callback, AverageWeights):
+            callback.adopt(single)
+    single.eval()
+    # Not by a validation: its metrics are those of all processes, and the others take no part in this.
+    right, seen = 0, 0
+    with torch.inference_mode():
+        for batch in data.val_dataloader():
+            said = single(batch["video"].to(single.device)).argmax(-1).cpu()
+            right, seen = right + int((said == batch["label"]).sum()), seen + len(said)
+    return Baseline(name="one frame", acc1=right / max(1, seen), seconds=time.monotonic() - begun)
+
+
+def validate(argv: list[str]) -> int:
+    """`omnimix video validate`."""
+    return evaluate("validate", argv, _cli)
+
+
+def test(argv: list[str]) -> int:
+    """`omnimix video test`."""
+    return evaluate("test", argv, _cli)
