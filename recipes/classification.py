@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from ..backbones.config import to_dict
@@ -19,8 +20,10 @@ from ..modalities.classifier import Classifier
 from .cli import RecipeCLI
 from .media import IGNORED
 from .optimisers import optimise
+from .ranks import from_all_ranks
 from .report import Panel, Row, Shown, confusion, curves, gallery, write_metrics, write_report
-from .training import AverageWeights, TrainingConfig, from_all_ranks, parts
+from .strategies import whole_model
+from .training import AverageWeights, TrainingConfig, parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,8 @@ class Classification(pl.LightningModule):
         self.model, self.medium, self.mixer, self.training_config = model, medium, mixer, training
         self.acc1 = MulticlassAccuracy(classes, top_k=1, average="micro", ignore_index=IGNORED)
         self.acc5 = MulticlassAccuracy(classes, top_k=min(5, classes), average="micro", ignore_index=IGNORED)
+        # Lightning's own mean over ranks rounds the number of samples.
+        self.loss = MeanMetric()
 
     def forward(self, media: Any) -> Tensor:
         return self.model(media)
@@ -87,7 +92,8 @@ class Classification(pl.LightningModule):
         loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED) / max(1, counted)
         self.acc1(logits, labels)
         self.acc5(logits, labels)
-        self.log(f"{split}/loss", loss, batch_size=counted, sync_dist=True)
+        self.loss(loss, weight=counted)
+        self.log(f"{split}/loss", self.loss, batch_size=counted)
         self.log(f"{split}/acc1", self.acc1, prog_bar=True, batch_size=counted)
         self.log(f"{split}/acc5", self.acc5, batch_size=counted)
         return {"logits": logits, "label": labels}
@@ -210,9 +216,10 @@ def finish(cli: RecipeCLI, look: Look, baseline: Callable[[RecipeCLI], Baseline 
     measured = cli.measure()
     for unreadable in from_all_ranks(cli.trainer, dict(data.unreadable)):
         data.unreadable.update(unreadable)
-    if not cli.trainer.is_global_zero:
+    whole = whole_model(cli.trainer, model)
+    if whole is None:
         return
-    save_model(model.model, folder.path, details={"preprocess": data.preprocess.to_dict()})
+    save_model(whole, folder.path, details={"preprocess": data.preprocess.to_dict()})
     compared = baseline(cli) if baseline is not None else None
     metrics = {
         **{name: round(value, 6) for name, value in measured.items()},

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import logging
+import os
 import re
 import sys
 import warnings
@@ -22,17 +23,18 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from ..backbones.config import ChannelConfig, MixerConfig, ObjectiveConfig
-from ..backbones.heads import get_objective
-from ..backbones.mixers import get_mixer
+from ..backbones.registry import OPTIONS
 from ..console import emit
 from ..errors import ConfigError, OmnimixError, UnknownName
-from ..modalities import load_weights
+from ..files import replace_file
+from ..modalities import FrontConfig, load_weights
 from . import CONFIGS
 from .history import History
+from .ranks import same_again, share_threads, trainer_of_torchrun
 from .run import RunFolder
 from .training import AverageWeights, Interrupted, LastCheckpoint, SeedEveryStep, precision
 
-_OPTIONS = [MixerConfig, ChannelConfig, ObjectiveConfig]
+_OPTIONS = [MixerConfig, ChannelConfig, ObjectiveConfig, FrontConfig]
 set_parsing_settings(subclasses_enabled=_OPTIONS)
 
 _OF_THE_CALL = ("overwrite", "resume", "ckpt_path", "weights_only", "json", "run")
@@ -168,7 +170,7 @@ class RecipeCLI(LightningCLI):
             help=shown("name in metrics.json; default: the file's"),
         )
         parser.add_argument(
-            "--threads", type=int | None, default=None, help="processor threads of a step; default: a core each"
+            "--threads", type=int | None, default=None, help="processor threads of each process; default: all cores"
         )
         if fitting:
             parser.add_argument("--overwrite", action="store_true", help="delete an older run of this name first")
@@ -189,6 +191,9 @@ class RecipeCLI(LightningCLI):
             if self.options.threads < 1:
                 raise ConfigError(f"threads is {self.options.threads}; it must be at least 1")
             torch.set_num_threads(self.options.threads)
+            os.environ["OMP_NUM_THREADS"] = str(self.options.threads)  # of the processes that Lightning starts
+        else:
+            share_threads()
         if self.command == "fit":
             self.folder = RunFolder.named(self.options.runs, self.options.name)
             if rank_zero_only.rank == 0:  # the others start when the first has made the folder
@@ -211,6 +216,7 @@ class RecipeCLI(LightningCLI):
             "default_root_dir": str(self.folder.path),
             "precision": precision(config.precision, accelerator, sum(p.numel() for p in self.model.parameters())),
         }
+        chosen |= trainer_of_torchrun(config)
         if config.logger is None:
             chosen["logger"] = self._loggers() if self.command == "fit" else False
         return super().instantiate_trainer(**chosen, **kwargs)
@@ -288,9 +294,9 @@ class RecipeCLI(LightningCLI):
         for name in _OF_THE_CALL:
             config.pop(name, None)
         parser = self._parser(self.command)
-        parser.save(
-            config, str(self.folder.config), skip_unset=False, skip_validation=True, overwrite=True, multifile=False
-        )
+        options = {"skip_unset": False, "skip_validation": True, "overwrite": True, "multifile": False}
+        # In one step: when a run goes on, other processes read the file at this very time.
+        replace_file(self.folder.config, lambda path: parser.save(config, str(path), **options))
 
 
 def run_fit(
@@ -311,8 +317,10 @@ def run_fit(
     try:
         cli = make("fit", argv)
     except Interrupted as stop:
+        if rank_zero_only.rank != 0:
+            return 0  # a failure of theirs would make whoever started them stop the first before it has spoken
         place = "" if runs == "runs" else f" --runs {runs}"
-        print(f"\n{stop}\ngo on with: {command} --name {name}{place} --resume")
+        print(f"\n{stop}\ngo on with: {same_again(command)} --name {name}{place} --resume")
         return 130
     finish(cli)
     return 0
@@ -354,11 +362,11 @@ def _typed_options(argv: list[str]) -> list[str]:
     typed: list[str] = []
     seen: set[str] = set()
     for word in argv:
-        found = re.match(r"--model\.(mixers|objectives)\.(\w+)(\.)?", word)
+        found = re.match(rf"--model\.({'|'.join(OPTIONS)})\.(\w+)(\.)?", word)
         if found is not None and (place := f"--model.{found[1]}.{found[2]}") not in seen:
             seen.add(place)
             if found[3]:
-                config = {"mixers": get_mixer, "objectives": get_objective}[found[1]](found[2]).config
+                config = OPTIONS[found[1]].get(found[2]).config
                 typed.append(f"{place}={config.__module__}.{config.__name__}")
         typed.append(word)
     return typed

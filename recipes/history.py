@@ -59,9 +59,9 @@ class History(Callback):
 class StepHistory(History):
     """Rows over the optimiser's steps: the training loss each few of them, and what each validation measured.
 
-    A training step returns, beside its loss, "nats" and "count"; the loss in a row is their quotient over all batches
-    since the row before, in nats per token. `tokens_per_second` is counted over the same batches, without the
-    validations in between, on all ranks.
+    A training step returns, beside its loss, "nats" and "count" of all ranks; the loss in a row is their quotient over
+    all batches since the row before, in nats per token. `tokens_per_second` is counted over the same batches, without
+    the validations in between.
 
     Attributes:
         every: steps from row to row; the trainer's `log_every_n_steps`.
@@ -75,7 +75,7 @@ class StepHistory(History):
         self.tokens = 0
         self.busy = 0.0
         self._nats: float | torch.Tensor = 0.0
-        self._counted = 0
+        self._counted: int | torch.Tensor = 0
         self._passed = 0.0
         self._mark = 0.0
         self._planned = 0
@@ -90,17 +90,16 @@ class StepHistory(History):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._nats = self._nats + outputs["nats"].double()
-        self._counted += outputs["count"]
+        self._counted = self._counted + outputs["count"]
         if not trainer.fit_loop._should_accumulate() and trainer.global_step % self.every == 0:
             row = self._row(trainer)
             pl_module.log_dict({name: row[name] for name in ("tokens_per_second", "lr")}, batch_size=1)
 
     def _row(self, trainer: pl.Trainer) -> dict[str, float]:
-        nats = float(self._nats)  # waits for the device, so that the clock is right
+        nats, counted = float(self._nats), int(self._counted)  # waits for the device, so that the clock is right
         self._passed += time.monotonic() - self._mark
-        counted = self._counted * trainer.world_size
         row = {
-            "train/loss": nats / self._counted,
+            "train/loss": nats / counted,
             "tokens_per_second": counted / max(self._passed, 1e-9),
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
         }
@@ -130,7 +129,7 @@ class StepHistory(History):
         return f"step {trainer.global_step}/{self._planned}"
 
     def state_dict(self) -> dict[str, Any]:
-        partial = {"nats": float(self._nats), "counted": self._counted, "passed": self._passed}
+        partial = {"nats": float(self._nats), "counted": int(self._counted), "passed": self._passed}
         return super().state_dict() | partial | {"tokens": self.tokens, "busy": self.busy}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from ..console import write_atomically
 from ..modalities.generation import TextGenerator
 from ..modalities.text import Tokenizer
 from .run import RunFolder
+from .strategies import whole_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +57,13 @@ class Samples(Callback):
 
     def take(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write once more, unless it is the step of the last time, whose samples are then replaced."""
-        if not trainer.is_global_zero:
+        model = whole_model(trainer, pl_module)
+        if model is None:
             return
         step = trainer.global_step
         devices = [pl_module.device] if pl_module.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            written = self._write(pl_module.model, trainer.datamodule.tokenizer, pl_module.prompts)
+            written = self._write(model, trainer.datamodule.tokenizer, pl_module.prompts)
         new = [Sample(step=step, prompt=a, text=b) for a, b in zip(pl_module.prompts, written, strict=True)]
         self.samples = [sample for sample in self.samples if sample.step != step] + new
         blocks = [f"── step {s.step}, from {s.prompt!r}\n{s.prompt}{s.text}\n" for s in self.samples]

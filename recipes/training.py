@@ -8,18 +8,18 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint, WeightAveraging
-from torch import Tensor
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from torch import Tensor, nn
 
 from ..commands import native_bf16
 from ..errors import ConfigError, OmnimixError, UnknownName
 from .loading import mix
-
-T = TypeVar("T")
+from .ranks import Agreement
+from .strategies import load_whole, local, whole_as
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,15 +81,6 @@ def not_negative(config: TrainingConfig, *names: str) -> None:
             raise ConfigError(f"training.{name} is {getattr(config, name)}; it must be at least 0")
 
 
-def from_all_ranks(trainer: pl.Trainer, value: T) -> list[T]:
-    """`value` of every process that trains together."""
-    if trainer.world_size == 1:
-        return [value]
-    values: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
 def precision(wanted: str | None, accelerator: str, parameters: int) -> str:
     """`wanted`, or for None what trains faster: bf16 autocast on GPUs, and on CPUs that have bf16 products.
 
@@ -117,25 +108,100 @@ class SeedEveryStep(Callback):
         torch.manual_seed(mix(self.seed, trainer.fit_loop.epoch_loop.total_batch_idx, trainer.global_rank))
 
 
-class AverageWeights(WeightAveraging):
+class AverageWeights(Callback):
     """An exponential moving average of the weights that is validated, saved, and kept at the end.
 
     The first steps average over fewer weights, (1 + t) / (10 + t) of the past, so that the initial ones fade at once
-    (as TensorFlow's ExponentialMovingAverage does with `num_updates`).
+    (as TensorFlow's ExponentialMovingAverage does with `num_updates`). Of weights in shards each process averages its
+    own part. A checkpoint has the average as `state_dict` and what is trained as `current_model_state`.
     """
 
     def __init__(self, decay: float):
-        @torch.no_grad()
-        def average(averaged: list[Tensor], current: list[Tensor], updates: Tensor | int) -> None:
-            t = int(updates)
-            torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + t) / (10 + t)))
+        self.decay = decay
+        self.average: list[Tensor] | None = None
+        self._updates, self._latest = 0, 0
 
-        super().__init__(use_buffers=False, multi_avg_fn=average)
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.average = None
 
-    def adopt(self, module: pl.LightningModule) -> None:
-        """Give the module the averaged weights, if there are any; a fit with nothing left to do has not done it."""
-        if self._average_model is not None:
-            self._copy_average_to_current(module)
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        current = _parts(pl_module)
+        if self.average is None:
+            self.average = [p.clone() for p in current]
+        # A checkpoint may have been loaded before the module went to its device.
+        self.average = [a.to(p.device) for a, p in zip(self.average, current, strict=True)]
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Take the weights as they are now into the average; the first are the average."""
+        current, t = _parts(module), self._updates
+        if self.average is None or t == 0:
+            self.average = [p.clone() for p in current]
+        else:
+            torch._foreach_lerp_(self.average, current, 1 - min(self.decay, (1 + t) / (10 + t)))
+        self._updates += 1
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step > self._latest:
+            self.update(pl_module)
+            self._latest = trainer.global_step
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._swap(pl_module)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._swap(pl_module)
+
+    def _swap(self, module: nn.Module) -> None:
+        assert self.average is not None
+        for kept, current in zip(self.average, _parts(module), strict=True):
+            former = kept.clone()
+            kept.copy_(current)
+            current.copy_(former)
+
+    def adopt(self, module: nn.Module) -> None:
+        """Give the module the averaged weights."""
+        if self.average is not None:
+            for kept, current in zip(self.average, _parts(module), strict=True):
+                current.copy_(kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self._updates, "latest_update_step": self._latest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._updates, self._latest = state_dict["updates"], state_dict["latest_update_step"]
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        assert self.average is not None
+        parameters = list(pl_module.parameters())
+        whole = [whole_as(kept, like) for kept, like in zip(self.average, parameters, strict=True)]
+        if not trainer.is_global_zero:
+            return
+        averaged = {id(p): kept for p, kept in zip(parameters, whole, strict=True)}
+        # Tied parameters have several names.
+        names = dict(pl_module.named_parameters(remove_duplicate=False))
+        current = checkpoint["state_dict"]
+        checkpoint["current_model_state"] = current
+        checkpoint["state_dict"] = {n: averaged[id(names[n])] if n in names else current[n] for n in current}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # The module has the average now.
+        self.average = [p.clone() for p in _parts(pl_module)]
+        if "current_model_state" in checkpoint:
+            load_whole(pl_module, checkpoint["current_model_state"])
+
+
+def _parts(module: nn.Module) -> list[Tensor]:
+    return [local(p) for p in module.parameters()]
 
 
 class Interrupted(OmnimixError):
@@ -146,7 +212,8 @@ class LastCheckpoint(Checkpoint):
     """Keeps `last.ckpt` complete: written beside it and then renamed, at each epoch's end and when the run is stopped.
 
     Ctrl-C and SIGTERM let the step finish, save, and end the run; a second Ctrl-C ends it at once. A step of several
-    batches is whole before anything is saved, and so is a validation that follows it.
+    batches is whole before anything is saved, and so is a validation that follows it. Of several processes it is enough
+    that one is told: all stop after the same step.
 
     Args:
         folder: where `last.ckpt` lies.
@@ -157,9 +224,11 @@ class LastCheckpoint(Checkpoint):
         self.path = Path(folder) / "last.ckpt"
         self.every_n_steps = every_n_steps
         self._asked = False
+        self._agree = Agreement()
         self._handlers: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._agree.start(trainer)
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread may hear signals
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -189,7 +258,7 @@ class LastCheckpoint(Checkpoint):
             self._pause(trainer)
 
     def _pause(self, trainer: pl.Trainer) -> None:
-        if self._asked:
+        if self._agree(self._asked):
             self.save(trainer)
             raise Interrupted(f"stopped after step {trainer.global_step}; its state is in {self.path}")
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
@@ -199,6 +268,7 @@ class LastCheckpoint(Checkpoint):
         self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._agree.end()
         self._restore_handlers()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
