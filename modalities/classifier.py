@@ -45,7 +45,7 @@ class Classifier(nn.Module):
         """Logits, and by name the losses of the backbone's routed experts, weighted: add them to the training loss."""
         tokens, layout = self.tokenizer(media)
         trace = self.backbone.trace(tokens, layout)
-        return self.forward_head(trace.y, layout), trace.losses
+        return self.head(trace.y, layout), trace.losses
 
     def forward_features(self, media: Any) -> tuple[Float[Tensor, "b t d"], Layout]:
         """The backbone's tokens after its last norm, and where they are."""
