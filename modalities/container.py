@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -25,9 +26,15 @@ _FORMATS = (
     "wav,w64,flac,mp3,aac,ogg,aiff,au,amr,caf,ac3,eac3,dts"
 )
 # Of these the header states the length in time, written when the file was finished; others are estimates.
-_STATED = ("mov", "matroska", "avi", "flv", "wav", "flac")
+_STATED = ("mov", "matroska", "flv", "flac")
+# A part of a file that may be missing: headers round, and a last frame may be left out.
+_SLACK = 0.05
+# To free a decoder joins its threads. Those stayed behind in the process that forked, so that this would never end:
+# what a fork copied is kept.
+_INHERITED: list[Any] = []
 _MICROSECONDS = 1_000_000
-_YEARS = 1 << 31  # seconds; later than any file ends
+_UNKNOWN = 0x7FFF0000
+_YEARS = Fraction(1 << 31)  # seconds; later than any file ends
 
 
 class Tail(NamedTuple):
@@ -38,8 +45,8 @@ class Tail(NamedTuple):
         end: when it ends.
     """
 
-    last: float
-    end: float
+    last: Fraction
+    end: Fraction
 
 
 class Input:
@@ -82,10 +89,9 @@ class Input:
         elif isinstance(source, str | Path):
             # FFmpeg would take what stands before a colon in a name for a protocol.
             source = f"file:{source}"
-        else:
-            source.seek(0)
         options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
         with self.reading():
+            self._check_size(source)
             self._container = av.open(source, metadata_errors="replace", container_options=options)
         for stream in self._container.streams:
             if stream.codec_context is not None:
@@ -93,10 +99,25 @@ class Input:
                 stream.codec_context.thread_count = self._threads
                 stream.codec_context.thread_type = "AUTO" if self._threads > 1 else "NONE"
 
+    def _check_size(self, source: Any) -> None:
+        """Compares bytes with what headers of wav and avi say: FFmpeg adapts the length of those to what is there."""
+        with open(self._source, "rb") if isinstance(source, str) else nullcontext(source) as file:
+            file.seek(0)
+            head, size = file.read(8), file.seek(0, os.SEEK_END)
+            file.seek(0)
+        stated = int.from_bytes(head[4:], "little") + 8
+        # Who writes into a pipe cannot know the size, and states the largest there is.
+        if head[:4] == b"RIFF" and stated < _UNKNOWN and size < (1 - _SLACK) * stated:
+            raise self.error(f"it was cut: its header says {stated} bytes, but it has {size}")
+
     def close(self) -> None:
         container, self._container = self._container, None
-        if container is not None and os.getpid() == self._process:
+        if container is None:
+            return
+        if os.getpid() == self._process:
             container.close()
+        else:
+            _INHERITED.append(container)
 
     def error(self, reason: object) -> MediaError:
         return MediaError(f"cannot read {self.name!r}: {reason}")
@@ -144,7 +165,7 @@ class Input:
                 return
             yield frame
 
-    def seek(self, index: int, seconds: float) -> None:
+    def seek(self, index: int, seconds: float | Fraction) -> None:
         """Go to the last place at or before a time of the file's clock from which the stream decodes."""
         stream = self.stream(index)
         with self.reading():
@@ -169,7 +190,7 @@ class Input:
             raise self.error("the stream is empty")
         stated, found = self.stated_end(), max(tail.end for tail in tails.values())
         if stated is not None and found < stated - slack(stated):
-            raise self.error(f"it was cut: its header says {stated:.2f} s, but it ends at {found:.2f} s")
+            raise self.error(f"it was cut: its header says {stated:.2f} s, but it ends at {float(found):.2f} s")
         return tails[index]
 
     def _scan(self) -> dict[int, Tail]:
@@ -183,8 +204,7 @@ class Input:
             when = packet.dts if packet.pts is None else packet.pts
             if when is None or not packet.size or packet.is_discard:
                 continue
-            base = float(packet.time_base)
-            old = tails.get(packet.stream_index, Tail(-_YEARS, -_YEARS))
+            base, old = packet.time_base, tails.get(packet.stream_index, Tail(-_YEARS, -_YEARS))
             end = (when + (packet.duration or 0)) * base
             tails[packet.stream_index] = Tail(max(old.last, when * base), max(old.end, end))
 
@@ -200,4 +220,4 @@ class Input:
 
 def slack(seconds: float) -> float:
     """By how much a whole file of a length that is stated may end before."""
-    return max(0.25, 0.05 * seconds)
+    return max(0.25, _SLACK * seconds)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
@@ -87,7 +88,8 @@ class VideoReader:
         self._shown: _Frame | None = None
         self._ahead: _Frame | None = None
         self._reads = 0
-        self._start = 0.0
+        # On the file's clock; exact, so that times do not gather rounding errors.
+        self._start = Fraction(0)
         self._input = Input(source, name, threads)
         try:
             self.info = self._examine()
@@ -103,7 +105,7 @@ class VideoReader:
         first = next(self._timed(), None)
         if first is None:
             raise self._input.error("it has no frames")
-        self._start = first.time
+        self._start = (first.picture.pts or 0) * first.picture.time_base
         self._pixels = first.picture.height, first.picture.width
         self._turns = round(first.picture.rotation / 90) % 4
         self._last, end = self._input.tail(self._index)
@@ -112,14 +114,14 @@ class VideoReader:
         rate = float(stream.average_rate) if stream.average_rate else None
         if end <= self._last:
             # Nothing says how long the last frame lasts.
-            end = self._last + 1 / (rate or 25)
+            end = self._last + 1 / (stream.average_rate or 25)
         height, width = self._pixels
         return VideoInfo(
-            duration=max(0.0, end - self._start),
+            duration=float(end - self._start),
             frames=stream.frames or None,
             rate=rate,
             size=(width, height) if self._turns % 2 else (height, width),
-            start=self._start,
+            start=float(self._start),
         )
 
     def __enter__(self) -> VideoReader:
@@ -204,7 +206,7 @@ class VideoReader:
                     due.append(time)
                 steps += len(due)
             for time in due:
-                yield time, self._rgb(shown)
+                yield time, self._rgb(shown).permute(2, 0, 1)
                 if read != self._reads:
                     raise UnsupportedCall("another read of this reader began; open a reader for each of the two")
             if self._ahead is None or self._ahead.time >= stop:
@@ -222,7 +224,8 @@ class VideoReader:
 
     def _step(self) -> _Frame:
         self._shown, self._ahead = self._ahead, next(self._decoded, None)
-        if self._ahead is None and self._shown.time < self._last - self._start - slack(self.info.duration):
+        end = float(self._last - self._start) - slack(self.info.duration)
+        if self._ahead is None and self._shown.time < end:
             raise self._input.error(
                 f"its frames can be decoded up to {self._shown.time:.2f} s only, of {self.info.duration:.2f} s"
             )
@@ -233,17 +236,17 @@ class VideoReader:
         if self._ahead is None:
             return False
         stream = self._input.stream(self._index)
-        place = stream.index_entries.search_timestamp(int((time + self._start) / stream.time_base))
+        place = stream.index_entries.search_timestamp(int((time + float(self._start)) / stream.time_base))
         if place < 0:
             return False
-        return float(stream.index_entries[place].timestamp * stream.time_base) - self._start > self._ahead.time
+        return stream.index_entries[place].timestamp * stream.time_base - self._start > self._ahead.time
 
     def _seek(self, time: float) -> None:
         # A seek may land late where the container lists decoding times or guesses from sizes.
         for back in (0.0, 1.0, 10.0, math.inf):
             target = max(time - back, 0.0)
             try:
-                self._input.seek(self._index, self._start + target)
+                self._input.seek(self._index, float(self._start) + target)
             except MediaError:
                 break
             self._load()
@@ -265,10 +268,10 @@ class VideoReader:
         last, rate = None, self._input.stream(self._index).average_rate
         for picture in self._input.frames(self._index):
             if picture.pts is not None:
-                last = float(picture.pts * picture.time_base)
+                last = picture.pts * picture.time_base
             else:
-                last = last + 1 / float(rate or 25) if last is not None else 0.0
-            yield _Frame(last - self._start, picture)
+                last = last + 1 / (rate or 25) if last is not None else Fraction(0)
+            yield _Frame(float(last - self._start), picture)
 
     def _rgb(self, frame: _Frame) -> UInt8[Tensor, "h w c"]:
         height, width = self._pixels

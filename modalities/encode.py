@@ -200,10 +200,13 @@ def _layout(wave: Tensor) -> str:
 
 def _pictures(stream: Any, frames: Tensor, clock: list[float], tick: Fraction) -> Iterator[_Step]:
     import av
+    from av.video.reformatter import VideoReformatter
 
+    scaler, size = VideoReformatter(), {"height": frames.shape[2], "width": frames.shape[3]}
     for picture, time in zip(frames, clock, strict=True):
         pixels = picture.expand(3, -1, -1).permute(1, 2, 0).contiguous()
         frame = av.VideoFrame.from_ndarray(pixels.numpy(), format="rgb24")
+        frame = scaler.reformat(frame, format=stream.pix_fmt, threads=1, **size)
         frame.time_base, frame.pts = tick, round(time / tick)
         yield time, stream, frame
     yield math.inf, stream, None

@@ -189,7 +189,7 @@ class _Track:
         if stream.duration is not None:
             stated = (stream.start_time or 0) + stream.duration
             stated = round((float(stated * stream.time_base) - self._zero) * self.rate)
-        end = self.file.tail(self.index).end - self._zero
+        end = float(self.file.tail(self.index).end) - self._zero
         if at / self.rate < end - slack(end):
             raise self.file.error(f"its sound can be decoded up to {at / self.rate:.2f} s only, of {end:.2f} s")
         # The last block of a lossy codec is filled up; containers that know say where the sound ended.
