@@ -16,7 +16,7 @@ from ..errors import ConfigError, UnsupportedCall
 from .audio import AudioTokenizer, AudioTokenizerConfig
 from .classifier import Classifier, plain_backbone
 from .fronts import FRONTS, FrameFrontConfig, FrontConfig, FrontState, PatchFrontConfig, WaveFrontConfig
-from .mel import MelConfig
+from .mel import MelConfig, SpecAugmentConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +185,7 @@ def audio_front(
     positions: str | None = None,
     class_token: str | None = None,
     causal: bool = False,
+    augment: SpecAugmentConfig | None = None,
 ) -> FrontConfig:
     """The usual options of a front; see `audio_classifier` for the arguments.
 
@@ -198,6 +199,10 @@ def audio_front(
     if class_token is not None and kind is not PatchFrontConfig:
         raise ConfigError(f"class_token is {class_token!r}; only the front 'patches' adds one, and front is {front!r}")
     chosen: dict[str, Any] = {} if positions is None else {"positions": positions}
+    if augment is not None and "augment" not in kind.__dataclass_fields__:
+        raise ConfigError(f"augment masks spectrograms, and the front {front!r} has none; leave it out")
+    if augment is not None:
+        chosen["augment"] = augment
     if kind is PatchFrontConfig:
         mel = MelConfig.kaldi(rate=rate, bins=bins or 128)
         frames = max(1, round(seconds * rate / mel.hop))
@@ -226,6 +231,7 @@ def audio_classifier(
     pool: str = "mean",
     channel: str | None = "swiglu",
     causal: bool = False,
+    augment: SpecAugmentConfig | None = None,
     dropout: float = 0.0,
     drop_path: float = 0.0,
     fronts: dict[str, FrontConfig] | None = None,
@@ -245,6 +251,7 @@ def audio_classifier(
         positions: "factorised", "learned" or "none" for patches; "sinusoidal" or "none" for the others.
         class_token: None, "first" or "middle", for patches.
         causal: a token hears only what came before, so that the model streams; not for patches.
+        augment: masks of the spectrogram in training; not for waves.
         fronts: options by front; those of this front replace the ones that the arguments above describe.
     """
     options = dict(fronts or {})
@@ -258,6 +265,7 @@ def audio_classifier(
             positions=positions,
             class_token=class_token,
             causal=causal,
+            augment=augment,
         )
     audio = AudioTokenizerConfig(dim=dim, front=front, fronts=options, causal=causal)
     return AudioClassifierConfig(

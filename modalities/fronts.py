@@ -196,7 +196,10 @@ class Convolution(nn.Module):
         return y, x[:, steps * self.stride :].clone()
 
     def _convolved(self, x: Tensor) -> Tensor:
-        return F.conv1d(x.mT, self.weight, self.bias, stride=self.stride).mT
+        # Steps behind each other in memory are an image of one row whose channels come last: on CPUs twice as fast as
+        # a convolution in one dimension.
+        y = F.conv2d(x.mT.unsqueeze(2), self.weight.unsqueeze(2), self.bias, stride=(1, self.stride))
+        return y.squeeze(2).mT
 
 
 @dataclass(frozen=True, kw_only=True)

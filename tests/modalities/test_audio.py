@@ -213,6 +213,8 @@ def test_configurations_that_cannot_be(without_shape_checks):
             kind(positions="rotary")
     with pytest.raises(ConfigError, match="class_token"):
         audio_classifier(mixer="gla", dim=8, depth=1, front="wave", class_token="middle")
+    with pytest.raises(ConfigError, match="masks spectrograms"):
+        audio_classifier(mixer="gla", dim=8, depth=1, front="wave", augment=SpecAugmentConfig())
     with pytest.raises(ConfigError, match="the audio front has none"):
         audio_classifier(mixer="gla", dim=8, depth=1, pool="class_token")
     with pytest.raises(ConfigError, match="seconds is 0"):
@@ -320,6 +322,8 @@ def test_overrides():
     assert model_config("ast_tiny_gla", front="wave", rate=8000).audio.rate == 8000
     own = WaveFrontConfig(channels=3)
     assert model_config("ast_tiny_gla", front="wave", fronts={"wave": own}).audio.options is own
+    masks = SpecAugmentConfig(time_masks=1)
+    assert model_config("ast_tiny_gla", front="frames", augment=masks).audio.options.augment == masks
     assert model_config("aum_tiny", mixer="gla,attention").backbone.pattern == ("gla", "attention")
 
 
