@@ -137,10 +137,7 @@ class TimmClassifier(TimmModel, ImageClassifier):
         """Resize positions and, with `patch_size`, the patch kernel."""
         self.tokenizer.resize(size=img_size, patch=patch_size)
         self.adopt()
-        # What timm builds the model from again, when it has been exported.
-        size, patch = self.tokenizer.config.size, self.tokenizer.config.patch
-        self._traits = getattr(self, "_traits", {}) | {"img_size": size}
-        self._model_args = getattr(self, "_model_args", {}) | {"img_size": size, "patch_size": patch}
+        self.record_size(self.tokenizer.config.size, patch_size=self.tokenizer.config.patch)
 
 
 def _default_cfg(config: ImageClassifierConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 
-from ...errors import ConfigError
+from ...errors import ConfigError, UnsupportedCall
 from ...modalities import list_models, model_config
 from ...modalities.classifier import Classifier
 from ...modalities.grid import fit_positions
@@ -93,6 +93,11 @@ class TimmModel(Classifier):
         self.head = ClassificationHead(self.embed_dim, head).to(like.device, like.dtype).train(self.training)
         self.adopt()
 
+    def record_size(self, img_size: tuple[int, int], **arguments: Any) -> None:
+        """Tell timm of another input size and further arguments, from which it builds the model when it is exported."""
+        self._traits = getattr(self, "_traits", {}) | {"img_size": img_size}
+        self._model_args = getattr(self, "_model_args", {}) | {"img_size": img_size, **arguments}
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute the blocks again in the backward pass instead of keeping their insides."""
         self.backbone.set_grad_checkpointing(enable)
@@ -149,6 +154,8 @@ def register(
     options = {} if features is None else features(model_config(name))
 
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if features is None and kwargs.get("features_only"):
+            raise UnsupportedCall(f"omnimix_{name} makes no feature maps; take its forward_features")
         return build_model_with_cfg(
             model_class,
             build.__name__,

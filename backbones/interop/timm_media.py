@@ -89,9 +89,7 @@ class TimmVideoClassifier(TimmModel, VideoClassifier):
         frames = frames if num_frames is None else num_frames
         self.tokenizer.resize(size=(frames, *size), tubelet=plain(patch_size))
         self.adopt()
-        # What timm builds the model from again, when it has been exported.
-        made_of = {"num_frames": frames, "img_size": tuple(size), "patch_size": self.tokenizer.config.tubelet}
-        self._model_args = getattr(self, "_model_args", {}) | made_of
+        self.record_size(tuple(size), num_frames=frames, patch_size=self.tokenizer.config.tubelet)
 
 
 class TimmAudioClassifier(TimmModel, AudioClassifier):
