@@ -108,6 +108,10 @@ def shard_folder(
         classes = list(sources[splits[0]].classes)
         write_atomically(folder / "classes.json", json.dumps(classes, ensure_ascii=False, indent=1) + "\n")
         _put(folder, out)
+    except MediaError:  # of a file that is read
+        raise
+    except OSError as error:
+        raise ConfigError(f"the shards cannot be written to {str(out)!r}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     for part in written:
@@ -166,24 +170,18 @@ def _write(
     labels: list[int] = []
     # One time for all members, and bytes that are what they are: the same input gives the same shards.
     options = {**limits, "post": paths.append, "verbose": 0, "encoder": False, "mtime": 0.0}
-    try:
-        with webdataset.ShardWriter(pattern, **options) as writer:
-            for place, index in enumerate(_order(len(source), seed), 1):
-                name = source.name(index)
-                try:
-                    data, suffix = _read(source, index)
-                except MediaError as error:
-                    if policy == "raise":
-                        raise
-                    done.problems[name] = str(error)
-                else:
-                    writer.write(_sample(len(labels), data, suffix, source, index, root))
-                    labels.append(source.label(index))
-                seen(split, place, len(source))
-    except OSError as error:
-        if isinstance(error, MediaError):
-            raise
-        raise ConfigError(f"the shards of {split} cannot be written: {error.strerror or error}") from error
+    with webdataset.ShardWriter(pattern, **options) as writer:
+        for place, index in enumerate(_order(len(source), seed), 1):
+            try:
+                data, suffix = _read(source, index)
+            except MediaError as error:
+                if policy == "raise":
+                    raise
+                done.problems[source.name(index)] = str(error)
+            else:
+                writer.write(_sample(len(labels), data, suffix, source, index, root))
+                labels.append(source.label(index))
+            seen(split, place, len(source))
     if not labels:
         raise MediaError(f"no file of the split {split!r} can be read, among them {next(iter(done.problems.items()))}")
     done.samples = len(labels)
@@ -300,7 +298,5 @@ def main(argv: list[str]) -> int:
         }
         for part in written
     ]
-    emit(
-        f"shards in {options.out}" + (f"; skipped, among others: {problems[0]}" if problems else ""), rows, options.json
-    )
+    emit(f"shards in {options.out}", rows, options.json)
     return 0

@@ -1,0 +1,143 @@
+"""Labelled files in folders and tables."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+
+from omnimix.errors import ConfigError
+from omnimix.modalities import CSVSource, FolderSource, Source, find_source, has_split
+from omnimix.modalities.sources import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Strings, read_classes
+
+
+def put(*files: Path) -> None:
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"1")
+
+
+def rows(source: Source, root: Path) -> list[tuple[str, str]]:
+    """(path below root, class) of all samples."""
+    files = [Path(source.name(i)).relative_to(root).as_posix() for i in range(len(source))]
+    assert [source.media(i) for i in range(len(source))] == [root / file for file in files]
+    return [(file, source.classes[source.label(i)]) for i, file in enumerate(files)]
+
+
+def test_folders_in_alphabetical_order_without_what_is_hidden_or_something_else(tmp_path):
+    for name in ("b/2.jpg", "b/1.PNG", "a/deep/er/3.jpg", "b/.hidden.jpg", "b/notes.txt", "stray.jpg", ".git/x.jpg"):
+        put(tmp_path / "train" / name)
+    (tmp_path / "train" / "empty").mkdir()
+    # Data sets of links are usual; a circle of them must end.
+    (tmp_path / "train" / "c").symlink_to(tmp_path / "train" / "b")
+    (tmp_path / "train" / "b" / "up").symlink_to(tmp_path / "train" / "b")
+    source = pickle.loads(pickle.dumps(find_source(tmp_path, "train", IMAGE_SUFFIXES)))
+    assert source.classes == ("a", "b", "c", "empty")
+    assert rows(source, tmp_path / "train") == [
+        ("a/deep/er/3.jpg", "a"), ("b/1.PNG", "b"), ("b/2.jpg", "b"), ("c/1.PNG", "c"), ("c/2.jpg", "c")
+    ]  # fmt: skip
+    assert isinstance(source, FolderSource) and isinstance(source, Source)
+
+
+def test_classes_that_are_given_decide(tmp_path):
+    put(tmp_path / "val" / "cat" / "1.jpg", tmp_path / "val" / "1" / "2.jpg")
+    source = find_source(tmp_path, "val", IMAGE_SUFFIXES, ("dog", "cat", "1"))
+    assert rows(source, tmp_path / "val") == [("1/2.jpg", "1"), ("cat/1.jpg", "cat")]
+    # A folder's name is never the number of a class.
+    with pytest.raises(ConfigError, match="the classes 1, which are none of the 2 known ones .dog, cat"):
+        find_source(tmp_path, "val", IMAGE_SUFFIXES, ("dog", "cat"))
+
+
+def test_errors_of_folders_name_the_layouts(tmp_path):
+    put(tmp_path / "train" / "cat" / "1.jpg")
+    with pytest.raises(ConfigError, match=r"val/CLASS/FILES, val.csv, or tar shards val-\*.tar"):
+        find_source(tmp_path, "val", IMAGE_SUFFIXES)
+    with pytest.raises(ConfigError, match=r"ends in .*\.mp4.*train/CLASS/FILES"):
+        find_source(tmp_path, "train", VIDEO_SUFFIXES)
+    with pytest.raises(ConfigError, match="holds no folders"):
+        find_source(tmp_path, "train/cat", IMAGE_SUFFIXES)
+    put(tmp_path / "val-000000.tar.gz")
+    with pytest.raises(ConfigError, match="gunzip"):
+        find_source(tmp_path, "val", IMAGE_SUFFIXES)
+    assert has_split(tmp_path, "train") and not has_split(tmp_path, "val")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "clips/a b.mp4 1\nclips/c.mp4 0\nlost.mp4 1\n",
+        "clips/a b.mp4,1\nclips/c.mp4,0\nlost.mp4,1\n",
+        "clips/a b.mp4\t1\n\nclips/c.mp4\t0\nlost.mp4\t1",
+        "label,path,split\n1,clips/a b.mp4,train\n0,clips/c.mp4,train\n1,lost.mp4,train\n",
+        '\ufeffvideo,Class\n"clips/a b.mp4",1\nclips/c.mp4,0\nlost.mp4,1\n',
+    ],
+)
+def test_tables_of_every_style(tmp_path, text):
+    put(tmp_path / "clips" / "a b.mp4", tmp_path / "clips" / "c.mp4")
+    (tmp_path / "train.csv").write_text(text, encoding="utf-8")
+    source = find_source(tmp_path, "train", VIDEO_SUFFIXES)
+    assert isinstance(source, CSVSource)
+    assert rows(source, tmp_path) == [("clips/a b.mp4", "1"), ("clips/c.mp4", "0"), ("lost.mp4", "1")]
+    named = CSVSource(tmp_path / "train.csv", VIDEO_SUFFIXES, ("jump", "run"))
+    assert [named.label(i) for i in range(3)] == [1, 0, 1]
+    (tmp_path / "classes.txt").write_text("jump\nrun\nwalk\n")
+    assert find_source(tmp_path, "train", VIDEO_SUFFIXES).classes == ("jump", "run", "walk")
+
+
+def test_kinetics_finds_clips_by_their_id(tmp_path):
+    (tmp_path / "val.csv").write_text(
+        "label,youtube_id,time_start,time_end,split,is_cc\n"
+        "riding a bike,---QUuC4vJs,84,94,val,0\nabseiling,x_y,3,13,val,0\nabseiling,gone,1,2,val,0\n"
+    )
+    put(tmp_path / "val" / "riding a bike" / "---QUuC4vJs_000084_000094.mp4", tmp_path / "val" / "x_y.webm")
+    put(tmp_path / "train" / "x_y.webm")
+    source = find_source(tmp_path, "val", VIDEO_SUFFIXES)
+    assert rows(source, tmp_path) == [
+        ("val/riding a bike/---QUuC4vJs_000084_000094.mp4", "riding a bike"),
+        ("val/x_y.webm", "abseiling"),
+        ("val/gone_000001_000002", "abseiling"),
+    ]
+    assert source.classes == ("abseiling", "riding a bike")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.mp4 1\nb.mp4\n", "line 2 .*'b.mp4'"),
+        ("a.mp4,1,2\n", "line 1 .* header"),
+        ("path,label\na.mp4\n", "line 2"),
+        ("", "is empty"),
+        ("here.mp4 7\n", "the classes 7, which are none of the 2 known ones"),
+        ("lost.mp4 1\nalso.mp4 0\n", "of the 2 files .* none is there, the first being .*lost.mp4"),
+    ],
+)
+def test_tables_that_cannot_be_used(tmp_path, text, message):
+    put(tmp_path / "here.mp4")
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        CSVSource(tmp_path / "t.csv", VIDEO_SUFFIXES, ("x", "y"))
+
+
+def test_a_label_is_no_huge_number(tmp_path):
+    put(tmp_path / "a.mp4")
+    (tmp_path / "t.csv").write_text("a.mp4 1700000000\n")
+    with pytest.raises(ConfigError, match="1700000000"):
+        CSVSource(tmp_path / "t.csv", VIDEO_SUFFIXES)
+
+
+@pytest.mark.parametrize("wrong", ["{}", "[]", "[1]", '["a", "a"]', "["])
+def test_class_files_are_checked(tmp_path, wrong):
+    assert read_classes(tmp_path) is None
+    (tmp_path / "classes.json").write_text(wrong)
+    with pytest.raises(ConfigError, match="classes.json"):
+        read_classes(tmp_path)
+    (tmp_path / "classes.json").write_text(json.dumps(["ä", "b"]))
+    assert read_classes(tmp_path) == ("ä", "b")
+
+
+def test_strings_are_a_list():
+    words = ["", "ä", "b" * 300, "\udcff"]
+    strings = pickle.loads(pickle.dumps(Strings(words)))
+    assert list(strings) == words and strings[1:3] == words[1:3] and strings[-1] == words[-1]
+    with pytest.raises(IndexError):
+        strings[4]
