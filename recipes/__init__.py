@@ -12,6 +12,8 @@ RECIPES = {
     "vision_folder": "omnimix vision fit --config vision_folder --data.root DIR",
     "video_understanding": "omnimix video fit",
     "video_folder": "omnimix video fit --config video_folder --data.root DIR",
+    "audio_classification": "omnimix audio fit",
+    "audio_folder": "omnimix audio fit --config audio_folder --data.root DIR",
     "text_generation": "omnimix text fit",
     "text_files": "omnimix text fit --config text_files --data.path DIR",
 }
