@@ -12,10 +12,18 @@ from torch import Tensor
 from ..backbones import BackboneConfig, State, list_mixers
 from ..backbones.heads import ClassificationHeadConfig
 from ..backbones.wrappers.scan import scan_orders
-from ..errors import ConfigError, UnsupportedCall
+from ..errors import ConfigError
 from .audio import AudioTokenizer, AudioTokenizerConfig
 from .classifier import Classifier, plain_backbone
-from .fronts import FRONTS, FrameFrontConfig, FrontConfig, FrontState, PatchFrontConfig, WaveFrontConfig
+from .fronts import (
+    FRONTS,
+    FrameFrontConfig,
+    FrontConfig,
+    FrontState,
+    PatchFrontConfig,
+    SpectrogramFrontConfig,
+    WaveFrontConfig,
+)
 from .mel import MelConfig, SpecAugmentConfig
 
 
@@ -147,32 +155,20 @@ class AudioClassifier(Classifier):
                 the mean.
             UnsupportedShape: the chunk is no floating-point (b, n), or does not fit the state.
         """
-        self._check_streaming()
+        self.check_streaming()
         tokens, layout, front = self.tokenizer.stream(chunk, None if state is None else state.front)
         memory, total = (None, 0.0) if state is None else (state.backbone, state.total)
         if tokens.shape[1]:
             tokens, memory = self.backbone(tokens, layout, memory)
         total = tokens.sum(1, dtype=torch.promote_types(tokens.dtype, torch.float32)) + total
-        so_far = self._logits((total / front.steps).to(tokens.dtype)) if front.steps else None
+        so_far = self.head_of((total / front.steps).to(tokens.dtype)) if front.steps else None
         after = AudioState(front=front, total=total, backbone=memory)
-        return AudioStep(now=self._logits(tokens), so_far=so_far, state=after)
+        return AudioStep(now=self.head_of(tokens), so_far=so_far, state=after)
 
     def finish(self, state: AudioState) -> AudioStep:
         """The end of the sounds: where they were too short for one token, silence fills it up, as in whole clips."""
         missing = max(0, self.tokenizer.front.shortest - state.front.samples)
         return self.stream(state.total.new_zeros(state.total.shape[0], missing), state)
-
-    def _check_streaming(self) -> None:
-        if not self.tokenizer.config.causal:
-            raise UnsupportedCall("this model hears whole clips; build it with causal=True to stream")
-        if self.head.config.pool != "mean":
-            raise UnsupportedCall(f"the head pools by {self.head.config.pool!r}; streaming needs 'mean'")
-        for block in self.backbone.blocks:
-            if not block.mixer.streaming:
-                raise UnsupportedCall(f"{type(block.mixer).__name__} does not go on from a state; use another mixer")
-
-    def _logits(self, features: Float[Tensor, "b *t d"]) -> Float[Tensor, "b *t classes"]:
-        return self.head.classifier(self.head.dropout(features))
 
 
 def audio_front(
@@ -199,7 +195,7 @@ def audio_front(
     if class_token is not None and kind is not PatchFrontConfig:
         raise ConfigError(f"class_token is {class_token!r}; only the front 'patches' adds one, and front is {front!r}")
     chosen: dict[str, Any] = {} if positions is None else {"positions": positions}
-    if augment is not None and "augment" not in kind.__dataclass_fields__:
+    if augment is not None and not issubclass(kind, SpectrogramFrontConfig):
         raise ConfigError(f"augment masks spectrograms, and the front {front!r} has none; leave it out")
     if augment is not None:
         chosen["augment"] = augment
@@ -231,6 +227,7 @@ def audio_classifier(
     pool: str = "mean",
     channel: str | None = "swiglu",
     causal: bool = False,
+    scan: str | None = None,
     augment: SpecAugmentConfig | None = None,
     dropout: float = 0.0,
     drop_path: float = 0.0,
@@ -238,10 +235,8 @@ def audio_classifier(
 ) -> AudioClassifierConfig:
     """The configuration of a plain classifier around one mixer (or several, "attention+gla").
 
-    Mixers that only look backwards run in both directions, unless the model is causal. Attention has no rotary
-    positions where the tokens bring positions.
-
     Args:
+        mixer: see `plain_backbone`.
         front: "patches", "frames" or "wave".
         rate: samples a second of the waves.
         seconds: length of the clips for which positions are learned, where the front learns them. Clips of any other
@@ -251,6 +246,8 @@ def audio_classifier(
         positions: "factorised", "learned" or "none" for patches; "sinusoidal" or "none" for the others.
         class_token: None, "first" or "middle", for patches.
         causal: a token hears only what came before, so that the model streams; not for patches.
+        scan: the orders in which mixers that only look backwards run over the tokens; the others ignore it. By default
+            both ways, and "forward" where causal. Packed clips are served both ways and forward alone.
         augment: masks of the spectrogram in training; not for waves.
         fronts: options by front; those of this front replace the ones that the arguments above describe.
     """
@@ -275,7 +272,7 @@ def audio_classifier(
             dim=dim,
             depth=depth,
             positions=audio.options.has_positions,
-            scan="forward" if causal else "both",
+            scan=scan or ("forward" if causal else "both"),
             channel=channel,
             drop_path=drop_path,
         ),

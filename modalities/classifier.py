@@ -11,6 +11,7 @@ from ..backbones import Backbone, BackboneConfig, Layout
 from ..backbones.config import MixerConfig
 from ..backbones.heads import ClassificationHead, ClassificationHeadConfig
 from ..backbones.mixers import get_mixer
+from ..errors import UnsupportedCall
 
 
 class Classifier(nn.Module):
@@ -56,6 +57,20 @@ class Classifier(nn.Module):
     def forward_head(self, tokens: Float[Tensor, "b t d"], layout: Layout) -> Float[Tensor, "n *t classes"]:
         """Logits from what `forward_features` returned."""
         return self.head(tokens, layout)
+
+    def head_of(self, features: Float[Tensor, "n *t d"]) -> Float[Tensor, "n *t classes"]:
+        """Logits from tokens that are pooled already."""
+        return self.head.classifier(self.head.dropout(features))
+
+    def check_streaming(self) -> None:
+        """Of models that can be given their media in pieces: raise UnsupportedCall where this one cannot."""
+        if not self.tokenizer.config.causal:
+            raise UnsupportedCall("this model takes its media whole; build it with causal=True to stream")
+        if self.head.config.pool != "mean":
+            raise UnsupportedCall(f"the head pools by {self.head.config.pool!r}; streaming needs 'mean'")
+        for block in self.backbone.blocks:
+            if not block.mixer.streaming:
+                raise UnsupportedCall(f"{type(block.mixer).__name__} does not go on from a state; use another mixer")
 
 
 def plain_backbone(

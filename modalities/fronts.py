@@ -23,17 +23,40 @@ from .mel import LogMel, MelConfig, SpecAugment, SpecAugmentConfig
 
 @dataclass(frozen=True, kw_only=True)
 class FrontConfig:
-    """Base of every audio front's options."""
+    """Base of every audio front's options.
 
-    @property
-    def sample_rate(self) -> int:
-        """Samples a second of the waves that the front takes."""
-        raise NotImplementedError
+    Args:
+        positions: how tokens say where they are; "none" where they do not.
+    """
+
+    positions: str = "none"
 
     @property
     def has_positions(self) -> bool:
         """Whether the tokens say where they are."""
-        raise NotImplementedError
+        return self.positions != "none"
+
+    @property
+    def sample_rate(self) -> int:
+        """Samples a second of the waves that the front takes."""
+        raise NotImplementedError(f"{type(self).__name__} does not say its rate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectrogramFrontConfig(FrontConfig):
+    """Base of the options of fronts that hear a log-mel spectrogram.
+
+    Args:
+        mel: the spectrogram.
+        augment: its masks in training.
+    """
+
+    mel: MelConfig = field(default_factory=MelConfig)
+    augment: SpecAugmentConfig = field(default_factory=SpecAugmentConfig)
+
+    @property
+    def sample_rate(self) -> int:
+        return self.mel.rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +108,7 @@ def list_fronts() -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchFrontConfig(FrontConfig):
+class PatchFrontConfig(SpectrogramFrontConfig):
     """Options of the front `patches`.
 
     Args:
@@ -98,7 +121,6 @@ class PatchFrontConfig(FrontConfig):
     """
 
     mel: MelConfig = field(default_factory=MelConfig.kaldi)
-    augment: SpecAugmentConfig = field(default_factory=SpecAugmentConfig)
     patch: int | tuple[int, int] = 16
     frames: int = 1024
     positions: Literal["factorised", "learned", "none"] = "factorised"
@@ -118,14 +140,6 @@ class PatchFrontConfig(FrontConfig):
             positions=self.positions,
             class_token=self.class_token,
         )
-
-    @property
-    def sample_rate(self) -> int:
-        return self.mel.rate
-
-    @property
-    def has_positions(self) -> bool:
-        return self.positions != "none"
 
 
 @register_front(
@@ -203,7 +217,7 @@ class Convolution(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrameFrontConfig(FrontConfig):
+class FrameFrontConfig(SpectrogramFrontConfig):
     """Options of the front `frames`.
 
     Args:
@@ -213,19 +227,10 @@ class FrameFrontConfig(FrontConfig):
     """
 
     mel: MelConfig = field(default_factory=MelConfig.whisper)
-    augment: SpecAugmentConfig = field(default_factory=SpecAugmentConfig)
     positions: Literal["sinusoidal", "none"] = "sinusoidal"
 
     def __post_init__(self) -> None:
         _check_positions(self.positions)
-
-    @property
-    def sample_rate(self) -> int:
-        return self.mel.rate
-
-    @property
-    def has_positions(self) -> bool:
-        return self.positions != "none"
 
 
 def _check_positions(positions: str) -> None:
@@ -337,10 +342,6 @@ class WaveFrontConfig(FrontConfig):
     @property
     def sample_rate(self) -> int:
         return self.rate
-
-    @property
-    def has_positions(self) -> bool:
-        return self.positions != "none"
 
 
 @register_front(

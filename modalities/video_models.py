@@ -127,7 +127,7 @@ class VideoClassifier(Classifier):
                 the mean.
             UnsupportedShape: the chunk is not what the tokenizer takes, or does not fit the state.
         """
-        self._check_streaming()
+        self.check_streaming()
         self.tokenizer.check(chunk)
         if state is not None:
             # Without the frames, which may be any number.
@@ -143,15 +143,6 @@ class VideoClassifier(Classifier):
         """The end of the video: frames that wait become a last time step, filled up as that of a whole video is."""
         return self._advance(state.waiting, state.waiting[:, :, :0], state)
 
-    def _check_streaming(self) -> None:
-        if not self.tokenizer.config.causal:
-            raise UnsupportedCall("this model sees a whole video at once; build it with causal=True to stream")
-        if self.head.config.pool != "mean":
-            raise UnsupportedCall(f"the head pools by {self.head.config.pool!r}; streaming needs 'mean'")
-        for block in self.backbone.blocks:
-            if not block.mixer.streaming:
-                raise UnsupportedCall(f"{type(block.mixer).__name__} does not go on from a state; use another mixer")
-
     def _advance(self, frames: Tensor, waiting: Tensor, state: VideoState | None) -> VideoStep:
         """`frames` fill time steps, at the end of a video but for the last; `waiting` do not."""
         steps, total, memory = (0, 0.0, None) if state is None else (state.steps, state.total, state.backbone)
@@ -164,12 +155,9 @@ class VideoClassifier(Classifier):
         else:
             means = frames.new_zeros(frames.shape[0], 0, self.backbone.config.dim)
             total = means.sum(1, dtype=torch.promote_types(means.dtype, torch.float32)) + total
-        so_far = self._logits((total / steps).to(means.dtype)) if steps else None
+        so_far = self.head_of((total / steps).to(means.dtype)) if steps else None
         state = VideoState(waiting=waiting, total=total, steps=steps, backbone=memory)
-        return VideoStep(now=self._logits(means), so_far=so_far, state=state)
-
-    def _logits(self, features: Float[Tensor, "b *t d"]) -> Float[Tensor, "b *t classes"]:
-        return self.head.classifier(self.head.dropout(features))
+        return VideoStep(now=self.head_of(means), so_far=so_far, state=state)
 
 
 def video_classifier(
