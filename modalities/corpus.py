@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import gzip
 import hashlib
-import io
 import json
 import lzma
 import os
@@ -20,9 +19,10 @@ from typing import Any, Literal
 
 from ..errors import ConfigError, MediaError, MissingPackage
 from .chat import check_messages
+from .tar import BROKEN, end_problem, headers, member_problem, unpacker
 
 # What reading compressed or broken files may raise.
-_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, tarfile.TarError)
+_UNREADABLE = (OSError, zlib.error, lzma.LZMAError, *BROKEN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,17 +315,20 @@ class Shards(Rows):
 
     def _read(self, name: str, path: Path) -> Iterator[Document]:
         with tarfile.open(path, "r:*") as shard:
-            for member in shard:
-                if not member.isfile() or not member.name.endswith((".txt", ".json")):
+            for member in headers(shard):
+                if not member.name.endswith((".txt", ".json")):
                     continue
-                # A few bytes may claim to be terabytes of zeros.
-                if member.issparse():
-                    self.refuse(f"{name}/{member.name}", "it is a sparse file")
-                else:
+                reason = member_problem(member)
+                if reason is not None:
+                    self.refuse(f"{name}/{member.name}", reason)
+                elif member.isfile():
                     yield from self._member(f"{name}/{member.name}", shard.extractfile(member).read())
-        if path.suffix == ".tar" and not _ended(path):
-            # tarfile takes an end between two members for the end of the shard.
-            self.refuse(name, "it is cut short: a tar file ends with zeros")
+            end = shard.offset
+        with path.open("rb") as file:
+            # Compressed files say themselves where they are cut.
+            reason = None if unpacker(file) else end_problem(file, end)
+        if reason is not None:
+            self.refuse(name, reason)
 
     def _member(self, name: str, data: bytes) -> Iterator[Document]:
         try:
@@ -338,9 +341,3 @@ class Shards(Rows):
             self.refuse(name, str(error))
             return
         yield from self._document(name, value.get(self.field) if isinstance(value, dict) else None)
-
-
-def _ended(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-min(path.stat().st_size, 2 * tarfile.BLOCKSIZE), io.SEEK_END)
-        return not any(file.read())

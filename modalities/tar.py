@@ -17,7 +17,7 @@ from .sources import Strings
 LIMIT = 2 << 30
 _BLOCK = tarfile.BLOCKSIZE
 # What tarfile raises for files that are broken, or made to break it.
-_BROKEN = (tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError)
+BROKEN = (tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError)
 _COMPRESSED = {
     b"\x1f\x8b": "gunzip",
     b"BZh": "bunzip2",
@@ -109,39 +109,55 @@ def scan(path: str | Path, file: BinaryIO, *, limit: int = LIMIT) -> Iterator[Me
             that is absolute, leads upward or occurs twice, or a member beyond `limit`. The message names both.
     """
     shard, size = repr(str(path)), os.fstat(file.fileno()).st_size
-    start = file.read(6)
-    for magic, tool in _COMPRESSED.items():
-        if start.startswith(magic):
-            raise MediaError(f"the shard {shard} is compressed, so that nothing in it can be found: {tool} it")
-    file.seek(0)
+    tool = unpacker(file)
+    if tool is not None:
+        raise MediaError(f"the shard {shard} is compressed, so that nothing in it can be found: {tool} it")
     seen: set[str] = set()
-    last, where = -1, "at its beginning"
+    where = "at its beginning"
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
+            for member in headers(archive):
                 reason = member_problem(member, limit)
                 if reason is None and member.isfile() and member.name in seen:
                     reason = "it occurs twice"
-                # A header with a negative size sends tarfile back to where it was.
-                if reason is None and (member.offset <= last or member.size < 0):
-                    reason = "its header is corrupt"
                 if reason is None and member.isfile() and member.offset_data + member.size > size:
                     reason = "the shard is cut short inside it"
                 if reason is not None:
                     raise MediaError(f"the shard {shard} is refused for its member {member.name!r}: {reason}")
-                last, where = member.offset, f"after its member {member.name!r}"
+                where = f"after its member {member.name!r}"
                 if member.isfile():
                     seen.add(member.name)
                     yield Member(member.name, member.offset_data, member.size)
-                # tarfile keeps every header that it has read.
-                archive.members.clear()
             end = archive.offset
-    except _BROKEN as error:
+    except BROKEN as error:
         raise MediaError(f"the shard {shard} cannot be read {where}: {error}") from error
-    # tarfile takes every end, and junk too, for the end of the archive.
     reason = end_problem(file, end)
     if reason is not None:
         raise MediaError(f"the shard {shard} cannot be read {where}: {reason}")
+
+
+def headers(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The headers of an archive in order, in constant memory.
+
+    Raises:
+        tarfile.ReadError: a header leads back: a negative size makes tarfile read the same ones for ever.
+    """
+    last = -1
+    for member in archive:
+        if member.offset <= last or member.size < 0:
+            raise tarfile.ReadError(f"the header of {member.name!r} is corrupt")
+        last = member.offset
+        yield member
+        # tarfile keeps every header that it has read.
+        archive.members.clear()
+
+
+def unpacker(file: BinaryIO) -> str | None:
+    """The tool that unpacks an open file, if it is compressed."""
+    file.seek(0)
+    start = file.read(6)
+    file.seek(0)
+    return next((tool for magic, tool in _COMPRESSED.items() if start.startswith(magic)), None)
 
 
 def member_problem(member: tarfile.TarInfo, limit: int = LIMIT) -> str | None:
@@ -163,19 +179,17 @@ def member_problem(member: tarfile.TarInfo, limit: int = LIMIT) -> str | None:
     return None
 
 
-def end_problem(file: BinaryIO, end: int = 0) -> str | None:
-    """Why an open tar file does not end as it should where its last member ended, if so: with zeros and nothing else.
+def end_problem(file: BinaryIO, end: int) -> str | None:
+    """Why an open tar file does not end as it should at `end`, behind its last member, if so: with zeros alone.
 
-    Args:
-        end: where the last member ended; 0 looks at the last bytes of the file only.
+    tarfile takes the end of the file, a corrupt header and junk for the end of the archive, in silence.
     """
-    size = os.fstat(file.fileno()).st_size
-    file.seek(end if end else max(0, size - 2 * _BLOCK))
+    file.seek(end)
     first = file.read(_BLOCK)
     if len(first) < _BLOCK:
         return "it is cut short: a tar file ends with zeros"
     if any(first):
-        return "a header is corrupt" if end else "it is cut short: a tar file ends with zeros"
+        return "a header is corrupt"
     while chunk := file.read(1 << 20):
         if chunk.count(0) < len(chunk):
             return "there is more behind its end; several archives in one file are not read"
