@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 from ..errors import MediaError, UnsupportedCall, UnsupportedShape
 
 Media = str | Path | bytes
-Source = str | Path | bytes | BinaryIO
+Source = str | Path | bytes | BinaryIO | io.IOBase
 
 # Containers of media. Left out are formats that name further files or addresses to open (playlists, concatenations)
 # and text that FFmpeg would draw as a picture.

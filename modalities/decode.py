@@ -23,6 +23,10 @@ from .sound import read_audio
 __all__ = ["Clip", "VideoInfo", "VideoReader", "read_audio", "read_clip"]
 
 
+# By how many seconds a time stamp may be off: webm and mkv count milliseconds.
+_ROUNDED = 5e-4
+
+
 @dataclass(frozen=True)
 class VideoInfo:
     """What a video is.
@@ -102,7 +106,7 @@ class VideoReader:
         if not found:
             raise self._input.error("it has no video")
         self._index = found[0]
-        first = next(self._timed(), None)
+        first = next(_timed(self._input, self._index, self._start), None)
         if first is None:
             raise self._input.error("it has no frames")
         self._start = (first.picture.pts or 0) * first.picture.time_base
@@ -110,7 +114,7 @@ class VideoReader:
         self._turns = round(first.picture.rotation / 90) % 4
         self._last, end = self._input.tail(self._index)
         stream = self._input.stream(self._index)
-        self._half_tick = max(0.5 * float(stream.time_base), 1e-6)
+        self._tolerance = min(max(0.5 * float(stream.time_base), 1e-6), _ROUNDED)
         rate = float(stream.average_rate) if stream.average_rate else None
         if end <= self._last:
             # Nothing says how long the last frame lasts.
@@ -143,13 +147,13 @@ class VideoReader:
         self._decoded, self._shown, self._ahead = iter(()), None, None
         self._input.close()
 
-    def at(self, times: Sequence[float]) -> Clip:
+    def at(self, times: Sequence[float | int]) -> Clip:
         """The frames that are on the screen at some times.
 
         Args:
             times: seconds from the first frame, in any order, also repeated. Before the first frame it is the first,
-                after the last the last. They are compared to within half a tick of the file's clock, which ticks
-                milliseconds in webm and mkv.
+                after the last the last. They are compared to within half a millisecond, to which webm and mkv
+                round.
 
         Raises:
             MediaError: the file is corrupt before the last of the times.
@@ -170,7 +174,7 @@ class VideoReader:
         return Clip(frames.permute(0, 3, 1, 2), found)
 
     def stream(
-        self, start: float = 0.0, stop: float | None = None, rate: float | None = None
+        self, start: float | int = 0.0, stop: float | int | None = None, rate: float | int | None = None
     ) -> Iterator[tuple[float, UInt8[Tensor, "c h w"]]]:
         """Frames one by one, in memory that does not depend on the length of the video.
 
@@ -190,17 +194,19 @@ class VideoReader:
         if not 0 <= start < math.inf:
             raise ConfigError(f"start is {start}; it must be seconds, at least 0")
         stop = self.info.duration if stop is None else min(stop, self.info.duration)
-        return self._stream(start, stop, rate)
+        return self._stream(float(start), float(stop), rate)
 
-    def _stream(self, start: float, stop: float, rate: float | None) -> Iterator[tuple[float, Tensor]]:
+    def _stream(
+        self, start: float | int, stop: float | int, rate: float | int | None
+    ) -> Iterator[tuple[float, Tensor]]:
         self._reads += 1
         read, steps = self._reads, 0
         shown = self._go(start)
         while True:
             if rate is None:
-                due = [shown.time] if start - self._half_tick <= shown.time < stop else []
+                due = [shown.time] if start - self._tolerance <= shown.time < stop else []
             else:
-                until = min(stop, self._ahead.time if self._ahead else math.inf) - self._half_tick
+                until = min(stop, self._ahead.time if self._ahead else math.inf) - self._tolerance
                 due = []
                 while (time := start + (steps + len(due)) / rate) < until:
                     due.append(time)
@@ -213,12 +219,12 @@ class VideoReader:
                 return
             shown = self._step()
 
-    def _go(self, time: float) -> _Frame:
+    def _go(self, time: float | int) -> _Frame:
         """Move to the frame on the screen at a time."""
         time = max(time, 0.0)
-        if self._shown is None or time + self._half_tick < self._shown.time or self._keyframe_before(time):
+        if self._shown is None or time + self._tolerance < self._shown.time or self._keyframe_before(time):
             self._seek(time)
-        while self._ahead is not None and self._ahead.time <= time + self._half_tick:
+        while self._ahead is not None and self._ahead.time <= time + self._tolerance:
             self._step()
         return self._shown
 
@@ -231,7 +237,7 @@ class VideoReader:
             )
         return self._shown
 
-    def _keyframe_before(self, time: float) -> bool:
+    def _keyframe_before(self, time: float | int) -> bool:
         """Whether decoding can begin later than where the reader stands, and not after `time`."""
         if self._ahead is None:
             return False
@@ -241,7 +247,7 @@ class VideoReader:
             return False
         return stream.index_entries[place].timestamp * stream.time_base - self._start > self._ahead.time
 
-    def _seek(self, time: float) -> None:
+    def _seek(self, time: float | int) -> None:
         # A seek may land late where the container lists decoding times or guesses from sizes.
         for back in (0.0, 1.0, 10.0, math.inf):
             target = max(time - back, 0.0)
@@ -250,7 +256,7 @@ class VideoReader:
             except MediaError:
                 break
             self._load()
-            if self._shown is not None and self._shown.time <= time + self._half_tick:
+            if self._shown is not None and self._shown.time <= time + self._tolerance:
                 return
             if target == 0:
                 break
@@ -260,18 +266,9 @@ class VideoReader:
             raise self._input.error("its frames can no longer be decoded")
 
     def _load(self) -> None:
-        self._decoded = self._timed()
+        self._decoded = _timed(self._input, self._index, self._start)
         self._shown = next(self._decoded, None)
         self._ahead = next(self._decoded, None) if self._shown else None
-
-    def _timed(self) -> Iterator[_Frame]:
-        last, rate = None, self._input.stream(self._index).average_rate
-        for picture in self._input.frames(self._index):
-            if picture.pts is not None:
-                last = picture.pts * picture.time_base
-            else:
-                last = last + 1 / (rate or 25) if last is not None else Fraction(0)
-            yield _Frame(float(last - self._start), picture)
 
     def _rgb(self, frame: _Frame) -> UInt8[Tensor, "h w c"]:
         height, width = self._pixels
@@ -279,6 +276,17 @@ class VideoReader:
         with self._input.reading():
             picture = self._scaler.reformat(frame.picture, width=width, height=height, format="rgb24", threads=1)
         return torch.from_numpy(picture.to_ndarray()).rot90(self._turns)
+
+
+def _timed(file: Input, index: int, start: Fraction) -> Iterator[_Frame]:
+    # No method: a generator that holds the reader that holds the generator would keep the file open.
+    last, rate = None, file.stream(index).average_rate
+    for picture in file.frames(index):
+        if picture.pts is not None:
+            last = picture.pts * picture.time_base
+        else:
+            last = last + 1 / (rate or 25) if last is not None else Fraction(0)
+        yield _Frame(float(last - start), picture)
 
 
 def read_clip(source: Source, sampling: Sampling, seed: int | None = None, *, name: str | None = None) -> Clip:

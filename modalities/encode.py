@@ -47,9 +47,9 @@ def write_video(
     path: str | Path,
     frames: UInt8[Tensor, "t c h w"],
     *,
-    rate: float | None = None,
-    times: Sequence[float] | None = None,
-    start: float = 0.0,
+    rate: float | int | None = None,
+    times: Sequence[float | int] | None = None,
+    start: float | int = 0.0,
     codec: str | None = None,
     quality: int = 18,
     keyframes: int = 48,
@@ -107,7 +107,7 @@ def write_video(
     replace_file(path, write)
 
 
-def write_audio(path: str | Path, wave: Float[Tensor, "channels n"], rate: int, *, start: float = 0.0) -> None:
+def write_audio(path: str | Path, wave: Float[Tensor, "channels n"], rate: int, *, start: float | int = 0.0) -> None:
     """An audio file.
 
     Args:
@@ -171,7 +171,9 @@ class _Output:
             raise ConfigError(f"{name} at a rate of {rate} cannot take this: {error}") from error
 
 
-def _clock(frames: Tensor, rate: float | None, times: Sequence[float] | None, start: float) -> list[float]:
+def _clock(
+    frames: Tensor, rate: float | int | None, times: Sequence[float | int] | None, start: float | int
+) -> list[float | int]:
     if frames.shape[0] < 1 or 0 in frames.shape or frames.shape[1] not in (1, 3):
         raise UnsupportedShape(f"frames is {tuple(frames.shape)}; a video has at least one frame of 1 or 3 channels")
     if times is None:
@@ -185,7 +187,7 @@ def _clock(frames: Tensor, rate: float | None, times: Sequence[float] | None, st
     return [start + time for time in times]
 
 
-def _fraction(rate: float | None, clock: list[float]) -> Fraction:
+def _fraction(rate: float | int | None, clock: list[float | int]) -> Fraction:
     """Frames a second, on average where they vary, as encoders want to know it."""
     if rate is None:
         rate = (len(clock) - 1) / (clock[-1] - clock[0]) if len(clock) > 1 else 25
@@ -198,7 +200,7 @@ def _layout(wave: Tensor) -> str:
     return "mono" if wave.shape[0] == 1 else "stereo"
 
 
-def _pictures(stream: Any, frames: Tensor, clock: list[float], tick: Fraction) -> Iterator[_Step]:
+def _pictures(stream: Any, frames: Tensor, clock: list[float | int], tick: Fraction) -> Iterator[_Step]:
     import av
     from av.video.reformatter import VideoReformatter
 
@@ -212,7 +214,7 @@ def _pictures(stream: Any, frames: Tensor, clock: list[float], tick: Fraction) -
     yield math.inf, stream, None
 
 
-def _sounds(stream: Any, wave: Tensor, rate: int, start: float) -> Iterator[_Step]:
+def _sounds(stream: Any, wave: Tensor, rate: int, start: float | int) -> Iterator[_Step]:
     import av
 
     samples = (wave.detach().to(torch.float64) * 32768).round().clamp(-32768, 32767).to(torch.int16)

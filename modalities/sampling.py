@@ -15,11 +15,11 @@ from ..errors import ConfigError
 class Sampling(Protocol):
     """A way to choose times. All of them are a function of the duration and the seed alone."""
 
-    def times(self, duration: float, seed: int | None = None) -> list[float]:
+    def times(self, duration: float | int, seed: int | None = None) -> list[float]:
         """Increasing times in seconds from the first frame; without a seed the central ones, for testing."""
         ...
 
-    def view(self, duration: float, part: float) -> list[float]:
+    def view(self, duration: float | int, part: float | int) -> list[float]:
         """The times of one of several views; `part` in 0..1 runs through the video."""
         ...
 
@@ -37,10 +37,10 @@ class Uniform:
     def __post_init__(self) -> None:
         positive(self, "frames")
 
-    def times(self, duration: float, seed: int | None = None) -> list[float]:
+    def times(self, duration: float | int, seed: int | None = None) -> list[float]:
         return self.view(duration, 0.5 if seed is None else random.Random(seed).random())
 
-    def view(self, duration: float, part: float) -> list[float]:
+    def view(self, duration: float | int, part: float | int) -> list[float]:
         _check(duration)
         return [duration * (index + min(part, 0.999)) / self.frames for index in range(self.frames)]
 
@@ -60,13 +60,13 @@ class Segments:
     def __post_init__(self) -> None:
         positive(self, "frames")
 
-    def times(self, duration: float, seed: int | None = None) -> list[float]:
+    def times(self, duration: float | int, seed: int | None = None) -> list[float]:
         _check(duration)
         draw = random.Random(seed)
         places = [0.5 if seed is None else draw.random() for _ in range(self.frames)]
         return [duration * (index + place) / self.frames for index, place in enumerate(places)]
 
-    def view(self, duration: float, part: float) -> list[float]:
+    def view(self, duration: float | int, part: float | int) -> list[float]:
         return Uniform(self.frames).view(duration, part)
 
 
@@ -82,24 +82,24 @@ class Dense:
     """
 
     frames: int = 16
-    rate: float = 8.0
+    rate: float | int = 8.0
 
     def __post_init__(self) -> None:
         positive(self, "frames")
         if not self.rate > 0:
             raise ConfigError(f"rate is {self.rate}; it must be above 0")
 
-    def times(self, duration: float, seed: int | None = None) -> list[float]:
+    def times(self, duration: float | int, seed: int | None = None) -> list[float]:
         return self.view(duration, 0.5 if seed is None else random.Random(seed).random())
 
-    def view(self, duration: float, part: float) -> list[float]:
+    def view(self, duration: float | int, part: float | int) -> list[float]:
         _check(duration)
         start = max(0.0, duration - self.frames / self.rate) * part
         # Half a step in, so that a frame is not missed by a rounded time stamp.
         return [start + (index + 0.5) / self.rate for index in range(self.frames)]
 
 
-def views(duration: float, sampling: Sampling, count: int) -> list[list[float]]:
+def views(duration: float | int, sampling: Sampling, count: int) -> list[list[float]]:
     """Times of several views of a video, evenly spread over it, for testing on more than one.
 
     Args:
@@ -117,6 +117,6 @@ def views(duration: float, sampling: Sampling, count: int) -> list[list[float]]:
     return [sampling.view(duration, part) for part in parts]
 
 
-def _check(duration: float) -> None:
+def _check(duration: float | int) -> None:
     if not 0 <= duration < float("inf"):
         raise ConfigError(f"duration is {duration}; it must be seconds, at least 0")

@@ -26,8 +26,8 @@ def read_audio(
     *,
     rate: int | None = None,
     mono: bool = True,
-    start: float = 0.0,
-    duration: float | None = None,
+    start: float | int = 0.0,
+    duration: float | int | None = None,
     name: str | None = None,
 ) -> tuple[Float32[Tensor, "c n"], int]:
     """The first sound track of an audio or video file, and its rate.
@@ -71,7 +71,7 @@ def read_audio(
 class _Window:
     """Which samples of the file are needed for which of the result."""
 
-    def __init__(self, rate: int, new_rate: int, start: float, duration: float | None):
+    def __init__(self, rate: int, new_rate: int, start: float | int, duration: float | int | None):
         self.rate, self.new_rate, self.start = rate, new_rate, start
         common = math.gcd(rate, new_rate)
         # Samples on both sides that the resampling filter sees (torchaudio's: six zero crossings), and a first one
@@ -84,7 +84,6 @@ class _Window:
         self.last = None if duration is None else math.ceil((start + duration) * rate) + margin + 1
 
     def resampled(self, wave: Tensor, file: Input) -> Tensor:
-        length = self.first / self.rate + wave.shape[1] / self.rate
         if self.rate != self.new_rate and wave.shape[1]:
             from torchaudio.functional import resample
 
@@ -92,7 +91,7 @@ class _Window:
         wave = wave[:, self.skipped :]
         wave = wave if self.count is None else wave[:, : self.count]
         if not wave.shape[1]:
-            raise file.error(f"its sound is over at {length:.2f} s, before start={self.start}")
+            raise file.error(f"its sound is over before start={self.start}")
         return wave.contiguous()
 
 
