@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -95,11 +96,10 @@ class VideoReader:
         # On the file's clock; exact, so that times do not gather rounding errors.
         self._start = Fraction(0)
         self._input = Input(source, name, threads)
-        try:
+        with ExitStack() as failing:
+            failing.callback(self.close)
             self.info = self._examine()
-        except BaseException:
-            self.close()
-            raise
+            failing.pop_all()
 
     def _examine(self) -> VideoInfo:
         found = self._input.streams("video")

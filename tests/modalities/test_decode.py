@@ -9,16 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from omnimix.errors import ConfigError, MediaError, UnsupportedCall, UnsupportedShape
-from omnimix.modalities import Dense, Segments, Uniform, VideoReader, decode, load_image, read_clip, views, write_video
+from omnimix.modalities import Segments, Uniform, VideoReader, decode, read_clip, write_video
 
 from .decoder_stress import barcodes, films, moment, numbers_in
 
@@ -341,39 +339,9 @@ def test_reads_in_forked_and_spawned_workers():
     assert "60 reads of 60" in done.stdout
 
 
-def test_samplings():
-    assert Uniform(4).times(8.0) == [1.0, 3.0, 5.0, 7.0]
-    assert Segments(4).times(8.0) == [1.0, 3.0, 5.0, 7.0]
-    assert Dense(4, 2.0).times(8.0) == [3.25, 3.75, 4.25, 4.75]
-    assert Dense(4, 2.0).times(1.0) == [0.25, 0.75, 1.25, 1.75]
-    for sampling in (Uniform(5), Segments(5), Dense(5, 3.0)):
-        drawn = [sampling.times(9.0, seed) for seed in range(50)]
-        assert drawn == [sampling.times(9.0, seed) for seed in range(50)]
-        assert len({tuple(times) for times in drawn}) == 50
-        assert all(0 <= times[0] and times[-1] < 9.0 and times == sorted(times) for times in drawn)
-    steps = [later - earlier for earlier, later in pairwise(Segments(5).times(9.0, 1))]
-    assert max(steps) - min(steps) > 0.05
-    assert all(index == int(time / 1.8) for index, time in enumerate(Segments(5).times(9.0, 3)))
-    starts = [Dense(5, 3.0).times(9.0, seed)[0] for seed in range(200)]
-    assert min(starts) < 0.5 and max(starts) > 7.0
-
-
-def test_views_cover_the_video():
-    windows = views(10.0, Dense(4, 2.0), 5)
-    assert [times[0] for times in windows] == pytest.approx([0.25, 2.25, 4.25, 6.25, 8.25])
-    assert sorted(time for times in views(8.0, Uniform(4), 2) for time in times) == [0.5 + index for index in range(8)]
-    for sampling in (Uniform(4), Segments(4), Dense(4, 2.0)):
-        assert views(8.0, sampling, 1) == [sampling.times(8.0)]
-    assert views(0.0, Uniform(2), 2) == [[0.0, 0.0], [0.0, 0.0]]
-
-
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda path: Uniform(0), "frames is 0"),
-        (lambda path: Dense(4, 0.0), "rate is 0.0"),
-        (lambda path: Uniform(4).times(-1.0), "duration is -1.0"),
-        (lambda path: views(1.0, Uniform(4), 0), "count is 0"),
         (lambda path: VideoReader(path, threads=0), "threads is 0"),
         (lambda path: VideoReader(path).at([]), "times is"),
         (lambda path: VideoReader(path).at([float("nan")]), "times is"),
@@ -404,15 +372,3 @@ def test_writing_wrong_arguments_leaves_no_file(tmp_path, name, settings, words)
     assert not list(tmp_path.iterdir())
     with pytest.raises(UnsupportedShape, match="frames is"):
         write_video(tmp_path / "a.mp4", torch.zeros(0, 3, 8, 8, dtype=torch.uint8), rate=5)
-
-
-def test_images_out_of_shards(tmp_path):
-    Image.new("RGB", (5, 4), (255, 0, 51)).save(tmp_path / "a.png")
-    data = (tmp_path / "a.png").read_bytes()
-    expected = torch.tensor([1.0, 0.0, 0.2])[:, None, None].expand(3, 4, 5)
-    torch.testing.assert_close(load_image(data), expected)
-    torch.testing.assert_close(load_image(io.BytesIO(data)), expected)
-    with pytest.raises(MediaError, match="member 7"):
-        load_image(data[:40], name="member 7")
-    with pytest.raises(MediaError, match="bytes"):
-        load_image(b"")

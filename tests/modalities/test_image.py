@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 
@@ -265,6 +266,18 @@ def test_files_that_are_no_images(tmp_path, content):
         load_image(path)
 
 
+def test_images_out_of_shards(tmp_path):
+    Image.new("RGB", (5, 4), (255, 0, 51)).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    expected = torch.tensor([1.0, 0.0, 0.2])[:, None, None].expand(3, 4, 5)
+    torch.testing.assert_close(load_image(data), expected)
+    torch.testing.assert_close(load_image(io.BytesIO(data)), expected)
+    with pytest.raises(MediaError, match="member 7"):
+        load_image(data[:40], name="member 7")
+    with pytest.raises(MediaError, match="bytes"):
+        load_image(b"")
+
+
 def test_a_missing_file_and_a_folder(tmp_path):
     for path in (tmp_path / "nowhere.png", tmp_path):
         with pytest.raises(MediaError, match=path.name):
@@ -306,7 +319,7 @@ def test_sources_that_are_no_images(without_shape_checks, source, words):
 
 
 def test_importing_the_modalities_costs_no_heavy_package():
-    heavy = "{'torchvision', 'timm', 'lightning', 'PIL', 'av', 'transformers'}"
+    heavy = "{'torchvision', 'torchaudio', 'timm', 'lightning', 'PIL', 'av', 'transformers'}"
     code = f"import sys, omnimix.modalities as m; m.list_models(); print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
