@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..backbones.config import positive
 from ..errors import ConfigError, UnsupportedShape
-from ..kernels.registry import own_precision
+from ..kernels.registry import constant_in_graphs, own_precision
 
 SCALES = ("htk", "slaney", "kaldi")
 LOGS = ("natural", "log10", "whisper")
@@ -120,13 +120,18 @@ class MelConfig:
         return samples // self.hop + (self.log != "whisper")
 
 
-@lru_cache(maxsize=64)
-def _constants(config: MelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+@constant_in_graphs
+def constants(config: MelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The window, and the filters `(frequencies, bins)`.
 
     Kept by configuration instead of as buffers: nothing to save, to move, or to fill in after a construction on the
     meta device.
     """
+    return _constants(config, device, dtype)
+
+
+@lru_cache(maxsize=64)
+def _constants(config: MelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     high = config.rate / 2 if config.high is None else config.high
     # What is made here is used under any mode and device context that is active later.
     with torch.inference_mode(False), torch.device("cpu"):
@@ -177,7 +182,7 @@ class LogMel(nn.Module):
         config = self.config
         x = waves.to(torch.promote_types(waves.dtype, torch.float32))
         x = F.pad(x, (0, max(0, config.window - x.shape[-1])))
-        window, filters = _constants(config, x.device, x.dtype)
+        window, filters = constants(config, x.device, x.dtype)
         with own_precision(x.device.type):
             if config.scale == "kaldi":
                 energies = self._kaldi_powers(x, window) @ filters
@@ -202,11 +207,12 @@ class LogMel(nn.Module):
         return self(x), x[:, frames * self.config.hop :].clone()
 
     def _powers(self, x: Tensor, window: Tensor) -> Float[Tensor, "b t frequencies"]:
-        from torchaudio.functional import spectrogram
-
-        size, hop = self.config.window, self.config.hop
-        powers = spectrogram(x, 0, window, size, hop, size, 2.0, False, center=self.config.center)
-        return (powers[..., :-1] if self.config.log == "whisper" else powers).mT
+        config = self.config
+        spectrum = torch.stft(
+            x, config.window, config.hop, window=window, center=config.center, pad_mode="reflect", return_complex=True
+        )
+        spectrum = spectrum[..., :-1] if config.log == "whisper" else spectrum
+        return spectrum.abs().square().mT
 
     def _kaldi_powers(self, x: Tensor, window: Tensor) -> Float[Tensor, "b t frequencies"]:
         frames = x.unfold(-1, self.config.window, self.config.hop)
