@@ -11,6 +11,8 @@ import torch
 from omnimix.backbones import BackboneConfig, Layout
 from omnimix.backbones.language import LanguageModel, LanguageModelConfig
 from omnimix.kernels.check import error
+from omnimix.modalities import AudioTokenizer, AudioTokenizerConfig, list_fronts
+from omnimix.modalities.fronts import FRONTS
 
 from .subjects import BOTH, CAUSAL, Subject, both_way_subjects, causal_subjects, floating, subjects, tokens
 
@@ -74,3 +76,13 @@ def test_a_language_models_loss_compiles_whole():
     parameters = tuple(model.parameters())
     for g, w in zip(torch.autograd.grad(found, parameters), torch.autograd.grad(wanted, parameters), strict=True):
         assert error(g, w) < 1e-12
+
+
+@pytest.mark.parametrize("name", list_fronts())
+def test_an_audio_front_compiles_whole(name: str):
+    torch.manual_seed(0)
+    options = FRONTS.get(name).examples[0]
+    tokenizer = AudioTokenizer(AudioTokenizerConfig(dim=8, front=name, fronts={name: options})).double()
+    waves = 0.1 * tokens(2, 1000)[..., 0]
+    compiled = torch.compile(lambda waves: tokenizer(waves)[0], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(waves), tokenizer(waves)[0])

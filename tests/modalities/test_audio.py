@@ -77,13 +77,6 @@ def test_law_3_packed_clips_are_those_alone(name, config):
     assert all(clip.grad.any() for clip in packed)
 
 
-@pytest.mark.parametrize("name", list_fronts())
-def test_law_8_fronts_are_compiled_whole(without_shape_checks, name):
-    net, x = tokenizer(name, FRONTS.get(name).examples[0]), waves(2, 1000)
-    compiled = torch.compile(lambda x: net(x)[0], backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), net(x)[0])
-
-
 def test_patches_stand_time_by_time():
     config = PatchFrontConfig(mel=MelConfig.kaldi(bins=16), patch=(4, 8), frames=24, positions="none")
     net = tokenizer("patches", config)
