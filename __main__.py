@@ -37,6 +37,7 @@ COMMANDS = {
     "bench kernels": (".kernels.bench:main", "time the kernels"),
     "bench blocks": (".backbones.bench:main", "time blocks beside other packages'"),
     "bench models": (".modalities.bench:main", "time whole models beside their peers"),
+    "bench reading": (".recipes.bench_reading:main", "time reading images from shards beside torchvision"),
     "bench decode": (".backbones.decoding.bench:main", "time decoding against the length of the context"),
 }
 

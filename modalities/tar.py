@@ -220,6 +220,10 @@ def read_member(path: str, member: Member, stamp: Stamp) -> bytes:
 
 
 def _header_fits(header: bytes, member: Member) -> bool:
+    name = member.name.encode("utf-8", "surrogateescape")
+    # Nearly all: a short name without a prefix. Parsing takes half as long as the read.
+    if header.startswith(name + b"\0") and header[124:135] == b"%011o" % member.size and header[345] == 0:
+        return True
     try:
         found = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError:

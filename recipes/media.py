@@ -9,6 +9,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from ..errors import ConfigError, MediaError
 from ..modalities.sources import Source
@@ -159,4 +160,5 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _stack(tensors: list[Tensor]) -> Tensor | list[Tensor]:
-    return torch.stack(tensors) if len({t.shape for t in tensors}) == 1 else tensors
+    # In a worker torch's own way stacks them where the other process reads them, and saves a copy.
+    return default_collate(tensors) if len({t.shape for t in tensors}) == 1 else tensors
