@@ -108,6 +108,18 @@ class VideoClassifier(Classifier):
     def __init__(self, config: VideoClassifierConfig):
         super().__init__(TubeletTokenizer(config.video), config.backbone, config.head)
 
+    @classmethod
+    def examples(cls) -> list[tuple[VideoClassifierConfig, list[Tensor]]]:
+        small: dict[str, Any] = {"dim": 16, "depth": 2, "classes": 3, "size": (4, 16, 16), "tubelet": (1, 8, 8)}
+        videos = [torch.randn(2, 3, 4, 16, 16), torch.randn(3, 3, 5, 20, 13)]
+        options: list[dict[str, Any]] = [
+            # A class token in front has no past, and the last forward direction no gradient to its decay.
+            _VIDEOMAMBA | {"class_token": "middle"},
+            {"mixer": "mamba2,attention", "scan": "cross-3d", "group": (2, 1, 1), "merge": 3},
+            {"mixer": "gla", "tubelet": (2, 8, 8), "causal": True},
+        ]
+        return [(video_classifier(**small | option), videos) for option in options]
+
     @property
     def config(self) -> VideoClassifierConfig:
         """The configuration that builds this model as it is now, resized or with another head."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from omnimix.backbones import Layout
-from omnimix.backbones.wrappers.scan import ORDERS, SCANS, grid_permutation, permute, restore, scan_orders
+from omnimix.backbones.wrappers.scan import ORDERS, SCANS, grid_permutation, needs_rows, permute, restore, scan_orders
 from omnimix.errors import ConfigError, UnknownName, UnsupportedCall
 
 ALL = ["backward", *(f"{order}{end}" for order in ORDERS for end in ("", "-reverse") if order != "forward" or not end)]
@@ -38,6 +38,8 @@ def test_orders_visit_what_they_name():
     assert visited("snake-columns", 1, 2, 2) == [0, 2, 3, 1]
     assert visited("window", 1, 3, 4) == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 10, 11]
     assert visited("temporal", 2, 1, 2) == [0, 2, 1, 3]
+    assert visited("temporal", 3, 1, 2) == [0, 2, 4, 1, 3, 5]
+    assert visited("temporal-reverse", 3, 1, 2) == [5, 3, 1, 4, 2, 0]
     assert visited("backward", 1, 2, 2) == [3, 2, 1, 0]
     assert visited("columns-reverse", 1, 2, 2) == [3, 1, 2, 0]
 
@@ -66,8 +68,33 @@ def test_published_sets_are_made_of_known_orders():
     assert scan_orders("forward, hilbert") == ("forward", "hilbert")
 
 
+def test_the_3d_cross_scan_makes_neighbours_in_space_and_in_time():
+    """In each of its directions every cell is next to its neighbour in the frame, or to itself a step of time away."""
+    t, h, w = 3, 2, 4
+    steps = {order: torch.tensor(visited(order, t, h, w)).diff().tolist() for order in scan_orders("cross-3d")}
+    assert list(steps) == ["forward", "backward", "temporal", "temporal-reverse"]
+    assert set(steps["forward"]) == {1} and set(steps["backward"]) == {-1}
+    assert steps["temporal"].count(h * w) == (t - 1) * h * w
+    assert steps["temporal-reverse"].count(-h * w) == (t - 1) * h * w
+
+
+def test_tokens_without_rows_are_scanned_in_space_and_time_alone():
+    layout = Layout(causal=False, grid=(2, 1, 3), extra=(0,), rows=False)
+    x = torch.arange(7)[None]
+    served = {order for order in ALL if not needs_rows(order)}
+    assert served == {"forward", "backward", "temporal", "temporal-reverse"}
+    assert set(scan_orders("cross-3d")) <= served
+    assert permute(x, "temporal", layout)[0].tolist() == [0, 1, 4, 2, 5, 3, 6]
+    for order in ALL:
+        if order in served:
+            assert torch.equal(restore(permute(x, order, layout), order, layout), x)
+        else:
+            with pytest.raises(UnsupportedCall, match="layout.rows is False"):
+                permute(x, order, layout)
+
+
 def test_mistakes_are_named():
-    with pytest.raises(UnknownName, match="'cross'"):
+    with pytest.raises(UnknownName, match="'cross"):
         scan_orders("crosss")
     with pytest.raises(ConfigError, match="twice"):
         scan_orders("snake,snake")
