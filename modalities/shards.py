@@ -18,8 +18,6 @@ from .tar import LIMIT, Member, Stamp, TarIndex, opened, read_member
 
 INDEX_SUFFIX = ".index.json"
 _VERSION = 1
-# A key ends at the first dot of the file's name; folders belong to it (webdataset.tariterators).
-_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 # webdataset's own notes: members and folders with such names are no samples.
 _NOTE = re.compile(r"__[^/]*__($|/)")
 # A class is a number or a name, and what is said about a sample is a page at most.
@@ -111,9 +109,16 @@ class ShardSource:
 
 
 def split_key(name: str) -> tuple[str, str] | None:
-    """A member's key and its suffix, lower case without the first dot; None for what is no part of a sample."""
-    found = _NAME.fullmatch(name)
-    return None if found is None or _NOTE.search(name) else (found[1], found[2].lower())
+    """A member's key and its suffix, lower case without the first dot; None for what is no part of a sample.
+
+    A key ends at the first dot of the file's name, and folders belong to it (webdataset.tariterators). Hidden files,
+    which systems leave in archives, have none.
+    """
+    start = name.rfind("/") + 1
+    dot = name.find(".", start)
+    if dot <= start or ("__" in name and _NOTE.search(name)):
+        return None
+    return name[:dot], name[dot + 1 :].lower()
 
 
 def _read_shard(

@@ -76,7 +76,7 @@ def test_samples_are_groups_of_members(tmp_path):
     tar_of(
         tmp_path / "b.tar",
         member("x/1.jpg", b"one"), member("x/1.cls", b"1\n"), member("x/1.seg.png", b"no"),
-        member("__notes__", b"?"), member("README", b"?"),
+        member("__notes__", b"?"), member("README", b"?"), member("x/._1.jpg", b"?"),
         member("2.JPEG", b"two"), member("2.json", b'{"class": "cat"}'), member("2.cls", b"0"),
     )  # fmt: skip
     tar_of(tmp_path / "a.tar", member("x/1.jpg", b"another"), member("x/1.cls", b"2"))
