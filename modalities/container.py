@@ -132,13 +132,17 @@ class Input:
         except self._errors as error:
             raise self.error(getattr(error, "strerror", None) or error) from error
 
-    @property
-    def container(self) -> Any:
+    def check(self) -> None:
+        """Raise UnsupportedCall unless the file is open, and was opened by this process."""
         if self._container is None:
             raise UnsupportedCall(f"{self.name!r} has been closed; open it again")
         if os.getpid() != self._process:
             # Both processes would move one file position, and the decoder's threads exist in the other one only.
             raise UnsupportedCall(f"{self.name!r} was opened by another process; open it in the process that reads")
+
+    @property
+    def container(self) -> Any:
+        self.check()
         return self._container
 
     def streams(self, kind: str) -> list[int]:
@@ -157,13 +161,8 @@ class Input:
 
     def frames(self, index: int) -> Iterator[Any]:
         """The decoded frames of a stream from where the file stands."""
-        decoded = self.container.decode(self.stream(index))
-        while True:
-            with self.reading():
-                frame = next(decoded, None)
-            if frame is None:
-                return
-            yield frame
+        with self.reading():
+            yield from self.container.decode(self.stream(index))
 
     def seek(self, index: int, seconds: float | Fraction) -> None:
         """Go to the last place at or before a time of the file's clock from which the stream decodes."""
@@ -194,19 +193,20 @@ class Input:
         return tails[index]
 
     def _scan(self) -> dict[int, Tail]:
-        tails: dict[int, Tail] = {}
-        packets = self.container.demux()
-        while True:
-            with self.reading():
-                packet = next(packets, None)
-            if packet is None:
-                return tails
-            when = packet.dts if packet.pts is None else packet.pts
-            if when is None or not packet.size or packet.is_discard:
-                continue
-            base, old = packet.time_base, tails.get(packet.stream_index, Tail(-_YEARS, -_YEARS))
-            end = (when + (packet.duration or 0)) * base
-            tails[packet.stream_index] = Tail(max(old.last, when * base), max(old.end, end))
+        last: dict[int, int] = {}
+        ends: dict[int, int] = {}
+        with self.reading():
+            for packet in self.container.demux():
+                when = packet.dts if packet.pts is None else packet.pts
+                if when is None or not packet.size or packet.is_discard:
+                    continue
+                index, end = packet.stream_index, when + (packet.duration or 0)
+                if index not in last or when > last[index]:
+                    last[index] = when
+                if index not in ends or end > ends[index]:
+                    ends[index] = end
+        bases = {index: self.stream(index).time_base for index in last}
+        return {index: Tail(last[index] * base, ends[index] * base) for index, base in bases.items()}
 
     def stated_end(self) -> float | None:
         """When the file ends by its header, in seconds of its clock; None where that is a guess."""

@@ -26,6 +26,8 @@ __all__ = ["Clip", "VideoInfo", "VideoReader", "read_audio", "read_clip"]
 
 # By how many seconds a time stamp may be off: webm and mkv count milliseconds.
 _ROUNDED = 5e-4
+# Pixels; twice those of 8K. A damaged header must not take all memory.
+_LARGEST = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,11 @@ class VideoReader:
         first = next(_timed(self._input, self._index, self._start), None)
         if first is None:
             raise self._input.error("it has no frames")
-        self._start = (first.picture.pts or 0) * first.picture.time_base
+        if first.picture.pts is not None:
+            self._start = first.picture.pts * first.picture.time_base
         self._pixels = first.picture.height, first.picture.width
+        if self._pixels[0] * self._pixels[1] > _LARGEST:
+            raise self._input.error(f"its frames are {self._pixels[0]} x {self._pixels[1]}")
         self._turns = round(first.picture.rotation / 90) % 4
         self._last, end = self._input.tail(self._index)
         stream = self._input.stream(self._index)
@@ -121,7 +126,7 @@ class VideoReader:
             end = self._last + 1 / (stream.average_rate or 25)
         height, width = self._pixels
         return VideoInfo(
-            duration=float(end - self._start),
+            duration=max(0.0, float(end - self._start)),
             frames=stream.frames or None,
             rate=rate,
             size=(width, height) if self._turns % 2 else (height, width),
@@ -196,9 +201,7 @@ class VideoReader:
         stop = self.info.duration if stop is None else min(stop, self.info.duration)
         return self._stream(float(start), float(stop), rate)
 
-    def _stream(
-        self, start: float | int, stop: float | int, rate: float | int | None
-    ) -> Iterator[tuple[float, Tensor]]:
+    def _stream(self, start: float, stop: float, rate: float | int | None) -> Iterator[tuple[float, Tensor]]:
         self._reads += 1
         read, steps = self._reads, 0
         shown = self._go(start)
@@ -229,6 +232,7 @@ class VideoReader:
         return self._shown
 
     def _step(self) -> _Frame:
+        self._input.check()
         self._shown, self._ahead = self._ahead, next(self._decoded, None)
         end = float(self._last - self._start) - slack(self.info.duration)
         if self._ahead is None and self._shown.time < end:
@@ -271,6 +275,8 @@ class VideoReader:
         self._ahead = next(self._decoded, None) if self._shown else None
 
     def _rgb(self, frame: _Frame) -> UInt8[Tensor, "h w c"]:
+        if frame.picture.is_corrupt:
+            raise self._input.error(f"the frame at {frame.time:.2f} s is corrupt")
         height, width = self._pixels
         # Some files change their size on the way; all frames get the first one's.
         with self._input.reading():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ _PREROLL = 0.5
 _JITTER = 0.02
 # A corrupt time stamp must not become hours of silence.
 _GAP = 600.0
+_RATES = 100, 1_000_000
 
 
 def read_audio(
@@ -72,22 +74,24 @@ class _Window:
     """Which samples of the file are needed for which of the result."""
 
     def __init__(self, rate: int, new_rate: int, start: float | int, duration: float | int | None):
-        self.rate, self.new_rate, self.start = rate, new_rate, start
-        common = math.gcd(rate, new_rate)
-        # Samples on both sides that the resampling filter sees (torchaudio's: six zero crossings), and a first one
-        # that falls on a sample of the result.
-        margin = 0 if rate == new_rate else math.ceil(7 * rate / min(rate, new_rate)) + 1
-        step = rate // common
+        self.start, self.new_rate = start, new_rate
+        # The resampling filter has as many taps as the product of the two. This is exact for the rates in use; an odd
+        # one, as of a damaged header, is off by less than a millionth.
+        self.ratio = Fraction(rate, new_rate).limit_denominator(1000)
+        step = self.ratio.numerator
+        # Samples on both sides that the filter sees (torchaudio's: six zero crossings), and a first one that falls on
+        # a sample of the result.
+        margin = 0 if self.ratio == 1 else math.ceil(7 * max(1.0, rate / new_rate)) + 1
         self.first = max(0, (math.floor(start * rate) - margin) // step * step)
-        self.skipped = round(start * new_rate) - self.first * new_rate // rate
+        self.skipped = round(start * new_rate) - int(self.first / self.ratio)
         self.count = None if duration is None else max(1, round(duration * new_rate))
         self.last = None if duration is None else math.ceil((start + duration) * rate) + margin + 1
 
     def resampled(self, wave: Tensor, file: Input) -> Tensor:
-        if self.rate != self.new_rate and wave.shape[1]:
+        if self.ratio != 1 and wave.shape[1]:
             from torchaudio.functional import resample
 
-            wave = resample(wave, self.rate, self.new_rate)
+            wave = resample(wave, self.ratio.numerator, self.ratio.denominator)
         wave = wave[:, self.skipped :]
         wave = wave if self.count is None else wave[:, : self.count]
         if not wave.shape[1]:
@@ -108,6 +112,8 @@ class _Track:
         if self._head is None:
             raise file.error("its sound has no samples")
         self.rate, self._channels = self._head.sample_rate, len(self._head.layout.channels)
+        if not _RATES[0] <= self.rate <= _RATES[1]:
+            raise file.error(f"its header says {self.rate} samples a second")
         video = [file.stream(index) for index in file.streams("video")]
         begin = self._time(self._head)
         if video and video[0].start_time is not None:
@@ -141,6 +147,8 @@ class _Track:
         """Positions and samples of the frames in order, from at least as early as `first`."""
         expected: int | None = None
         for frame in self._frames(first):
+            if frame.is_corrupt:
+                raise self.file.error("its sound is corrupt")
             if frame.sample_rate != self.rate or len(frame.layout.channels) != self._channels:
                 raise self.file.error("its rate or number of channels changes on the way")
             time = self._time(frame)

@@ -240,6 +240,30 @@ def test_damaged_bytes_give_frames_or_a_media_error(made):
     assert 0 < sum(outcomes) < len(outcomes)
 
 
+def test_frames_that_ffmpeg_patched_up_are_refused(made):
+    """A decoder that misses data fills in from elsewhere and says so in a flag only."""
+    import av
+
+    draw = random.Random(0)
+    whole = made["late.mp4"].path.read_bytes()
+    begin, end, patched = whole.index(b"mdat") + 4, whole.rindex(b"moov") - 4, 0
+    for _ in range(40):
+        damaged = bytearray(whole)
+        for _ in range(4):
+            damaged[draw.randrange(begin, end)] = draw.randrange(256)
+        with av.open(io.BytesIO(damaged)) as file:
+            file.streams.video[0].codec_context.thread_count = 1
+            try:
+                flags = [frame.is_corrupt for frame in file.decode(video=0)]
+            except av.FFmpegError:
+                continue
+        if any(flags):
+            patched += 1
+            with pytest.raises(MediaError, match="corrupt"), VideoReader(bytes(damaged)) as video:
+                assert len(list(video.stream())) == len(flags)
+    assert patched > 2
+
+
 def test_files_are_closed(made, open_files):
     path = made["constant.mp4"].path
     before = open_files()

@@ -78,6 +78,21 @@ def test_rates_are_torchaudios(tmp_path):
     torch.testing.assert_close(found, resample(stored, 16000, 44100))
 
 
+@pytest.mark.parametrize("rate", [11127, 44101, 767_999])
+def test_odd_rates_do_not_take_the_memory(tmp_path, rate):
+    """A filter of the exact ratio 767999 : 16000 would have 10 ** 10 taps."""
+    wave = torch.sin(torch.arange(rate // 2) * (2 * torch.pi * 200 / rate))[None]
+    write_audio(tmp_path / "a.wav", wave, rate)
+    found, _ = read_audio(tmp_path / "a.wav", rate=16000)
+    assert abs(found.shape[1] - 8000) <= 1
+    expected = torch.sin(torch.arange(8000) * (2 * torch.pi * 200 / 16000))[None]
+    assert (found[:, 50:7950] - expected[:, 50:7950]).abs().max() < 2e-3
+    header = bytearray((tmp_path / "a.wav").read_bytes())
+    header[24:28] = (2_000_000_011).to_bytes(4, "little")
+    with pytest.raises(MediaError, match="2000000011"):
+        read_audio(bytes(header), rate=16000)
+
+
 def test_sound_of_videos_counts_from_the_first_frame(tmp_path):
     frames = torch.zeros(50, 3, 32, 32, dtype=torch.uint8)
     for name, rate, start in (
