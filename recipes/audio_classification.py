@@ -93,9 +93,9 @@ class AudioClassification(Classification):
     def __init__(
         self,
         *,
-        mixer: str = "mamba2",
+        mixer: str = "gated_deltanet",
         dim: int = 64,
-        depth: int = 4,
+        depth: int = 2,
         front: str = "frames",
         spectrogram: SpectrogramConfig = SpectrogramConfig(),
         scan: str = "both",

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from ..modalities.audio_models import AudioClassifier
 from .audio_preprocess import SUFFIXES, AudioPreprocess
 from .prediction import named_files, ranked, unreadable
 from .run import RunFolder
-from .timeline import scenes
+from .timeline import Moment, scenes
 
 # Sounds, and windows of a recording, that run together.
 _BATCH = 64
@@ -51,15 +50,6 @@ def main(argv: list[str]) -> int:
         rows = predictor.classes(files, options.top, options.policy)
     emit(f"predictions of {folder.path}", rows, options.json)
     return 0 if any(row["class"] is not None for row in rows) else 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Heard:
-    """A stretch of a recording and what the model says of it; see `scenes`."""
-
-    start: float
-    stop: float
-    probabilities: Float[Tensor, "classes"]
 
 
 class Predictor:
@@ -129,7 +119,7 @@ class Predictor:
                     raise
                 rows.append(row | {"note": str(error)})
                 continue
-            for scene in scenes(self._heard(wave, every)):
+            for scene in scenes(self.moments(wave, every)):
                 found = {
                     "start": round(scene.start, 3),
                     "stop": round(scene.stop, 3),
@@ -140,13 +130,13 @@ class Predictor:
         return rows
 
     @torch.inference_mode()
-    def _heard(self, wave: Float[Tensor, "n"], every: int) -> Iterator[Heard]:
+    def moments(self, wave: Float[Tensor, "n"], every: int) -> Iterator[Moment]:
         """What windows say, each for the stretch around its middle; the first and the last for the ends too."""
         rate, length = self.preprocess.rate, wave.shape[0]
         size = round((self.preprocess.seconds or _WINDOW) * rate)
         if length <= size:
             logits = self.model(self.preprocess.fit(wave)[None])[0]
-            yield Heard(start=0.0, stop=length / rate, probabilities=logits.float().softmax(-1))
+            yield Moment(start=0.0, stop=length / rate, probabilities=logits.float().softmax(-1))
             return
         hop = max(1, size // every)
         starts = [*range(0, length - size, hop), length - size]
@@ -157,5 +147,5 @@ class Predictor:
             for start, probabilities in zip(some, logits.float().softmax(-1), strict=True):
                 last = start == starts[-1]
                 stop = length / rate if last else max(begun, (start + 0.5 * (size + hop)) / rate)
-                yield Heard(start=begun, stop=stop, probabilities=probabilities)
+                yield Moment(start=begun, stop=stop, probabilities=probabilities)
                 begun = stop

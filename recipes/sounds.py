@@ -16,12 +16,11 @@ import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..modalities.encode import write_audio
@@ -51,7 +50,7 @@ HIGH_FORMANT, BANDWIDTHS = 3500.0, (60.0, 90.0, 150.0, 250.0)
 _STEP = 80  # samples between values of pitch and strength
 _HARMONICS = 48
 _FRAMES = round(SECONDS * RATE) // _STEP
-Array = np.ndarray[Any, np.dtype[np.float64]]
+Array = np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +79,8 @@ class Score:
         strength: of each harmonic, (n, frames, harmonics).
     """
 
-    pitch: Array
-    strength: Array
+    pitch: Float[Array, "n frames"]
+    strength: Float[Array, "n frames harmonics"]
 
 
 def draw_sounds(name: str, split: Split) -> list[Float[Tensor, "samples"]]:
@@ -136,24 +135,26 @@ def sounds_folder(train: int, val: int) -> Path:
     return generated_folder(f"sounds-{train}-{val}-v1", lambda folder: write_sounds(folder, splits))
 
 
-def _edges(rng: np.random.Generator, n: int, parts: int) -> Array:
+def _edges(rng: np.random.Generator, n: int, parts: int) -> Float[Array, "n borders"]:
     """Where parts begin and end, 0 .. 1, (n, parts + 1): each part lasts from 0.7 to 1.3 of its share."""
     lengths = rng.uniform(0.7, 1.3, (n, parts))
     ends = np.cumsum(lengths, axis=1) / lengths.sum(1, keepdims=True)
     return np.concatenate([np.zeros((n, 1)), ends], axis=1)
 
 
-def _times() -> Array:
+def _times() -> Float[Array, "1 frames"]:
     return np.arange(_FRAMES)[None] * (_STEP / RATE)
 
 
-def _ramp(x: Array, at: Array, width: Array) -> Array:
+def _ramp(x: Float[Array, "_ frames"], at: Float[Array, "n"], width: Float[Array, "n"]) -> Float[Array, "n frames"]:
     """0 before `at`, 1 behind it, and half a cosine over `width` around it."""
     u = np.clip((x - at[:, None]) / width[:, None] + 0.5, 0, 1)
     return 0.5 - 0.5 * np.cos(np.pi * u)
 
 
-def _pitch(rng: np.random.Generator, base: Array, edges: Array, glide: float) -> Array:
+def _pitch(
+    rng: np.random.Generator, base: Float[Array, "n"], edges: Float[Array, "n borders"], glide: float
+) -> Float[Array, "n frames"]:
     """A pitch that drifts up or down by at most `glide` semitones and wavers."""
     t, n = _times(), len(base)
     along = np.clip((t - edges[:, :1]) / (edges[:, -1:] - edges[:, :1]), 0, 1) - 0.5
@@ -162,7 +163,13 @@ def _pitch(rng: np.random.Generator, base: Array, edges: Array, glide: float) ->
     return base[:, None] * 2 ** ((semitones + waver) / 12)
 
 
-def _speech(rng: np.random.Generator, split: Split, voice: Array, parts: list[str], edges: Array) -> Score:
+def _speech(
+    rng: np.random.Generator,
+    split: Split,
+    voice: Int[Array, "n"],
+    parts: list[str],
+    edges: Float[Array, "n borders"],
+) -> Score:
     """Vowels that glide into each other, by speakers with vocal tracts and pitches of their own."""
     n, t = len(voice), _times()
     people = np.random.default_rng([split.seed, 1000])
@@ -171,9 +178,9 @@ def _speech(rng: np.random.Generator, split: Split, voice: Array, parts: list[st
     register = 120 * tract**2.6 * 2 ** people.uniform(-0.2, 0.2, split.voices)
     accent = 1 + people.uniform(-0.05, 0.05, (split.voices, len(FORMANTS), 3))
     tilt = people.uniform(4, 8, split.voices)
-    pitch = _pitch(rng, register[voice] * 2 ** (rng.uniform(-3, 3, n) / 12), edges, 4)
+    pitch = _pitch(rng, register[voice] * 2 ** (rng.uniform(-3, 3, n) / 12), edges, 4.0)
 
-    def formants(vowel: str) -> Array:
+    def formants(vowel: str) -> Float[Array, "n 4"]:
         own = np.array(FORMANTS[vowel]) * accent[voice, list(FORMANTS).index(vowel)]
         return np.log(np.concatenate([own, np.full((n, 1), HIGH_FORMANT)], axis=1) * tract[voice][:, None])
 
@@ -190,7 +197,13 @@ def _speech(rng: np.random.Generator, split: Split, voice: Array, parts: list[st
     return Score(pitch=pitch, strength=strength * loud[..., None])
 
 
-def _notes(rng: np.random.Generator, split: Split, voice: Array, parts: list[str], edges: Array) -> Score:
+def _notes(
+    rng: np.random.Generator,
+    split: Split,
+    voice: Int[Array, "n"],
+    parts: list[str],
+    edges: Float[Array, "n borders"],
+) -> Score:
     """Notes of three heights by one instrument, or of one height by two."""
     n, t = len(voice), _times()
     players = np.random.default_rng([split.seed, 2000])
@@ -233,7 +246,7 @@ def _sound(score: Score) -> Float[Tensor, "n samples"]:
     # Nothing above half the rate, where it would come back as another pitch.
     heard = score.strength * (score.pitch[..., None] * np.arange(1, harmonics + 1) < 0.47 * RATE)
 
-    def smooth(values: Array) -> Tensor:
+    def smooth(values: Float[Array, "n frames"]) -> Float[Tensor, "n samples"]:
         tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
         return F.interpolate(tensor[:, None], size=frames * _STEP, mode="linear", align_corners=False)[:, 0]
 

@@ -4,32 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
 
+from jaxtyping import Float
 from torch import Tensor
 
 
-class Said(Protocol):
-    """A stretch of time, in seconds, and what a model says of it: the probability of each class."""
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """A stretch of time and what a model says of it.
 
-    @property
-    def start(self) -> float: ...
+    Args:
+        start, stop: seconds.
+        probabilities: of each class.
+    """
 
-    @property
-    def stop(self) -> float: ...
-
-    @property
-    def probabilities(self) -> Tensor: ...
+    start: float
+    stop: float
+    probabilities: Float[Tensor, "classes"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """Stretches one after the other of one class.
+    """Moments one after the other of one class.
 
     Args:
         start, stop: seconds.
         label: index of the class.
-        probability: of the class, on average over the stretches.
+        probability: of the class, on average over the moments.
         moments: how many.
     """
 
@@ -40,8 +41,8 @@ class Scene:
     moments: int = 1
 
 
-def scenes(moments: Iterable[Said]) -> Iterator[Scene]:
-    """Stretches one after the other of the same likeliest class, put together; each as soon as another class follows.
+def scenes(moments: Iterable[Moment]) -> Iterator[Scene]:
+    """Moments one after the other of the same likeliest class, put together; each as soon as another class follows.
 
     What an iterator gives is read no further than to there.
     """
