@@ -22,11 +22,12 @@ from .data import stratified_split
 from .folders import Augment
 from .generated import generated_folder
 from .loading import mix
-from .video_data import ClipConfig, VideoData, VideoPreprocess
+from .video_data import VideoData
+from .video_preprocess import ClipConfig, VideoPreprocess
 
 # By the angle of the way, anticlockwise from the right as one draws it; pixels count downwards.
 DIRECTIONS = ("right", "up-right", "up", "up-left", "left", "down-left", "down", "down-right")
-MOTIONS = (*DIRECTIONS, "zoom-in", "zoom-out", "clockwise", "anticlockwise")
+MOTIONS = (*DIRECTIONS, "zoom-in", "zoom-out", "rotate")
 RATE, FRAMES, SIDE = 16.0, 16, 32
 _HOLDOUT = 0.2
 _CLIP = ClipConfig(size=SIDE, channels=1, frames=FRAMES, crop=1.0)
@@ -60,18 +61,20 @@ def draw_way(motion: str, seconds: float, generator: torch.Generator) -> Way:
         return low + (high - low) * float(torch.rand((), generator=generator))
 
     speed, growth, spin = between(0.3, 0.75), between(0.45, 0.75), between(1.6, 4.2)
+    side = 1.0 if between(0.0, 1.0) < 0.5 else -1.0
     # In the middle of a zoom the size is such that its ends stay within the bounds; so is everybody's.
     reach = 0.5 * growth * seconds
     size = math.exp(between(math.log(0.32) + reach, math.log(0.75) - reach))
     heading = math.pi / 4 * DIRECTIONS.index(motion) if motion in DIRECTIONS else 0.0
     moves = speed if motion in DIRECTIONS else 0.0
     return Way(
-        centre=(between(0, 1), between(0, 1)),
+        centre=(between(0.0, 1.0), between(0.0, 1.0)),
         velocity=(moves * math.cos(heading), -moves * math.sin(heading)),
         size=size,
         growth={"zoom-in": growth, "zoom-out": -growth}.get(motion, 0.0),
-        angle=between(0, 2 * math.pi),
-        spin={"clockwise": spin, "anticlockwise": -spin}.get(motion, 0.0),
+        angle=between(0.0, 2 * math.pi),
+        # Clockwise where it is positive, since pixels count downwards.
+        spin=spin * side if motion == "rotate" else 0.0,
     )
 
 
@@ -140,7 +143,7 @@ def write_clips(folder: Path, train: int, val: int) -> None:
 
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
-        for _ in _with_progress(pool.map(job, jobs), len(jobs), f"writing {len(jobs):,} clips, once, into {folder}"):
+        for _ in _with_progress(pool.map(job, jobs), len(jobs), f"writing {len(jobs):,} clips as mp4 files, once"):
             pass
 
 
@@ -171,7 +174,7 @@ def _with_progress(steps: Iterable[None], total: int, text: str) -> Iterable[Non
 
 
 class MovingDigitsData(VideoData):
-    """Clips of a second of handwritten digits that move; the class is the motion: eight directions, zooms and turns.
+    """Clips of a second of handwritten digits that move; the class is the motion: eight directions, zoom, rotation.
 
     The files are made once (see `moving_digits_folder`), and read as anybody's.
 

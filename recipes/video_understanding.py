@@ -15,7 +15,8 @@ from .classification import Baseline, Classification, ClassificationTrainingConf
 from .cli import RecipeCLI, evaluate, run_fit
 from .moving_digits import MovingDigitsData
 from .training import AverageWeights, SeedEveryStep
-from .video_data import VideoData, VideoFolderData, strip
+from .video_data import VideoData, VideoFolderData
+from .video_preprocess import strip
 
 RECIPE = "video_understanding"
 __all__ = ["MovingDigitsData", "VideoFolderData", "VideoUnderstanding"]
@@ -59,8 +60,8 @@ class VideoUnderstanding(Classification):
         causal: bool = False,
         drop_path: float = 0.0,
         training: ClassificationTrainingConfig = _TRAINING,
-        one_frame_epochs: int = 8,
-        clips: tuple[int, int, int, int, int] = (1, 16, 32, 32, 12),
+        one_frame_epochs: int = 5,
+        clips: tuple[int, int, int, int, int] = (1, 16, 32, 32, 11),
     ):
         channels, *size, classes = clips
         plain = video_classifier(
@@ -131,7 +132,7 @@ def _cli(command: str, argv: list[str]) -> RecipeCLI:
 
 def _finish(cli: RecipeCLI) -> None:
     restore = cli.datamodule.preprocess.restore
-    look = Look(noun="clips", picture=lambda clip: strip(restore(clip), _SHOWN), columns=4, rows=6, height=5.6)
+    look = Look(noun="clips", picture=lambda clip: strip(restore(clip), _SHOWN), columns=4, rows=5, height=5.6)
     finish(cli, look, one_frame_baseline)
 
 

@@ -1,0 +1,195 @@
+"""`omnimix video predict`: the class of clips, and the timeline of films. Nothing of the training stack is imported."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..console import emit, write_atomically
+from ..errors import CheckpointError, ConfigError, MediaError
+from ..modalities import load_model, read_details
+from ..modalities.decode import VideoReader
+from ..modalities.sources import VIDEO_SUFFIXES, walk_files
+from ..modalities.video_models import VideoClassifier
+from .run import RunFolder
+from .video_preprocess import VideoPreprocess
+from .video_timeline import Moment, Scene, Timeline, scenes
+
+# A film is what lasts so many times as long as a clip.
+_FILM = 3.0
+
+
+def main(argv: list[str]) -> int:
+    """`omnimix video predict`."""
+    parser = argparse.ArgumentParser(
+        prog="omnimix video predict",
+        description="Name the class of video clips; of films, which are longer, what happens when.",
+    )
+    parser.add_argument("files", nargs="+", help="video files and folders")
+    parser.add_argument("--run", required=True, help="folder of the run, or its name under runs/")
+    parser.add_argument("--top", type=int, default=1, help="classes to name for each clip")
+    parser.add_argument(
+        "--timeline",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help=f"what happens when in each file; by default of files {_FILM:g} times as long as the model's clips",
+    )
+    parser.add_argument("--every", type=int, default=4, help="moments of a timeline to the length of a clip")
+    parser.add_argument("--picture", metavar="FILE", help="draw the timeline of a single file as PNG")
+    parser.add_argument("--policy", choices=("skip", "raise"), default="skip", help="what an unreadable file does")
+    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON too ('-': to standard output, alone)")
+    options = parser.parse_args(argv)
+    folder = RunFolder.finished(options.run)
+    files = named_files(options.files)
+    if options.picture and len(files) != 1:
+        raise ConfigError(f"--picture draws one file, and {len(files)} are named")
+    predictor = Predictor(folder.path, top=options.top, every=options.every, aloud=options.json != "-")
+    clips: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    for path in files:
+        try:
+            film = bool(options.picture) or options.timeline
+            film = predictor.is_film(path) if film is None else film
+            if film:
+                rows += predictor.film(path, options.picture)
+            else:
+                clips += predictor.clip(path)
+        except MediaError as error:
+            if options.policy == "raise":
+                raise
+            clips.append({"file": str(path), "rank": None, "class": None, "probability": None, "note": str(error)})
+    if options.json == "-":
+        emit("", clips + rows, "-")
+    elif clips:
+        emit(f"predictions of {folder.path}", clips)
+    if options.json not in (None, "-"):
+        write_atomically(options.json, json.dumps(clips + rows, indent=1) + "\n")
+    return 0 if any(row["class"] is not None for row in clips + rows) else 1
+
+
+def named_files(words: list[str]) -> list[Path]:
+    """The files, and those below the folders, that a user named.
+
+    Raises:
+        ConfigError: there is no such file or folder, or a folder without videos.
+    """
+    files: list[Path] = []
+    for word in words:
+        path = Path(word)
+        if not path.exists():
+            raise ConfigError(f"there is no file or folder {word!r}")
+        found = walk_files(path, VIDEO_SUFFIXES) if path.is_dir() else [path]
+        if not found:
+            raise ConfigError(f"the folder {word!r} holds no videos")
+        files += found
+    return files
+
+
+class Predictor:
+    """What a run's model says of files.
+
+    Args:
+        folder: of the run.
+        top: classes to name of a clip.
+        every: moments of a timeline to the length of a clip.
+        aloud: print timelines while they are found.
+
+    Raises:
+        CheckpointError: the folder holds no model of clips.
+    """
+
+    def __init__(self, folder: Path, *, top: int = 1, every: int = 4, aloud: bool = False):
+        model = load_model(folder)
+        if not isinstance(model, VideoClassifier):
+            raise CheckpointError(
+                f"the model in {str(folder)!r} is a {type(model).__name__}, and no classifier of clips"
+            )
+        self.model = model
+        self.preprocess = VideoPreprocess.from_dict(read_details(folder).get("preprocess", {}))
+        self.classes = self.preprocess.classes
+        self.top = min(max(1, top), len(self.classes))
+        self.timeline = Timeline(model, self.preprocess, every)
+        self.aloud = aloud
+
+    def is_film(self, path: Path) -> bool:
+        """Whether a file is much longer than the clips that the model was trained on."""
+        with VideoReader(path) as video:
+            return video.info.duration >= _FILM * self.preprocess.seconds
+
+    @torch.inference_mode()
+    def clip(self, path: Path) -> list[dict[str, Any]]:
+        """One row a class, the likeliest first.
+
+        Raises:
+            MediaError: the file cannot be read.
+        """
+        values, indices = self.model(self.preprocess.load(path)[None])[0].float().softmax(-1).topk(self.top)
+        return [
+            {"file": str(path), "rank": rank, "class": self.classes[index], "probability": value, "note": ""}
+            for rank, (value, index) in enumerate(zip(values.tolist(), indices.tolist(), strict=True), 1)
+        ]
+
+    def film(self, path: Path, picture: str | None = None) -> list[dict[str, Any]]:
+        """One row a scene; they are printed while the film is read.
+
+        Args:
+            picture: the file to draw the timeline into; this alone takes memory that grows with the film.
+
+        Raises:
+            MediaError: the file cannot be read, or only up to some time; what was found before has been printed.
+        """
+        rows: list[dict[str, Any]] = []
+        with VideoReader(path) as video, _progress(path, video.info.duration, self.aloud) as (advance, say):
+            seen: list[Moment] = []
+            say(f"{path}, {video.info.duration:.1f} s")
+            for scene in scenes(_watched(self.timeline.moments(video), advance, seen if picture else None)):
+                rows.append(self._row(path, scene))
+                say(f"{scene.start:9.2f} – {scene.stop:9.2f} s  {scene.probability:4.0%}  {self.classes[scene.label]}")
+        if picture:
+            from .video_picture import draw_timeline
+
+            draw_timeline(Path(picture), path.name, self.classes, seen)
+            say(f"picture: {picture}")
+        return rows
+
+    def _row(self, path: Path, scene: Scene) -> dict[str, Any]:
+        return {
+            "file": str(path),
+            "start": round(scene.start, 3),
+            "stop": round(scene.stop, 3),
+            "class": self.classes[scene.label],
+            "probability": scene.probability,
+        }
+
+
+def _watched(moments: Iterable[Moment], advance: Any, seen: list[Moment] | None) -> Iterator[Moment]:
+    for moment in moments:
+        advance(moment.stop)
+        if seen is not None:
+            seen.append(moment)
+        yield moment
+
+
+@contextmanager
+def _progress(path: Path, duration: float, aloud: bool) -> Iterator[tuple[Any, Any]]:
+    """Two functions: one moves a bar to a time, where there is a terminal, and one prints a line above it."""
+    if not aloud:
+        yield lambda time: None, lambda line: None
+        return
+    if not sys.stdout.isatty():
+        yield lambda time: None, lambda line: print(line, flush=True)
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), TextColumn("{task.completed:.1f} of {task.total:.1f} s"), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task(path.name, total=duration)
+        # Not its own printing, which would read brackets as markup and break long lines.
+        yield lambda time: bar.update(task, completed=time), lambda line: bar.console.print(line, markup=False)
