@@ -307,19 +307,21 @@ def test_readers_stay_in_their_process(made):
 
 class Broken:
     def __len__(self):
-        return 2
+        return 1
 
     def __getitem__(self, index):
         return read_clip(b"no film", Uniform(2), name=f"sample {index}").frames
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_errors_cross_to_the_process_that_trains(workers):
+def test_errors_cross_to_the_process_that_trains():
     with pytest.raises(MediaError) as caught:
-        read_clip(b"no film", Uniform(2))
+        Broken()[0]
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    batches = iter(DataLoader(Broken(), batch_size=None, num_workers=1, timeout=60))
     with pytest.raises(MediaError, match="sample 0"):
-        list(DataLoader(Broken(), batch_size=None, num_workers=workers, timeout=60 if workers else 0))
+        next(batches)
+    # A loader that is at its end lets its workers go; otherwise it waits five seconds for them.
+    assert next(batches, None) is None
 
 
 def test_a_fork_neither_hangs_nor_reads_with_what_it_copied(made):
