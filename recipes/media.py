@@ -46,7 +46,10 @@ class Samples:
         try:
             sample = self.load(self.source.media(index), None if self.seed is None else mix(self.seed, epoch, index))
         except MediaError as error:
-            return {"label": label, "problem": (self.source.name(index), str(error))}
+            name = self.source.name(index)
+            # Who decodes bytes does not know where they are from.
+            reason = str(error) if name in str(error) else f"{name}: {error}"
+            return {"label": label, "problem": (name, reason)}
         return {**sample, "label": label, "problem": None}
 
 

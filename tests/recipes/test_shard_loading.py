@@ -1,5 +1,6 @@
 """Shards read by ranks with workers: no hang, equal steps, held-out samples once, kill -9 changes nothing."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -11,10 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import webdataset
+from PIL import Image
 
-from omnimix.modalities.shards import ShardSource
+from omnimix.modalities import ShardSource, load_image
+from omnimix.recipes.folders import Augment, LoadImage
 from omnimix.recipes.loading import EpochLoader
 from omnimix.recipes.media import IGNORED, Samples, collate
+from omnimix.recipes.preprocess import ImagePreprocess
 
 SIZES = (1, 7, 3, 13, 5)
 WORLD, BATCH, EPOCHS = 2, 3, 2
@@ -168,3 +172,26 @@ def test_held_out_samples_come_exactly_once_in_equal_steps(shards, workers):
             counted += [tuple(key) for key in batch["key"][own].tolist()]
     assert steps[0] == steps[1] and sum(steps[0]) == 15
     assert sorted(counted) == [(shard, i) for shard, size in enumerate(SIZES) for i in range(size)]
+
+
+def test_an_unreadable_member_is_named_with_its_shard(tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        writer.write({"__key__": "x", "jpg": b"no picture", "cls": 0})
+    source = ShardSource([tmp_path / "a.tar"], {".jpg"})
+    name, reason = Samples(source, lambda media, seed: {"image": load_image(media)})[0, 0]["problem"]
+    assert name == source.name(0) == f"{tmp_path}/a.tar/x.jpg" and name in reason and "cannot read the image" in reason
+
+
+def test_workers_that_are_not_forked_read_the_same(tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        for i in range(6):
+            picture = io.BytesIO()
+            Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(picture, "png")
+            writer.write({"__key__": f"{i}", "png": picture.getvalue(), "cls": i % 2})
+    preprocess = ImagePreprocess(classes=("a", "b"), size=8, channels=3, mean=(0.0,) * 3, std=(1.0,) * 3)
+    samples = Samples(ShardSource([tmp_path / "a.tar"], {".png"}), LoadImage(preprocess, Augment()), seed=1)
+    options = {"batch_size": 3, "seed": 2, "shuffle": True, "collate": collate}
+    here = list(EpochLoader(samples, **options))
+    there = list(EpochLoader(samples, **options, workers=1, context="forkserver", timeout=60.0))
+    assert len(here) == len(there) == 2
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(here, there, strict=True) for name in ("image", "label"))
