@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -17,6 +15,7 @@ from ..backbones.layout import Layout
 from ..backbones.norm import RMSNorm
 from ..backbones.registry import Registry
 from ..errors import ConfigError, UnsupportedCall
+from .convolution import Convolution, sinusoids
 from .image import PatchTokenizer, PatchTokenizerConfig
 from .mel import LogMel, MelConfig, SpecAugment, SpecAugmentConfig
 
@@ -174,48 +173,6 @@ class PatchFront(Front):
         return self.patches(mel.unsqueeze(1))
 
 
-def sinusoids(length: int, dim: int, *, start: int = 0, device: torch.device) -> Float[Tensor, "length dim"]:
-    """Positions `start` and on as sines, then cosines, of wavelengths from 2π to 20000π (Whisper, arXiv 2212.04356)."""
-    steps = torch.arange(start, start + length, device=device, dtype=torch.float32)
-    rates = torch.exp(torch.arange(dim // 2, device=device) * (-math.log(10_000) / max(1, dim // 2 - 1)))
-    angles = steps[:, None] * rates
-    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
-
-
-class Convolution(nn.Module):
-    """A strided convolution over time between (b, t, c) and (b, t', c'), behind `pad` zeros on the left and right."""
-
-    def __init__(self, channels: int, out: int, kernel: int, stride: int, pad: tuple[int, int] = (0, 0)):
-        super().__init__()
-        self.stride, self.pad = stride, pad
-        self.weight = nn.Parameter(torch.empty(out, channels, kernel))
-        self.bias = nn.Parameter(torch.zeros(out))
-        nn.init.trunc_normal_(self.weight, std=(channels * kernel) ** -0.5)
-
-    def forward(self, x: Float[Tensor, "b t c"]) -> Float[Tensor, "b s d"]:
-        return self._convolved(F.pad(x.to(self.weight.dtype), (0, 0, *self.pad)))
-
-    def stream(
-        self, x: Float[Tensor, "b t c"], kept: Float[Tensor, "b m c"] | None = None
-    ) -> tuple[Float[Tensor, "b s d"], Float[Tensor, "b k c"]]:
-        """The steps that are complete when `x` has followed on the inputs `kept`, and what to keep now.
-
-        Without padding on the right; `kept` begins as the zeros on the left.
-        """
-        x = x.to(self.weight.dtype)
-        x = F.pad(x, (0, 0, self.pad[0], 0)) if kept is None else torch.cat([kept, x], dim=1)
-        out, _, kernel = self.weight.shape
-        steps = max(0, (x.shape[1] - kernel) // self.stride + 1)
-        y = self._convolved(x) if steps else x.new_zeros(x.shape[0], 0, out)
-        return y, x[:, steps * self.stride :].clone()
-
-    def _convolved(self, x: Tensor) -> Tensor:
-        # Steps behind each other in memory are an image of one row whose channels come last: on CPUs twice as fast as
-        # a convolution in one dimension.
-        y = F.conv2d(x.mT.unsqueeze(2), self.weight.unsqueeze(2), self.bias, stride=(1, self.stride))
-        return y.squeeze(2).mT
-
-
 @dataclass(frozen=True, kw_only=True)
 class FrameFrontConfig(SpectrogramFrontConfig):
     """Options of the front `frames`.
@@ -261,8 +218,8 @@ class FrameFront(Front):
         self.config, self.causal = config, causal
         self.mel, self.augment = LogMel(config.mel), SpecAugment(config.augment)
         pad = (2, 0) if causal else (1, 1)
-        self.first = Convolution(config.mel.bins, dim, 3, 1, pad)
-        self.second = Convolution(dim, dim, 3, 2, pad)
+        self.first = Convolution(config.mel.bins, dim, 3, 1, pad=pad)
+        self.second = Convolution(dim, dim, 3, 2, pad=pad)
         self.shortest = config.mel.window
 
     def forward(self, waves: Float[Tensor, "b n"]) -> tuple[Float[Tensor, "b t d"], Layout]:
@@ -367,7 +324,7 @@ class WaveFront(Front):
         channels = config.channels or dim
         widths = (1, *(channels for _ in config.kernels))
         self.convolutions = nn.ModuleList(
-            Convolution(width, channels, kernel, stride)
+            Convolution(width, channels, kernel, stride, wide=width == 1)
             for width, kernel, stride in zip(widths, config.kernels, config.strides, strict=False)
         )
         self.norms = nn.ModuleList(RMSNorm(channels) for _ in config.kernels)

@@ -19,7 +19,8 @@ from omnimix.modalities import (
     WaveFrontConfig,
     list_fronts,
 )
-from omnimix.modalities.fronts import FRONTS, sinusoids
+from omnimix.modalities.convolution import sinusoids
+from omnimix.modalities.fronts import FRONTS
 
 EXAMPLES = [(name, config) for name in list_fronts() for config in FRONTS.get(name).examples]
 every_example = pytest.mark.parametrize(
@@ -145,6 +146,20 @@ def test_waves_are_heard_as_wav2vec_hears_them():
     heard = F.conv1d(x[:, None], layer.weight, layer.bias, stride=320).mT
     expected = F.gelu(heard / (heard.square().mean(-1, keepdim=True) + 1e-5).sqrt())
     torch.testing.assert_close(net(x)[0], net.front.proj(expected))
+
+
+def test_waves_keep_their_precision():
+    """A quiet sound on a large offset is lost where samples have eight bits."""
+    config = WaveFrontConfig(kernels=(400,), strides=(320,), positions="none")
+    net = tokenizer("wave", config).float()
+    layer, x = net.front.convolutions[0], 100 + waves(1, 2000).float()
+    with torch.no_grad():  # the offset cancels
+        layer.weight.copy_(torch.tensor([1.0, -1.0]).repeat_interleave(200).expand_as(layer.weight))
+    exact = layer(x[..., None])
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(layer(x[..., None]), exact)
+    torch.testing.assert_close(layer.bfloat16()(x[..., None]), exact)
+    assert net(x)[0].isfinite().all()
 
 
 def test_masks_are_for_training():

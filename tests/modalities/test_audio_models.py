@@ -146,12 +146,13 @@ def test_a_saved_model_hears_clips_of_another_length(tmp_path, front):
         load_model(tmp_path, size=32)
 
 
-def test_low_precision():
-    model, x = small(classes=5).eval(), waves(2, 4000).float()
+@pytest.mark.parametrize("front", list_fronts())
+def test_low_precision(front):
+    model, x = small(front=front, classes=5).eval(), waves(2, 4000).float()
     exact = model(x)
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(model(x).float(), exact, rtol=0.05, atol=0.05)
-    torch.testing.assert_close(model.bfloat16()(x).float(), exact, rtol=0.05, atol=0.05)
+        torch.testing.assert_close(model(x).float(), exact, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(model.bfloat16()(x).float(), exact, rtol=0.02, atol=0.02)
 
 
 # Streams
