@@ -74,16 +74,21 @@ def from_all_ranks(trainer: pl.Trainer, value: T) -> list[T]:
     return values
 
 
-def summed(trainer: pl.Trainer, *values: Tensor | float | int) -> tuple[Any, ...]:
-    """Each of `values` summed over the processes; alone, just these.
+def world_size() -> int:
+    """How many processes train together, once they do."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def summed(first: Tensor, *others: Tensor | float | int) -> tuple[Any, ...]:
+    """Each value summed over the processes, in float64 on the device of the first; alone, just these.
 
     With the mean over a rank's n items as its loss, n · ranks / Σ n is the factor by which the average of the ranks'
     gradients is that of the mean over all their items.
     """
-    if trainer.world_size == 1:
-        return values
-    device = trainer.strategy.root_device
-    total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
+    if world_size() == 1:
+        return first, *others
+    values = [torch.as_tensor(value, dtype=torch.float64, device=first.device) for value in (first, *others)]
+    total = torch.stack(values)
     dist.all_reduce(total)
     return tuple(total)
 

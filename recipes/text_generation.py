@@ -20,7 +20,7 @@ from .history import StepHistory
 from .lengths import cut, length_at, scored
 from .loading import mix
 from .optimisers import optimise, planned_steps
-from .ranks import from_all_ranks, summed
+from .ranks import from_all_ranks, summed, world_size
 from .report import Row, curves, text, write_metrics, write_report
 from .samples import Samples
 from .strategies import whole_model
@@ -118,11 +118,11 @@ class TextGeneration(pl.LightningModule):
         if self.training_config.length_warmup > 0:
             batch = cut(batch, length_at(self.trainer.global_step, self._growing, scored(batch)))
         found = self.model.loss(**batch)
-        nats, count = summed(self.trainer, found.nats, found.count)
+        nats, count = summed(found.nats, found.count)
         self.log("train/loss", nats / count, prog_bar=True, batch_size=1)
         if len(found.parts) > 1:
             self.log_dict({f"train/{name}": value for name, value in found.parts.items()}, batch_size=1)
-        loss = found.loss * (found.count * self.trainer.world_size / count)
+        loss = found.loss * (found.count * world_size() / count)
         if self.trainer.accumulate_grad_batches > 1:
             self._window.append(count)
             loss = loss * (count / self._window[0])
