@@ -26,9 +26,7 @@ from omnimix.recipes.audio_classification import picture
 from omnimix.recipes.audio_data import AudioAugment, AudioFolderData
 from omnimix.recipes.audio_predict import Predictor
 from omnimix.recipes.audio_preprocess import AudioPreprocess
-from omnimix.recipes.media import Samples
-from omnimix.recipes.order_blind import FrameBag, order_blind
-from omnimix.recipes.sounds import BLIND, RATE, SECONDS, SOUNDS, Split, draw_sounds
+from omnimix.recipes.sounds import RATE, SECONDS, SOUNDS
 from omnimix.recipes.timeline import Moment, Scene, scenes
 
 # Everything that draws random numbers is on: stochastic depth, masks, augmentation.
@@ -310,65 +308,6 @@ def test_augmentation_stays_within_its_bounds():
     ratios = [20 * float((wave.norm() / (noisy(wave, preprocess, seed) - wave).norm()).log10()) for seed in range(30)]
     assert 19 < min(ratios) < 35 and 45 < max(ratios) < 61
     assert torch.equal(noisy(wave, preprocess, 5), noisy(wave, preprocess, 5))
-
-
-def test_the_order_of_sounds_is_their_class():
-    assert len(SOUNDS) == 12 and pytest.approx(5 / 12) == BLIND
-    split = Split(name="val", clips=4, voices=2, seed=3)
-    for name in ("u-o-a", "mid-high-low", "pipe-pluck"):
-        waves = draw_sounds(name, split)
-        assert all(0.4 * RATE < len(wave) <= SECONDS * RATE and 0 < wave.abs().max() <= 1 for wave in waves)
-        assert len({len(wave) for wave in waves}) > 1
-        assert all(map(torch.equal, waves, draw_sounds(name, split)))
-    mel = LogMel(MelConfig.whisper(bins=40))
-    rising, falling = (
-        torch.stack([mel(w[None])[0].exp().argmax(-1).float() for w in [_loudest(w) for w in draw_sounds(n, split)]])
-        for n in ("low-mid-high", "high-mid-low")
-    )
-    half = rising.shape[1] // 2
-    assert (rising[:, half:].mean() > rising[:, :half].mean()) and (falling[:, half:].mean() < falling[:, :half].mean())
-
-
-def _loudest(wave, length=6400):
-    """The 0.4 seconds with the most sound."""
-    power = torch.nn.functional.avg_pool1d(wave.square()[None], length, stride=100)[0]
-    start = 100 * int(power.argmax())
-    return wave[start : start + length]
-
-
-def test_a_model_blind_to_order_is_blind_to_order():
-    mel = torch.randn(3, 11, 8)
-    model = FrameBag(8, 4)
-    torch.testing.assert_close(model(mel), model(mel[:, torch.randperm(11)]), rtol=1e-4, atol=1e-5)
-
-    class Pairs:
-        """Two tones, one after the other; the class is which comes first, or with `apart` which they are."""
-
-        classes = ("a", "b")
-
-        def __init__(self, apart, first):
-            self.apart, self.first = apart, first
-
-        def __len__(self):
-            return 128
-
-        def name(self, index):
-            return str(index)
-
-        def label(self, index):
-            return index % 2
-
-        def media(self, index):
-            at = index // 2
-            parts = [tone(250 + 2 * at, 0.2)[0], tone(1000 + 10 * at, 0.2)[0]]
-            wave = parts[index % 2].repeat(2) if self.apart else torch.cat(parts[:: 1 - 2 * (index % 2)])
-            # Without noise the very ends of the clips would tell.
-            return wave + 0.1 * torch.randn(wave.shape, generator=torch.Generator().manual_seed(self.first + index))
-
-    for apart in (True, False):
-        train, val = (Samples(Pairs(apart, first), lambda wave, seed: {"audio": wave}) for first in (0, 1000))
-        found = order_blind(train, val, LogMel(MelConfig.whisper(rate=8000, bins=16)), classes=2, epochs=40, seed=0)
-        assert (found.acc1 == 1.0) if apart else (found.acc1 < 0.75)
 
 
 def test_pictures_of_sounds_have_low_tones_below():
