@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,3 +33,28 @@ def replace_file(target: str | os.PathLike[str], write: Callable[[Path], Any]) -
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def one_at_a_time(target: str | os.PathLike[str]) -> Iterator[None]:
+    """Let one process at a time make `target`; the others wait, and then find it.
+
+    The lock is on a file beside it and ends with its process, however that ends. Where the system has no such locks
+    (Windows) all go on at once, so what they write must appear whole or not at all even so.
+
+    Args:
+        target: its folder is made where there is none.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f".{target.name}.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import CheckpointError, ConfigError, MediaError
-from ..files import replace_file
+from ..files import one_at_a_time, replace_file
 from ..kernels.native import cache_folder
 from .corpus import Corpus, Document, held_out, place
 from .text import WORDS, Tokenizer, load_tokenizer, train_bpe
@@ -214,7 +214,7 @@ def cached_tokens(
 ) -> TokenCache:
     """The tokens of a corpus, encoded now or before.
 
-    A file that is corrupt is written anew. Two processes that encode the same corpus do not harm each other.
+    A file that is corrupt is written anew. Of several processes one encodes, and the others wait for it.
 
     Args:
         folder: of the cache; `text_cache()` by default.
@@ -231,9 +231,8 @@ def cached_tokens(
         cache = TokenCache(file)
     except CheckpointError:
         _clean(folder)
-        with _progress(corpus, "reading text into tokens") as seen, _writing(folder):
-            write_tokens(file, corpus, tokenizer, answers_only=answers_only, seen=seen)
-        cache = TokenCache(file)
+        with _writing(folder), one_at_a_time(file):
+            cache = _made_anew(file, corpus, tokenizer, answers_only)
     if corpus.policy == "raise" and cache.problems:
         name, reason = next(iter(cache.problems.items()))
         raise MediaError(f"{name} cannot be read: {reason} (policy 'skip' leaves it out)")
@@ -241,6 +240,15 @@ def cached_tokens(
         found = "; ".join(f"{name}: {reason}" for name, reason in list(cache.problems.items())[:3])
         raise ConfigError(f"the corpus has no text: {found or 'its files are empty'}")
     return cache
+
+
+def _made_anew(file: Path, corpus: Corpus, tokenizer: Tokenizer, answers_only: bool) -> TokenCache:
+    # Another process may have made it while this one waited for its turn.
+    with contextlib.suppress(CheckpointError):
+        return TokenCache(file)
+    with _progress(corpus, "reading text into tokens") as seen:
+        write_tokens(file, corpus, tokenizer, answers_only=answers_only, seen=seen)
+    return TokenCache(file)
 
 
 def cached_bpe(
@@ -257,14 +265,16 @@ def cached_bpe(
     key = _key("bpe", corpus.fingerprint, vocabulary, val_part, list(special), WORDS, _SAMPLE)
     file = folder / f"bpe-{key}"
     try:
-        tokenizer = load_tokenizer(file)
+        return load_tokenizer(file)
     except CheckpointError:
-        part = min(1.0, _SAMPLE / max(1, corpus.nbytes))
-        with _progress(corpus, f"learning {vocabulary} tokens") as seen:
-            tokenizer = train_bpe(_texts(corpus, val_part, part, seen), vocabulary, special)
-        with _writing(folder):
+        with _writing(folder), one_at_a_time(file):
+            with contextlib.suppress(CheckpointError):  # another process may have learnt it in the meantime
+                return load_tokenizer(file)
+            part = min(1.0, _SAMPLE / max(1, corpus.nbytes))
+            with _progress(corpus, f"learning {vocabulary} tokens") as seen:
+                tokenizer = train_bpe(_texts(corpus, val_part, part, seen), vocabulary, special)
             tokenizer.save(file)
-    return tokenizer
+            return tokenizer
 
 
 def _texts(corpus: Corpus, val_part: float, part: float, seen: Callable[[Document], None]) -> Iterator[str]:
