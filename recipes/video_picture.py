@@ -10,13 +10,14 @@ import torch
 from matplotlib.figure import FigureBase
 
 from .report import INK, LINES, Panel, Row, write_report
-from .video_timeline import Moment, scenes
+from .timeline import scenes
+from .video_timeline import FilmMoment
 
 # Frames above the timeline, and classes below it at most.
 _FRAMES, _CLASSES = 12, 24
 
 
-def draw_timeline(path: Path, name: str, classes: Sequence[str], moments: Sequence[Moment]) -> None:
+def draw_timeline(path: Path, name: str, classes: Sequence[str], moments: Sequence[FilmMoment]) -> None:
     """Draw what `moments`, all of a film, say of it into a PNG file."""
     found = list(scenes(moments))
     length = moments[-1].stop
@@ -36,7 +37,7 @@ def draw_timeline(path: Path, name: str, classes: Sequence[str], moments: Sequen
     write_report(path, title, subtitle, rows)
 
 
-def _frames(moments: Sequence[Moment]) -> Panel:
+def _frames(moments: Sequence[FilmMoment]) -> Panel:
     count = min(_FRAMES, len(moments))
     chosen = [moments[round((i + 0.5) * len(moments) / count - 0.5)] for i in range(count)]
 
@@ -53,7 +54,7 @@ def _frames(moments: Sequence[Moment]) -> Panel:
     return Panel(draw=draw)
 
 
-def _classes(moments: Sequence[Moment], classes: Sequence[str], shown: Sequence[int]) -> Panel:
+def _classes(moments: Sequence[FilmMoment], classes: Sequence[str], shown: Sequence[int]) -> Panel:
     edges = [moments[0].start, *(moment.stop for moment in moments)]
     table = torch.stack([moment.probabilities for moment in moments])[:, list(shown)].T.numpy()
 

@@ -16,11 +16,13 @@ from ..console import emit, write_atomically
 from ..errors import CheckpointError, ConfigError, MediaError
 from ..modalities import load_model, read_details
 from ..modalities.decode import VideoReader
-from ..modalities.sources import VIDEO_SUFFIXES, walk_files
+from ..modalities.sources import VIDEO_SUFFIXES
 from ..modalities.video_models import VideoClassifier
+from .prediction import named_files, ranked, unreadable
 from .run import RunFolder
+from .timeline import Scene, scenes
 from .video_preprocess import VideoPreprocess
-from .video_timeline import Moment, Scene, Timeline, scenes
+from .video_timeline import FilmMoment, Timeline
 
 # A film is what lasts so many times as long as a clip.
 _FILM = 3.0
@@ -47,7 +49,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON too ('-': to standard output, alone)")
     options = parser.parse_args(argv)
     folder = RunFolder.finished(options.run)
-    files = named_files(options.files)
+    files = named_files(options.files, VIDEO_SUFFIXES, "videos")
     if options.picture and len(files) != 1:
         raise ConfigError(f"--picture draws one file, and {len(files)} are named")
     predictor = Predictor(folder.path, top=options.top, every=options.every, aloud=options.json != "-")
@@ -64,7 +66,7 @@ def main(argv: list[str]) -> int:
         except MediaError as error:
             if options.policy == "raise":
                 raise
-            clips.append({"file": str(path), "rank": None, "class": None, "probability": None, "note": str(error)})
+            clips.append(unreadable(path, error))
     if options.json == "-":
         emit("", clips + rows, "-")
     elif clips:
@@ -72,24 +74,6 @@ def main(argv: list[str]) -> int:
     if options.json not in (None, "-"):
         write_atomically(options.json, json.dumps(clips + rows, indent=1) + "\n")
     return 0 if any(row["class"] is not None for row in clips + rows) else 1
-
-
-def named_files(words: list[str]) -> list[Path]:
-    """The files, and those below the folders, that a user named.
-
-    Raises:
-        ConfigError: there is no such file or folder, or a folder without videos.
-    """
-    files: list[Path] = []
-    for word in words:
-        path = Path(word)
-        if not path.exists():
-            raise ConfigError(f"there is no file or folder {word!r}")
-        found = walk_files(path, VIDEO_SUFFIXES) if path.is_dir() else [path]
-        if not found:
-            raise ConfigError(f"the folder {word!r} holds no videos")
-        files += found
-    return files
 
 
 class Predictor:
@@ -114,7 +98,7 @@ class Predictor:
         self.model = model
         self.preprocess = VideoPreprocess.from_dict(read_details(folder).get("preprocess", {}))
         self.classes = self.preprocess.classes
-        self.top = min(max(1, top), len(self.classes))
+        self.top = top
         self.timeline = Timeline(model, self.preprocess, every)
         self.aloud = aloud
 
@@ -130,11 +114,7 @@ class Predictor:
         Raises:
             MediaError: the file cannot be read.
         """
-        values, indices = self.model(self.preprocess.load(path)[None])[0].float().softmax(-1).topk(self.top)
-        return [
-            {"file": str(path), "rank": rank, "class": self.classes[index], "probability": value, "note": ""}
-            for rank, (value, index) in enumerate(zip(values.tolist(), indices.tolist(), strict=True), 1)
-        ]
+        return ranked(path, self.model(self.preprocess.load(path)[None])[0], self.classes, self.top)
 
     def film(self, path: Path, picture: str | None = None) -> list[dict[str, Any]]:
         """One row a scene; they are printed while the film is read.
@@ -147,7 +127,7 @@ class Predictor:
         """
         rows: list[dict[str, Any]] = []
         with VideoReader(path) as video, _progress(path, video.info.duration, self.aloud) as (advance, say):
-            seen: list[Moment] = []
+            seen: list[FilmMoment] = []
             say(f"{path}, {video.info.duration:.1f} s")
             for scene in scenes(_watched(self.timeline.moments(video), advance, seen if picture else None)):
                 rows.append(self._row(path, scene))
@@ -169,7 +149,7 @@ class Predictor:
         }
 
 
-def _watched(moments: Iterable[Moment], advance: Any, seen: list[Moment] | None) -> Iterator[Moment]:
+def _watched(moments: Iterable[FilmMoment], advance: Any, seen: list[FilmMoment] | None) -> Iterator[FilmMoment]:
     for moment in moments:
         advance(moment.stop)
         if seen is not None:

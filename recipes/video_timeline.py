@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -14,43 +14,21 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..modalities.decode import VideoReader
 from ..modalities.video_models import VideoClassifier, VideoState
+from .timeline import Moment
 from .video_preprocess import VideoPreprocess
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moment:
+class FilmMoment(Moment):
     """A stretch of a film and what the model says of it.
 
     Args:
-        start, stop: seconds.
-        probabilities: of each class.
-        frame: from its middle, in 0..1.
+        frame: from the middle of what the model saw, in 0..1.
     """
 
-    start: float
-    stop: float
-    probabilities: Float[Tensor, "classes"]
     frame: Float[Tensor, "c h w"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scene:
-    """Moments one after the other of one class.
-
-    Args:
-        start, stop: seconds.
-        label: index of the class.
-        probability: of the class, on average over the moments.
-        moments: how many.
-    """
-
-    start: float
-    stop: float
-    label: int
-    probability: float
-    moments: int = 1
 
 
 class Timeline:
@@ -76,7 +54,7 @@ class Timeline:
         # Frames from moment to moment, whole time steps of the model.
         self.hop = max(1, preprocess.frames // (every * unit)) * unit
 
-    def moments(self, video: VideoReader) -> Iterator[Moment]:
+    def moments(self, video: VideoReader) -> Iterator[FilmMoment]:
         """The moments of a film, from its beginning to its end, each as soon as it is known.
 
         Raises:
@@ -89,7 +67,7 @@ class Timeline:
             # A window ends at `end`; what it says counts for the `hop` frames around its middle.
             middle = end - 0.5 * self.preprocess.seconds
             stop = length if last else min(length, max(at, middle + 0.5 * self.hop / self.rate))
-            yield Moment(start=at, stop=stop, probabilities=probabilities, frame=frame)
+            yield FilmMoment(start=at, stop=stop, probabilities=probabilities, frame=frame)
             at = stop
 
     def _frames(self, video: VideoReader) -> Iterator[Tensor]:
@@ -140,23 +118,6 @@ class Timeline:
             now.extend(said.now[0])
             if len(now) == steps:
                 yield count / self.rate, torch.stack(tuple(now)).mean(0).float().softmax(-1), shown[len(shown) // 2]
-
-
-def scenes(moments: Iterable[Moment]) -> Iterator[Scene]:
-    """Moments one after the other of the same likeliest class, put together; each as soon as another class follows."""
-    scene: Scene | None = None
-    for moment in moments:
-        probability, label = (float(v) for v in moment.probabilities.max(0))
-        if scene is not None and scene.label == label:
-            total = scene.probability * scene.moments + probability
-            count = scene.moments + 1
-            scene = replace(scene, stop=moment.stop, probability=total / count, moments=count)
-            continue
-        if scene is not None:
-            yield scene
-        scene = Scene(start=moment.start, stop=moment.stop, label=int(label), probability=probability)
-    if scene is not None:
-        yield scene
 
 
 def _with_last(items: Iterator[T]) -> Iterator[tuple[T, bool]]:
