@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -152,6 +153,8 @@ class EpochLoader:
             raise ConfigError(f"timeout is {timeout}; it must be at least 0 seconds")
         if len(dataset) == 0:
             raise ConfigError("the data set is empty")
+        if context == "forkserver" and workers:
+            _preload(dataset)
         self.dataset = dataset
         self._batches = _EpochBatches(len(dataset), batch_size, seed, shuffle, rank, world)
         self._loader = DataLoader(
@@ -211,6 +214,17 @@ class EpochLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._resumed = (state["epoch"], state["batches"])
+
+
+def _preload(dataset: KeyedDataset) -> None:
+    """Let the server that workers are forked from import what they need, once for all of them.
+
+    Each would spend seconds on it otherwise. It has an effect on servers that are not running yet.
+    """
+    parts = (dataset, getattr(dataset, "load", dataset))
+    modules = sorted({type(part).__module__ for part in parts})
+    # By default it is the main module alone.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["__main__", *modules])
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -126,7 +126,7 @@ def test_impossible_values_raise(wrong):
 def test_workers_that_hang_are_an_error():
     class Hangs(Keys):
         def __getitem__(self, key):
-            time.sleep(60)
+            time.sleep(3)
 
     loader = EpochLoader(Hangs(8), batch_size=2, workers=1, context="fork", timeout=1.0)
     with pytest.raises(MediaError, match="1 seconds"):

@@ -23,6 +23,8 @@ from omnimix.recipes.preprocess import ImagePreprocess
 SIZES = (1, 7, 3, 13, 5)
 WORLD, BATCH, EPOCHS = 2, 3, 2
 STEPS = -(-sum(SIZES) // WORLD) // BATCH
+# Three workers are no more than the test wants, on whatever machine.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
 # Processes that are forked need not import everything again.
 FORK = multiprocessing.get_context("fork")
 
