@@ -31,6 +31,7 @@ from .sources import (
     find_source,
     has_split,
 )
+from .tar import TarIndex
 from .text import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 from .token_cache import TokenCache, cached_bpe, cached_tokens
 from .video import TubeletTokenizer, TubeletTokenizerConfig, inflate
@@ -71,6 +72,7 @@ __all__ = [
     "Source",
     "SpecAugment",
     "SpecAugmentConfig",
+    "TarIndex",
     "TextFiles",
     "TokenCache",
     "Tokenizer",
