@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from ..files import one_at_a_time
 from ..kernels.native import cache_folder
 
 
@@ -21,8 +22,12 @@ def generated_folder(name: str, write: Callable[[Path], None]) -> Path:
     folder = cache_folder().parent / name
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}."))
+    with one_at_a_time(folder):
+        return folder if folder.is_dir() else _made(folder, write)
+
+
+def _made(folder: Path, write: Callable[[Path], None]) -> Path:
+    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         # mkdtemp's folder is private; one inside has the rights that any new folder has.
         (beside / "whole").mkdir()
