@@ -103,7 +103,7 @@ class AudioClassification(Classification):
         mixers: dict[str, MixerConfig] = {},  # noqa: B006 - jsonargparse cannot write a factory's value
         drop_path: float = 0.0,
         training: ClassificationTrainingConfig = _TRAINING,
-        order_blind_epochs: int = 20,
+        order_blind_epochs: int = 12,
         sounds: tuple[int, float | None, int] = (16_000, 1.2, 12),
     ):
         rate, seconds, classes = sounds

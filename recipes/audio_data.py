@@ -271,7 +271,7 @@ class SoundsData(AudioData):
     def __init__(
         self,
         *,
-        train: int = 100,
+        train: int = 150,
         val: int = 25,
         seconds: float | None = SECONDS,
         augment: AudioAugment | None = AudioAugment(),
@@ -296,6 +296,10 @@ class SoundsData(AudioData):
             )
         self.counts = {"train": train, "val": val}
         self.preprocess = AudioPreprocess(classes=SOUNDS, rate=RATE, seconds=seconds)
+
+    def prepare_data(self) -> None:
+        # Once, where several processes train: the others wait.
+        sounds_folder(**self.counts)
 
     def find(self) -> dict[str, Source]:
         folder = sounds_folder(**self.counts)
