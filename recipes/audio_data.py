@@ -130,12 +130,12 @@ def listed_splits(root: Path) -> dict[str, Source]:
     everything = FolderSource(root, SUFFIXES)
     names = [Path(everything.name(i)).relative_to(root).as_posix() for i in range(len(everything))]
     held = {
-        split: set((root / file).read_text("utf-8").split())
+        split: set((root / file).read_text("utf-8").splitlines())
         for split, file in _LISTS.items()
         if (root / file).is_file()
     }
     for split, files in held.items():
-        missing = sorted(files - set(names))
+        missing = sorted(files - {"", *names})
         if missing:
             raise ConfigError(f"{_LISTS[split]} names {len(missing)} files that {str(root)!r} lacks: {missing[0]}, ...")
     classes = [name for name in everything.classes if name != _NO_CLASS]

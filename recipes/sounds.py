@@ -101,7 +101,7 @@ def draw_sounds(name: str, split: Split) -> list[Float[Tensor, "samples"]]:
     waves = _sound(draw(rng, split, voice, parts, edges))
     waves /= waves.abs().amax(1, keepdim=True)
     noise = _noise(rng, n)
-    # Both are measured where the sound is; silence around it would make the noise louder.
+    # Of the sound where it is: with the silence around it, short sounds would have less noise.
     power = waves.square().sum(1) / torch.from_numpy(seconds * RATE)
     decibel = torch.from_numpy(rng.uniform(5, 30, n))
     noise *= (power / noise.square().mean(1) * 10 ** (-decibel / 10)).sqrt()[:, None]

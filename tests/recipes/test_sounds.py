@@ -63,9 +63,11 @@ def test_a_model_blind_to_order_is_blind_to_order():
         def media(self, index):
             at, generator = index // 2, torch.Generator().manual_seed(self.first + index)
             # Ends that are sharp, or alike in all clips, would tell.
-            first, second = (0.15 + 0.1 * torch.rand(2, generator=generator)).tolist()
-            parts = [tone(250 + 2 * at, first), tone(1000 + 10 * at, second)]
-            wave = parts[index % 2].repeat(2) if self.apart else torch.cat(parts[:: 1 - 2 * (index % 2)])
+            first = round(0.15 + 0.1 * float(torch.rand((), generator=generator)), 3)
+            parts = [tone(250 + 2 * at, first), tone(1000 + 10 * at, 0.4 - first)]
+            wave = torch.cat(parts[:: 1 - 2 * (index % 2)])
+            if self.apart:
+                wave = tone(250 if index % 2 else 1000, 0.4)
             return wave + 0.1 * torch.randn(wave.shape, generator=generator)
 
     for apart in (True, False):
