@@ -58,7 +58,7 @@ class BackboneConfig:
         channel: what follows each mixer: "swiglu", "mlp", "moe" or None.
         channels: options by channel name.
         scan: the set of scan orders for mixers that only look backwards: "forward" (the causal one), "both", "cross",
-            "snake", "window", "hilbert", "temporal-first", or several orders joined by commas.
+            "snake", "window", "hilbert", "temporal-first", "cross-3d", or several orders joined by commas.
         drop_path: stochastic depth, growing linearly from 0 to this rate in the last block.
         norm_eps: of every normalisation.
     """

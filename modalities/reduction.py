@@ -87,9 +87,9 @@ def _groups(rows: Float[Tensor, "m n d"], keep: int) -> Float[Tensor, "m keep n"
     groups = F.one_hot(target, n).to(rows.dtype).mT
     while groups.shape[1] > keep:
         means = F.normalize((groups @ rows) / groups.sum(-1, keepdim=True), dim=-1)
-        kept = _one_round(means, min(means.shape[1] - keep, (means.shape[1] + 1) // 2))
-        target = kept.gather(1, target)
-        groups = F.one_hot(target, means.shape[1])[..., : int(kept.max()) + 1].to(rows.dtype).mT
+        number = min(means.shape[1] - keep, (means.shape[1] + 1) // 2)
+        target = _one_round(means, number).gather(1, target)
+        groups = F.one_hot(target, means.shape[1] - number).to(rows.dtype).mT
     return groups
 
 

@@ -11,7 +11,13 @@ import torch
 from omnimix.backbones import BackboneConfig, Layout
 from omnimix.backbones.language import LanguageModel, LanguageModelConfig
 from omnimix.kernels.check import error
-from omnimix.modalities import AudioTokenizer, AudioTokenizerConfig, list_fronts
+from omnimix.modalities import (
+    AudioTokenizer,
+    AudioTokenizerConfig,
+    TubeletTokenizer,
+    TubeletTokenizerConfig,
+    list_fronts,
+)
 from omnimix.modalities.fronts import FRONTS
 
 from .subjects import BOTH, CAUSAL, Subject, both_way_subjects, causal_subjects, floating, subjects, tokens
@@ -86,3 +92,13 @@ def test_an_audio_front_compiles_whole(name: str):
     waves = 0.1 * tokens(2, 1000)[..., 0]
     compiled = torch.compile(lambda waves: tokenizer(waves)[0], fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(waves), tokenizer(waves)[0])
+
+
+@pytest.mark.parametrize("options", [{"class_token": "middle", "merge": 3}, {"causal": True}], ids=str)
+def test_a_video_tokenizer_compiles_whole(options: dict):
+    torch.manual_seed(0)
+    config = TubeletTokenizerConfig(dim=8, tubelet=(2, 4, 4), size=(4, 8, 8), group=(2, 1, 1), **options)
+    tokenizer = TubeletTokenizer(config).double()
+    videos = tokens(6, 15 * 9).reshape(2, 3, 15, 9, -1)
+    compiled = torch.compile(lambda videos: tokenizer(videos)[0], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(videos), tokenizer(videos)[0])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from omnimix.backbones import list_mixers
 from omnimix.errors import ConfigError, UnsupportedCall, UnsupportedShape
 from omnimix.modalities import (
+    AudioClassifier,
     PatchTokenizer,
     PatchTokenizerConfig,
     TubeletTokenizer,
@@ -284,6 +285,12 @@ def test_a_saved_model_is_loaded_at_another_size(tmp_path):
     torch.testing.assert_close(larger(x), model(x))
     model.tokenizer.resize(size=(6, 32, 24))
     assert model.config == larger.config
+
+
+def test_models_without_a_size_are_loaded_at_none(tmp_path):
+    save_model(build_model(AudioClassifier.examples()[0][0]), tmp_path)
+    with pytest.raises(ConfigError, match="AudioClassifier"):
+        load_model(tmp_path, size=(4, 16, 16))
 
 
 def test_parts_must_fit():
