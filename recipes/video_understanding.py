@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import replace
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor
 
 from ..backbones.config import MixerConfig
@@ -43,7 +45,7 @@ class VideoUnderstanding(Classification):
         drop_path: stochastic depth in the last block.
         training: optimiser, schedule, regularisation and averaging.
         one_frame_epochs: for so many epochs another model is trained that sees one frame of each clip, to compare with;
-            0 leaves it out.
+            null is as many as this one's, 0 leaves it out.
         clips: channels, frames, height and width of a clip, and the number of classes; the data says it.
     """
 
@@ -60,7 +62,7 @@ class VideoUnderstanding(Classification):
         causal: bool = False,
         drop_path: float = 0.0,
         training: ClassificationTrainingConfig = _TRAINING,
-        one_frame_epochs: int = 5,
+        one_frame_epochs: int | None = None,
         clips: tuple[int, int, int, int, int] = (1, 16, 32, 32, 11),
     ):
         channels, *size, classes = clips
@@ -139,9 +141,10 @@ def _finish(cli: RecipeCLI) -> None:
 def one_frame_baseline(cli: RecipeCLI) -> Baseline | None:
     """What a model of the same build reaches that sees a random frame of each clip, and the middle one in the end."""
     module: VideoUnderstanding = cli.model
-    if not module.one_frame_epochs:
+    epochs = len(cli.history.rows) if module.one_frame_epochs is None else module.one_frame_epochs
+    if not epochs:
         return None
-    print(f"training a model that sees one frame of each clip, {module.one_frame_epochs} epochs", flush=True)
+    print(f"training a model that sees one frame of each clip, for {epochs} epochs", flush=True)
     begun = time.monotonic()
     torch.manual_seed(cli.options.seed_everything)
     single = module.of_one_frame()
@@ -149,7 +152,9 @@ def one_frame_baseline(cli: RecipeCLI) -> Baseline | None:
     trainer = pl.Trainer(
         accelerator=cli.trainer.strategy.root_device.type,
         devices=1,
-        max_epochs=module.one_frame_epochs,
+        # Alone, also where this is one of several processes.
+        plugins=LightningEnvironment(),
+        max_epochs=epochs,
         precision=cli.trainer.precision,
         gradient_clip_val=cli.trainer.gradient_clip_val,
         limit_val_batches=0,
@@ -160,7 +165,10 @@ def one_frame_baseline(cli: RecipeCLI) -> Baseline | None:
         enable_model_summary=False,
         callbacks=[SeedEveryStep(cli.options.seed_everything)],
     )
-    trainer.fit(single, datamodule=data)
+    with warnings.catch_warnings():
+        # Of several processes, to which this does not belong.
+        warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
+        trainer.fit(single, datamodule=data)
     for callback in trainer.callbacks:
         if isinstance(callback, AverageWeights):
             callback.adopt(single)

@@ -31,7 +31,7 @@ from omnimix.recipes.video_timeline import Timeline
 # Everything that draws random numbers is on: stochastic depth, augmentation.
 TINY = [
     *("--data.train=48", "--data.val=24", "--data.augment.scale=0.5", "--data.augment.colour=0.2"),
-    *("--model.dim=16", "--model.depth=1", "--model.drop_path=0.3", "--model.one_frame_epochs=1"),
+    *("--model.dim=16", "--model.depth=1", "--model.drop_path=0.3"),
     *("--data.clip.frames=8", "--data.clip.sampling=dense", "--data.clip.rate=16"),
     *("--data.batch_size=8", "--trainer.max_epochs=2", "--checkpoint_steps=2", "--threads=1"),
 ]
