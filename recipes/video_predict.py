@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,5 +172,6 @@ def _progress(path: Path, duration: float, aloud: bool) -> Iterator[tuple[Any, A
     columns = (BarColumn(), TextColumn("{task.completed:.1f} of {task.total:.1f} s"), TimeRemainingColumn())
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task(path.name, total=duration)
-        # Not its own printing, which would read brackets as markup and break long lines.
-        yield lambda time: bar.update(task, completed=time), lambda line: bar.console.print(line, markup=False)
+        # Plainly: a name may hold brackets, which are markup, and lines are as long as they are.
+        plain = partial(bar.console.print, markup=False, highlight=False, soft_wrap=True)
+        yield lambda time: bar.update(task, completed=time), plain
