@@ -146,7 +146,7 @@ def _cli(command: str, argv: list[str]) -> RecipeCLI:
 def _finish(cli: RecipeCLI) -> None:
     module: AudioClassification = cli.model
     mel = LogMel(replace(module.spectrogram.mel(module.rate), mean=0.0, std=1.0))
-    look = Look(noun="sounds", picture=lambda wave: picture(mel(wave[None])[0]), columns=9, rows=4, height=6.2)
+    look = Look(noun="sounds", picture=lambda wave: picture(mel(wave[None])[0]), columns=9, rows=4, height=5.4)
     finish(cli, look, _order_blind)
 
 
