@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
@@ -91,11 +92,11 @@ class _EpochBatches:
         return (order + (order * self.world)[:short])[self.rank :: self.world]
 
     def __len__(self) -> int:
-        ranked = -(-self.size // self.world)
         if not self.shuffle:
-            return -(-ranked // self.batch_size)
-        # A last batch of a few samples would be a noisy step; a set smaller than a batch is one batch.
-        return max(1, ranked // self.batch_size)
+            return math.ceil(math.ceil(self.size / self.world) / self.batch_size)
+        # A last batch of a few samples would be a noisy step; a set smaller than a batch is one batch. Ranks share a
+        # step's samples: with twice as many of half the batch an epoch has as many steps.
+        return max(1, self.size // (self.world * self.batch_size))
 
     def __iter__(self) -> Iterator[list[Key]]:
         order = self.order()
