@@ -24,6 +24,8 @@ def test_the_code_runs(code: str):
         assert [m.dim() for m in names["maps"]] == [4] * len(names["maps"])
     elif "written" in names:
         assert [len(tokens) for tokens in names["written"]] == [5, 5]
+    elif "film" in names:
+        assert names["logits"].shape == (2, 5) and names["step"].so_far.shape == (1, 5)
     else:
         assert names["z"].shape == (2, 1, 192)
 
