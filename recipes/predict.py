@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from ..console import emit
-from ..errors import ConfigError, MediaError
+from ..errors import MediaError
 from ..modalities import load_model, read_details
-from ..modalities.sources import IMAGE_SUFFIXES, walk_files
+from ..modalities.sources import IMAGE_SUFFIXES
+from .prediction import named_files, ranked, unreadable
 from .preprocess import ImagePreprocess
 from .run import RunFolder
 
@@ -28,27 +29,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON too ('-': to standard output, alone)")
     options = parser.parse_args(argv)
     folder = RunFolder.finished(options.run)
-    rows = list(predict_files(folder.path, named_files(options.files), top=options.top, policy=options.policy))
+    files = named_files(options.files, IMAGE_SUFFIXES, "images")
+    rows = predict_files(folder.path, files, top=options.top, policy=options.policy)
     emit(f"predictions of {folder.path}", rows, options.json)
     return 0 if any(row["class"] for row in rows) else 1
-
-
-def named_files(words: list[str]) -> list[Path]:
-    """The files, and those below the folders, that a user named.
-
-    Raises:
-        ConfigError: there is no such file or folder, or a folder without images.
-    """
-    files: list[Path] = []
-    for word in words:
-        path = Path(word)
-        if not path.exists():
-            raise ConfigError(f"there is no file or folder {word!r}")
-        found = image_files(path) if path.is_dir() else [path]
-        if not found:
-            raise ConfigError(f"the folder {word!r} holds no images")
-        files += found
-    return files
 
 
 @torch.inference_mode()
@@ -63,7 +47,6 @@ def predict_files(
     """
     model = load_model(folder)
     preprocess = ImagePreprocess.from_dict(read_details(folder).get("preprocess", {}))
-    top = min(max(1, top), len(preprocess.classes))
     rows: list[dict[str, Any]] = []
     for at in range(0, len(files), batch_size):
         images, readable = [], []
@@ -74,17 +57,9 @@ def predict_files(
             except MediaError as error:
                 if policy == "raise":
                     raise
-                rows.append({"file": str(path), "rank": None, "class": None, "probability": None, "note": str(error)})
+                rows.append(unreadable(path, error))
         if not images:
             continue
-        values, indices = model(torch.stack(images)).float().softmax(-1).topk(top)
-        for path, probabilities, classes in zip(readable, values.tolist(), indices.tolist(), strict=True):
-            for rank, (probability, index) in enumerate(zip(probabilities, classes, strict=True), 1):
-                name = preprocess.classes[index]
-                rows.append({"file": str(path), "rank": rank, "class": name, "probability": probability, "note": ""})
+        for path, logits in zip(readable, model(torch.stack(images)), strict=True):
+            rows += ranked(path, logits, preprocess.classes, top)
     return rows
-
-
-def image_files(folder: Path) -> list[Path]:
-    """The image files below a folder, in alphabetical order."""
-    return walk_files(folder, IMAGE_SUFFIXES)
