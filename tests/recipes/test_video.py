@@ -268,7 +268,7 @@ def test_generated_clips_are_ordinary_files(place):
         assert len(times) == moving_digits.FRAMES
     assert starts == {0.0, 1.5} and rates == {False, True}
     assert sorted(p.name for p in (root / "val").iterdir()) == sorted(MOTIONS)
-    assert not [p for p in root.parent.iterdir() if p.name.startswith(".")]
+    assert not [p for p in root.parent.iterdir() if p.name.startswith(".") and p.is_dir()]
 
 
 def sets(data):
