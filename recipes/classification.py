@@ -162,10 +162,11 @@ class Predictions(pl.Callback):
         """At most so many samples, up to half of them wrong ones, as `picture` draws them."""
         wrong = self.wrong[: most // 2]
         room = most - len(wrong)
-        step = max(1, len(self.right) // room)
+        count = min(room, len(self.right))
+        right = [self.right[i * len(self.right) // count] for i in range(count)]
         return [
             Shown(image=picture(sample), truth=names[truth], prediction=names[said], probability=probability)
-            for sample, truth, said, probability in [*wrong, *self.right[::step][:room]]
+            for sample, truth, said, probability in [*wrong, *right]
         ]
 
 
