@@ -80,28 +80,6 @@ class LoadAudio:
         return {"audio": self.augment(wave, self.preprocess, seed)}
 
 
-class KeptWaves:
-    """A source whose files are decoded once: their waves stay in memory.
-
-    Args:
-        source: of files.
-        preprocess: says at what rate.
-    """
-
-    def __init__(self, source: Source, preprocess: AudioPreprocess):
-        self.source, self.preprocess = source, preprocess
-        self.classes, self.name, self.label = source.classes, source.name, source.label
-        self._kept: dict[int, Tensor] = {}
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def media(self, index: int) -> Float[Tensor, "n"]:
-        if index not in self._kept:
-            self._kept[index] = self.preprocess.read(self.source.media(index))
-        return self._kept[index]
-
-
 class Chosen:
     """Some samples of a source, with the classes among them numbered anew."""
 
@@ -173,11 +151,14 @@ class AudioData(MediaData):
         max_unreadable: float,
     ):
         super().__init__(
-            batch_size=batch_size, workers=workers, seed=seed, policy=policy, max_unreadable=max_unreadable
+            batch_size=batch_size,
+            workers=workers,
+            seed=seed,
+            policy=policy,
+            max_unreadable=max_unreadable,
+            keep=keep,
         )
-        if keep and workers:
-            raise ConfigError(f"data.keep with data.workers {workers}: each would keep all clips; set workers to 0")
-        self.augment, self.keep = augment, keep
+        self.augment = augment
 
     @property
     def sounds(self) -> tuple[int, float | None, int]:
@@ -191,7 +172,7 @@ class AudioData(MediaData):
     def setup(self, stage: str) -> None:
         for split, source in self.find().items():
             augment, seed = (self.augment, self.seed) if split == "train" else (None, None)
-            read = KeptWaves(source, self.preprocess) if self.keep else source
+            read = self.kept(source, self.preprocess.read)
             setattr(self, f"{split}_set", Samples(read, LoadAudio(self.preprocess, augment), seed=seed))
 
     def heard(self, samples: Samples) -> Samples:

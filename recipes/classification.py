@@ -255,7 +255,7 @@ def _picture(cli: RecipeCLI, seen: Predictions, metrics: dict[str, Any], look: L
         history, {"top 1": "val/acc1", "top 5": "val/acc5"}, f"accuracy on held-out {look.noun}", percent=True
     )
     panels: list[Panel] = [
-        curves(history, {"training, augmented": "train/loss", "held out": "val/loss"}, "loss"),
+        curves(history, {"training": "train/loss", "held out": "val/loss"}, "loss"),
         accuracy,
         confusion(counts, names, f"confusion of held-out {look.noun}"),
     ]

@@ -53,6 +53,28 @@ class Samples:
         return {**sample, "label": label, "problem": None}
 
 
+class Kept:
+    """A source whose files are decoded once: what they hold stays in memory.
+
+    Args:
+        source: of files.
+        read: decodes one.
+    """
+
+    def __init__(self, source: Source, read: Callable[[Path | bytes], Tensor]):
+        self.source, self.read = source, read
+        self.classes, self.name, self.label = source.classes, source.name, source.label
+        self._kept: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def media(self, index: int) -> Tensor:
+        if index not in self._kept:
+            self._kept[index] = self.read(self.source.media(index))
+        return self._kept[index]
+
+
 class MediaData(pl.LightningDataModule):
     """Base of the data sets. A batch is a dict: the tensors of its samples, label (b,), problems [(file, reason)].
 
@@ -64,6 +86,7 @@ class MediaData(pl.LightningDataModule):
         seed: of order and augmentation; the recipe passes its own.
         policy: what an unreadable file does: "skip" leaves it out and names it at the end, "raise" stops.
         max_unreadable: the part of the files read above which the run stops even so.
+        keep: decode each file once, and keep what it holds in memory.
     """
 
     preprocess: Preprocess
@@ -80,8 +103,12 @@ class MediaData(pl.LightningDataModule):
         seed: int,
         policy: Literal["skip", "raise"] = "skip",
         max_unreadable: float = 0.1,
+        keep: bool = False,
     ):
         super().__init__()
+        if keep and workers:
+            raise ConfigError(f"data.keep with data.workers {workers}: each would keep all files; set workers to 0")
+        self.keep = keep
         if policy not in ("skip", "raise"):
             raise ConfigError(f"data.policy is {policy!r}; it must be 'skip' or 'raise'")
         if not 0 <= max_unreadable <= 1:
@@ -97,6 +124,10 @@ class MediaData(pl.LightningDataModule):
     @property
     def classes(self) -> int:
         return len(self.preprocess.classes)
+
+    def kept(self, source: Source, read: Callable[[Path | bytes], Tensor]) -> Source:
+        """The source, or where told so one whose files are decoded once, by `read`."""
+        return Kept(source, read) if self.keep else source
 
     def _loader(self, dataset: Any, *, shuffle: bool) -> EpochLoader:
         return EpochLoader(

@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxtyping import UInt8
 from torch import Tensor
 
 from ..errors import ConfigError, MediaError
@@ -23,39 +22,6 @@ _CLIP = ClipConfig()
 _AUGMENT = Augment(flip=False)
 # Files that are asked for their duration.
 _MEASURED = 16
-
-
-class KeptClips:
-    """A source whose files are decoded once: their frames stay in memory, always the central ones.
-
-    Args:
-        source: of files.
-        preprocess: says which frames.
-    """
-
-    def __init__(self, source: Source, preprocess: VideoPreprocess):
-        self.source, self.preprocess = source, preprocess
-        self._kept: dict[int, UInt8[Tensor, "t c h w"]] = {}
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.source.classes
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def name(self, index: int) -> str:
-        return self.source.name(index)
-
-    def label(self, index: int) -> int:
-        return self.source.label(index)
-
-    def media(self, index: int) -> UInt8[Tensor, "t c h w"]:
-        if index not in self._kept:
-            frames = self.preprocess.read(self.source.media(index), None)
-            # In planes: decoded frames come in another order of memory.
-            self._kept[index] = self.preprocess.coloured(frames).contiguous()
-        return self._kept[index]
 
 
 class LoadVideo:
@@ -115,14 +81,17 @@ class VideoData(MediaData):
         max_unreadable: float,
     ):
         super().__init__(
-            batch_size=batch_size, workers=workers, seed=seed, policy=policy, max_unreadable=max_unreadable
+            batch_size=batch_size,
+            workers=workers,
+            seed=seed,
+            policy=policy,
+            max_unreadable=max_unreadable,
+            keep=keep,
         )
         for name, count in (("views", views), ("crops", crops)):
             if count < 1:
                 raise ConfigError(f"data.{name} is {count}; it must be at least 1")
-        if keep and workers:
-            raise ConfigError(f"data.keep with data.workers {workers}: each would keep all clips; set workers to 0")
-        self.augment, self.views, self.crops, self.keep = augment, views, crops, keep
+        self.augment, self.views, self.crops = augment, views, crops
 
     @property
     def clips(self) -> tuple[int, int, int, int, int]:
@@ -136,7 +105,7 @@ class VideoData(MediaData):
 
     def setup(self, stage: str) -> None:
         sources = self.find()
-        read = {s: KeptClips(f, self.preprocess) if self.keep else f for s, f in sources.items()}
+        read = {split: self.kept(source, self.preprocess.central) for split, source in sources.items()}
         self.train_set = Samples(read["train"], LoadVideo(self.preprocess, self.augment), seed=self.seed)
         self.val_set = Samples(read["val"], LoadVideo(self.preprocess))
         # Several views of a file are more than what is kept of it.

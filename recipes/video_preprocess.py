@@ -99,6 +99,11 @@ class VideoPreprocess(Preprocess):
         with VideoReader(media) as video:
             return video.at(self.sampler.times(video.info.duration, seed)).frames
 
+    def central(self, media: Path | str | bytes) -> UInt8[Tensor, "t k h w"]:
+        """The central frames of the file, in the model's channels, as planes."""
+        # Decoded frames come in another order of memory.
+        return self.coloured(self.read(media, None)).contiguous()
+
     def squares(self, frames: UInt8[Tensor, "t c h w"], crops: int = 1) -> list[Float[Tensor, "t k s s"]]:
         """The frames in 0..1, resized by the shorter side and cut to squares; one is the centre."""
         from torchvision.transforms.v2 import functional as tv
