@@ -24,7 +24,25 @@ def test_the_command_writes_rows_and_a_picture(tmp_path):
     assert picture.stat().st_size > 1000
 
 
+@pytest.mark.parametrize(
+    ("kind", "models", "size"),
+    [
+        ("video", ["vivit_tiny_linear_patch16_224", "transformers:videomae_tiny"], 2),
+        ("audio", ["ast_tiny_linear", "transformers:ast_tiny"], 1),
+    ],
+)
+def test_videos_and_sounds_have_peers_too(kind, models, size):
+    rows = bench_models(kind=kind, models=models, sizes=[size], repeats=1)
+    assert [row["model"] for row in rows] == models * 2
+    assert all(row["ms"] > 0 for row in rows)
+    with pytest.raises(UnknownName, match=models[1].removeprefix("transformers:")):
+        bench_models(kind=kind, models=[models[1] + "y"], sizes=[size])
+
+
 def test_mistakes_are_named():
+    with pytest.raises(UnknownName, match="image"):
+        bench_models(kind="imag")
+
     with pytest.raises(UnknownName, match="vig_tiny_patch16_224"):
         bench_models(models=["vig_tny_patch16_224"], sizes=[32])
     with pytest.raises(UnknownName, match="deit_tiny_patch16_224"):
