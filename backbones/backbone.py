@@ -15,7 +15,7 @@ from .block import Block
 from .config import BackboneConfig
 from .layout import Layout
 from .norm import RMSNorm
-from .parameters import initialise, scale_residual_outputs
+from .parameters import initialise, remember_marks, scale_residual_outputs
 from .state import State
 
 
@@ -57,6 +57,7 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         initialise(self)
         scale_residual_outputs([layer for block in self.blocks for layer in block.residual_outputs()], config.depth)
+        remember_marks(self)
 
     def forward(
         self, x: Float[Tensor, "b t d"], layout: Layout, state: tuple[State, ...] | None = None

@@ -7,6 +7,7 @@ from torch import nn
 
 _DECAY = "omnimix_decay"
 _INITIALISED = "omnimix_initialised"
+_KEPT = "_not_decayed"
 
 
 def mark(parameter: nn.Parameter, *, decay: bool = True, initialised: bool = False) -> nn.Parameter:
@@ -16,9 +17,27 @@ def mark(parameter: nn.Parameter, *, decay: bool = True, initialised: bool = Fal
     return parameter
 
 
+def remember_marks(module: nn.Module) -> None:
+    """Let every module below `module` know which of its parameters are marked not to decay.
+
+    A copy, a move from the meta device and `load_state_dict(assign=True)` put new parameters in, without marks.
+    """
+    for part in module.modules():
+        names = {name for name, p in part.named_parameters(recurse=False) if not getattr(p, _DECAY, True)}
+        if names:
+            part.__dict__.setdefault(_KEPT, set()).update(names)
+
+
 def no_weight_decay(module: nn.Module) -> set[str]:
     """Names of the parameters that weight decay must leave alone: vectors and scalars, and those marked so."""
-    return {name for name, p in module.named_parameters() if p.ndim <= 1 or not getattr(p, _DECAY, True)}
+    marked = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in module.named_modules()
+        for name in part.__dict__.get(_KEPT, ())
+    }
+    return {
+        name for name, p in module.named_parameters() if p.ndim <= 1 or name in marked or not getattr(p, _DECAY, True)
+    }
 
 
 def initialise(module: nn.Module, std: float = 0.02) -> None:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import BackendUnavailable, UnknownName
 
@@ -46,6 +47,16 @@ def constant_in_graphs(function: F) -> F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@contextlib.contextmanager
+def outliving_modes() -> Iterator[None]:
+    """What is made inside is a plain tensor on the CPU that may be kept.
+
+    Whatever is active now (a device context, inference mode, an export's fake tensors) need not be when it is used.
+    """
+    with torch.inference_mode(False), _disable_current_modes(), torch.device("cpu"):
+        yield
 
 
 @constant_in_graphs  # an import cannot be traced; of a result only constants such as None are taken

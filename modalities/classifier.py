@@ -11,6 +11,7 @@ from ..backbones import Backbone, BackboneConfig, Layout
 from ..backbones.config import MixerConfig
 from ..backbones.heads import ClassificationHead, ClassificationHeadConfig
 from ..backbones.mixers import get_mixer
+from ..backbones.parameters import remember_marks
 from ..errors import UnsupportedCall
 
 
@@ -28,6 +29,7 @@ class Classifier(nn.Module):
         self.tokenizer = tokenizer
         self.backbone = Backbone(backbone)
         self.head = ClassificationHead(backbone.dim, head)
+        remember_marks(self)
 
     @classmethod
     def examples(cls) -> list[tuple[Any, list[Any]]]:

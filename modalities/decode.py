@@ -198,6 +198,8 @@ class VideoReader:
             raise ConfigError(f"rate is {rate}; it must be frames a second, above 0, or None")
         if not 0 <= start < math.inf:
             raise ConfigError(f"start is {start}; it must be seconds, at least 0")
+        if stop is not None and math.isnan(stop):
+            raise ConfigError("stop is NaN; it must be seconds, or None")
         stop = self.info.duration if stop is None else min(stop, self.info.duration)
         return self._stream(float(start), float(stop), rate)
 
@@ -224,7 +226,7 @@ class VideoReader:
 
     def _go(self, time: float | int) -> _Frame:
         """Move to the frame on the screen at a time."""
-        time = max(time, 0.0)
+        time = min(max(time, 0.0), self.info.duration)
         if self._shown is None or time + self._tolerance < self._shown.time or self._keyframe_before(time):
             self._seek(time)
         while self._ahead is not None and self._ahead.time <= time + self._tolerance:

@@ -117,10 +117,14 @@ def write_audio(path: str | Path, wave: Float[Tensor, "channels n"], rate: int, 
         start: seconds at which the file's clock begins, where the format has one.
 
     Raises:
-        ConfigError: an unknown suffix, or a rate that the codec does not know.
+        ConfigError: an unknown suffix, a rate that the codec does not know, or samples that are no numbers.
         UnsupportedShape: an empty wave or more than two channels.
     """
     path = Path(path)
+    if rate < 1:
+        raise ConfigError(f"rate is {rate}; it must be samples a second, at least 1")
+    if not bool(wave.isfinite().all()):
+        raise ConfigError("wave has samples that are NaN or infinite")
     if path.suffix.lower() not in AUDIO_FORMATS:
         raise ConfigError(f"path is {str(path)!r}; its suffix must be one of {', '.join(AUDIO_FORMATS)}")
     container, codec = AUDIO_FORMATS[path.suffix.lower()]
@@ -176,12 +180,16 @@ def _clock(
 ) -> list[float | int]:
     if frames.shape[0] < 1 or 0 in frames.shape or frames.shape[1] not in (1, 3):
         raise UnsupportedShape(f"frames is {tuple(frames.shape)}; a video has at least one frame of 1 or 3 channels")
+    if not 0 <= start < math.inf:
+        raise ConfigError(f"start is {start}; it must be seconds, at least 0")
     if times is None:
         if rate is None or not 0 < rate < math.inf:
             raise ConfigError(f"rate is {rate}; it must be frames a second, above 0, unless `times` is given")
         return [start + index / rate for index in range(frames.shape[0])]
     if len(times) != frames.shape[0]:
         raise ConfigError(f"times has {len(times)} entries for {frames.shape[0]} frames; each frame needs one")
+    if not all(math.isfinite(time) for time in times) or start + times[0] < 0:
+        raise ConfigError(f"times begin with {times[0]}; all must be finite, and none may lie before the file's start")
     if any(later - earlier < 1e-3 for earlier, later in pairwise(times)):
         raise ConfigError("times must increase by at least a millisecond, the finest that every container keeps")
     return [start + time for time in times]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -137,7 +138,7 @@ class PatchTokenizer(GridTokenizer):
                 self.config.channels, self.config.dim, self.config.patch, stride=self.config.patch, device="meta"
             )
             kernel = resize_kernel(self.proj.weight, *self.config.patch)
-            projection.weight, projection.bias = nn.Parameter(kernel), self.proj.bias
+            projection.weight, projection.bias = nn.Parameter(kernel, self.proj.weight.requires_grad), self.proj.bias
             self.proj = projection
         self._resize_tables()
 
@@ -182,7 +183,7 @@ def load_image(source: object, mode: Literal["RGB", "L"] = "RGB", *, name: str |
         else:
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 pixels = _pixels(image)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise MediaError(f"cannot read the image {name!r}: {error}") from error
     return _channels(pixels, mode)
 

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..backbones.config import positive
-from ..errors import ConfigError, UnsupportedShape
-from ..kernels.registry import constant_in_graphs, own_precision
+from ..errors import ConfigError, UnsupportedCall, UnsupportedShape
+from ..kernels.registry import constant_in_graphs, outliving_modes, own_precision
 
 SCALES = ("htk", "slaney", "kaldi")
 LOGS = ("natural", "log10", "whisper")
@@ -117,7 +117,7 @@ class MelConfig:
         samples = max(samples, self.window)
         if not self.center:
             return 1 + (samples - self.window) // self.hop
-        return samples // self.hop + (self.log != "whisper")
+        return (samples - self.window % 2) // self.hop + (self.log != "whisper")
 
 
 @constant_in_graphs
@@ -133,8 +133,7 @@ def constants(config: MelConfig, device: torch.device, dtype: torch.dtype) -> tu
 @lru_cache(maxsize=64)
 def _constants(config: MelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     high = config.rate / 2 if config.high is None else config.high
-    # What is made here is used under any mode and device context that is active later.
-    with torch.inference_mode(False), torch.device("cpu"):
+    with outliving_modes():
         if config.scale == "kaldi":
             from torchaudio.compliance.kaldi import get_mel_banks
 
@@ -196,8 +195,11 @@ class LogMel(nn.Module):
     ) -> tuple[Float[Tensor, "b t bins"], Float[Tensor, "b k"]]:
         """The frames that are complete when `waves` has followed on the samples `kept`, and what to keep now.
 
-        Serves configurations whose frames depend on nothing else, `center=False`.
+        Raises:
+            UnsupportedCall: frames that depend on more than their window (`center=True`).
         """
+        if self.config.center:
+            raise UnsupportedCall("a spectrogram with center=True mirrors a clip at its ends; stream with center=False")
         x = waves if kept is None else torch.cat([kept, waves], dim=1)
         frames = max(0, (x.shape[1] - self.config.window) // self.config.hop + 1)
         if not frames:

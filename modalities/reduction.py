@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedShape
+from ..kernels.registry import own_precision
 
 Grid = tuple[int, int, int]
 
@@ -70,11 +71,13 @@ def merge_tokens(
     _check(tokens, grid)
     steps, cells = grid[0], grid[1] * grid[2]
     rows = tokens.unflatten(1, (steps, cells)).flatten(0, 1)
-    with torch.no_grad():
-        groups = _groups(rows.to(torch.promote_types(rows.dtype, torch.float32)), min(keep, cells))
-        sizes = groups.sum(-1)
-    # As a product with a matrix, whose backward is deterministic everywhere; a scatter's is not.
-    merged = (groups / sizes[..., None]).to(rows.dtype) @ rows
+    # Under autocast too: which tokens are alike must not depend on how a model is run.
+    with own_precision(rows.device.type):
+        with torch.no_grad():
+            groups = _groups(rows.to(torch.promote_types(rows.dtype, torch.float32)), min(keep, cells))
+            sizes = groups.sum(-1)
+        # As a product with a matrix, whose backward is deterministic everywhere; a scatter's is not.
+        merged = (groups / sizes[..., None]).to(rows.dtype) @ rows
     b, n = tokens.shape[0], merged.shape[1]
     merged = merged.unflatten(0, (b, steps)).flatten(1, 2)
     return merged, (steps, 1, n), sizes.long().unflatten(0, (b, steps)).flatten(1, 2)

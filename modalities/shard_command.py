@@ -106,7 +106,7 @@ def shard_folder(
         limits = {"maxcount": samples, "maxsize": nbytes}
         written = [_write(sources[s], s, root, folder, limits, seed, policy, seen) for s in splits]
         classes = list(sources[splits[0]].classes)
-        write_atomically(folder / "classes.json", json.dumps(classes, ensure_ascii=False, indent=1) + "\n")
+        write_atomically(folder / "classes.json", json.dumps(classes, indent=1) + "\n")
         _put(folder, out)
     except MediaError:  # of a file that is read
         raise
@@ -195,7 +195,7 @@ def _write(
 def _order(size: int, seed: int | None) -> Iterator[int]:
     if seed is None:
         return iter(range(size))
-    return iter(torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist())
+    return iter(torch.randperm(size, generator=torch.Generator().manual_seed(seed % (1 << 63))).tolist())
 
 
 def _read(source: Source, index: int) -> tuple[bytes, str]:
@@ -245,7 +245,10 @@ def size_of(text: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower())
     if found is None:
         raise ConfigError(f"a size is {text!r}; it must be a number, with K, M or G perhaps")
-    return int(float(found[1]) * _UNITS[found[2]])
+    size = float(found[1]) * _UNITS[found[2]]
+    if size > 1 << 62:
+        raise ConfigError(f"a size is {text!r}; no file is that large")
+    return int(size)
 
 
 def main(argv: list[str]) -> int:

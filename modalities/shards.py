@@ -133,7 +133,13 @@ def _read_shard(
     groups: dict[str, dict[str, int]] = {}
     for number, name in enumerate(index.names):
         if (parts := split_key(name)) is not None:
-            groups.setdefault(parts[0], {})[parts[1]] = number
+            members = groups.setdefault(parts[0], {})
+            if parts[1] in members:
+                raise ConfigError(
+                    f"the sample {parts[0]!r} of the shard {shard!r} has two of {parts[1]!r}, "
+                    f"{index.names[members[parts[1]]]!r} and {name!r}"
+                )
+            members[parts[1]] = number
     samples = []
     for key, members in groups.items():
         media = [number for suffix, number in members.items() if f".{suffix}" in suffixes]

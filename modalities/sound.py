@@ -21,6 +21,8 @@ _JITTER = 0.02
 # A corrupt time stamp must not become hours of silence.
 _GAP = 600.0
 _RATES = 100, 1_000_000
+# Seconds beyond which no window of a file can lie.
+_LONGEST = 1e9
 
 
 def read_audio(
@@ -54,11 +56,12 @@ def read_audio(
             bare streams state no length, so that one that was cut is a shorter one.
         ConfigError: a rate, start or duration out of range.
     """
-    if rate is not None and rate < 1:
-        raise ConfigError(f"rate is {rate}; it must be at least 1, or None")
-    if not 0 <= start < math.inf:
+    if rate is not None and not (rate == int(rate) and 1 <= rate <= _RATES[1]):
+        raise ConfigError(f"rate is {rate}; it must be a whole number from 1 to {_RATES[1]:,}, or None")
+    rate = None if rate is None else int(rate)
+    if not 0 <= start < _LONGEST:
         raise ConfigError(f"start is {start}; it must be seconds, at least 0")
-    if duration is not None and not 0 < duration < math.inf:
+    if duration is not None and not 0 < duration < _LONGEST:
         raise ConfigError(f"duration is {duration}; it must be seconds, above 0, or None")
     file = Input(source, name)
     try:

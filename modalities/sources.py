@@ -109,7 +109,7 @@ class FolderSource(_Files):
 
     def __init__(self, folder: str | Path, suffixes: Collection[str], classes: Sequence[str] | None = None):
         folder = Path(folder)
-        found = sorted(e.name for e in _visible(folder) if e.is_dir()) if folder.is_dir() else []
+        found = sorted(e.name for e in _visible(folder) if os.path.isdir(e.path)) if folder.is_dir() else []
         if not found:
             raise ConfigError(f"{str(folder)!r} holds no folders; it needs one for each class, with its files")
         files = {name: walk_files(folder / name, suffixes) for name in found}
@@ -300,9 +300,16 @@ def as_index(text: str) -> int | None:
 def walk_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
     """The files below a folder that end in one of `suffixes`, in alphabetical order, without hidden ones.
 
-    Links to folders are followed, as data sets often consist of them, but never in a circle.
+    Links to folders are followed, as data sets often consist of them, but never in a circle. A link of a file that
+    leads nowhere counts: its file is an unreadable one.
+
+    Raises:
+        ConfigError: a folder that cannot be looked into.
     """
-    return [Path(path) for path in sorted(_walk(folder, suffixes, ()))]
+    try:
+        return [Path(path) for path in sorted(_walk(folder, suffixes, ()))]
+    except OSError as error:
+        raise ConfigError(f"the folder {error.filename!r} cannot be read: {error.strerror}") from error
 
 
 def _walk(folder: Path, suffixes: Collection[str], above: tuple[tuple[int, int], ...]) -> Iterator[str]:
@@ -311,9 +318,10 @@ def _walk(folder: Path, suffixes: Collection[str], above: tuple[tuple[int, int],
     if here in above:
         return
     for entry in _visible(folder):
-        if entry.is_dir():
+        # Unlike those of `entry`, these answer for links in a circle too.
+        if os.path.isdir(entry.path):
             yield from _walk(Path(entry.path), suffixes, (*above, here))
-        elif os.path.splitext(entry.name)[1].lower() in suffixes and entry.is_file():
+        elif os.path.splitext(entry.name)[1].lower() in suffixes and (entry.is_symlink() or entry.is_file()):
             yield entry.path
 
 
@@ -328,7 +336,10 @@ def _read_table(table: Path, suffixes: Collection[str]) -> list[tuple[str, str]]
         text = table.read_text("utf-8-sig")
     except ValueError as error:
         raise ConfigError(f"{str(table)!r} is no text in UTF-8: {error}") from error
-    rows = [(number, cells) for number, line in enumerate(text.splitlines(), 1) if (cells := _cells(line))]
+    try:
+        rows = [(number, cells) for number, line in enumerate(text.splitlines(), 1) if (cells := _cells(line))]
+    except csv.Error as error:
+        raise ConfigError(f"{str(table)!r} is no table: {error}") from error
     if not rows:
         raise ConfigError(f"{str(table)!r} is empty")
     header = [cell.lower() for cell in rows[0][1]]
@@ -344,6 +355,8 @@ def _read_table(table: Path, suffixes: Collection[str]) -> list[tuple[str, str]]
                 f"need a header with {', '.join(_PATH_COLUMNS)} or {_ID_COLUMN}, and {', '.join(_LABEL_COLUMNS)}"
             )
     body = [cells for _, cells in rows[headed:]]
+    if not body:
+        raise ConfigError(f"{str(table)!r} has a header and no rows")
     if headed and header[at[0]] == _ID_COLUMN:
         return _find_ids(table, suffixes, header, body, at)
     return [(os.path.join(table.parent, cells[at[0]]), cells[at[1]]) for cells in body]

@@ -192,7 +192,7 @@ class TubeletTokenizer(GridTokenizer):
         projection = TubeletProjection(
             config.channels, config.dim, config.tubelet, stride=config.tubelet, device="meta"
         )
-        projection.weight, projection.bias = nn.Parameter(kernel), self.proj.bias
+        projection.weight, projection.bias = nn.Parameter(kernel, self.proj.weight.requires_grad), self.proj.bias
         self.proj = projection
 
     def _all_tables(self) -> dict[str, tuple[int, ...]]:

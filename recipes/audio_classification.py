@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..backbones.config import MixerConfig
+from ..errors import ConfigError
 from ..modalities.audio_models import AudioClassifier, audio_classifier
 from ..modalities.fronts import FrameFrontConfig, FrontConfig, PatchFrontConfig
 from ..modalities.mel import LogMel, MelConfig, SpecAugmentConfig
@@ -106,6 +107,8 @@ class AudioClassification(Classification):
         order_blind_epochs: int = 12,
         sounds: tuple[int, float | None, int] = (16_000, 1.2, 12),
     ):
+        if order_blind_epochs < 0:
+            raise ConfigError(f"model.order_blind_epochs is {order_blind_epochs}; it must be at least 0")
         rate, seconds, classes = sounds
         fronts = spectrogram.fronts(rate, seconds)
         plain = audio_classifier(

@@ -55,7 +55,9 @@ class AudioAugment:
             wave = F.pad(wave, (moved, -moved))
         if self.noise is not None:
             # Against the loudest tenth of a second: the silence around a sound must not quieten the noise.
-            power = F.avg_pool1d(wave.square()[None], min(wave.shape[0], preprocess.rate // 10), ceil_mode=True).amax()
+            power = F.avg_pool1d(
+                wave.square()[None], min(wave.shape[0], max(1, preprocess.rate // 10)), ceil_mode=True
+            ).amax()
             level = (power * 10 ** (-(self.noise + 40 * noise) / 10)).sqrt()
             generator = torch.Generator().manual_seed(seed)
             wave = wave + level * torch.randn(wave.shape, generator=generator)

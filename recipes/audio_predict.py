@@ -66,7 +66,7 @@ class Predictor:
         model = load_model(folder)
         if not isinstance(model, AudioClassifier):
             raise CheckpointError(
-                f"the model in {str(folder)!r} is a {type(model).__name__}, and no classifier of sounds"
+                f"the model in {str(folder)!r} is of the class {type(model).__name__}, and no classifier of sounds"
             )
         self.model = model
         self.preprocess = AudioPreprocess.from_dict(read_details(folder).get("preprocess", {}))

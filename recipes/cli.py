@@ -54,7 +54,7 @@ class Parser(LightningArgumentParser):
         if unknown is not None:
             parts = [part for base in _OPTIONS for part in _subclasses(base)]
             fields = {field.name for part in parts for field in dataclasses.fields(part)}
-            return str(UnknownName("option", unknown[1], fields))
+            return str(UnknownName("option", unknown[1], fields - {unknown[1]}))
         unknown = re.search(r"does not accept option '([^']+)'|[Uu]nrecognized arguments: --?([^\s=]+)", message)
         if unknown is None:
             return message

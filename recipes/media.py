@@ -171,9 +171,21 @@ class MediaData(pl.LightningDataModule):
                 f"{self._failed} of {self._read} files read cannot be used, more than data.max_unreadable, "
                 f"{self.max_unreadable:.0%}, allows; the first: {first}"
             )
-        if len(batch["label"]) == 0:
-            raise MediaError(f"no file of a whole batch can be read, among them {problems[0][0]!r}")
-        return batch
+        return batch if len(batch["label"]) else self._stand_in(problems)
+
+    def _stand_in(self, problems: list[tuple[str, str]]) -> dict[str, Any]:
+        """In place of a batch none of whose files can be read: a sample that can, and counts nowhere.
+
+        An empty batch would leave the other ranks waiting for this one.
+        """
+        trainer = self.trainer
+        held_out = self.test_set if trainer and trainer.testing and self.test_set is not None else self.val_set
+        samples = self.train_set if trainer and trainer.training else held_out
+        for index in range(len(samples)):
+            sample = samples[0, -1 - index]
+            if sample["problem"] is None:
+                return {**collate([sample]), "problems": problems}
+        raise MediaError(f"no file can be read, among them {problems[0][0]!r}")
 
     def state_dict(self) -> dict[str, Any]:
         return {"unreadable": dict(self.unreadable)}

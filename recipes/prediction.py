@@ -36,8 +36,14 @@ def named_files(words: Sequence[str], suffixes: Collection[str], noun: str) -> l
 
 
 def ranked(path: Path, logits: Float[Tensor, "classes"], classes: Sequence[str], top: int) -> list[dict[str, Any]]:
-    """One row a class, the likeliest first."""
-    values, indices = logits.float().softmax(-1).topk(min(max(1, top), len(classes)))
+    """One row a class, the likeliest first; `top` of them, or all where there are fewer.
+
+    Raises:
+        ConfigError: `top` is below 1.
+    """
+    if top < 1:
+        raise ConfigError(f"top is {top}; it must be at least 1")
+    values, indices = logits.float().softmax(-1).topk(min(top, len(classes)))
     return [
         {"file": str(path), "rank": rank, "class": classes[index], "probability": value, "note": ""}
         for rank, (value, index) in enumerate(zip(values.tolist(), indices.tolist(), strict=True), 1)

@@ -94,7 +94,7 @@ class Predictor:
         model = load_model(folder)
         if not isinstance(model, VideoClassifier):
             raise CheckpointError(
-                f"the model in {str(folder)!r} is a {type(model).__name__}, and no classifier of clips"
+                f"the model in {str(folder)!r} is of the class {type(model).__name__}, and no classifier of clips"
             )
         self.model = model
         self.preprocess = VideoPreprocess.from_dict(read_details(folder).get("preprocess", {}))
@@ -145,8 +145,10 @@ class Predictor:
             "file": str(path),
             "start": round(scene.start, 3),
             "stop": round(scene.stop, 3),
+            "rank": 1,
             "class": self.classes[scene.label],
             "probability": scene.probability,
+            "note": "",
         }
 
 

@@ -12,6 +12,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor
 
 from ..backbones.config import MixerConfig
+from ..errors import ConfigError
 from ..modalities.video_models import VideoClassifier, video_classifier
 from .classification import Baseline, Classification, ClassificationTrainingConfig, Look, finish
 from .cli import RecipeCLI, evaluate, run_fit
@@ -65,6 +66,8 @@ class VideoUnderstanding(Classification):
         one_frame_epochs: int | None = None,
         clips: tuple[int, int, int, int, int] = (1, 16, 32, 32, 11),
     ):
+        if one_frame_epochs is not None and one_frame_epochs < 0:
+            raise ConfigError(f"model.one_frame_epochs is {one_frame_epochs}; it must be at least 0, or null")
         channels, *size, classes = clips
         plain = video_classifier(
             mixer=mixer,
@@ -144,7 +147,7 @@ def one_frame_baseline(cli: RecipeCLI) -> Baseline | None:
     epochs = len(cli.history.rows) if module.one_frame_epochs is None else module.one_frame_epochs
     if not epochs:
         return None
-    print(f"training a model that sees one frame of each clip, for {epochs} epochs", flush=True)
+    print(f"training a model that sees one frame of each clip, epochs: {epochs}", flush=True)
     begun = time.monotonic()
     torch.manual_seed(cli.options.seed_everything)
     single = module.of_one_frame()

@@ -155,10 +155,10 @@ def _default_cfg(config: ImageClassifierConfig) -> dict[str, Any]:
     }
 
 
-def _features(config: ImageClassifierConfig) -> dict[str, Any]:
+def _features(depth: int) -> dict[str, Any]:
     # Four maps, evenly over the depth: what detection and segmentation heads are used to.
-    depth = config.backbone.depth
-    return {"out_indices": tuple(depth * i // 4 - 1 for i in range(1, 5)), "feature_cls": "getter"}
+    blocks = dict.fromkeys(max(0, depth * i // 4 - 1) for i in range(1, 5))
+    return {"out_indices": tuple(blocks), "feature_cls": "getter"}
 
 
 _classifiers = models_of(ImageClassifierConfig)

@@ -124,9 +124,14 @@ def prefix_first(tokens: Float[Tensor, "b t d"], layout: Layout) -> Float[Tensor
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Weights that fit `model`, from a checkpoint of ours or of timm's training script, made at any size."""
-    for key in ("state_dict_ema", "model", "state_dict"):
-        state_dict = state_dict[key] if isinstance(state_dict.get(key), dict) else state_dict
-    return fit_positions(plain_names(state_dict), model)
+    # A run's checkpoint has its configuration as "model", and weights whose names begin with "model.".
+    for key in ("state_dict_ema", "state_dict", "model"):
+        found = state_dict.get(key)
+        if isinstance(found, dict) and all(isinstance(value, Tensor) for value in found.values()):
+            state_dict = found
+            break
+    weights = plain_names({name.removeprefix("model."): value for name, value in state_dict.items()})
+    return fit_positions(weights, model)
 
 
 def models_of(config_class: type) -> dict[str, Any]:
@@ -140,7 +145,7 @@ def register(
     model_class: type[TimmModel],
     module: str,
     *,
-    features: Callable[[Any], dict[str, Any]] | None = None,
+    features: Callable[[int], dict[str, Any]] | None = None,
     weights: Callable[[dict[str, Any], Any], dict[str, Tensor]] = checkpoint_filter_fn,
 ) -> Any:
     """Register a named model with timm as `omnimix_<name>`; returns the function that builds it.
@@ -148,10 +153,9 @@ def register(
     Args:
         model_class: its first argument is the name.
         module: from which it is registered, and which has its entry in `default_cfgs`.
-        features: from the model's configuration to timm's options of `features_only`.
+        features: from the model's depth to timm's options of `features_only`.
         weights: from a checkpoint and a model to the weights that fit it.
     """
-    options = {} if features is None else features(model_config(name))
 
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         if features is None and kwargs.get("features_only"):
@@ -161,7 +165,7 @@ def register(
             build.__name__,
             pretrained,
             model_cfg=name,
-            feature_cfg=dict(options),
+            feature_cfg={} if features is None else features(kwargs.get("depth") or model_config(name).backbone.depth),
             pretrained_filter_fn=weights,
             **kwargs,
         )

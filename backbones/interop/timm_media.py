@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxtyping import Float
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs
 from timm.models._manipulate import adapt_input_conv
 from torch import Tensor
 
-from ...errors import ConfigError
+from ...errors import ConfigError, UnsupportedCall
 from ...modalities import AudioClassifier, AudioClassifierConfig, VideoClassifier, VideoClassifierConfig, model_config
 from .timm_base import TimmModel, checkpoint_filter_fn, chosen, models_of, plain, pool_for, register
 
@@ -95,6 +96,8 @@ class TimmVideoClassifier(TimmModel, VideoClassifier):
 class TimmAudioClassifier(TimmModel, AudioClassifier):
     """An audio classifier with timm's interface (see `TimmModel`), over waves (b, n) of any length.
 
+    Lists of clips of several lengths are not served: timm's features are one tensor, a row a sample.
+
     Args:
         cfg: a name from `omnimix.list_models()`.
         in_chans: 1; the channels of a recording are mixed into one before.
@@ -135,6 +138,16 @@ class TimmAudioClassifier(TimmModel, AudioClassifier):
         )
         self.in_chans = in_chans
         self.adopt()
+
+    def forward_features(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b t d"]:
+        """See `TimmModel.forward_features`.
+
+        Raises:
+            UnsupportedCall: a list of clips.
+        """
+        if not isinstance(x, Tensor):
+            raise UnsupportedCall("timm's models take clips of one length, (b, n); omnimix.create_model lists too")
+        return super().forward_features(x)
 
     @property
     def num_prefix_tokens(self) -> int:

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ...errors import ConfigError, UnknownName, UnsupportedCall
-from ...kernels.registry import constant_in_graphs
+from ...kernels.registry import constant_in_graphs, outliving_modes
 from ..layout import Layout
 from ..state import State
 
@@ -126,15 +126,16 @@ def grid_permutation(order: str, grid: tuple[int, int, int], extra: tuple[int, .
 @lru_cache(maxsize=256)
 def _grid_permutation(order: str, grid: tuple[int, int, int], extra: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     base, reverse = (order.removesuffix("-reverse"), order.endswith("-reverse"))
-    visits = _visits(base, *grid)
-    index = torch.arange(visits.numel() + len(extra))
-    beside = torch.zeros_like(index, dtype=torch.bool)
-    beside[list(extra)] = True
-    on_grid = index[~beside]
-    index[~beside] = on_grid[visits]
-    if reverse:
-        index = index.flip(0)
-    return index, torch.argsort(index)
+    with outliving_modes():
+        visits = _visits(base, *grid)
+        index = torch.arange(visits.numel() + len(extra))
+        beside = torch.zeros_like(index, dtype=torch.bool)
+        beside[list(extra)] = True
+        on_grid = index[~beside]
+        index[~beside] = on_grid[visits]
+        if reverse:
+            index = index.flip(0)
+        return index, torch.argsort(index)
 
 
 def _visits(order: str, t: int, h: int, w: int) -> Int[Tensor, "n"]:

@@ -2,9 +2,19 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from omnimix.backbones import Layout
-from omnimix.backbones.wrappers.scan import ORDERS, SCANS, grid_permutation, needs_rows, permute, restore, scan_orders
+from omnimix.backbones.wrappers.scan import (
+    ORDERS,
+    SCANS,
+    _grid_permutation,
+    grid_permutation,
+    needs_rows,
+    permute,
+    restore,
+    scan_orders,
+)
 from omnimix.errors import ConfigError, UnknownName, UnsupportedCall
 
 ALL = ["backward", *(f"{order}{end}" for order in ORDERS for end in ("", "-reverse") if order != "forward" or not end)]
@@ -105,3 +115,17 @@ def test_mistakes_are_named():
 def test_the_permutation_is_made_once():
     first = grid_permutation("hilbert", (1, 8, 8), ())
     assert grid_permutation("hilbert", (1, 8, 8), ())[0] is first[0]
+
+
+@pytest.mark.parametrize("order", ["snake", "hilbert", "window-reverse", "temporal"])
+def test_what_is_kept_serves_whatever_came_first(order: str):
+    """Permutations that were made in inference mode, or among the fake tensors of an export, are plain tensors."""
+    grid = (2, 3, 5)
+    layout = Layout(causal=False, grid=grid)
+    for first in (torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True)):
+        _grid_permutation.cache_clear()
+        with first:
+            permute(torch.zeros(1, 30, 2), order, layout)
+        x = torch.randn(1, 30, 2, requires_grad=True)
+        restore(permute(x, order, layout), order, layout).square().sum().backward()
+        assert torch.equal(x.grad, 2 * x)

@@ -9,6 +9,7 @@ from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay
 
 import omnimix
+from omnimix.backbones.interop.timm import checkpoint_filter_fn
 from omnimix.errors import ConfigError, UnsupportedCall
 from omnimix.modalities import create_model, load_model, model_config, save_model
 
@@ -157,3 +158,22 @@ def test_what_is_refused():
         tiny(VIDEO, global_pool="avgmax")
     with pytest.raises(ConfigError, match="class_token"):
         tiny("omnimix_vivit_tiny_gla_patch16_224").reset_classifier(5, "token")
+
+
+def test_lists_of_clips_are_left_to_the_plain_models(without_shape_checks):
+    model = timm.create_model("omnimix_aum_tiny", num_classes=5, depth=1)
+    with pytest.raises(UnsupportedCall, match="one length"):
+        model([torch.randn(8000), torch.randn(5000)])
+
+
+@pytest.mark.parametrize("depth", [1, 3, 10])
+def test_feature_maps_follow_the_depth(depth):
+    maps = timm.create_model("omnimix_vig_tiny_patch16_224", depth=depth, features_only=True)(torch.randn(1, 3, 32, 32))
+    assert len(maps) == min(4, depth) and all(m.shape[1] == 192 for m in maps)
+
+
+def test_a_run_s_checkpoint_is_weights():
+    model = timm.create_model("omnimix_videomamba_tiny", depth=1, num_classes=3)
+    weights = {f"model.{name}": value for name, value in model.state_dict().items()}
+    found = checkpoint_filter_fn({"model": {"video": {"dim": 1}}, "state_dict": weights}, model)
+    assert found.keys() == model.state_dict().keys()

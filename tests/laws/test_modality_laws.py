@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
 
 from omnimix.backbones import from_dict, to_dict
+from omnimix.backbones.parameters import no_weight_decay
 from omnimix.errors import OmnimixError
 from omnimix.modalities import build_model, load_model, save_model
 from omnimix.modalities.classifier import Classifier
 from omnimix.modalities.models import list_classes
 
-CLASSES = [cls for cls in list_classes() if issubclass(cls, Classifier) and "examples" in vars(cls)]
+CLASSES = [cls for cls in list_classes() if issubclass(cls, Classifier)]
 EXAMPLES = [(cls, i) for cls in CLASSES for i in range(len(cls.examples()))]
 every_example = pytest.mark.parametrize(("cls", "number"), EXAMPLES, ids=[f"{c.__name__}-{i}" for c, i in EXAMPLES])
 
@@ -34,7 +36,7 @@ def example(cls, number, dtype=torch.float64):
 
 
 def test_every_modality_is_here():
-    assert {"ImageClassifier"} <= {cls.__name__ for cls in CLASSES}
+    assert {"ImageClassifier", "VideoClassifier", "AudioClassifier"} <= {cls.__name__ for cls in CLASSES}
 
 
 @every_example
@@ -102,6 +104,19 @@ def test_a_model_can_be_built_without_memory(cls, number):
         model = build_model(config)
     assert all(p.is_meta for p in model.parameters())
     assert model.to_empty(device="cpu").load_state_dict(build_model(config).state_dict())
+
+
+@every_example
+def test_copies_know_what_must_not_decay(cls, number):
+    config, _ = cls.examples()[number]
+    model = build_model(config)
+    said = no_weight_decay(model)
+    with torch.device("meta"):
+        moved = build_model(config)
+    for copy in (deepcopy(model), moved.to_empty(device="cpu")):
+        assert no_weight_decay(copy) == said
+    moved.load_state_dict(model.state_dict(), assign=True)
+    assert no_weight_decay(moved) == said
 
 
 @every_example

@@ -71,3 +71,27 @@ def test_keyframes_and_lossless(tmp_path):
         assert sum(entry.is_keyframe for entry in stream.index_entries) >= 3
     # Grey through limited-range YUV and back rounds twice.
     assert (found.float() - frames).abs().max() <= 2
+
+
+@pytest.mark.parametrize("times", [[-5.0, 0.0], [0.0, float("nan")], [0.0, float("inf")]])
+def test_times_that_no_file_can_have(tmp_path, times):
+    with pytest.raises(ConfigError, match="finite, and none may lie before"):
+        write_video(tmp_path / "a.mp4", torch.zeros(2, 3, 16, 16, dtype=torch.uint8), times=times)
+
+
+def test_waves_that_are_no_sound(tmp_path):
+    with pytest.raises(ConfigError, match="NaN"):
+        write_audio(tmp_path / "a.wav", torch.full((1, 100), float("nan")), 8000)
+    with pytest.raises(ConfigError, match="rate is 0"):
+        write_audio(tmp_path / "a.wav", torch.zeros(1, 100), 0)
+    write_audio(tmp_path / "a.wav", torch.zeros(1, 800), 8000)
+    for wrong in ({"rate": 10**9}, {"start": 1e300}):
+        with pytest.raises(ConfigError):
+            read_audio(tmp_path / "a.wav", **wrong)
+
+
+def test_times_far_behind_the_end_are_the_last_frame(tmp_path):
+    write_video(tmp_path / "a.mp4", barcodes([0, 1, 2, 3, 4]), rate=10.0)
+    with VideoReader(tmp_path / "a.mp4") as video:
+        assert numbers_in(video.at([1e300, 1e15]).frames) == [4, 4]
+        assert list(video.stream(1e300)) == []

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from omnimix.errors import ConfigError, UnsupportedShape
+from omnimix.errors import ConfigError, UnsupportedCall, UnsupportedShape
 from omnimix.modalities import LogMel, MelConfig, SpecAugment, SpecAugmentConfig
 from omnimix.modalities.mel import _constants
 
@@ -204,3 +204,16 @@ def test_masks_follow_the_seed_and_training_alone():
 def test_masks_that_cannot_be(without_shape_checks, options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         SpecAugmentConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "config", [MelConfig.whisper(rate=22_050), MelConfig(window=401), MelConfig(), MelConfig.kaldi()]
+)
+def test_as_many_frames_as_said(config):
+    for samples in (2_000, 2_200, 2_201, 4_800):
+        assert LogMel(config)(torch.zeros(1, samples)).shape[1] == config.frames(samples)
+
+
+def test_only_frames_of_their_own_samples_are_streamed():
+    with pytest.raises(UnsupportedCall, match="center"):
+        LogMel(MelConfig()).stream(torch.zeros(1, 800))

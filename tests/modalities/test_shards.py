@@ -370,3 +370,21 @@ def test_sizes_are_read():
     assert [size_of(text) for text in ("5", "64MB", "1.5g", "2 KiB")] == [5, 64 << 20, 3 << 29, 2048]
     with pytest.raises(ConfigError, match="'much'"):
         size_of("much")
+
+
+def test_two_members_of_one_name_but_for_capitals(tmp_path):
+    path = tar_of(tmp_path / "train-0.tar", member("a.jpg"), member("a.JPG"), member("a.cls", b"0"))
+    with pytest.raises(ConfigError, match=r"two of 'jpg', 'a.jpg' and 'a.JPG'"):
+        ShardSource([path], IMAGE_SUFFIXES)
+
+
+def test_sizes_that_no_file_has():
+    with pytest.raises(ConfigError, match="no file is that large"):
+        size_of("9" * 400)
+
+
+def test_classes_whose_names_are_no_utf_8(tmp_path, pictures):
+    train = os.fsencode(pictures / "train")
+    os.rename(train + b"/cat", train + b"/c\xff")
+    shard_folder(pictures, tmp_path / "out", kind="image", splits=("train",))
+    assert find_source(tmp_path / "out", "train", IMAGE_SUFFIXES).classes == ("10", "c\udcff")

@@ -141,3 +141,19 @@ def test_strings_are_a_list():
     assert list(strings) == words and strings[1:3] == words[1:3] and strings[-1] == words[-1]
     with pytest.raises(IndexError):
         strings[4]
+
+
+def test_links_in_a_circle_and_into_nowhere(tmp_path):
+    put(tmp_path / "train" / "c" / "a.jpg")
+    (tmp_path / "train" / "c" / "self").symlink_to("self")
+    (tmp_path / "train" / "c" / "b.jpg").symlink_to("gone.jpg")
+    source = find_source(tmp_path, "train", IMAGE_SUFFIXES)
+    # What leads nowhere is an unreadable file, and not left out in silence.
+    assert [Path(source.name(i)).name for i in range(len(source))] == ["a.jpg", "b.jpg"]
+
+
+@pytest.mark.parametrize("classes", [None, ("a", "b")])
+def test_a_table_needs_rows(tmp_path, classes):
+    (tmp_path / "train.csv").write_text("path,label\n")
+    with pytest.raises(ConfigError, match="a header and no rows"):
+        find_source(tmp_path, "train", IMAGE_SUFFIXES, classes)

@@ -216,6 +216,21 @@ def test_merged_tokens_are_means_of_all_that_they_stand_for(keep):
         torch.testing.assert_close(found, x)
 
 
+def test_the_same_tokens_are_merged_under_autocast():
+    x = torch.randn(2, 147, 32)
+    whole = merge_tokens(x, (3, 7, 7), 10)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = merge_tokens(x, (3, 7, 7), 10)
+    assert torch.equal(whole[0], cast[0]) and torch.equal(whole[2], cast[2])
+
+
+def test_a_frozen_projection_stays_frozen():
+    video = tokenizer()
+    video.proj.requires_grad_(False)
+    video.resize(tubelet=(1, 2, 2))
+    assert not video.proj.weight.requires_grad
+
+
 def test_reduction_in_the_tokenizer():
     make = tokenizer(group=(1, 2, 1), merge=2, class_token="middle")
     tokens, layout = make(videos(6, 16, 12))

@@ -84,6 +84,26 @@ def test_few_unreadable_files_are_skipped_and_said_once(capsys):
     assert capsys.readouterr().out.count("skipped: word 3 ") == 1
 
 
+def test_a_batch_of_unreadable_files_counts_nothing_and_leaves_no_rank_waiting():
+    # The last held-out batch has one sample, which cannot be read.
+    data = WordData(9, bad=[8])
+    found = run(data, data.val_dataloader())
+    assert [batch["label"].tolist() for batch in found] == [[0, 1, 0, 1], [0, 1, 0, 1], [IGNORED]]
+    assert found[-1]["word"].shape == (1, 2) and data.unreadable == {"word 8": "cannot read word 8"}
+    module = VisionClassification(dim=8, depth=1)
+    with torch.no_grad():
+        module.model.head.classifier.weight.fill_(1.0)
+    loss = module.training_step({"image": torch.randn(1, 1, 8, 8), "label": torch.tensor([IGNORED])}, 0)
+    loss.backward()
+    assert loss == 0 and all(p.grad is not None and not p.grad.any() for p in module.model.parameters())
+
+
+def test_nothing_that_can_be_read_stops_the_run():
+    data = WordData(4, bad=range(4))
+    with pytest.raises(MediaError, match="no file can be read, among them 'word 0'"):
+        run(data, data.val_dataloader())
+
+
 def test_many_unreadable_files_stop_the_run():
     data = WordData(200, bad=range(0, 200, 4))
     with pytest.raises(MediaError, match=r"6 of 2\d files read cannot be used, more than data.max_unreadable, 10%"):
