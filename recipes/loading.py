@@ -88,7 +88,7 @@ class _EpochBatches:
             ]
         generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
         order = torch.randperm(self.size, generator=generator).tolist()
-        # Every rank takes equally many steps; at most world - 1 samples are seen twice in an epoch.
+        # For a set smaller than a batch, whose ranks need equally many samples too.
         return (order + (order * self.world)[:short])[self.rank :: self.world]
 
     def __len__(self) -> int:

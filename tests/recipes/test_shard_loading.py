@@ -22,7 +22,7 @@ from omnimix.recipes.preprocess import ImagePreprocess
 
 SIZES = (1, 7, 3, 13, 5)
 WORLD, BATCH, EPOCHS = 2, 3, 2
-STEPS = -(-sum(SIZES) // WORLD) // BATCH
+STEPS = sum(SIZES) // (WORLD * BATCH)
 # Three workers are no more than the test wants, on whatever machine.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
 # Processes that are forked need not import everything again.
@@ -137,8 +137,8 @@ def test_an_epoch_is_all_samples_in_another_order(whole):
     for epoch in range(EPOCHS):
         keys = [row[0] for rows in whole for batch in rows[epoch * STEPS : (epoch + 1) * STEPS] for row in batch]
         assert len(keys) == STEPS * WORLD * BATCH
-        # 29 samples on 2 ranks: one is there twice.
-        assert set(keys) <= every and len(keys) - len(set(keys)) <= 1
+        # 29 samples in steps of 6: five wait for another epoch, and none is there twice.
+        assert set(keys) <= every and len(keys) == len(set(keys))
         epochs.append(keys)
     assert epochs[0] != epochs[1]
     # Augmentation is another one for each epoch and sample.
@@ -146,7 +146,7 @@ def test_an_epoch_is_all_samples_in_another_order(whole):
     assert len(set(seeds)) >= len(seeds) - EPOCHS
 
 
-@pytest.mark.parametrize(("before", "after", "die"), [(0, 0, 3), (2, 2, 7), (3, 3, 9), (3, 0, 3), (0, 2, 7)])
+@pytest.mark.parametrize(("before", "after", "die"), [(0, 0, 3), (2, 2, 7), (3, 3, 5), (3, 0, 3), (0, 2, 7)])
 def test_killed_and_resumed_is_as_never_stopped(tmp_path, shards, whole, before, after, die):
     run(tmp_path, shards, before, die=die)
     # The last step was taken, and is not saved.
