@@ -211,7 +211,9 @@ class EpochLoader:
             ) from error
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self._batches.epoch, "batches": self._done}
+        """Where to go on: after an epoch's last batch, at the next one's first."""
+        ended = self._done >= len(self)
+        return {"epoch": self._batches.epoch + ended, "batches": 0 if ended else self._done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._resumed = (state["epoch"], state["batches"])

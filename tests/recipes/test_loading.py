@@ -104,8 +104,13 @@ def test_resumes_after_the_last_batch_with_the_next_epoch():
     loader = EpochLoader(Keys(8), batch_size=4, shuffle=True)
     [_, second] = epochs(loader, 0, 1)
     fresh = EpochLoader(Keys(8), batch_size=4, shuffle=True)
-    fresh.load_state_dict({"epoch": 0, "batches": 2})
-    assert epochs(fresh, 1) == [second]
+    iterator = iter(loader)
+    loader.set_epoch(0)
+    for _ in range(2):
+        next(iterator)
+    state = loader.state_dict()
+    fresh.load_state_dict(state)
+    assert state["epoch"] == 1 and epochs(fresh, 1) == [second]
 
 
 @pytest.mark.parametrize(
