@@ -130,7 +130,7 @@ class AudioClassification(Classification):
 
 def fit(argv: list[str]) -> int:
     """`omnimix audio fit`."""
-    return run_fit("omnimix audio fit", argv, _cli, _finish)
+    return run_fit("audio", argv, _cli, _finish)
 
 
 def _cli(command: str, argv: list[str]) -> RecipeCLI:

@@ -115,6 +115,7 @@ class RecipeCLI(LightningCLI):
         self.command, self.links, self.monitor, self.mode = command, links, monitor, mode
         self.history = history or History()
         self.callbacks = callbacks
+        self.task = recipe.split("_")[0]
         argv, self.configuration = _packaged_configs(argv, recipe)
         _quiet()
         super().__init__(
@@ -126,7 +127,7 @@ class RecipeCLI(LightningCLI):
             seed_everything_default=0,
             parser_class=Parser,
             parser_kwargs={
-                "prog": f"omnimix {recipe.split('_')[0]}",
+                "prog": f"omnimix {self.task}",
                 command: {"default_config_files": [str(CONFIGS / f"{recipe}.yaml")]},
             },
             auto_configure_optimizers=False,
@@ -157,7 +158,7 @@ class RecipeCLI(LightningCLI):
         def shown(text: str) -> str:
             return text if fitting else argparse.SUPPRESS
 
-        parser.add_argument("--name", default="run", help=shown("of the run: its folder under --runs"))
+        parser.add_argument("--name", default=self.task, help=shown("of the run: its folder under --runs"))
         parser.add_argument("--runs", default="runs", help=shown("the folder that holds the runs"))
         parser.add_argument(
             "--checkpoint_steps", type=int, default=0, help=shown("save the state within an epoch too, every N steps")
@@ -300,7 +301,7 @@ class RecipeCLI(LightningCLI):
 
 
 def run_fit(
-    command: str,
+    task: str,
     argv: list[str],
     make: Callable[[str, list[str]], RecipeCLI],
     finish: Callable[[RecipeCLI], None],
@@ -308,10 +309,10 @@ def run_fit(
     """Train, and then `finish`; or, where it is stopped from outside, say how to go on.
 
     Args:
-        command: what the user typed in front of `argv`.
+        task: the command is `omnimix TASK fit`, and the run's name, unless it is given another, TASK.
         make: parses and trains, from "fit" and the command line.
     """
-    name, runs = argument(argv, "--name", "run"), argument(argv, "--runs", "runs")
+    name, runs = argument(argv, "--name", task), argument(argv, "--runs", "runs")
     if "--resume" in argv:
         argv = with_run_config(argv, RunFolder.named(runs, name))
     try:
@@ -320,7 +321,8 @@ def run_fit(
         if rank_zero_only.rank != 0:
             return 0  # a failure of theirs would make whoever started them stop the first before it has spoken
         place = "" if runs == "runs" else f" --runs {runs}"
-        print(f"\n{stop}\ngo on with: {same_again(command)} --name {name}{place} --resume")
+        again = same_again(f"omnimix {task} fit")
+        print(f"\n{stop}\ngo on with: {again} --name {name}{place} --resume")
         return 130
     finish(cli)
     return 0

@@ -181,7 +181,7 @@ class TextGeneration(pl.LightningModule):
 
 def fit(argv: list[str]) -> int:
     """`omnimix text fit`."""
-    return run_fit("omnimix text fit", argv, _cli, _finish)
+    return run_fit("text", argv, _cli, _finish)
 
 
 def validate(argv: list[str]) -> int:

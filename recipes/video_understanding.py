@@ -119,7 +119,7 @@ class VideoUnderstanding(Classification):
 
 def fit(argv: list[str]) -> int:
     """`omnimix video fit`."""
-    return run_fit("omnimix video fit", argv, _cli, _finish)
+    return run_fit("video", argv, _cli, _finish)
 
 
 def _cli(command: str, argv: list[str]) -> RecipeCLI:

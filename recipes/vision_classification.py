@@ -123,7 +123,7 @@ def mixing(training: VisionTrainingConfig, classes: int) -> Any:
 
 def fit(argv: list[str]) -> int:
     """`omnimix vision fit`."""
-    return run_fit("omnimix vision fit", argv, _cli, _finish)
+    return run_fit("vision", argv, _cli, _finish)
 
 
 def _cli(command: str, argv: list[str]) -> RecipeCLI:

@@ -128,13 +128,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(runs, capsys, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(VisionClassification, "training_step", interrupted)
-        assert main(["vision", "fit", "--name", "stopped", "--runs", str(runs), *TINY]) == 130
-    assert f"omnimix vision fit --name stopped --runs {runs} --resume" in capsys.readouterr().out
+        assert main(["vision", "fit", "--runs", str(runs), *TINY]) == 130
+    assert f"omnimix vision fit --name vision --runs {runs} --resume" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert main(["vision", "fit", "--name", "stopped", "--runs", str(runs), "--resume"]) == 0
-    assert_same_weights(runs / "whole", runs / "stopped")
+    assert main(["vision", "fit", "--runs", str(runs), "--resume"]) == 0
+    assert_same_weights(runs / "whole", runs / "vision")
     # Curves and seconds reach back before the stop.
-    metrics = json.loads((runs / "stopped" / "metrics.json").read_text())
+    metrics = json.loads((runs / "vision" / "metrics.json").read_text())
     assert metrics["epochs"] == 2 and metrics["configuration"] == "vision_classification"
 
 
