@@ -321,8 +321,7 @@ def run_fit(
         if rank_zero_only.rank != 0:
             return 0  # a failure of theirs would make whoever started them stop the first before it has spoken
         place = "" if runs == "runs" else f" --runs {runs}"
-        again = same_again(f"omnimix {task} fit")
-        print(f"\n{stop}\ngo on with: {again} --name {name}{place} --resume")
+        print(f"\n{stop}\ngo on with: {same_again(f'omnimix {task} fit')} --name {name}{place} --resume")
         return 130
     finish(cli)
     return 0

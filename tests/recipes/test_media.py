@@ -41,8 +41,8 @@ def load(media, seed):
 
 
 class WordData(MediaData):
-    def __init__(self, count, bad=(), **options):
-        super().__init__(batch_size=4, workers=0, seed=3, **options)
+    def __init__(self, count, bad=(), policy="skip", max_unreadable=0.1):
+        super().__init__(batch_size=4, workers=0, seed=3, policy=policy, max_unreadable=max_unreadable)
         self.train_set = Samples(Words(count, bad), load, seed=3)
         self.val_set = Samples(Words(count, bad), load)
 
