@@ -158,6 +158,7 @@ def one_frame_baseline(cli: RecipeCLI) -> Baseline | None:
         # Alone, also where this is one of several processes.
         plugins=LightningEnvironment(),
         max_epochs=epochs,
+        limit_train_batches=cli.trainer.limit_train_batches,
         precision=cli.trainer.precision,
         gradient_clip_val=cli.trainer.gradient_clip_val,
         limit_val_batches=0,
