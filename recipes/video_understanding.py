@@ -38,6 +38,9 @@ class VideoUnderstanding(Classification):
         dim: width of the tokens.
         depth: number of blocks.
         tubelet: frames and pixels down and across of a token, [t, h, w].
+        group: frames of tokens and tokens down and across whose mean becomes one token, [t, h, w]: for long videos.
+        merge: tokens that are left of each time step, the others merged into those most like them (ToMe); null
+            merges none.
         scan: the orders in which mixers that only look backwards run over the tokens; null is "temporal-first", and
             "forward" where `causal`.
         channel: the other half of a block: "swiglu", "mlp", "moe" or null.
@@ -57,6 +60,8 @@ class VideoUnderstanding(Classification):
         dim: int = 64,
         depth: int = 2,
         tubelet: tuple[int, int, int] = (2, 8, 8),
+        group: tuple[int, int, int] = (1, 1, 1),
+        merge: int | None = None,
         scan: str | None = None,
         channel: str | None = "swiglu",
         mixers: dict[str, MixerConfig] = {},  # noqa: B006 - jsonargparse cannot write a factory's value
@@ -77,6 +82,8 @@ class VideoUnderstanding(Classification):
             size=tuple(size),
             tubelet=tuple(tubelet),
             channels=channels,
+            group=tuple(group),
+            merge=merge,
             # Those of steps that no clip has reached would mean nothing where a film goes on.
             time_positions="none" if causal else None,
             causal=causal,
@@ -97,6 +104,8 @@ class VideoUnderstanding(Classification):
             "dim": dim,
             "depth": depth,
             "tubelet": (1, *tuple(tubelet)[1:]),
+            "group": (1, *tuple(group)[1:]),
+            "merge": merge,
             "scan": scan,
             "channel": channel,
             "mixers": mixers,
