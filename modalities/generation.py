@@ -139,10 +139,11 @@ class TextGenerator:
     ) -> Iterator[str]:
         """The text that `generate` writes behind one prompt, in pieces as soon as they are sure.
 
-        No piece ends inside a character, and none holds a part of a stop string. What diffusion writes comes at once.
+        No piece ends inside a character, and none holds a part of a stop string. What diffusion or a
+        beam search writes comes at once.
         """
         config = self._config(config)
-        if isinstance(config, DiffusionConfig):
+        if isinstance(config, DiffusionConfig) or config.beams > 1:
             return iter([self.generate([prompt], config, stop=stop, prefix=prefix, numbers=[number])[0].text])
         text = _Text(self.tokenizer, stop)
         return self._pieces(stream(self.model, self._ids(prompt, prefix), config, prefix=prefix, number=number), text)

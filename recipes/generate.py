@@ -22,8 +22,9 @@ from ..modalities.generation import TextGenerator
 from .run import RunFolder
 
 # Options of one kind of decoding only.
-AUTOREGRESSIVE = ("top_k", "min_p", "repetition_penalty", "chunk")
+AUTOREGRESSIVE = ("top_k", "min_p", "repetition_penalty", "beams", "chunk")
 DIFFUSION = ("steps", "block", "threshold")
+TEMPERATURE = 0.8
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="the text to go on with; '-' is standard input")
     parser.add_argument("--run", required=True, help="folder of the run, or its name under runs/")
     parser.add_argument("--max_tokens", type=int, default=256, help="tokens to write at most (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (%(default)s)")
+    parser.add_argument("--temperature", type=float, help=f"0 takes the likeliest token ({TEMPERATURE}; 0 of --beams)")
     parser.add_argument("--top_p", type=float, default=0.95, help="draw from this part of probability (%(default)s)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
@@ -47,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     left.add_argument("--top_k", type=int, help="draw among the k likeliest tokens")
     left.add_argument("--min_p", type=float, help="draw among tokens with this share of the likeliest's probability")
     left.add_argument("--repetition_penalty", type=float, help="above 1: what was written already is less likely")
+    left.add_argument(
+        "--beams", type=int, help="search with so many hypotheses for the likeliest text; shown when found"
+    )
     left.add_argument("--chunk", type=int, help="read prompts in pieces of so many tokens, to bound the memory")
     left.add_argument(
         "--prefix",
@@ -156,7 +160,10 @@ def _config(writer: TextGenerator, options: argparse.Namespace) -> GenerationCon
                 f"{', '.join(f'--{option}' for option in own)}"
             )
     more = {name: getattr(options, name) for name in own if getattr(options, name) is not None}
-    shared = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
+    temperature = options.temperature
+    if temperature is None:
+        temperature = 0.0 if more.get("beams", 1) > 1 else TEMPERATURE
+    shared = {"temperature": temperature, "top_p": options.top_p, "seed": options.seed}
     if not writer.diffusion:
         return GenerationConfig(max_tokens=options.max_tokens, **shared, **more)
     if "threshold" in more:

@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from omnimix.__main__ import main
-from omnimix.backbones.decoding import DiffusionConfig
+from omnimix.backbones.decoding import DiffusionConfig, GenerationConfig
 from omnimix.modalities.generation import TextGenerator
 from omnimix.recipes import text_generation as recipe
 from omnimix.recipes.generate import unmasked
@@ -218,6 +218,21 @@ def test_generate_goes_on_with_prompts_and_standard_input(place, capsys, monkeyp
     assert generated(capsys, run, "--top_k", "1", "--temperature", "5", "a ") == generated(
         capsys, run, "--temperature", "0", "a "
     )
+
+
+def test_generate_searches_by_beams(place, capsys):
+    run = place / "runs" / "whole"
+    found = generated(capsys, run, "--beams", "3", "the cat ")
+    [row] = json.loads(generated(capsys, run, "--beams", "3", "--json", "-", "the cat "))
+    assert found == row["text"] + "\n"
+
+    writer = TextGenerator.load(run)
+    ways = [GenerationConfig(max_tokens=24, beams=n) for n in (1, 3)]
+    greedy, best = (writer.generate(["the cat "], way)[0] for way in ways)
+    assert best.text == row["text"]
+    assert generated(capsys, run, "--beams", "1", "--temperature", "0", "the cat ") == greedy.text + "\n"
+    assert main(["text", "generate", "--run", str(run), "--beams", "3", "--temperature", "1", "a"]) == 2
+    assert "does not draw" in capsys.readouterr().err
 
 
 def test_a_long_prompt_is_read_once(place, tmp_path, capsys):
