@@ -298,6 +298,17 @@ def own_precision(device: str) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+def register_gradients(op: Any, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
+    """Give a custom op its backward pass, which runs outside autocast as the op does, wherever it is called."""
+
+    def outside(ctx: Any, *gradients: Tensor | None) -> Any:
+        device = next((g.device.type for g in gradients if g is not None), "cpu")
+        with own_precision(device):
+            return backward(ctx, *gradients)
+
+    op.register_autograd(outside, setup_context=setup)
+
+
 def named() -> str | None:
     """The backend that `using` names here."""
     return _using.get()

@@ -5,6 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..registry import register_gradients
 from .visible import Rule, visible_keys
 
 # Queries whose scores the backward pass holds at once.
@@ -118,4 +119,4 @@ def _backward(ctx, do):
     return *gradients, None, None, None, None, None
 
 
-attention_packed.register_autograd(_backward, setup_context=_save)
+register_gradients(attention_packed, _backward, _save)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..registry import register_gradients
 from .tables import Tables, distinct, tables
 
 # Queries times heads in a tile: few, so that causality and padding hide little of one; enough for a matrix product.
@@ -329,7 +330,7 @@ def _differentiate(ctx, do, dlse):
     return *_backward(do.contiguous(), *ctx.saved_tensors, *options), *(None,) * 7
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+register_gradients(_forward, _differentiate, _save)
 
 
 def block_sparse_chunked(

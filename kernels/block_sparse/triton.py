@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..registry import register_gradients
 from ..tools import accumulate_dtype, dot_mode, grid, interpreting, launches, on_device_of, tile, tuned, unit_stride
 from ..triton_tools import dot
 from .tables import distinct, tables
@@ -333,7 +334,7 @@ def _differentiate(ctx, do, dnorms):
     return *gradients, *(None,) * 7
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+register_gradients(_forward, _differentiate, _save)
 
 
 def block_sparse_triton(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UnsupportedShape
+from ..registry import register_gradients
 from ..tools import accumulate_dtype, launches
 
 # Logits in a chunk: enough rows for the products to run at full speed, few enough to be a small part of the memory.
@@ -150,7 +151,7 @@ def _reduced_op(name: str, softmax: Softmax) -> Any:
         return x.new_empty((), dtype=wide), x.new_empty((), dtype=wide), dx, dweight.to(wide), dbias.to(wide)
 
     op = _op(name, reduce, shapes)
-    op.register_autograd(_scale, setup_context=_save_gradients)
+    register_gradients(op, _scale, _save_gradients)
     return op
 
 
@@ -196,7 +197,7 @@ def _rows_op(name: str, softmax: Softmax) -> Any:
 
     op = _op(f"{name}_rows", rows, shapes)
     backward_op = _op(f"{name}_rows_backward", backward, backward_shapes)
-    op.register_autograd(partial(_differentiate_rows, backward_op), setup_context=_save_inputs)
+    register_gradients(op, partial(_differentiate_rows, backward_op), _save_inputs)
     return op
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..gated_linear.chunked_plan import CHUNK, Block, Packing, batch_blocks, saved_states
+from ..registry import register_gradients
 from .chunked_block import Blocks
 from .chunked_inputs import Inputs, Sequences
 from .step import delta_rule_step
@@ -208,4 +209,4 @@ def _gradients(ctx, doutput: Tensor | None, dfinal: Tensor | None, _: Tensor | N
     )
 
 
-_forward.register_autograd(_gradients, setup_context=_setup)
+register_gradients(_forward, _gradients, _setup)

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..registry import register_gradients
 from ..tools import accumulate_dtype, dot_mode, grid, launches, on_device_of, tuned, unit_stride
 from ..triton_chunks import CHANNEL, NONE, _chunk_at, _decays, _load, _of
 from ..triton_launches import Chunks, chunking, largest, shared, stored, strides
@@ -220,7 +221,7 @@ def _differentiate(ctx, do, dfinal, du, dkept):
     return (*wanted, None, None)
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+register_gradients(_forward, _differentiate, _save)
 
 
 def _launch_step(
@@ -252,7 +253,7 @@ def _differentiate_step(ctx, do, dstate):
     return (*wanted, None)
 
 
-_step.register_autograd(_differentiate_step, setup_context=_save_step)
+register_gradients(_step, _differentiate_step, _save_step)
 
 
 def delta_rule_triton(

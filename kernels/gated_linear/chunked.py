@@ -9,6 +9,7 @@ forward pass keeps; everything within a block it computes again.
 import torch
 from torch import Tensor
 
+from ..registry import register_gradients
 from .chunked_channel import ChannelForm
 from .chunked_forms import Adjoint, Form
 from .chunked_plan import Block, Packing, batch_blocks, saved_states
@@ -242,4 +243,4 @@ def _gradients(ctx, doutput: Tensor | None, dfinal: Tensor | None, _: Tensor | N
     )
 
 
-_forward.register_autograd(_gradients, setup_context=_setup)
+register_gradients(_forward, _gradients, _setup)

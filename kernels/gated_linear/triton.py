@@ -6,6 +6,7 @@ A `bonus` makes the reads exclusive: the output sees the state before the step's
 import torch
 from torch import Tensor
 
+from ..registry import register_gradients
 from ..tools import accumulate_dtype, launches, on_device_of, unit_stride
 from ..triton_launches import Chunks, chunking, largest, shared, stored
 from ..triton_steps import serves, shapes, step
@@ -89,7 +90,7 @@ def _differentiate(ctx, do, dfinal, dscores):
     return (*wanted, None, None)
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+register_gradients(_forward, _differentiate, _save)
 
 
 def _launch_step(
@@ -121,7 +122,7 @@ def _differentiate_step(ctx, do, dstate):
     return (*wanted, None)
 
 
-_step.register_autograd(_differentiate_step, setup_context=_save_step)
+register_gradients(_step, _differentiate_step, _save_step)
 
 
 def gated_linear_triton(

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..registry import register_gradients
 from ..tools import launches
 
 # (x, weight, counts) -> x W, row by row of its expert.
@@ -41,7 +42,7 @@ def backend_of(name: str, rows: Rows, weights: Weights) -> Callable[..., Tensor]
     op.register_fake(launches(forward)(shapes))
     backward_op = torch.library.custom_op(f"omnimix::grouped_mm_{name}_backward", backward, mutates_args=())
     backward_op.register_fake(launches(backward)(backward_shapes))
-    op.register_autograd(differentiate, setup_context=_save)
+    register_gradients(op, differentiate, _save)
 
     def grouped_mm(*, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         """See `omnimix.kernels.grouped_mm`."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..registry import register_gradients
 from ..tools import launches
 
 
@@ -74,7 +75,7 @@ def register(
 
     scan.register_fake(launches(forward)(shapes))
     scan_backward.register_fake(launches(backward)(gradient_shapes))
-    scan.register_autograd(differentiate, setup_context=save)
+    register_gradients(scan, differentiate, save)
 
     def function(
         *, x: Tensor, a: Tensor, reverse: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None

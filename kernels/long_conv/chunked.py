@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..registry import register_gradients
 from .direct import by_lag, by_lag_backward, by_step, by_step_backward
 from .transform import by_transform, by_transform_backward, transposed
 
@@ -150,4 +151,4 @@ def _differentiate(ctx, dy, dfinal):
     return du, dfilters, None if skip is None else dskip, None if initial_state is None else dstate, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+register_gradients(_forward, _differentiate, _save)

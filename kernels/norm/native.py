@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..registry import register_gradients
 from ..tools import accumulate_dtype, unit_stride
 
 # More tasks than threads, so that no thread waits long for the others; but none so small that waking one costs more.
@@ -123,4 +124,4 @@ def _differentiate(ctx, dy):
     return dx, None if weight is None else dweight, None if gate is None else dgate, None, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+register_gradients(_forward, _differentiate, _save)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..registry import register_gradients
 from ..tools import accumulate_dtype, grid, launches, on_device_of
 
 # Elements of a program's tile; a wider slice makes a tile of its own.
@@ -213,7 +214,7 @@ def _differentiate(ctx, dy):
     return dx, None if weight is None else dweight, None if gate is None else dgate, None, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+register_gradients(_forward, _differentiate, _save)
 
 
 def norm_triton(

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..registry import register_gradients
 from ..tools import accumulate_dtype, grid, launches, on_device_of, unit_stride
 
 # Elements of a program's tile.
@@ -117,7 +118,7 @@ def _differentiate(ctx, dy):
     return dx, None if x is None else dangle, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+register_gradients(_forward, _differentiate, _save)
 
 
 def rotary_triton(*, x: Tensor, angle: Tensor, interleaved: bool) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..registry import register_gradients
 from ..tools import accumulate_dtype, launches
 
 Outputs = tuple[Tensor, Tensor, Tensor]
@@ -89,7 +90,7 @@ def register(
 
     scan.register_fake(launches(forward)(lambda *arguments: shapes(*arguments, chunk)))
     scan_backward.register_fake(launches(backward)(gradient_shapes))
-    scan.register_autograd(_differentiate(scan_backward), setup_context=_save)
+    register_gradients(scan, _differentiate(scan_backward), _save)
 
     return _backend(scan)
 

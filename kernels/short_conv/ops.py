@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..registry import register_gradients
+
 Outputs = tuple[Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -71,5 +73,5 @@ def register(name: str, forward: Callable[..., Outputs], backward: Callable[...,
         dx, dweight, dbias, dstate = differentiate(dy, dfinal, x, weight, bias, initial_state, cu_seqlens, ctx.silu)
         return dx, dweight, None if bias is None else dbias, None if initial_state is None else dstate, None, None
 
-    convolve.register_autograd(gradients, setup_context=save)
+    register_gradients(convolve, gradients, save)
     return convolve

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..registry import register_gradients
 from ..tools import accumulate_dtype, chunk_table, grid, launches, on_device_of, tuned, unit_stride
 
 # Steps in a tile.
@@ -266,7 +267,7 @@ def _differentiate(ctx, dy, dfinal):
     return dx, dweight, None if bias is None else dbias, None if initial_state is None else dstate, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+register_gradients(_forward, _differentiate, _save)
 
 
 def short_conv_triton(

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..registry import register_gradients
 from .memory import layers_of
 
 
@@ -379,4 +380,4 @@ def _differentiate(ctx, *grads):
     return (*(None if t is None else g for t, g in zip(tensors, found, strict=True)), None, None, None)
 
 
-inner.register_autograd(_differentiate, setup_context=_save)
+register_gradients(inner, _differentiate, _save)

@@ -61,6 +61,19 @@ def test_equals_torch(backend, reduction):
     agrees(ours, plain, given())
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_backward_may_run_inside_autocast(reduction):
+    inputs, found = given(dtype=torch.float32), []
+    for inside in (False, True):
+        x, weight = (inputs[name].clone().requires_grad_() for name in ("x", "weight"))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = cross_entropy(x, weight, inputs["target"], reduction=reduction).mean()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            loss.backward()
+        found.append((x.grad, weight.grad))
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_many_chunks_are_one(backend, reduction, monkeypatch):
