@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import gc
+import os
 import sys
 from importlib import import_module
 
@@ -40,6 +42,17 @@ COMMANDS = {
     "bench reading": (".recipes.bench_reading:main", "time reading images from shards beside torchvision"),
     "bench decode": (".backbones.decoding.bench:main", "time decoding against the length of the context"),
 }
+
+# What the system says of files where a user, and no change to the program, can help -> how.
+REMEDIES = {
+    errno.ENOSPC: "make room on its disk, or name another place",
+    errno.EDQUOT: "make room within the quota of its disk, or name another place",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or name another place",
+    errno.EACCES: "change the rights to it, or name another place",
+    errno.EROFS: "name another place",
+}
+# What shells report of a program that a closed pipe has ended: 128 + SIGPIPE.
+CLOSED = 141
 
 
 def usage(group: str | None = None) -> str:
@@ -86,10 +99,7 @@ def run(argv: list[str]) -> int:
     return command(argv[len(name.split()) :]) or 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in argv
-    argv = [word for word in argv if word != "--debug"]
+def answer(argv: list[str]) -> int:
     if not argv or argv[0] in {"-h", "--help", "help"}:
         print(usage(), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
@@ -98,17 +108,86 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"omnimix {__version__}")
         return 0
+    return run(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
     from .errors import OmnimixError
 
     try:
-        return run(argv)
+        try:
+            return answer([word for word in argv if word != "--debug"])
+        finally:
+            # What cannot be written is to fail here, and not where the interpreter ends.
+            sys.stdout.flush()
     except OmnimixError as error:
         if debug:
             raise
         print(f"omnimix: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        lost = output_is_lost()
+        if lost and isinstance(error, BrokenPipeError):
+            return CLOSED
+        text = of_the_system(error, lost)
+        if debug or text is None:
+            raise
+        print(f"omnimix: error: {text}", file=sys.stderr)
+        return 2
+    except SystemExit as error:
+        # So rich ends a program whose reader is gone.
+        if isinstance(error.__context__, BrokenPipeError):
+            return CLOSED
+        raise
     except KeyboardInterrupt:
         return 130
+
+
+def output_is_lost() -> bool:
+    """Whether standard output takes no more: its reader, such as `head`, has enough, or its disk is full.
+
+    It is then turned to nowhere, so that the interpreter's own flush at the end does not fail again.
+    """
+    try:
+        sys.stdout.flush()
+        if not reader_is_gone():
+            return False
+    except OSError:
+        pass
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    return True
+
+
+def reader_is_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads; of an unbuffered one a flush, with nothing to write, does
+    not tell."""
+    import select
+
+    try:
+        asked = select.poll()
+        asked.register(sys.stdout.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0))
+    except (AttributeError, OSError):
+        return False  # a system without poll, or an output that is no file
+
+
+def of_the_system(error: OSError, lost: bool) -> str | None:
+    """What a user can be told of an error of the system; None where it may be a mistake of the program.
+
+    Args:
+        lost: whether standard output takes no more.
+    """
+    # Of two files, as of a copy, the second is the one that is written.
+    name = error.filename2 or error.filename
+    if name is None and lost:
+        name = "standard output"
+    if error.errno not in REMEDIES or (name is None and error.errno in (errno.EACCES, errno.EROFS)):
+        return None
+    return f"{error.strerror}{'' if name is None else f': {str(name)!r}'}; {REMEDIES[error.errno]}"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from itertools import groupby
@@ -100,9 +99,6 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         _show("\n")
         return 130
-    except BrokenPipeError:
-        # The reader, such as `head`, has enough; the interpreter's own flush at the end must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -275,7 +277,21 @@ class LastCheckpoint(Checkpoint):
         self._restore_handlers()
 
     def save(self, trainer: pl.Trainer) -> None:
+        """Write `last.ckpt`; where that fails an older one stays, and nothing else does.
+
+        Raises:
+            OSError: it cannot be written; the error names the file, or the folder of temporary files.
+        """
         beside = self.path.with_suffix(".part")
-        trainer.save_checkpoint(beside)
-        if trainer.is_global_zero:
-            os.replace(beside, self.path)
+        try:
+            trainer.save_checkpoint(beside)
+            if trainer.is_global_zero:
+                os.replace(beside, self.path)
+        except OSError as error:
+            # Lightning writes a temporary file and moves it; where the write fails no file is named.
+            if error.filename is None:
+                error.filename = str(beside) if error.errno == errno.EFBIG else tempfile.gettempdir()
+            raise
+        finally:
+            if trainer.is_global_zero:
+                beside.unlink(missing_ok=True)

@@ -1,12 +1,16 @@
 """The commands that need no training."""
 
+import errno
 import json
+import os
+import subprocess
+import sys
 from importlib import import_module
 
 import pytest
 
 import omnimix
-from omnimix.__main__ import COMMANDS, main
+from omnimix.__main__ import CLOSED, COMMANDS, main
 from omnimix.kernels import ops
 
 
@@ -90,3 +94,61 @@ def test_an_error_of_ours_is_one_line(capsys):
     assert captured.err == "omnimix: error: no kernel op is called 'nrm'; did you mean 'norm'?\n"
     with pytest.raises(omnimix.errors.UnknownName):
         main(["kernels", "explain", "nrm", "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a", None, "last.part"), "device: 'last.part'; make room"),
+        (OSError(errno.EFBIG, "File too large"), "File too large; raise the limit"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs"), "denied: 'runs'; change the rights"),
+        (PermissionError(errno.EACCES, "Permission denied"), None),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), None),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), None),
+    ],
+)
+def test_of_the_system_one_line_says_what_users_can_help(monkeypatch, capsys, error, said):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setattr("omnimix.commands.env", fail)
+    if said is not None:
+        assert main(["env"]) == 2
+        line = capsys.readouterr().err
+        assert line.startswith("omnimix: error: ") and said in line and line.count("\n") == 1
+    # Anything else may be a mistake of the program, whose traceback is wanted.
+    with pytest.raises(type(error)):
+        main(["env", *(["--debug"] if said is not None else [])])
+
+
+def started(words, output, unbuffered):
+    command = [sys.executable, "-m", "omnimix", *words]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    return subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("words", "unbuffered"),
+    [
+        (["--help"], ""),
+        (["--help"], "1"),
+        (["audio", "predict", "--help"], ""),
+        (["list", "models"], "1"),
+        (["env", "--json=-"], "1"),
+    ],
+)
+def test_a_reader_that_has_enough_ends_it_quietly(words, unbuffered):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = started(words, writing, unbuffered)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (CLOSED, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, which Linux has")
+def test_standard_output_on_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = started(["--help"], full, "")
+    assert done.returncode == 2
+    assert done.stderr.startswith("omnimix: error: No space left on device: 'standard output'; ")
+    assert done.stderr.count("\n") == 1

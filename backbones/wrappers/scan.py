@@ -47,7 +47,7 @@ def scan_orders(scan: str) -> tuple[str, ...]:
     known = [*ORDERS, "backward", *(f"{order}-reverse" for order in ORDERS)]
     for order in orders:
         if order not in known:
-            raise UnknownName("scan", order, [*SCANS, *known])
+            raise UnknownName("scan", order, {*SCANS, *known})
     if len(set(orders)) != len(orders):
         raise ConfigError(f"scan is {scan!r}; an order stands in it twice")
     return orders

@@ -106,6 +106,10 @@ def test_tokens_without_rows_are_scanned_in_space_and_time_alone():
 def test_mistakes_are_named():
     with pytest.raises(UnknownName, match="'cross"):
         scan_orders("crosss")
+    with pytest.raises(UnknownName) as caught:
+        scan_orders("foo")
+    known = str(caught.value).partition("known: ")[2].split(", ")
+    assert "hilbert" in known and len(known) == len(set(known))
     with pytest.raises(ConfigError, match="twice"):
         scan_orders("snake,snake")
     with pytest.raises(UnsupportedCall, match="grid"):

@@ -1,7 +1,10 @@
 """The parts that every recipe trains with."""
 
+import errno
 import itertools
+import tempfile
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
@@ -9,7 +12,7 @@ from torch import nn
 from omnimix.backbones import Backbone, BackboneConfig, no_weight_decay
 from omnimix.errors import ConfigError
 from omnimix.recipes.optimisers import cosine, parameter_groups
-from omnimix.recipes.training import AverageWeights, precision
+from omnimix.recipes.training import AverageWeights, LastCheckpoint, precision
 from omnimix.recipes.vision_classification import VisionTrainingConfig
 
 
@@ -67,3 +70,24 @@ def test_precision_is_what_was_named_or_what_pays(monkeypatch):
 def test_impossible_numbers_raise(wrong):
     with pytest.raises(ConfigError, match=f"training.{next(iter(wrong))}"):
         VisionTrainingConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("code", "names", "said"),
+    [
+        (errno.ENOSPC, ("temporary", None, "last.part"), "last.part"),
+        (errno.ENOSPC, (), tempfile.gettempdir()),
+        (errno.EFBIG, (), "last.part"),
+    ],
+)
+def test_a_full_disk_leaves_the_older_checkpoint_alone(tmp_path, monkeypatch, code, names, said):
+    def save_checkpoint(path):
+        path.write_bytes(b"half")
+        raise OSError(code, "full", *names)
+
+    (tmp_path / "last.ckpt").write_bytes(b"older")
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    monkeypatch.setattr(trainer, "save_checkpoint", save_checkpoint)
+    with pytest.raises(OSError, match=said):
+        LastCheckpoint(tmp_path).save(trainer)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("last.ckpt", b"older")]
