@@ -4,6 +4,7 @@ imported."""
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..console import emit
-from ..errors import CheckpointError, ConfigError, MediaError
+from ..console import emit, write_atomically
+from ..errors import CheckpointError, MediaError
 from ..modalities import load_model, read_details
 from ..modalities.audio_models import AudioClassifier
 from .audio_preprocess import SUFFIXES, AudioPreprocess
-from .prediction import named_files, ranked, unreadable
+from .prediction import LONG, add_options, check_counts, make_folder, named_files, ranked, unreadable
 from .run import RunFolder
 from .timeline import Moment, scenes
 
@@ -34,22 +35,23 @@ def main(argv: list[str]) -> int:
         description="Name the class of sound files, or of videos by their sound; of recordings, what is heard when.",
     )
     parser.add_argument("files", nargs="+", help="audio files, video files and folders")
-    parser.add_argument("--run", required=True, help="folder of the run, or its name under runs/")
-    parser.add_argument("--top", type=int, default=1, help="classes to name for each file")
-    parser.add_argument("--timeline", action="store_true", help="what is heard when in each file, by sliding windows")
-    parser.add_argument("--every", type=int, default=4, help="windows to the length of one")
-    parser.add_argument("--policy", choices=("skip", "raise"), default="skip", help="what an unreadable file does")
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON too ('-': to standard output, alone)")
+    add_options(parser, "file")
     options = parser.parse_args(argv)
     folder = RunFolder.finished(options.run)
-    predictor = Predictor(folder.path)
+    check_counts(options.top, options.every)
     files = named_files(options.files, SUFFIXES, "sounds")
-    if options.timeline:
-        rows = predictor.timelines(files, options.every, options.policy)
+    predictor = Predictor(folder.path)
+    make_folder("--json", options.json)
+    clips, rows = predictor.heard(files, options.timeline, options.top, options.every, options.policy)
+    if options.json == "-":
+        emit("", clips + rows, "-")
     else:
-        rows = predictor.classes(files, options.top, options.policy)
-    emit(f"predictions of {folder.path}", rows, options.json)
-    return 0 if any(row["class"] is not None for row in rows) else 1
+        for title, some in (("predictions", clips), ("timelines", rows)):
+            if some:
+                emit(f"{title} of {folder.path}", some)
+        if options.json is not None:
+            write_atomically(options.json, json.dumps(clips + rows, indent=1) + "\n")
+    return 0 if any(row["class"] is not None for row in clips + rows) else 1
 
 
 class Predictor:
@@ -71,63 +73,76 @@ class Predictor:
         self.model = model
         self.preprocess = AudioPreprocess.from_dict(read_details(folder).get("preprocess", {}))
 
-    @torch.inference_mode()
-    def classes(self, files: list[Path], top: int = 1, policy: str = "skip") -> list[dict[str, Any]]:
-        """One row a file and class, the likeliest first, and why where a file is unreadable.
-
-        Raises:
-            MediaError: an unreadable file, with `policy="raise"`.
-        """
-        rows: list[dict[str, Any]] = []
-        for at in range(0, len(files), _BATCH):
-            waves: list[Tensor] = []
-            readable: list[Path] = []
-            for path in files[at : at + _BATCH]:
-                try:
-                    waves.append(self.preprocess.load(path))
-                    readable.append(path)
-                except MediaError as error:
-                    if policy == "raise":
-                        raise
-                    rows.append(unreadable(path, error))
-            if waves:
-                together = waves if self.preprocess.seconds is None else torch.stack(waves)
-                for path, logits in zip(readable, self.model(together), strict=True):
-                    rows += ranked(path, logits, self.preprocess.classes, top)
-        return rows
-
-    def timelines(self, files: list[Path], every: int = 4, policy: str = "skip") -> list[dict[str, Any]]:
-        """One row a stretch of one class in each file: file, start, stop, class, probability, and why where it is
-        unreadable.
+    def heard(
+        self, files: list[Path], timeline: bool | None = None, top: int = 1, every: int = 4, policy: str = "skip"
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """What is heard in files.
 
         Args:
-            every: windows to the length of one.
+            timeline: of each file; None is of those much longer than the sounds that the model was trained on.
+            top: classes to name of a file without a timeline.
+            every: windows of a timeline to the length of one.
+            policy: "skip" or "raise": what an unreadable file does.
+
+        Returns:
+            One row a file without a timeline and class, the likeliest first, or why it is unreadable; and one row a
+            stretch of one class in each of the others.
 
         Raises:
-            ConfigError: `every` is below 1.
+            ConfigError: `top` or `every` is below 1.
             MediaError: an unreadable file, with `policy="raise"`.
         """
-        if every < 1:
-            raise ConfigError(f"every is {every}; it must be at least 1")
+        check_counts(top, every)
+        clips: list[dict[str, Any]] = []
         rows: list[dict[str, Any]] = []
+        waves: list[tuple[Path, Tensor]] = []
         for path in files:
-            row = {"file": str(path), "start": None, "stop": None, "class": None, "probability": None, "note": ""}
             try:
                 wave = self.preprocess.read(path)
             except MediaError as error:
                 if policy == "raise":
                     raise
-                rows.append(row | {"note": str(error)})
+                clips.append(unreadable(path, error))
                 continue
-            for scene in scenes(self.moments(wave, every)):
-                found = {
-                    "start": round(scene.start, 3),
-                    "stop": round(scene.stop, 3),
-                    "class": self.preprocess.classes[scene.label],
-                    "probability": scene.probability,
-                }
-                rows.append(row | found)
-        return rows
+            if self._is_long(wave) if timeline is None else timeline:
+                rows += self._timeline(path, wave, every)
+                continue
+            # A copy: the part alone would keep the whole wave in memory.
+            waves.append((path, self.preprocess.fit(wave).clone()))
+            if len(waves) == _BATCH:
+                clips += self._classes(waves, top)
+                waves = []
+        return clips + self._classes(waves, top), rows
+
+    def _is_long(self, wave: Float[Tensor, "n"]) -> bool:
+        seconds = self.preprocess.seconds
+        return seconds is not None and wave.shape[0] >= LONG * seconds * self.preprocess.rate
+
+    @torch.inference_mode()
+    def _classes(self, waves: list[tuple[Path, Tensor]], top: int) -> list[dict[str, Any]]:
+        if not waves:
+            return []
+        together = [wave for _, wave in waves]
+        logits = self.model(together if self.preprocess.seconds is None else torch.stack(together))
+        return [
+            row
+            for (path, _), own in zip(waves, logits, strict=True)
+            for row in ranked(path, own, self.preprocess.classes, top)
+        ]
+
+    def _timeline(self, path: Path, wave: Float[Tensor, "n"], every: int) -> list[dict[str, Any]]:
+        return [
+            {
+                "file": str(path),
+                "start": round(scene.start, 3),
+                "stop": round(scene.stop, 3),
+                "rank": 1,
+                "class": self.preprocess.classes[scene.label],
+                "probability": scene.probability,
+                "note": "",
+            }
+            for scene in scenes(self.moments(wave, every))
+        ]
 
     @torch.inference_mode()
     def moments(self, wave: Float[Tensor, "n"], every: int) -> Iterator[Moment]:

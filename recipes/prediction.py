@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,54 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..modalities.sources import walk_files
+
+# What lasts so many times as long as a model's clips gets a timeline.
+LONG = 3.0
+
+
+def add_options(parser: argparse.ArgumentParser, each: str) -> None:
+    """The options of a command that names the class of short files, and says what is when in long ones.
+
+    Args:
+        each: what a short file is called.
+    """
+    parser.add_argument("--run", required=True, help="folder of the run, or its name under runs/")
+    parser.add_argument("--top", type=int, default=1, help=f"classes to name for each {each}; a timeline names one")
+    parser.add_argument(
+        "--timeline",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help=f"what happens when in each file; by default of files {LONG:g} times as long as the model's clips",
+    )
+    parser.add_argument("--every", type=int, default=4, help="moments of a timeline to the length of a clip")
+    parser.add_argument("--policy", choices=("skip", "raise"), default="skip", help="what an unreadable file does")
+    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON too ('-': to standard output, alone)")
+
+
+def check_counts(top: int, every: int) -> None:
+    """Raise ConfigError where a number of classes, or of moments, is below 1."""
+    for name, count in (("top", top), ("every", every)):
+        if count < 1:
+            raise ConfigError(f"{name} is {count}; it must be at least 1")
+
+
+def make_folder(option: str, file: str | None) -> None:
+    """Make the folder of a file that an option names: what is written at the end must not fail for the lack of it.
+
+    Args:
+        file: None and "-" are no files.
+
+    Raises:
+        ConfigError: it is a folder itself, or its folder cannot be made.
+    """
+    if file in (None, "-"):
+        return
+    if Path(file).is_dir():
+        raise ConfigError(f"{option} is {file!r}, which is a folder; name a file in it")
+    try:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{option} is {file!r}, whose folder cannot be made: {error.strerror}") from error
 
 
 def named_files(words: Sequence[str], suffixes: Collection[str], noun: str) -> list[Path]:

@@ -19,14 +19,11 @@ from ..modalities import load_model, read_details
 from ..modalities.decode import VideoReader
 from ..modalities.sources import VIDEO_SUFFIXES
 from ..modalities.video_models import VideoClassifier
-from .prediction import named_files, ranked, unreadable
+from .prediction import LONG, add_options, check_counts, make_folder, named_files, ranked, unreadable
 from .run import RunFolder
 from .timeline import Scene, scenes
 from .video_preprocess import VideoPreprocess
 from .video_timeline import FilmMoment, Timeline
-
-# A film is what lasts so many times as long as a clip.
-_FILM = 3.0
 
 
 def main(argv: list[str]) -> int:
@@ -36,24 +33,16 @@ def main(argv: list[str]) -> int:
         description="Name the class of video clips; of films, which are longer, what happens when.",
     )
     parser.add_argument("files", nargs="+", help="video files and folders")
-    parser.add_argument("--run", required=True, help="folder of the run, or its name under runs/")
-    parser.add_argument("--top", type=int, default=1, help="classes to name for each clip")
-    parser.add_argument(
-        "--timeline",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help=f"what happens when in each file; by default of files {_FILM:g} times as long as the model's clips",
-    )
-    parser.add_argument("--every", type=int, default=4, help="moments of a timeline to the length of a clip")
+    add_options(parser, "clip")
     parser.add_argument("--picture", metavar="FILE", help="draw the timeline of a single file as PNG")
-    parser.add_argument("--policy", choices=("skip", "raise"), default="skip", help="what an unreadable file does")
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON too ('-': to standard output, alone)")
     options = parser.parse_args(argv)
     folder = RunFolder.finished(options.run)
     files = named_files(options.files, VIDEO_SUFFIXES, "videos")
     if options.picture and len(files) != 1:
         raise ConfigError(f"--picture draws one file, and {len(files)} are named")
     predictor = Predictor(folder.path, top=options.top, every=options.every, aloud=options.json != "-")
+    make_folder("--picture", options.picture)
+    make_folder("--json", options.json)
     clips: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     for path in files:
@@ -88,9 +77,11 @@ class Predictor:
 
     Raises:
         CheckpointError: the folder holds no model of clips.
+        ConfigError: `top` or `every` is below 1.
     """
 
     def __init__(self, folder: Path, *, top: int = 1, every: int = 4, aloud: bool = False):
+        check_counts(top, every)
         model = load_model(folder)
         if not isinstance(model, VideoClassifier):
             raise CheckpointError(
@@ -106,7 +97,7 @@ class Predictor:
     def is_film(self, path: Path) -> bool:
         """Whether a file is much longer than the clips that the model was trained on."""
         with VideoReader(path) as video:
-            return video.info.duration >= _FILM * self.preprocess.seconds
+            return video.info.duration >= LONG * self.preprocess.seconds
 
     @torch.inference_mode()
     def clip(self, path: Path) -> list[dict[str, Any]]:

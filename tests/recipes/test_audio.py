@@ -153,6 +153,11 @@ def test_predict_names_class_and_probability(place, tmp_path, capsys):
     assert main([*words, "--policy", "raise"]) == 2
     assert "d.flac" in capsys.readouterr().err
     assert main([*words[:4], str(tmp_path / "none.wav")]) == 2
+    for typed, said in (("--top=0", "top is 0"), ("--every=0", "every is 0"), (f"--json={more}", "which is a folder")):
+        assert main([*words, typed]) == 2
+        assert said in capsys.readouterr().err
+    assert main([*words, "--json", str(tmp_path / "new" / "rows.json")]) == 0
+    assert len(json.loads((tmp_path / "new" / "rows.json").read_text())) == 4
 
 
 def test_a_timeline_covers_the_recording(place, tmp_path, capsys):
@@ -167,7 +172,17 @@ def test_a_timeline_covers_the_recording(place, tmp_path, capsys):
         assert found[0]["start"] == 0.0 and found[-1]["stop"] == pytest.approx(seconds)
         assert all(one["stop"] == two["start"] for one, two in pairwise(found))
         assert all(one["class"] != two["class"] for one, two in pairwise(found))
-    assert main([*words, str(tmp_path / "long.wav"), "--every", "0"]) == 2
+    # Without the option it is made of what is much longer than the model's sounds.
+    words.remove("--timeline")
+    assert main([*words, str(tmp_path / "long.wav"), str(tmp_path / "short.wav")]) == 0
+    mixed = json.loads(capsys.readouterr().out)
+    assert mixed[1:] == [row for row in rows if row["file"].endswith("long.wav")]
+    assert mixed[0]["file"].endswith("short.wav") and "start" not in mixed[0]
+    assert main([*words, "--no-timeline", str(tmp_path / "long.wav"), str(tmp_path / "long.wav")]) == 0
+    assert [row["rank"] for row in json.loads(capsys.readouterr().out)] == [1, 1]
+    assert main([*words[:4], str(tmp_path / "long.wav"), str(tmp_path / "short.wav")]) == 0
+    shown = capsys.readouterr().out
+    assert "predictions of" in shown and "timelines of" in shown
 
 
 def test_windows_lie_around_what_they_say(place):
@@ -224,7 +239,7 @@ def test_clips_of_any_length_train_packed(folder):
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["val_sounds"] == 8 and "baseline/acc1" in metrics
     file = folder / "val" / "deep" / "3.wav"
-    [row] = Predictor(run).classes([file])
+    [[row], _] = Predictor(run).heard([file])
     wave = read_audio(file, rate=8000)[0]
     assert wave.shape == (1, round(0.45 * 8000))
     with torch.no_grad():

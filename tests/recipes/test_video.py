@@ -151,8 +151,10 @@ def test_predict_names_class_and_probability(place, tmp_path, capsys):
     assert main([*words, "--policy", "raise"]) == 2
     assert "b.mp4" in capsys.readouterr().err
     assert main(["video", "predict", "--run", str(run), str(tmp_path / "none.mp4")]) == 2
-    assert main(["video", "predict", "--run", str(run), str(clip), "--picture", str(tmp_path / "p.png")]) == 0
-    assert (tmp_path / "p.png").stat().st_size > 10_000
+    assert main(["video", "predict", "--run", str(run), str(clip), "--picture", str(tmp_path / "new" / "p.png")]) == 0
+    assert (tmp_path / "new" / "p.png").stat().st_size > 10_000
+    assert main([*words, "--timeline", "--top=0"]) == 2
+    assert "top is 0; it must be at least 1" in capsys.readouterr().err
 
 
 def test_only_classifiers_of_clips_predict(tmp_path):
