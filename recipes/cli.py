@@ -3,76 +3,35 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import difflib
+import contextlib
 import logging
 import os
-import re
+import pickle
+import shlex
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from ..backbones.config import ChannelConfig, MixerConfig, ObjectiveConfig
-from ..backbones.registry import OPTIONS
 from ..console import emit
-from ..errors import ConfigError, OmnimixError, UnknownName
+from ..errors import CheckpointError, ConfigError, OmnimixError
 from ..files import replace_file
-from ..modalities import FrontConfig, load_weights
-from . import CONFIGS
+from ..modalities import load_weights
+from .arguments import argument, configurations, defaults, typed_options, with_run_config
 from .history import History
+from .parser import Parser
 from .ranks import same_again, share_threads, trainer_of_torchrun
 from .run import RunFolder
 from .training import AverageWeights, Interrupted, LastCheckpoint, SeedEveryStep, precision
 
-_OPTIONS = [MixerConfig, ChannelConfig, ObjectiveConfig, FrontConfig]
-set_parsing_settings(subclasses_enabled=_OPTIONS)
-
 _OF_THE_CALL = ("overwrite", "resume", "ckpt_path", "weights_only", "json", "run")
-
-
-class Parser(LightningArgumentParser):
-    """Lightning's parser, whose complaints are exceptions with the nearest option."""
-
-    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
-        raise ConfigError(self._with_hint(" ".join(str(message).split()))) from ex
-
-    def _with_hint(self, message: str) -> str:
-        unknown = re.search(r"Expected a dot import path string: (\w+)", message)
-        if unknown is not None:
-            return str(UnknownName("class", unknown[1], [c.__name__ for c in _subclasses(pl.LightningDataModule)]))
-        unknown = re.search(r"Option '(\w+)' is not accepted", message)
-        if unknown is not None:
-            parts = [part for base in _OPTIONS for part in _subclasses(base)]
-            fields = {field.name for part in parts for field in dataclasses.fields(part)}
-            return str(UnknownName("option", unknown[1], fields - {unknown[1]}))
-        unknown = re.search(r"does not accept option '([^']+)'|[Uu]nrecognized arguments: --?([^\s=]+)", message)
-        if unknown is None:
-            return message
-        word = next(group for group in unknown.groups() if group)
-        word = word.removeprefix("fit.").removeprefix("validate.").removeprefix("test.")
-        options = {o.lstrip("-") for action in self._options() for o in action.option_strings}
-        near = difflib.get_close_matches(word, options, n=1)
-        return f"{message}; did you mean '--{near[0]}'?" if near else message
-
-    def _options(self) -> list[argparse.Action]:
-        parsers = [self, *(self._subcommands_action.choices.values() if self._subcommands_action else ())]
-        return [action for parser in parsers for action in parser._actions]
-
-
-def _subclasses(cls: type) -> set[type]:
-    """The classes of omnimix that derive from `cls`."""
-    found = {child for direct in cls.__subclasses__() for child in (direct, *_subclasses(direct))}
-    return {child for child in found if child.__module__.split(".")[0] == __package__.split(".")[0]}
 
 
 def _own_error(error: BaseException | None) -> OmnimixError | None:
@@ -116,8 +75,15 @@ class RecipeCLI(LightningCLI):
         self.history = history or History()
         self.callbacks = callbacks
         self.task = recipe.split("_")[0]
-        argv, self.configuration = _packaged_configs(argv, recipe)
+        argv, base, self.configuration = configurations(argv, recipe)
         _quiet()
+        with defaults(base, argv) as file:
+            self._start(model, data, str(file), argv)
+
+    def _start(
+        self, model: type[pl.LightningModule], data: type[pl.LightningDataModule], file: str, argv: list[str]
+    ) -> None:
+        """Parse with the defaults of a file, and do what is typed."""
         super().__init__(
             model,
             data,
@@ -128,10 +94,10 @@ class RecipeCLI(LightningCLI):
             parser_class=Parser,
             parser_kwargs={
                 "prog": f"omnimix {self.task}",
-                command: {"default_config_files": [str(CONFIGS / f"{recipe}.yaml")]},
+                self.command: {"default_config_files": [file]},
             },
             auto_configure_optimizers=False,
-            args=[command, *_typed_options(argv)],
+            args=[self.command, *typed_options(argv)],
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -259,7 +225,14 @@ class RecipeCLI(LightningCLI):
         if rank_zero_only.rank == 0:
             folder.create(resume=self.options.resume)
             self._save_config()
-        self.trainer.fit(model, ckpt_path=ckpt_path, **{**kwargs, "weights_only": True})
+        try:
+            with interruptible():
+                self.trainer.fit(model, ckpt_path=ckpt_path, **{**kwargs, "weights_only": True})
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = None if ckpt_path is None else _why_not_resumed(error)
+            if reason is None:
+                raise
+            raise CheckpointError(f"cannot go on from {ckpt_path!r}: {reason}") from error
 
     def validate(self, model: pl.LightningModule, datamodule: pl.LightningDataModule, **kwargs: Any) -> None:
         self._load(model)
@@ -300,6 +273,17 @@ class RecipeCLI(LightningCLI):
         replace_file(self.folder.config, lambda path: parser.save(config, str(path), **options))
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Within it Ctrl-C stays KeyboardInterrupt, of which Lightning makes an exit without a word."""
+    try:
+        yield
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from stop
+        raise
+
+
 def run_fit(
     task: str,
     argv: list[str],
@@ -313,17 +297,23 @@ def run_fit(
         make: parses and trains, from "fit" and the command line.
     """
     name, runs = argument(argv, "--name", task), argument(argv, "--runs", "runs")
+    folder = RunFolder.named(runs, name)
     if "--resume" in argv:
-        argv = with_run_config(argv, RunFolder.named(runs, name))
+        argv = with_run_config(argv, folder)
+    cli = None
     try:
         cli = make("fit", argv)
-    except Interrupted as stop:
+        finish(cli)
+    except (Interrupted, KeyboardInterrupt) as stop:
         if rank_zero_only.rank != 0:
             return 0  # a failure of theirs would make whoever started them stop the first before it has spoken
-        place = "" if runs == "runs" else f" --runs {runs}"
-        print(f"\n{stop}\ngo on with: {same_again(f'omnimix {task} fit')} --name {name}{place} --resume")
+        if not folder.config.is_file():
+            raise
+        done = "stopped" if cli is None else f"stopped behind the training; the model is in {folder.path}"
+        place = "" if runs == "runs" else f" --runs {shlex.quote(runs)}"
+        again = f"{same_again(f'omnimix {task} fit')} --name {name}{place} --resume"
+        print(f"\n{str(stop) or done}\ngo on with: {again}")
         return 130
-    finish(cli)
     return 0
 
 
@@ -339,62 +329,20 @@ def evaluate(command: str, argv: list[str], make: Callable[[str, list[str]], Rec
     return 0
 
 
-def argument(argv: list[str], name: str, default: str) -> str:
-    """The value of `--name VALUE` or `--name=VALUE` in a command line, before it is parsed."""
-    for i, word in enumerate(argv):
-        if word == name and i + 1 < len(argv):
-            return argv[i + 1]
-        if word.startswith(f"{name}="):
-            return word.partition("=")[2]
-    return default
-
-
-def with_run_config(argv: list[str], folder: RunFolder) -> list[str]:
-    """The command line with the configuration that a run was started with in front, so that flags still win.
-
-    Where the run has a tokenizer, that is the one: learnt again, from text that has changed since, it would be another.
-    """
-    own = ["--config", str(folder.config)] if folder.config.is_file() else []
-    return [*own, *([f"--data.tokenizer={folder.path}"] if folder.tokenizer.is_file() else []), *argv]
-
-
-def _typed_options(argv: list[str]) -> list[str]:
-    """Before the first `--model.mixers.NAME.OPTION`, say which class the options of that mixer are; and so on."""
-    typed: list[str] = []
-    seen: set[str] = set()
-    for word in argv:
-        found = re.match(rf"--model\.({'|'.join(OPTIONS)})\.(\w+)(\.)?", word)
-        if found is not None and (place := f"--model.{found[1]}.{found[2]}") not in seen:
-            seen.add(place)
-            if found[3]:
-                config = OPTIONS[found[1]].get(found[2]).config
-                typed.append(f"{place}={config.__module__}.{config.__name__}")
-        typed.append(word)
-    return typed
-
-
-def _packaged_configs(argv: list[str], recipe: str) -> tuple[list[str], str]:
-    """Replace `--config NAME` by the file of that name in the package; also says which configuration is the last."""
-    argv, name = list(argv), recipe
-    for i, word in enumerate(argv):
-        if word in {"-c", "--config"} and i + 1 < len(argv):
-            at, value, prefix = i + 1, argv[i + 1], ""
-        elif word.startswith("--config="):
-            at, value, prefix = i, word.partition("=")[2], "--config="
-        else:
-            continue
-        packaged = CONFIGS / f"{value}.yaml"
-        if not Path(value).exists():
-            if not packaged.is_file():
-                known = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-                raise ConfigError(f"no configuration {value!r}: no such file, and the package has {', '.join(known)}")
-            argv[at] = prefix + str(packaged)
-        name = Path(value).stem
-    return argv, name
+def _why_not_resumed(error: Exception) -> str | None:
+    """What is wrong with the saved state, if that is what `error` says."""
+    text = str(error)
+    if "loading state_dict" in text:
+        return "it is of another model; leave out options that change the model, or start anew with --overwrite"
+    if isinstance(error, EOFError | pickle.UnpicklingError) or "PytorchStreamReader" in text:
+        return "it is damaged; start anew with --overwrite"
+    return None
 
 
 def _quiet() -> None:
     """Leave out what Lightning says of itself; warnings about the run stay."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*`isinstance.*LeafSpec.*")
+    # What we do on purpose: a run goes on in its folder, and small sets have short epochs.
+    for message in ("`isinstance.*LeafSpec", "Checkpoint directory .* not empty", "The number of training batches"):
+        warnings.filterwarnings("ignore", message=f".*{message}.*")

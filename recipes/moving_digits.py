@@ -206,7 +206,6 @@ class MovingDigitsData(VideoData):
         keep: bool = True,
     ):
         super().__init__(
-            augment=augment,
             views=views,
             crops=crops,
             keep=keep,
@@ -216,6 +215,7 @@ class MovingDigitsData(VideoData):
             policy="raise",
             max_unreadable=0.0,
         )
+        self.augment = augment
         for name, count in (("train", train), ("val", val)):
             if count < len(MOTIONS):
                 raise ConfigError(f"data.{name} is {count}; it must be at least {len(MOTIONS)}, a clip of each class")

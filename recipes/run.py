@@ -44,7 +44,9 @@ class RunFolder:
         raise CheckpointError(f"{run!r} is no run: it holds no config.yaml")
 
     def check(self, *, overwrite: bool, resume: bool) -> None:
-        """Raise ConfigError where a new run would meet an old one."""
+        """Raise ConfigError where a new run would meet an old one, or there is none to go on with."""
+        if resume and not self.path.is_dir():
+            raise ConfigError(f"there is no run {str(self.path)!r} to go on with; start it without --resume")
         if resume or not self.path.exists() or not any(self.path.iterdir()):
             return
         if not self.config.is_file():

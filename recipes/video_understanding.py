@@ -15,7 +15,7 @@ from ..backbones.config import MixerConfig
 from ..errors import ConfigError
 from ..modalities.video_models import VideoClassifier, video_classifier
 from .classification import Baseline, Classification, ClassificationTrainingConfig, Look, finish
-from .cli import RecipeCLI, evaluate, run_fit
+from .cli import RecipeCLI, evaluate, interruptible, run_fit
 from .moving_digits import MovingDigitsData
 from .training import AverageWeights, SeedEveryStep
 from .video_data import VideoData, VideoFolderData
@@ -181,7 +181,8 @@ def one_frame_baseline(cli: RecipeCLI) -> Baseline | None:
     with warnings.catch_warnings():
         # Of several processes, to which this does not belong.
         warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
-        trainer.fit(single, datamodule=data)
+        with interruptible():
+            trainer.fit(single, datamodule=data)
     for callback in trainer.callbacks:
         if isinstance(callback, AverageWeights):
             callback.adopt(single)

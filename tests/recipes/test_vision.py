@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,6 +137,18 @@ def test_ctrl_c_saves_and_says_how_to_go_on(runs, capsys, monkeypatch):
     # Curves and seconds reach back before the stop.
     metrics = json.loads((runs / "vision" / "metrics.json").read_text())
     assert metrics["epochs"] == 2 and metrics["configuration"] == "vision_classification"
+
+
+def test_a_state_that_cannot_be_resumed_is_named(runs, capsys):
+    shutil.copytree(runs / "whole", runs / "damaged")
+    again = ["vision", "fit", "--name", "damaged", "--runs", str(runs), "--resume"]
+    assert main([*again, "--model.dim=8"]) == 2
+    assert "last.ckpt': it is of another model" in capsys.readouterr().err
+    last = runs / "damaged" / "checkpoints" / "last.ckpt"
+    os.truncate(last, 1000)
+    assert main(again) == 2
+    error = capsys.readouterr().err
+    assert "last.ckpt': it is damaged; start anew with --overwrite" in error and error.count("\n") == 1
 
 
 def test_another_seed_is_another_run(runs):

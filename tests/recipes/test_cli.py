@@ -1,0 +1,115 @@
+"""What recipes make of a command line: defaults, hints, and how to go on after a stop."""
+
+import importlib
+import inspect
+import shlex
+import shutil
+
+import pytest
+import yaml
+
+from omnimix.__main__ import main
+from omnimix.recipes import CONFIGS, RECIPES
+from omnimix.recipes.cli import interruptible, run_fit
+from omnimix.recipes.training import Interrupted
+
+PLACES = {"--data.root", "--data.path"}
+
+
+def values(default):
+    """As YAML holds them."""
+    if hasattr(default, "__dataclass_fields__"):
+        return {name: values(getattr(default, name)) for name in default.__dataclass_fields__}
+    return list(default) if isinstance(default, tuple) else default
+
+
+def of_class(path: str) -> dict:
+    module, _, name = path.rpartition(".")
+    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters.values()
+    return {p.name: values(p.default) for p in parameters if p.default is not p.empty}
+
+
+def shown(capsys, *argv) -> dict:
+    with pytest.raises(SystemExit) as stop:
+        main([*argv, "--print_config"])
+    assert stop.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_configuration_alone_and_the_data_set_itself_say_what_holds(name, tmp_path, capsys):
+    (tmp_path / "some.py").write_text("x = 1\n")
+    command = [str(tmp_path) if word == "DIR" else word for word in RECIPES[name].split()[1:]]
+    said = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    found = shown(capsys, *command)
+    options = found["data"]["init_args"]
+    for option, default in of_class(found["data"]["class_path"]).items():
+        # The seed is the run's.
+        if option != "seed":
+            own = said["data"].get("init_args", {}).get(option, default)
+            assert options[option] == (default | own if isinstance(own, dict) else own), option
+    for option, default in said["model"]["training"].items():
+        assert found["model"]["training"][option] == default
+
+
+def test_another_data_set_takes_nothing_from_the_recipe_s(tmp_path, capsys):
+    own = tmp_path / "own.yaml"
+    own.write_text("data:\n  class_path: VideoFolderData\n  init_args:\n    root: here\n")
+    for argv in (["--config", str(own)], ["--data", "VideoFolderData", "--data.root", "here"]):
+        data = shown(capsys, "video", "fit", *argv)["data"]
+        assert data["init_args"]["clip"]["size"] == 112 and data["init_args"]["keep"] is False
+        assert data["init_args"]["augment"] == {"scale": 0.35, "flip": False, "colour": 0.0}
+    off = shown(capsys, "audio", "fit", "--config", "audio_folder", "--data.root", "x", "--data.augment", "null")
+    assert off["data"]["init_args"]["augment"] is None and off["model"]["training"]["optimizer"] == "adamw"
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("video fit --data.root x", "--data.root is for your own files"),
+        ("video fit --data.root x", "add --config video_folder"),
+        ("text fit --data.path x", "add --config text_files"),
+        ("video fit --config video_folder", "--data.root is required"),
+        ("video fit --data.size 32", "did you mean 'clip.size'?"),
+        ("video fit --data.clip.frmes 8", "error: --data: unrecognized arguments: --clip.frmes"),
+        ("vision fit --name none --resume", "there is no run 'runs/none' to go on with"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(typed, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(typed.split()) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and "Union" not in error and "Parser key" not in error
+
+
+@pytest.mark.parametrize("when", ["training", "behind"])
+def test_a_stop_says_how_to_go_on(when, tmp_path, capsys):
+    runs = tmp_path / "else where"
+    (runs / "mine").mkdir(parents=True)
+    (runs / "mine" / "config.yaml").touch()
+
+    def make(command, argv):
+        if when == "training":
+            raise Interrupted("stopped after step 3")
+
+    def finish(cli):
+        raise KeyboardInterrupt
+
+    assert run_fit("vision", ["--runs", str(runs), "--name", "mine"], make, finish) == 130
+    stopped, again = capsys.readouterr().out.strip().splitlines()
+    assert stopped == "stopped after step 3" if when == "training" else "stopped" in stopped
+    assert shlex.split(again.removeprefix("go on with: "))[3:] == ["--name", "mine", "--runs", str(runs), "--resume"]
+    shutil.rmtree(runs)
+    if when == "behind":
+        with pytest.raises(KeyboardInterrupt):
+            run_fit("vision", ["--runs", str(runs), "--name", "mine"], make, finish)
+
+
+def test_lightnings_silent_exit_stays_an_interrupt():
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise SystemExit(1)  # noqa: B904 - as Lightning does
+    with pytest.raises(SystemExit), interruptible():
+        raise SystemExit(3)
