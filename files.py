@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ def replace_file(target: str | os.PathLike[str], write: Callable[[Path], Any]) -
     Args:
         target: its folder is made where there is none; an interrupt or a full disk leaves an old file whole.
         write: is given the path that it is to write to.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -31,6 +35,12 @@ def replace_file(target: str | os.PathLike[str], write: Callable[[Path], Any]) -
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
         temporary.replace(target)
+    except Exception as error:
+        # Libraries in Rust, such as safetensors, have errors of their own, which hold the system's in words.
+        found = re.search(r"\bos error (\d+)", str(error))
+        if found is None or isinstance(error, OSError):
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(target)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
