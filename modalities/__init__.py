@@ -25,12 +25,12 @@ from .sources import (
     AUDIO_SUFFIXES,
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
-    CSVSource,
     FolderSource,
     Source,
     find_source,
     has_split,
 )
+from .tables import CSVSource
 from .tar import TarIndex
 from .text import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 from .token_cache import TokenCache, cached_bpe, cached_tokens

@@ -19,7 +19,7 @@ import torch
 from ..console import emit, write_atomically
 from ..errors import ConfigError, MediaError
 from .shards import INDEX_SUFFIX, split_key, write_index
-from .sources import AUDIO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, Source, find_source, has_split
+from .sources import AUDIO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, Source, check_folder, find_source, has_split
 from .tar import TarIndex
 
 KINDS = {"image": IMAGE_SUFFIXES, "video": VIDEO_SUFFIXES, "audio": AUDIO_SUFFIXES}
@@ -85,14 +85,16 @@ def shard_folder(
     root, out = Path(root), Path(os.path.abspath(out))
     if kind not in KINDS:
         raise ConfigError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
-    if samples < 1 or nbytes < 1:
-        raise ConfigError(f"samples is {samples} and nbytes {nbytes}; they must be at least 1")
+    for option, count in (("--samples", samples), ("--bytes", nbytes)):
+        if count < 1:
+            raise ConfigError(f"{option} is {count}; it must be at least 1")
     if policy not in ("skip", "raise"):
         raise ConfigError(f"policy is {policy!r}; it must be 'skip' or 'raise'")
+    check_folder(root)
     _check_target(out, overwrite)
     splits = splits or tuple(split for split in SPLITS if has_split(root, split))
     if not splits:
-        raise ConfigError(f"{str(root)!r} has none of the splits {', '.join(SPLITS)}; name its own with splits")
+        raise ConfigError(f"{str(root)!r} has none of the splits {', '.join(SPLITS)}; name its own with --splits")
     sources: dict[str, Source] = {}
     for split in splits:
         known = next(iter(sources.values())).classes if sources else None
@@ -244,10 +246,10 @@ def size_of(text: str) -> int:
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower())
     if found is None:
-        raise ConfigError(f"a size is {text!r}; it must be a number, with K, M or G perhaps")
+        raise ConfigError(f"--bytes is {text!r}; it must be a number, with K, M or G perhaps")
     size = float(found[1]) * _UNITS[found[2]]
     if size > 1 << 62:
-        raise ConfigError(f"a size is {text!r}; no file is that large")
+        raise ConfigError(f"--bytes is {text!r}; no file is that large")
     return int(size)
 
 
@@ -269,7 +271,9 @@ def main(argv: list[str]) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    # Where it has no terminal, a bar leaves an empty line.
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         tasks: dict[str, Any] = {}
 
         def seen(split: str, done: int, total: int) -> None:

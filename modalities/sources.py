@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from array import array
@@ -17,9 +16,6 @@ VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".m
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".aif", ".aiff"})
 
 _LAYOUTS = "{split}/CLASS/FILES, {split}.csv, or tar shards {split}-*.tar or {split}/*.tar"
-_PATH_COLUMNS = ("path", "file", "filename", "file_name", "video", "audio", "image")
-_ID_COLUMN = "youtube_id"
-_LABEL_COLUMNS = ("label", "class", "category")
 # A label beyond this is a column of something else, and not the number of a class.
 _MOST_CLASSES = 1_000_000
 
@@ -73,7 +69,7 @@ class Strings(Sequence[str]):
         return self._data[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogateescape")
 
 
-class _Files:
+class FileSource:
     """Files with labels."""
 
     def __init__(self, files: Iterable[tuple[str, int]], classes: tuple[str, ...]):
@@ -95,7 +91,7 @@ class _Files:
         return Path(self._paths[index])
 
 
-class FolderSource(_Files):
+class FolderSource(FileSource):
     """Files in one folder a class, in alphabetical order; folders inside these are searched through.
 
     Args:
@@ -121,44 +117,6 @@ class FolderSource(_Files):
         super().__init__(((str(path), labels[name]) for name in found for path in files[name]), known)
 
 
-class CSVSource(_Files):
-    """Files that a table names, as for Kinetics.
-
-    The table has a header with one of the columns path, file, filename, video, audio, image or youtube_id, and one of
-    label, class, category; or no header and the path before the label. Columns are separated by commas, tabs, or by
-    spaces where the line has neither. A label is the name of a class or its index. Paths are relative to the table's
-    folder; the files of `youtube_id` are searched for below it, by ID or ID_START_END. A file that is missing is an
-    unreadable one, as long as any is there.
-
-    Args:
-        table: the .csv file.
-        suffixes: of the files that belong to a youtube_id.
-        classes: by index; None takes those of `classes.json` or `classes.txt` beside the table, or the names that
-            occur, in alphabetical order, or the numbers up to the largest.
-
-    Raises:
-        ConfigError: no such table, a row without path or label, labels that `classes` does not know, or none of the
-            files is there.
-    """
-
-    def __init__(self, table: str | Path, suffixes: Collection[str], classes: Sequence[str] | None = None):
-        table = Path(table)
-        if not table.is_file():
-            raise ConfigError(f"there is no table {str(table)!r}")
-        rows = _read_table(table, suffixes)
-        if classes is None:
-            classes = read_classes(table.parent)
-        if classes is None:
-            classes = name_classes({label for _, label in rows}, str(table))
-        labels = label_of({label for _, label in rows}, classes, str(table))
-        super().__init__([(path, labels[label]) for path, label in rows], tuple(classes))
-        if not any(os.path.isfile(path) for path in self._paths):
-            raise ConfigError(
-                f"of the {len(rows)} files that {str(table)!r} names none is there, the first being {self.name(0)!r}; "
-                f"paths are relative to {str(table.parent)!r}"
-            )
-
-
 def find_source(
     root: str | Path, split: str, suffixes: Collection[str], classes: Sequence[str] | None = None
 ) -> Source:
@@ -172,11 +130,14 @@ def find_source(
         classes: by index, where the split has to fit them; None takes the split's own.
 
     Raises:
-        ConfigError: none of the layouts, or it holds nothing that fits.
+        ConfigError: no such folder, none of the layouts, or it holds nothing that fits.
         MediaError: a shard that cannot be read.
     """
     root = Path(root)
+    check_folder(root)
     if (root / f"{split}.csv").is_file():
+        from .tables import CSVSource
+
         return CSVSource(root / f"{split}.csv", suffixes, classes)
     shards = find_shards(root, split)
     if shards:
@@ -199,11 +160,35 @@ def find_splits(root: str | Path, suffixes: Collection[str]) -> dict[str, Source
     """The sources "train" and "val" of a root, and "test" where it has one; their classes are the training ones.
 
     Raises:
-        ConfigError, MediaError: as `find_source`.
+        ConfigError: as `find_source`, or there is one class only.
+        MediaError: as `find_source`.
     """
     train = find_source(root, "train", suffixes)
+    check_classes(train.classes, Path(root) / "train")
     rest = ["val", *(["test"] if has_split(root, "test") else [])]
     return {"train": train, **{split: find_source(root, split, suffixes, train.classes) for split in rest}}
+
+
+def check_folder(root: Path) -> None:
+    """See to it that a folder is there.
+
+    Raises:
+        ConfigError: it is not. The message has its whole path: a relative one, which a run's configuration keeps, means
+            another folder wherever the run goes on from elsewhere.
+    """
+    if not root.is_dir():
+        whole = "" if root.is_absolute() else f"; from the present folder it would be {os.path.abspath(root)!r}"
+        raise ConfigError(f"there is no folder {str(root)!r}{whole}")
+
+
+def check_classes(classes: Sequence[str], where: Path) -> None:
+    """See to it that there is something to tell apart.
+
+    Raises:
+        ConfigError: there is one class only.
+    """
+    if len(classes) == 1:
+        raise ConfigError(f"{str(where)!r} has one class, {classes[0]!r}; a classifier needs at least two")
 
 
 def has_split(root: str | Path, split: str) -> bool:
@@ -230,8 +215,8 @@ def read_classes(folder: Path) -> tuple[str, ...] | None:
         file = folder / name
         if not file.is_file():
             continue
+        text = read_utf8(file)
         try:
-            text = file.read_text("utf-8")
             names = json.loads(text) if name.endswith("json") else text.splitlines()
         except ValueError as error:
             raise ConfigError(f"{str(file)!r} cannot be read: {error}") from error
@@ -241,6 +226,22 @@ def read_classes(folder: Path) -> tuple[str, ...] | None:
             raise ConfigError(f"{str(file)!r} names a class twice")
         return tuple(names)
     return None
+
+
+def read_utf8(file: Path) -> str:
+    """The text of a file, without the mark that some editors put in front.
+
+    Raises:
+        ConfigError: it is in another encoding.
+    """
+    data = file.read_bytes()
+    if b"\0" in data:
+        raise ConfigError(f"{str(file)!r} is no text in UTF-8 (perhaps in UTF-16); save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ConfigError(f"{str(file)!r} is no text in UTF-8 (it has a byte {byte:#x}); save it as UTF-8") from error
 
 
 def label_of(
@@ -328,62 +329,3 @@ def _walk(folder: Path, suffixes: Collection[str], above: tuple[tuple[int, int],
 def _visible(folder: Path) -> list[os.DirEntry[str]]:
     with os.scandir(folder) as entries:
         return [entry for entry in entries if not entry.name.startswith(".")]
-
-
-def _read_table(table: Path, suffixes: Collection[str]) -> list[tuple[str, str]]:
-    """(path, label) of every row."""
-    try:
-        text = table.read_text("utf-8-sig")
-    except ValueError as error:
-        raise ConfigError(f"{str(table)!r} is no text in UTF-8: {error}") from error
-    try:
-        rows = [(number, cells) for number, line in enumerate(text.splitlines(), 1) if (cells := _cells(line))]
-    except csv.Error as error:
-        raise ConfigError(f"{str(table)!r} is no table: {error}") from error
-    if not rows:
-        raise ConfigError(f"{str(table)!r} is empty")
-    header = [cell.lower() for cell in rows[0][1]]
-    path = next((header.index(name) for name in (*_PATH_COLUMNS, _ID_COLUMN) if name in header), None)
-    label = next((header.index(name) for name in _LABEL_COLUMNS if name in header), None)
-    headed = path is not None and label is not None
-    at = (path, label) if path is not None and label is not None else (0, 1)
-    for number, cells in rows:
-        # Without a header exactly two: a third column would leave open which one is the label.
-        if len(cells) <= max(at) or not all(cells[i] for i in at) or (not headed and len(cells) != 2):
-            raise ConfigError(
-                f"line {number} of {str(table)!r} is not a path and a label: {' '.join(cells)[:80]!r}; other tables "
-                f"need a header with {', '.join(_PATH_COLUMNS)} or {_ID_COLUMN}, and {', '.join(_LABEL_COLUMNS)}"
-            )
-    body = [cells for _, cells in rows[headed:]]
-    if not body:
-        raise ConfigError(f"{str(table)!r} has a header and no rows")
-    if headed and header[at[0]] == _ID_COLUMN:
-        return _find_ids(table, suffixes, header, body, at)
-    return [(os.path.join(table.parent, cells[at[0]]), cells[at[1]]) for cells in body]
-
-
-def _cells(line: str) -> list[str]:
-    if "," in line or "\t" in line:
-        return [cell.strip() for cell in next(csv.reader([line], delimiter="," if "," in line else "\t"))]
-    # Names of files may hold spaces, labels of such tables do not.
-    return line.strip().rsplit(None, 1)
-
-
-def _find_ids(
-    table: Path, suffixes: Collection[str], header: list[str], body: list[list[str]], at: tuple[int, int]
-) -> list[tuple[str, str]]:
-    found: dict[str, str] = {}
-    for path in walk_files(table.parent, suffixes):
-        # Of the same clip in two folders that of this table's split counts.
-        if path.stem not in found or path.is_relative_to(table.parent / table.stem):
-            found[path.stem] = str(path)
-    rows = []
-    for cells in body:
-        clip, row = cells[at[0]], dict(zip(header, cells, strict=False))
-        names = [clip]
-        start, end = row.get("time_start", ""), row.get("time_end", "")
-        if as_index(start) is not None and as_index(end) is not None:
-            names.insert(0, f"{clip}_{int(start):06d}_{int(end):06d}")
-        missing = str(table.parent / table.stem / names[0])
-        rows.append((next((found[name] for name in names if name in found), missing), cells[at[1]]))
-    return rows

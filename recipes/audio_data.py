@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..modalities.sources import FolderSource, Source, find_source, find_splits
+from ..modalities.sources import FolderSource, Source, check_classes, find_source, find_splits, read_utf8
 from .audio_preprocess import SUFFIXES, AudioPreprocess
 from .loading import uniform
 from .media import MediaData, Samples
@@ -105,20 +105,19 @@ def listed_splits(root: Path) -> dict[str, Source]:
     """The splits of Speech Commands as it is handed out: `root/CLASS/*.wav`, and lists of what is held out.
 
     Raises:
-        ConfigError: lists of files that are not there, or no files.
+        ConfigError: lists of files that are not there, no files, or one class only.
     """
     everything = FolderSource(root, SUFFIXES)
     names = [Path(everything.name(i)).relative_to(root).as_posix() for i in range(len(everything))]
     held = {
-        split: set((root / file).read_text("utf-8").splitlines())
-        for split, file in _LISTS.items()
-        if (root / file).is_file()
+        split: set(read_utf8(root / file).splitlines()) for split, file in _LISTS.items() if (root / file).is_file()
     }
     for split, files in held.items():
         missing = sorted(files - {"", *names})
         if missing:
             raise ConfigError(f"{_LISTS[split]} names {len(missing)} files that {str(root)!r} lacks: {missing[0]}, ...")
     classes = [name for name in everything.classes if name != _NO_CLASS]
+    check_classes(classes, root)
     of = {name: split for split, files in held.items() for name in files}
     sides: dict[str, list[int]] = {split: [] for split in ("train", *held)}
     for index, name in enumerate(names):

@@ -47,10 +47,14 @@ class Samples:
             sample = self.load(self.source.media(index), None if self.seed is None else mix(self.seed, epoch, index))
         except MediaError as error:
             name = self.source.name(index)
-            # Who decodes bytes does not know where they are from.
-            reason = str(error) if name in str(error) else f"{name}: {error}"
-            return {"label": label, "problem": (name, reason)}
+            return {"label": label, "problem": (name, named(error, name))}
         return {**sample, "label": label, "problem": None}
+
+
+def named(error: MediaError, name: str) -> str:
+    """What an error says, with the sample's name: who decodes bytes does not know where they are from."""
+    reason = str(error).replace("'(bytes)'", repr(name))
+    return reason if name in reason else f"{name}: {reason}"
 
 
 class Kept:

@@ -15,7 +15,7 @@ from ..modalities.decode import VideoReader
 from ..modalities.sources import VIDEO_SUFFIXES, Source, find_splits
 from .folders import Augment
 from .loading import Key
-from .media import MediaData, Samples
+from .media import MediaData, Samples, named
 from .video_preprocess import ClipConfig, VideoPreprocess
 
 _CLIP = ClipConfig()
@@ -224,7 +224,7 @@ def usual_duration(source: Source) -> float:
             with VideoReader(source.media(index)) as video:
                 durations.append(video.info.duration)
         except MediaError as error:
-            first = first or error
+            first = first or MediaError(named(error, source.name(index)))
     if not durations:
         raise first or MediaError("there are no files")
     return statistics.median(durations)

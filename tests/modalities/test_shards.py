@@ -349,7 +349,8 @@ def test_nothing_is_overwritten_unasked_or_half_done(tmp_path, pictures, monkeyp
     ("wrong", "message"),
     [
         ({"kind": "text"}, "kind is 'text'"),
-        ({"samples": 0}, "samples is 0"),
+        ({"samples": 0}, "^--samples is 0; it must be at least 1$"),
+        ({"nbytes": 0}, "^--bytes is 0; it must be at least 1$"),
         ({"splits": ("nope",)}, "no split 'nope'"),
         ({"kind": "audio"}, "no file"),
     ],
@@ -360,6 +361,14 @@ def test_wrong_arguments_are_named(tmp_path, pictures, wrong, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_without_splits_or_none_at_all(tmp_path, capfd):
+    for root, message in (("nodir", "there is no folder '.*nodir'"), (".", "name its own with --splits")):
+        with pytest.raises(ConfigError, match=message):
+            main([str(tmp_path / root), str(tmp_path / "out"), "--kind", "image"])
+    # The error is the only line.
+    assert capfd.readouterr() == ("", "")
+
+
 def test_an_unreadable_file_stops_where_told(tmp_path, pictures):
     with pytest.raises(MediaError, match="0.x.jpg' is empty"):
         shard_folder(pictures, tmp_path / "out", kind="image", policy="raise")
@@ -368,7 +377,7 @@ def test_an_unreadable_file_stops_where_told(tmp_path, pictures):
 
 def test_sizes_are_read():
     assert [size_of(text) for text in ("5", "64MB", "1.5g", "2 KiB")] == [5, 64 << 20, 3 << 29, 2048]
-    with pytest.raises(ConfigError, match="'much'"):
+    with pytest.raises(ConfigError, match="--bytes is 'much'"):
         size_of("much")
 
 

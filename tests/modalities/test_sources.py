@@ -8,7 +8,7 @@ import pytest
 
 from omnimix.errors import ConfigError
 from omnimix.modalities import CSVSource, FolderSource, Source, find_source, has_split
-from omnimix.modalities.sources import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Strings, read_classes
+from omnimix.modalities.sources import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Strings, find_splits, read_classes
 
 
 def put(*files: Path) -> None:
@@ -62,6 +62,22 @@ def test_errors_of_folders_name_the_layouts(tmp_path):
     assert has_split(tmp_path, "train") and not has_split(tmp_path, "val")
 
 
+def test_a_missing_root_is_named_with_its_whole_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"there is no folder 'nodir'; .*'{tmp_path}/nodir'"):
+        find_splits("nodir", IMAGE_SUFFIXES)
+    with pytest.raises(ConfigError, match=rf"there is no folder '{tmp_path}/nodir'$"):
+        find_source(tmp_path / "nodir", "train", IMAGE_SUFFIXES)
+
+
+def test_one_class_is_nothing_to_tell_apart(tmp_path):
+    put(tmp_path / "train" / "down" / "1.jpg", tmp_path / "val" / "down" / "1.jpg")
+    with pytest.raises(ConfigError, match="train' has one class, 'down'; a classifier needs at least two"):
+        find_splits(tmp_path, IMAGE_SUFFIXES)
+    # What needs no classifier, like writing shards, reads it all the same.
+    assert find_source(tmp_path, "train", IMAGE_SUFFIXES).classes == ("down",)
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -70,6 +86,8 @@ def test_errors_of_folders_name_the_layouts(tmp_path):
         "clips/a b.mp4\t1\n\nclips/c.mp4\t0\nlost.mp4\t1",
         "label,path,split\n1,clips/a b.mp4,train\n0,clips/c.mp4,train\n1,lost.mp4,train\n",
         '\ufeffvideo,Class\n"clips/a b.mp4",1\nclips/c.mp4,0\nlost.mp4,1\n',
+        "path;label;note\nclips/a b.mp4;1;0,5\nclips/c.mp4;0;\nlost.mp4;1;\n",
+        "clips/a b.mp4;1\nclips/c.mp4;0\nlost.mp4;1\n",
     ],
 )
 def test_tables_of_every_style(tmp_path, text):
@@ -107,6 +125,16 @@ def test_kinetics_finds_clips_by_their_id(tmp_path):
         ("a.mp4,1,2\n", "line 1 .* header"),
         ("path,label\na.mp4\n", "line 2"),
         ("", "is empty"),
+        (
+            "path,klass\nhere.mp4,x\n",
+            r"line 1 .* header \(it has 'path'\) but has no column of label, class, category;",
+        ),
+        ("\npath;klass\nhere.mp4;x\n", "line 2 .* header .*'path'.* no column of label"),
+        ("fil,Label\nhere.mp4,x\n", r"line 1 .* header \(it has 'Label'\) but has no column of path, .*youtube_id;"),
+        (
+            "fil klass\nhere.mp4 x\n",
+            "line 1 .* header .'fil' is no file.* of path, .* no column of label, .*path,label",
+        ),
         ("here.mp4 7\n", "the classes 7, which are none of the 2 known ones"),
         ("lost.mp4 1\nalso.mp4 0\n", "of the 2 files .* none is there, the first being .*lost.mp4"),
     ],
@@ -116,6 +144,24 @@ def test_tables_that_cannot_be_used(tmp_path, text, message):
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(ConfigError, match=message):
         CSVSource(tmp_path / "t.csv", VIDEO_SUFFIXES, ("x", "y"))
+
+
+def test_a_sample_is_no_header_whatever_its_class_is_called(tmp_path):
+    put(tmp_path / "here.mp4", tmp_path / "bare")
+    for text in ("lost.mp4,label\nhere.mp4,path\n", "bare label\nhere.mp4 path\n", "a;b.mp4 label\nhere.mp4 path\n"):
+        (tmp_path / "t.csv").write_text(text)
+        source = CSVSource(tmp_path / "t.csv", VIDEO_SUFFIXES)
+        assert source.classes == ("label", "path") and len(source) == 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
+def test_other_encodings_are_told_what_to_do(tmp_path, encoding):
+    for name in ("t.csv", "classes.txt"):
+        (tmp_path / name).write_text("ä.mp4,x\n", encoding=encoding)
+    with pytest.raises(ConfigError, match=r"t\.csv' is no text in UTF-8 .*; save it as UTF-8"):
+        CSVSource(tmp_path / "t.csv", VIDEO_SUFFIXES)
+    with pytest.raises(ConfigError, match=r"classes\.txt' is no text in UTF-8 .*; save it as UTF-8"):
+        read_classes(tmp_path)
 
 
 def test_a_label_is_no_huge_number(tmp_path):

@@ -283,6 +283,14 @@ def test_speech_commands_as_it_comes(tmp_path):
     (tmp_path / "testing_list.txt").write_text("no/7.wav\n")
     with pytest.raises(ConfigError, match=r"no/7\.wav"):
         AudioFolderData(root=str(tmp_path))
+    (tmp_path / "testing_list.txt").write_text("no/2.wav\n", encoding="utf-16")
+    with pytest.raises(ConfigError, match=r"testing_list\.txt' is no text in UTF-8"):
+        AudioFolderData(root=str(tmp_path))
+    (tmp_path / "yes").rename(tmp_path / ".yes")
+    (tmp_path / "testing_list.txt").unlink()
+    (tmp_path / "validation_list.txt").write_text("no/0.wav\n")
+    with pytest.raises(ConfigError, match="has one class, 'no'"):
+        AudioFolderData(root=str(tmp_path))
 
 
 def test_kept_waves_are_read_once(folder, monkeypatch):

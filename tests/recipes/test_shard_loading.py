@@ -14,11 +14,13 @@ import torch.distributed as dist
 import webdataset
 from PIL import Image
 
+from omnimix.errors import MediaError
 from omnimix.modalities import ShardSource, load_image
 from omnimix.recipes.folders import Augment, LoadImage
 from omnimix.recipes.loading import EpochLoader
 from omnimix.recipes.media import IGNORED, Samples, collate
 from omnimix.recipes.preprocess import ImagePreprocess
+from omnimix.recipes.video_data import usual_duration
 
 SIZES = (1, 7, 3, 13, 5)
 WORLD, BATCH, EPOCHS = 2, 3, 2
@@ -181,7 +183,16 @@ def test_an_unreadable_member_is_named_with_its_shard(tmp_path):
         writer.write({"__key__": "x", "jpg": b"no picture", "cls": 0})
     source = ShardSource([tmp_path / "a.tar"], {".jpg"})
     name, reason = Samples(source, lambda media, seed: {"image": load_image(media)})[0, 0]["problem"]
-    assert name == source.name(0) == f"{tmp_path}/a.tar/x.jpg" and name in reason and "cannot read the image" in reason
+    assert name == source.name(0) == f"{tmp_path}/a.tar/x.jpg" and reason.startswith(
+        f"cannot read the image {name!r}: "
+    )
+
+
+def test_videos_none_of_which_can_be_read_are_named_with_their_shard(tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        writer.write({"__key__": "x", "mp4": b"no video", "cls": 0})
+    with pytest.raises(MediaError, match=r"cannot read '.*/a\.tar/x\.mp4': "):
+        usual_duration(ShardSource([tmp_path / "a.tar"], {".mp4"}))
 
 
 def test_workers_that_are_not_forked_read_the_same(tmp_path):
