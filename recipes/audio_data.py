@@ -132,18 +132,18 @@ class AudioData(MediaData):
     Subclasses set `preprocess` when they are built, and say in `find` what there is.
 
     Args:
-        augment: what happens to training clips; None is nothing.
         keep: decode each file once, and keep its wave in memory; then without workers.
     """
 
     preprocess: AudioPreprocess
+    # What happens to training clips. No argument: jsonargparse would hand a base's None on to the class that is chosen.
+    augment: AudioAugment | None = None
     # FFmpeg has threads of its own, which do not survive a fork.
     context = "forkserver"
 
     def __init__(
         self,
         *,
-        augment: AudioAugment | None,
         keep: bool,
         batch_size: int,
         workers: int,
@@ -159,7 +159,6 @@ class AudioData(MediaData):
             max_unreadable=max_unreadable,
             keep=keep,
         )
-        self.augment = augment
 
     @property
     def sounds(self) -> tuple[int, float | None, int]:
@@ -217,7 +216,6 @@ class AudioFolderData(AudioData):
         keep: bool = False,
     ):
         super().__init__(
-            augment=augment,
             keep=keep,
             batch_size=batch_size,
             workers=workers,
@@ -227,6 +225,7 @@ class AudioFolderData(AudioData):
         )
         if rate < 1 or (seconds is not None and not seconds > 0):
             raise ConfigError(f"data.rate is {rate} and data.seconds {seconds}; they must be above 0, or seconds null")
+        self.augment = augment
         folder = Path(root)
         listed = (folder / _LISTS["val"]).is_file()
         self.sources = listed_splits(folder) if listed else find_splits(folder, SUFFIXES)
@@ -245,7 +244,7 @@ class SoundsData(AudioData):
         train: training sounds of each of the twelve classes.
         val: held-out sounds of each class.
         seconds: that the model hears, at least 1.2, as long as the longest; null is the whole clip, packed.
-        augment: what happens to training sounds.
+        augment: what happens to training sounds; None is nothing.
         batch_size: sounds a step, on each device.
         seed: of order and augmentation; the sounds are always the same.
     """
@@ -256,12 +255,11 @@ class SoundsData(AudioData):
         train: int = 150,
         val: int = 25,
         seconds: float | None = SECONDS,
-        augment: AudioAugment | None = AudioAugment(),
+        augment: AudioAugment | None = None,
         batch_size: int = 64,
         seed: int = 0,
     ):
         super().__init__(
-            augment=augment,
             keep=True,
             batch_size=batch_size,
             workers=0,
@@ -269,6 +267,7 @@ class SoundsData(AudioData):
             policy="raise",
             max_unreadable=0.0,
         )
+        self.augment = augment
         for name, count in (("train", train), ("val", val)):
             if count < 1:
                 raise ConfigError(f"data.{name} is {count}; it must be at least 1")

@@ -56,7 +56,6 @@ class VideoData(MediaData):
     Subclasses set `preprocess` when they are built, and `sources` at the latest in `find`.
 
     Args:
-        augment: what happens to training clips; None is nothing.
         views: times at which a file is looked at in a test, whose logits are averaged.
         crops: squares along the longer side, at each of these times.
         keep: decode each file once, and keep its frames in memory: then always the central ones, and no workers.
@@ -64,13 +63,14 @@ class VideoData(MediaData):
 
     preprocess: VideoPreprocess
     sources: dict[str, Source]
+    # What happens to training clips. No argument: jsonargparse would hand a base's None on to the class that is chosen.
+    augment: Augment | None = None
     # FFmpeg has threads of its own, which do not survive a fork.
     context = "forkserver"
 
     def __init__(
         self,
         *,
-        augment: Augment | None,
         views: int,
         crops: int,
         keep: bool,
@@ -91,7 +91,7 @@ class VideoData(MediaData):
         for name, count in (("views", views), ("crops", crops)):
             if count < 1:
                 raise ConfigError(f"data.{name} is {count}; it must be at least 1")
-        self.augment, self.views, self.crops = augment, views, crops
+        self.views, self.crops = views, crops
 
     @property
     def clips(self) -> tuple[int, int, int, int, int]:
@@ -189,7 +189,6 @@ class VideoFolderData(VideoData):
         keep: bool = False,
     ):
         super().__init__(
-            augment=augment,
             views=views,
             crops=crops,
             keep=keep,
@@ -199,6 +198,7 @@ class VideoFolderData(VideoData):
             policy=policy,
             max_unreadable=max_unreadable,
         )
+        self.augment = augment
         self.sources = find_splits(Path(root), VIDEO_SUFFIXES)
         train = self.sources["train"]
         self.preprocess = VideoPreprocess(
