@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,6 @@ def replace_file(target: str | os.PathLike[str], write: Callable[[Path], Any]) -
     Args:
         target: its folder is made where there is none; an interrupt or a full disk leaves an old file whole.
         write: is given the path that it is to write to.
-
-    Raises:
-        OSError: the file cannot be written.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -35,14 +32,31 @@ def replace_file(target: str | os.PathLike[str], write: Callable[[Path], Any]) -
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
         temporary.replace(target)
-    except Exception as error:
-        # Libraries in Rust, such as safetensors, have errors of their own, which hold the system's in words.
-        found = re.search(r"\bos error (\d+)", str(error))
-        if found is None or isinstance(error, OSError):
-            raise
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(target)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_tensors(target: str | os.PathLike[str], tensors: Mapping[str, Any], about: Mapping[str, str]) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Args:
+        tensors: contiguous ones on the CPU, by name.
+        about: what the file says of itself.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        replace_file(target, lambda path: save_file(dict(tensors), path, metadata=dict(about)))
+    except SafetensorError as error:
+        # It holds the system's error in words.
+        found = re.search(r"\bos error (\d+)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(target)) from error
 
 
 @contextlib.contextmanager

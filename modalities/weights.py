@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..backbones.config import from_dict, to_dict
 from ..errors import CheckpointError, ConfigError
-from ..files import replace_file
+from ..files import replace_file, replace_tensors
 from .grid import fit_positions
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -41,10 +41,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def save_weights(model: nn.Module, file: str | Path) -> None:
     """Write a module's state dict as safetensors; the file appears whole or not at all."""
-    from safetensors.torch import save_file
-
     weights = {name: t.detach().cpu().contiguous() for name, t in plain_names(unwrap(model).state_dict()).items()}
-    replace_file(file, lambda temporary: save_file(weights, temporary, metadata={"format": "pt"}))
+    replace_tensors(file, weights, {"format": "pt"})
 
 
 def load_weights(model: nn.Module, file: str | Path, *, resize: bool = False) -> None:

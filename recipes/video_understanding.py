@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import lightning.pytorch as pl
 import torch
@@ -29,6 +29,29 @@ _TRAINING = ClassificationTrainingConfig()
 _SHOWN = 5
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClipTokens:
+    """What becomes a token of a clip.
+
+    Args:
+        tubelet: its frames, and its pixels down and across, [t, h, w].
+        group: tubelets in time, down and across whose mean becomes one token, [t, h, w]: for long videos.
+        merge: tokens that are left of each time step, the others merged into those most like them (ToMe, arXiv
+            2210.09461); null merges none.
+    """
+
+    tubelet: tuple[int, int, int] = (2, 8, 8)
+    group: tuple[int, int, int] = (1, 1, 1)
+    merge: int | None = None
+
+    def of_one_frame(self) -> ClipTokens:
+        """The same for clips of one frame."""
+        return replace(self, tubelet=(1, *tuple(self.tubelet)[1:]), group=(1, *tuple(self.group)[1:]))
+
+
+_TOKENS = ClipTokens()
+
+
 class VideoUnderstanding(Classification):
     """A classifier of clips and how it is trained.
 
@@ -37,10 +60,7 @@ class VideoUnderstanding(Classification):
             and joined by "+" they run in parallel ("attention+gla").
         dim: width of the tokens.
         depth: number of blocks.
-        tubelet: frames and pixels down and across of a token, [t, h, w].
-        group: frames of tokens and tokens down and across whose mean becomes one token, [t, h, w]: for long videos.
-        merge: tokens that are left of each time step, the others merged into those most like them (ToMe); null
-            merges none.
+        tokens: what becomes a token.
         scan: the orders in which mixers that only look backwards run over the tokens; null is "temporal-first", and
             "forward" where `causal`.
         channel: the other half of a block: "swiglu", "mlp", "moe" or null.
@@ -59,9 +79,7 @@ class VideoUnderstanding(Classification):
         mixer: str = "gla",
         dim: int = 64,
         depth: int = 2,
-        tubelet: tuple[int, int, int] = (2, 8, 8),
-        group: tuple[int, int, int] = (1, 1, 1),
-        merge: int | None = None,
+        tokens: ClipTokens = _TOKENS,
         scan: str | None = None,
         channel: str | None = "swiglu",
         mixers: dict[str, MixerConfig] = {},  # noqa: B006 - jsonargparse cannot write a factory's value
@@ -80,10 +98,10 @@ class VideoUnderstanding(Classification):
             depth=depth,
             classes=classes,
             size=tuple(size),
-            tubelet=tuple(tubelet),
+            tubelet=tuple(tokens.tubelet),
+            group=tuple(tokens.group),
+            merge=tokens.merge,
             channels=channels,
-            group=tuple(group),
-            merge=merge,
             # Those of steps that no clip has reached would mean nothing where a film goes on.
             time_positions="none" if causal else None,
             causal=causal,
@@ -103,9 +121,7 @@ class VideoUnderstanding(Classification):
             "mixer": mixer,
             "dim": dim,
             "depth": depth,
-            "tubelet": (1, *tuple(tubelet)[1:]),
-            "group": (1, *tuple(group)[1:]),
-            "merge": merge,
+            "tokens": tokens.of_one_frame(),
             "scan": scan,
             "channel": channel,
             "mixers": mixers,

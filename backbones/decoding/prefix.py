@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ...files import replace_file
+from ...files import replace_tensors
 from ..config import to_dict
 from ..language import LanguageModel
 from ..state import State
@@ -75,12 +75,10 @@ def fingerprint(model: LanguageModel) -> str:
 
 def save_prefix(path: str | Path, prefix: Prefix, model: LanguageModel) -> None:
     """Write a prefix as safetensors, with the fingerprint of the model that read it; whole or not at all."""
-    from safetensors.torch import save_file
-
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in _named(prefix.state)}
     tensors |= {"logits": prefix.logits.detach().cpu().contiguous().clone(), "tokens": torch.tensor(prefix.tokens)}
     about = {"format": FORMAT, "model": fingerprint(model)}
-    replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=about))
+    replace_tensors(path, tensors, about)
 
 
 def load_prefix(path: str | Path, model: LanguageModel) -> Prefix:

@@ -27,6 +27,7 @@ from omnimix.recipes.timeline import scenes
 from omnimix.recipes.video_data import VideoFolderData
 from omnimix.recipes.video_preprocess import ClipConfig, VideoPreprocess, strip
 from omnimix.recipes.video_timeline import Timeline
+from omnimix.recipes.video_understanding import VideoUnderstanding
 
 # Everything that draws random numbers is on: stochastic depth, augmentation.
 TINY = [
@@ -116,13 +117,10 @@ def test_views_are_other_times_and_squares(place):
     # These frames are square: there is no longer side. A window is half of a second: the first and last are its halves.
     assert torch.equal(video[::2], video[1::2])
     assert torch.equal(middle, data.val_set[0, 0]["video"]) and torch.equal(first[:, 2:], middle[:, :2])
-    assert torch.equal(last[:, :2], middle[:, 2:])
-    assert data.preprocess.seconds == 0.5
+    assert torch.equal(last[:, :2], middle[:, 2:]) and data.preprocess.seconds == 0.5
 
 
 def test_several_views_are_averaged():
-    from omnimix.recipes.video_understanding import VideoUnderstanding
-
     module = VideoUnderstanding(dim=16, depth=1, clips=(1, 4, 16, 16, 3)).eval()
     views = torch.randn(2, 5, 1, 4, 16, 16)
     with torch.no_grad():
@@ -148,8 +146,7 @@ def test_predict_names_class_and_probability(place, tmp_path, capsys):
     with torch.no_grad():
         best = model(prepare.load(clip)[None]).argmax()
     assert good[0]["class"] == prepare.classes[int(best)]
-    assert main([*words, "--policy", "raise"]) == 2
-    assert "b.mp4" in capsys.readouterr().err
+    assert main([*words, "--policy", "raise"]) == 2 and "b.mp4" in capsys.readouterr().err
     assert main(["video", "predict", "--run", str(run), str(tmp_path / "none.mp4")]) == 2
     assert main(["video", "predict", "--run", str(run), str(clip), "--picture", str(tmp_path / "new" / "p.png")]) == 0
     assert (tmp_path / "new" / "p.png").stat().st_size > 10_000
@@ -353,9 +350,14 @@ def test_folders_with_broken_files(place, tmp_path, capsys, policy):
         *("video", "fit", "--name", "folder", "--runs", str(tmp_path / "runs"), "--config", "video_folder"),
         *(f"--data.root={root}", f"--data.policy={'raise' if policy == 'raise' else 'skip'}"),
         *(f"--data.max_unreadable={most}", "--data.batch_size=3", "--data.workers=0", "--threads=1"),
-        *("--data.clip.size=16", "--data.clip.frames=4", "--data.clip.sampling=dense", "--model.tubelet=[2,8,8]"),
+        *(
+            "--data.clip.size=16",
+            "--data.clip.frames=4",
+            "--data.clip.sampling=dense",
+            "--model.tokens.tubelet=[2,8,8]",
+        ),
         *("--model.dim=16", "--model.depth=1", "--model.causal=true", "--model.mixer=mamba2"),
-        *("--model.group=[2,1,1]", "--model.merge=2"),
+        *("--model.tokens.tubelet=[2,8,8]", "--model.tokens.group=[2,1,1]", "--model.tokens.merge=2"),
         *("--trainer.max_epochs=1", "--model.one_frame_epochs=1"),
     ]
     code = main(typed)
@@ -387,8 +389,7 @@ def test_mistakes_are_one_line(place, tmp_path, monkeypatch, capsys, typed, said
     monkeypatch.chdir(tmp_path)
     assert main(["video", "fit", typed]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("omnimix: error: ") and error.count("\n") == 1
-    assert said in error
+    assert error.startswith("omnimix: error: ") and error.count("\n") == 1 and said in error
     assert not list(tmp_path.iterdir())
 
 
