@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import MediaError, UnsupportedCall, UnsupportedShape
+from .sources import UNNAMED
 
 Media = str | Path | bytes
 Source = str | Path | bytes | BinaryIO | io.IOBase
@@ -69,7 +70,7 @@ class Input:
         self._source, self._threads = source, threads
         self._container: Any = None
         path = isinstance(source, str | Path)
-        self.name = name or (str(source) if path else "(bytes)" if isinstance(source, bytes) else "(an open file)")
+        self.name = name or (str(source) if path else UNNAMED if isinstance(source, bytes) else "(an open file)")
         if path and not Path(source).is_file():
             raise self.error("there is no such file" if not Path(source).exists() else "it is no file")
         if not path and not isinstance(source, bytes) and not hasattr(source, "read"):

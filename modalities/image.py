@@ -17,6 +17,7 @@ from ..backbones.config import positive
 from ..backbones.layout import Layout
 from ..errors import ConfigError, MediaError, UnsupportedShape
 from .grid import GridTokenizer, check_beside, pad_to_whole, resize_kernel, resize_table, sizes, strided_product
+from .sources import UNNAMED
 
 POSITIONS = ("learned", "factorised", "none")
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL converts to grey
@@ -192,7 +193,7 @@ def _name_of(source: Any) -> str:
     if isinstance(source, str | Path):
         return str(source)
     if isinstance(source, bytes):
-        return "(bytes)"
+        return UNNAMED
     return getattr(source, "filename", "") or ("(an open file)" if hasattr(source, "read") else "(a PIL image)")
 
 

@@ -16,6 +16,8 @@ VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".m
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".aif", ".aiff"})
 
 _LAYOUTS = "{split}/CLASS/FILES, {split}.csv, or tar shards {split}-*.tar or {split}/*.tar"
+# What readers call media that come as bytes, since they do not know where these are from.
+UNNAMED = "(bytes)"
 # A label beyond this is a column of something else, and not the number of a class.
 _MOST_CLASSES = 1_000_000
 

@@ -4,7 +4,6 @@ imported."""
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..console import emit, write_atomically
+from ..console import emit
 from ..errors import CheckpointError, MediaError
 from ..modalities import load_model, read_details
 from ..modalities.audio_models import AudioClassifier
 from .audio_preprocess import SUFFIXES, AudioPreprocess
-from .prediction import LONG, add_options, check_counts, make_folder, named_files, ranked, unreadable
+from .prediction import LONG, add_options, check_counts, make_folder, named_files, ranked, unreadable, write_rows
 from .run import RunFolder
 from .timeline import Moment, scenes
 
@@ -43,15 +42,10 @@ def main(argv: list[str]) -> int:
     predictor = Predictor(folder.path)
     make_folder("--json", options.json)
     clips, rows = predictor.heard(files, options.timeline, options.top, options.every, options.policy)
-    if options.json == "-":
-        emit("", clips + rows, "-")
-    else:
-        for title, some in (("predictions", clips), ("timelines", rows)):
-            if some:
-                emit(f"{title} of {folder.path}", some)
-        if options.json is not None:
-            write_atomically(options.json, json.dumps(clips + rows, indent=1) + "\n")
-    return 0 if any(row["class"] is not None for row in clips + rows) else 1
+    for title, some in (("predictions", clips), ("timelines", rows)):
+        if some and options.json != "-":
+            emit(f"{title} of {folder.path}", some)
+    return write_rows(clips + rows, options.json)
 
 
 class Predictor:

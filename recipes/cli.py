@@ -309,7 +309,7 @@ def run_fit(
             return 0  # a failure of theirs would make whoever started them stop the first before it has spoken
         if not folder.config.is_file():
             raise
-        done = "stopped" if cli is None else f"stopped behind the training; the model is in {folder.path}"
+        done = "stopped" if cli is None else "stopped behind the training, before the report was done"
         place = "" if runs == "runs" else f" --runs {shlex.quote(runs)}"
         again = f"{same_again(f'omnimix {task} fit')} --name {name}{place} --resume"
         print(f"\n{str(stop) or done}\ngo on with: {again}")

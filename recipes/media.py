@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from ..errors import ConfigError, MediaError
-from ..modalities.sources import Source
+from ..modalities.sources import UNNAMED, Source
 from .loading import EpochLoader, Key, mix, own_key
 from .preprocess import Preprocess
 
@@ -53,7 +53,7 @@ class Samples:
 
 def named(error: MediaError, name: str) -> str:
     """What an error says, with the sample's name: who decodes bytes does not know where they are from."""
-    reason = str(error).replace("'(bytes)'", repr(name))
+    reason = str(error).replace(repr(UNNAMED), repr(name))
     return reason if name in reason else f"{name}: {reason}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from ..console import emit, write_atomically
 from ..errors import ConfigError
 from ..modalities.sources import walk_files
 
@@ -60,6 +62,22 @@ def make_folder(option: str, file: str | None) -> None:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{option} is {file!r}, whose folder cannot be made: {error.strerror}") from error
+
+
+def write_rows(rows: list[dict[str, Any]], file: str | None) -> int:
+    """Write what was found as JSON, where it is asked for.
+
+    Args:
+        file: of `--json`: None is no file, and "-" standard output.
+
+    Returns:
+        The exit code: 1 where nothing was readable.
+    """
+    if file == "-":
+        emit("", rows, "-")
+    elif file is not None:
+        write_atomically(file, json.dumps(rows, indent=1) + "\n")
+    return 0 if any(row["class"] is not None for row in rows) else 1
 
 
 def named_files(words: Sequence[str], suffixes: Collection[str], noun: str) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,13 +12,13 @@ from typing import Any
 
 import torch
 
-from ..console import emit, write_atomically
+from ..console import emit
 from ..errors import CheckpointError, ConfigError, MediaError
 from ..modalities import load_model, read_details
 from ..modalities.decode import VideoReader
 from ..modalities.sources import VIDEO_SUFFIXES
 from ..modalities.video_models import VideoClassifier
-from .prediction import LONG, add_options, check_counts, make_folder, named_files, ranked, unreadable
+from .prediction import LONG, add_options, check_counts, make_folder, named_files, ranked, unreadable, write_rows
 from .run import RunFolder
 from .timeline import Scene, scenes
 from .video_preprocess import VideoPreprocess
@@ -57,13 +56,9 @@ def main(argv: list[str]) -> int:
             if options.policy == "raise":
                 raise
             clips.append(unreadable(path, error))
-    if options.json == "-":
-        emit("", clips + rows, "-")
-    elif clips:
+    if clips and options.json != "-":
         emit(f"predictions of {folder.path}", clips)
-    if options.json not in (None, "-"):
-        write_atomically(options.json, json.dumps(clips + rows, indent=1) + "\n")
-    return 0 if any(row["class"] is not None for row in clips + rows) else 1
+    return write_rows(clips + rows, options.json)
 
 
 class Predictor:

@@ -350,12 +350,7 @@ def test_folders_with_broken_files(place, tmp_path, capsys, policy):
         *("video", "fit", "--name", "folder", "--runs", str(tmp_path / "runs"), "--config", "video_folder"),
         *(f"--data.root={root}", f"--data.policy={'raise' if policy == 'raise' else 'skip'}"),
         *(f"--data.max_unreadable={most}", "--data.batch_size=3", "--data.workers=0", "--threads=1"),
-        *(
-            "--data.clip.size=16",
-            "--data.clip.frames=4",
-            "--data.clip.sampling=dense",
-            "--model.tokens.tubelet=[2,8,8]",
-        ),
+        *("--data.clip.size=16", "--data.clip.frames=4", "--data.clip.sampling=dense"),
         *("--model.dim=16", "--model.depth=1", "--model.causal=true", "--model.mixer=mamba2"),
         *("--model.tokens.tubelet=[2,8,8]", "--model.tokens.group=[2,1,1]", "--model.tokens.merge=2"),
         *("--trainer.max_epochs=1", "--model.one_frame_epochs=1"),
