@@ -12,6 +12,10 @@ __version__ = "0.1.0"
 _LAZY = {
     "Backbone": ".backbones",
     "BackboneConfig": ".backbones",
+    "BlockConfig": ".backbones",
+    "Context": ".backbones",
+    "Memory": ".backbones",
+    "StageConfig": ".backbones",
     "Layout": ".backbones",
     "State": ".backbones",
     "LanguageModel": ".backbones",

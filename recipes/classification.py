@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from ..backbones.config import to_dict
+from ..backbones.serialization import to_dict
 from ..console import emit
 from ..modalities import save_model
 from ..modalities.classifier import Classifier

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import omnimix
-from omnimix.backbones.channel.moe import MoEConfig
 from omnimix.backbones.decoding import GenerationConfig, generate
 from omnimix.backbones.decoding.sampling import filtered, seen_tokens
+from omnimix.backbones.ffn.moe import MoEConfig
 from omnimix.backbones.heads.causal import CausalConfig
 from omnimix.errors import CheckpointError, UnsupportedCall, UnsupportedShape
 from omnimix.modalities import save_model

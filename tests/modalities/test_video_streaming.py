@@ -122,7 +122,7 @@ import json, resource, torch
 from omnimix.modalities import build_model, video_classifier
 torch.manual_seed(0)
 config = video_classifier(
-    mixer="mamba", dim=64, depth=2, classes=10, size=(16, 32, 32), tubelet=(2, 16, 16), channel=None, causal=True
+    mixer="mamba", dim=64, depth=2, classes=10, size=(16, 32, 32), tubelet=(2, 16, 16), ffn=None, causal=True
 )
 model = build_model(config).eval().requires_grad_(False)
 model.head.classifier.weight.mul_(50)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from omnimix.backbones import BackboneConfig, LanguageModel, LanguageModelConfig
-from omnimix.backbones.channel.moe import MoE, MoEConfig
 from omnimix.backbones.config import Site
+from omnimix.backbones.ffn.moe import MoE, MoEConfig
 from omnimix.recipes.loading import EpochLoader
 from omnimix.recipes.optimisers import parameter_groups
 from omnimix.recipes.ranks import Agreement, summed
