@@ -83,15 +83,15 @@ class Mixer(SequenceLayer):
             raise UnsupportedCall(
                 f"{name} resumes from a state only where it streams, under Layout(causal=True) or 'block'"
             )
+        wanted = layout.sequences(x.shape[0])
+        for tensor in state.tensors()[:1]:
+            if tensor.shape[0] != wanted:
+                raise UnsupportedShape(f"{name}: state holds {tensor.shape[0]} sequences, and the batch has {wanted}")
         if "positions" in self.capabilities.reads and context.positions is None:
             raise UnsupportedCall(
                 f"{name} was given a state without context.positions; a Backbone counts the tokens read, and whoever "
                 "calls a mixer alone passes Context(layout, positions=...)"
             )
-        wanted = layout.sequences(x.shape[0])
-        for tensor in state.tensors()[:1]:
-            if tensor.shape[0] != wanted:
-                raise UnsupportedShape(f"{name}: state holds {tensor.shape[0]} sequences, and the batch has {wanted}")
 
 
 class ScanMixer(Mixer):

@@ -134,9 +134,19 @@ def test_ids_outside_the_vocabulary_are_refused(bad: int):
         model().loss(tokens)
 
 
+def test_no_tokens_leave_the_state_as_it_is():
+    net = model()
+    _, state = net(ids(2, 4))
+    logits, after = net(ids(2, 0), state)
+    assert logits.shape == (2, 0, VOCABULARY)
+    assert all(torch.equal(a, b) for a, b in zip(after.tensors(), state.tensors(), strict=True))
+    logits, fresh = net(ids(2, 0))
+    assert [t.shape for t in fresh.tensors()] == [t.shape for t in net.init_state(2).tensors()]
+
+
 def test_what_is_no_batch_of_tokens_is_refused():
-    with pytest.raises(UnsupportedShape, match="at least one token"):
-        model()(ids(2, 0))
+    with pytest.raises(UnsupportedShape, match="is not"):
+        model()(ids(4))
 
 
 def test_mixers_that_look_both_ways_are_refused():
