@@ -139,7 +139,7 @@ class Hyena(ScanMixer):
         self.conv_shape = (dim * (config.order + 1), config.conv_size - 1)
         self.state_shape = (dim * (config.order - 1), config.length - 1)
 
-    def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], None]:
+    def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], None]:
         return (self.in_proj(x),), None
 
     def finish(self, mixed: Tensor, kept: Tensor | None) -> Tensor:

@@ -131,7 +131,7 @@ class Mamba2(ScanMixer):
         self.conv_shape = (channels, config.conv_size - 1)
         self.state_shape = (heads, config.state_size, inner // heads)
 
-    def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], Tensor]:
         z, xbc, dt = self.in_proj(x).split(self.sizes, dim=-1)
         return (xbc, dt), z
 
