@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..utils.cache import cache_folder
 from .registry import constant_in_graphs, named
 
 # No -ffast-math: what is not a number must stay none.
@@ -89,12 +90,6 @@ def direct(op: str, *tensors: Tensor | None) -> bool:
     return _failure(op) is None
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: one folder a user."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "omnimix" / "native"
-
-
 def _processor() -> str:
     """What -march=native depends on: a home directory may be shared by machines of several kinds."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -117,7 +112,7 @@ def _build(op: str) -> str | None:
     """Loads the op's library, compiled before or now; returns the reason where that fails."""
     compiler = shutil.which("g++")
     try:
-        library = cache_folder() / f"{op}-{_key(op, compiler)}.so"
+        library = cache_folder("native") / f"{op}-{_key(op, compiler)}.so"
         if not library.exists():
             library.parent.mkdir(parents=True, exist_ok=True)
             if failure := _compile(op, compiler, library):

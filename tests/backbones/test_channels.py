@@ -17,8 +17,8 @@ from omnimix.backbones import from_dict, to_dict
 from omnimix.backbones.channel import CHANNELS, expert_loads, list_channels, rebalance
 from omnimix.backbones.channel.moe import MoE, MoEConfig
 from omnimix.backbones.config import Site
+from omnimix.cli.check_kernels import low_precision_excess, results
 from omnimix.errors import ConfigError
-from omnimix.kernels.check import low_precision_excess, results
 
 from ..laws.checker import assert_equal
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from omnimix.cli.check_kernels import FLOAT32_TOLERANCE, error, results
 from omnimix.errors import BackendUnavailable, UnsupportedCall, UnsupportedShape
 from omnimix.kernels import Draw, delta_rule, gated_linear
-from omnimix.kernels.check import FLOAT32_TOLERANCE, error, results
 
 BACKENDS = ("reference", "chunked")
 

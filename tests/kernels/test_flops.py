@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from omnimix.cli.check_kernels import arguments_of, call_of, results
 from omnimix.kernels import Draw, flop_counter, get_op, ops
-from omnimix.kernels.check import arguments_of, call_of, results
 
 CASES = [
     pytest.param(op, case, backend.name, id=f"{op.name}-{case.name}-{backend.name}".replace(" ", "_"))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from omnimix.cli.check_kernels import results
 from omnimix.errors import BackendUnavailable, UnknownName, UnsupportedShape
 from omnimix.kernels import Draw, gated_linear, get_op
-from omnimix.kernels.check import results
 
 BACKENDS = ("reference", "chunked")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from omnimix.cli.check_kernels import call_of
 from omnimix.errors import UnsupportedShape
 from omnimix.kernels import Draw, linear_recurrence, native
-from omnimix.kernels.check import call_of
 from omnimix.kernels.registry import get_op
 
 from ..laws import checker

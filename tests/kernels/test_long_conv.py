@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from omnimix.cli.check_kernels import error
 from omnimix.errors import UnsupportedShape
 from omnimix.kernels import long_conv
-from omnimix.kernels.check import error
 from omnimix.kernels.long_conv import diagonal, transform
 from omnimix.kernels.long_conv.transform import block_size
 

@@ -85,7 +85,7 @@ def test_a_library_is_compiled_once(afresh, monkeypatch, capfd):
     native._build.cache_clear()
     assert native._build(OP) is None
     assert capfd.readouterr().err == ""
-    (library,) = native.cache_folder().iterdir()
+    (library,) = native.cache_folder("native").iterdir()
     assert library.suffix == ".so"
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from omnimix.cli.check_kernels import error
 from omnimix.errors import UnsupportedShape
 from omnimix.kernels import test_time as train
-from omnimix.kernels.check import error
 from omnimix.kernels.test_time import state_parts, state_size
 
 from ..laws import checker

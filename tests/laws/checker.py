@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from omnimix.kernels import Case, Draw
-from omnimix.kernels.check import (
+from omnimix.cli.check_kernels import (
     Results,
     arguments_of,
     cast,
@@ -26,6 +25,7 @@ from omnimix.kernels.check import (
     to,
     weights_for,
 )
+from omnimix.kernels import Case, Draw
 
 Function = Callable[..., Any]
 Arguments = dict[str, Any]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.testing._internal.optests import OpCheckError
 
+from omnimix.cli.check_kernels import arguments_of, call_of
 from omnimix.kernels import Draw, get_op
-from omnimix.kernels.check import arguments_of, call_of
 
 from . import checker
 

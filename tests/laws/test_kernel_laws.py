@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from omnimix.cli.check_kernels import arguments_of, call_of
 from omnimix.kernels import Case, Draw, Op, ops
-from omnimix.kernels.check import arguments_of, call_of
 from omnimix.kernels.native import machine_refusal
 
 from . import checker

@@ -10,12 +10,12 @@ import yaml
 
 from omnimix.__main__ import main
 from omnimix.recipes import CONFIGS, RECIPES
-from omnimix.recipes.audio_classification import AudioClassification
-from omnimix.recipes.cli import interruptible, run_fit
-from omnimix.recipes.text_generation import TextGeneration
-from omnimix.recipes.training import Interrupted
-from omnimix.recipes.video_understanding import VideoUnderstanding
-from omnimix.recipes.vision_classification import VisionClassification
+from omnimix.recipes.audio.recipe import AudioClassification
+from omnimix.recipes.common.cli import interruptible, run_fit
+from omnimix.recipes.common.training import Interrupted
+from omnimix.recipes.text.recipe import TextGeneration
+from omnimix.recipes.video.recipe import VideoUnderstanding
+from omnimix.recipes.vision.recipe import VisionClassification
 
 MODELS = {
     "vision": VisionClassification,

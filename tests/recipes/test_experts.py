@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from omnimix.backbones.channel import expert_loads
 from omnimix.backbones.channel.moe import MoEConfig
 from omnimix.modalities import ImageClassifier
-from omnimix.recipes.vision_classification import DigitsData, VisionClassification, VisionTrainingConfig
+from omnimix.recipes.vision.recipe import DigitsData, VisionClassification, VisionTrainingConfig
 
 
 def recipe(**options):

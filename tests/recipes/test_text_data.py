@@ -9,11 +9,11 @@ import torch
 
 from omnimix.backbones.heads.noise import scored_tokens
 from omnimix.errors import CheckpointError, ConfigError, UnknownName
-from omnimix.modalities.text import ByteTokenizer, train_bpe
-from omnimix.modalities.token_cache import TokenCache
-from omnimix.recipes.text_data import ChatLines, JsonLines, Parquet, Shards, StandardLibrary, TextFiles, TextOptions
-from omnimix.recipes.text_generation import TextGeneration
-from omnimix.recipes.text_windows import PackedWindows, Pieces
+from omnimix.modalities.data.token_cache import TokenCache
+from omnimix.modalities.text.tokenizer import ByteTokenizer, train_bpe
+from omnimix.recipes.text.data import ChatLines, JsonLines, Parquet, Shards, StandardLibrary, TextFiles, TextOptions
+from omnimix.recipes.text.recipe import TextGeneration
+from omnimix.recipes.text.windows import PackedWindows, Pieces
 
 
 @pytest.fixture
