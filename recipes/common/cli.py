@@ -27,6 +27,7 @@ from ...utils.files import replace_file
 from ...utils.run_folder import RunFolder
 from .arguments import argument, configurations, defaults, typed_options, with_run_config
 from .history import History
+from .migration import migrated_files
 from .parser import Parser
 from .ranks import same_again, share_threads, trainer_of_torchrun
 from .training import AverageWeights, Interrupted, LastCheckpoint, SeedEveryStep, precision
@@ -77,7 +78,7 @@ class RecipeCLI(LightningCLI):
         self.task = recipe.split("_")[0]
         argv, base, self.configuration = configurations(argv, recipe)
         _quiet()
-        with defaults(base, argv) as file:
+        with migrated_files(argv) as argv, defaults(base, argv) as file:
             self._start(model, data, str(file), argv)
 
     def _start(
