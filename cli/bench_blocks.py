@@ -21,6 +21,8 @@ from ..backbones.config import BackboneConfig, Site
 from ..backbones.layout import Layout
 from ..errors import ConfigError, UnknownName
 from ..kernels.registry import using
+from ..utils.devices import usable_device, where_on
+from ..utils.options import add_device, add_json, add_threads, set_threads
 from .bench_kernels import DTYPES, Stopwatch, peak_bytes
 from .bench_kernels_peers import in_its_own_process
 
@@ -247,15 +249,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024], metavar="T", help="tokens")
     parser.add_argument("--skip", nargs="+", default=[], metavar="NAME", help="subjects to leave out")
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of weights and tokens")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
-    parser.add_argument("--threads", type=int, help="threads that torch may use on a CPU")
+    add_device(parser)
+    add_threads(parser)
     parser.add_argument("--repeats", type=int, default=5, help="calls whose median is taken")
-    parser.add_argument("--json", metavar="FILE", help='write the rows to FILE ("-": standard output)')
+    add_json(parser)
     options = parser.parse_args(argv)
     from ..utils.console import emit
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
+    device = usable_device(options.device)
     rows, left_out = bench_blocks(
         blocks=options.blocks,
         lengths=options.lengths,
@@ -264,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=options.device,
         repeats=options.repeats,
     )
-    where = f"{options.device}, {torch.get_num_threads()} threads" if options.device == "cpu" else options.device
+    where = where_on(device)
     emit(f"blocks in {options.dtype} on {where}", rows, options.json)
     for name, why in left_out.items():
         print(f"left out: {name}: {why}", file=sys.stderr)

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UnknownName
+from ..utils.devices import usable_device, where_on
+from ..utils.options import add_device, add_json, add_threads, set_threads
 from .bench_blocks import HIDDEN
 from .bench_decode_models import DEFAULT, MODELS, OURS, PEERS, THEIRS, Decoder, Sizes, build
 from .bench_kernels import DTYPES, Stopwatch, peak_bytes
@@ -242,15 +244,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in asdict(sizes).items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"of the models (default {value})")
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of the weights")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
-    parser.add_argument("--threads", type=int, help="threads that torch may use on a CPU")
-    parser.add_argument("--json", metavar="FILE", help='write the rows to FILE ("-": standard output)')
+    add_device(parser)
+    add_threads(parser)
+    add_json(parser)
     parser.add_argument("--plot", metavar="FILE.png", help="draw tokens/s and memory over the context")
     options = parser.parse_args(argv)
     from ..utils.console import emit
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
+    device = usable_device(options.device)
     sizes = Sizes(**{name: getattr(options, name) for name in asdict(sizes)})
     names = ("steps", "prompt", "chunk", "patience")
     plan = Plan(lengths=tuple(options.lengths), **{name: getattr(options, name) for name in names})
@@ -262,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype=options.dtype,
         device=options.device,
     )
-    where = f"{options.device}, {torch.get_num_threads()} threads" if options.device == "cpu" else options.device
+    where = where_on(device)
     shape = f"{sizes.depth} layers, {sizes.dim} wide, {sizes.vocabulary} tokens, batch {sizes.batch}"
     emit(f"decoding in {options.dtype} on {where}: {shape}; prompt of {plan.prompt} tokens", rows, options.json)
     for name, why in left_out.items():

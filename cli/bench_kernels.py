@@ -18,6 +18,8 @@ from torch import Tensor
 from ..errors import BackendUnavailable, ConfigError, UnknownName
 from ..kernels.registry import Case, Draw, Op, get_op, ops
 from ..kernels.tools import interpreting
+from ..utils.devices import usable_device, where_on
+from ..utils.options import add_device, add_json, add_threads, set_threads
 from .bench_kernels_peers import PEERS, Peer, served, times
 from .check_kernels import call_of, cast, differentiable
 
@@ -342,16 +344,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backends", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--peers", nargs="*", metavar="NAME", help=f"only these beside ours ({SDPA}, fla ...); or none")
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of the arguments")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
-    parser.add_argument("--threads", type=int, help="threads that torch may use on a CPU")
+    add_device(parser)
+    add_threads(parser)
     parser.add_argument("--repeats", type=int, default=7, help="calls whose median is taken")
-    parser.add_argument("--json", metavar="FILE", help='write the rows to FILE ("-": standard output)')
+    add_json(parser)
     parser.add_argument("--plot", metavar="FILE.png", help="draw time over length")
     options = parser.parse_args(argv)
     from ..utils.console import emit
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
+    device = usable_device(options.device)
     bench = bench_all(
         ops_named=options.ops,
         lengths=options.lengths,
@@ -361,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=options.device,
         repeats=options.repeats,
     )
-    where = f"{options.device}, {torch.get_num_threads()} threads" if options.device == "cpu" else options.device
+    where = where_on(device)
     roofs = f"a large matrix product runs at {bench.roofs.gemm:.0f} GFLOP/s, a copy at {bench.roofs.copy:.0f} GB/s"
     emit(f"kernels in {options.dtype} on {where}; {roofs}", bench.rows, options.json)
     for name, why in bench.left_out.items():

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, UnknownName
+from ..utils.devices import usable_device, where_on
+from ..utils.options import add_device, add_json, add_threads, set_threads
 from .bench_kernels import DTYPES, Stopwatch, gemm_rate
 from .bench_models_peers import MEDIA, medium
 
@@ -120,21 +122,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sizes", nargs="+", type=int, metavar="N", help=units)
     parser.add_argument("--batch", type=int, default=1, help="samples a call")
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of weights and samples")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
-    parser.add_argument("--threads", type=int, help="threads that torch may use on a CPU")
+    add_device(parser)
+    add_threads(parser)
     parser.add_argument("--repeats", type=int, default=5, help="calls whose median is taken")
-    parser.add_argument("--json", metavar="FILE", help='write the rows to FILE ("-": standard output)')
+    add_json(parser)
     parser.add_argument("--plot", metavar="FILE.png", help="draw time over size")
     options = parser.parse_args(argv)
     from ..utils.console import emit
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
+    device = usable_device(options.device)
     names = ("kind", "models", "sizes", "batch", "dtype", "device", "repeats")
     rows = bench_models(**{name: getattr(options, name) for name in names})
     watch = Stopwatch(device=torch.device(options.device), repeats=options.repeats)
     rate = gemm_rate(watch, DTYPES[options.dtype])
-    where = f"{options.device}, {torch.get_num_threads()} threads" if options.device == "cpu" else options.device
+    where = where_on(device)
     title = f"{options.kind} models in {options.dtype}, batch {options.batch}, on {where}"
     emit(f"{title}; a large matrix product runs at {rate:.0f} GFLOP/s", rows, options.json)
     if options.plot:

@@ -21,6 +21,7 @@ from ..recipes.common.loading import EpochLoader
 from ..recipes.common.media import Samples, collate
 from ..recipes.common.synthetic import generated_folder
 from ..utils.console import emit
+from ..utils.options import add_json
 from .shard import shard_folder
 
 CLASSES = 10
@@ -161,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes that read ahead (default: 2)")
     parser.add_argument("--batch", type=int, default=64, help="images a batch (default: 64)")
     parser.add_argument("--seconds", type=float, default=60.0, help="to measure for (default: 60)")
-    parser.add_argument("--json", metavar="FILE", help='write the rows to FILE ("-": standard output)')
+    add_json(parser)
     options = parser.parse_args(argv)
     names = ("images", "size", "workers", "batch", "seconds")
     rows = bench_reading(**{name: getattr(options, name) for name in names})

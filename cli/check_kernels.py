@@ -18,6 +18,8 @@ from torch import Tensor
 from ..errors import BackendUnavailable
 from ..kernels.registry import Case, Draw, Op, complex_of, get_op, ops
 from ..kernels.tools import interpreting
+from ..utils.devices import usable_device
+from ..utils.options import add_device, add_json
 
 # Relative to the largest element of the true tensor.
 FLOAT32_TOLERANCE = 5e-5
@@ -290,13 +292,12 @@ def _names(text: str) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """`omnimix kernels check`; returns 1 if anything failed."""
     parser = argparse.ArgumentParser(prog="omnimix kernels check", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", help="cpu (Triton in its interpreter) or cuda")
+    add_device(parser)
     parser.add_argument("--ops", type=_names, help="comma-separated names of ops (default: all)")
     parser.add_argument("--backends", type=_names, help='comma-separated (default: all but "reference")')
-    parser.add_argument("--json", metavar="FILE", help='write the rows to FILE ("-": standard output)')
+    add_json(parser)
     options = parser.parse_args(argv)
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {options.device}: no GPU is usable here; leave it out to check on the CPU")
+    usable_device(options.device)
     if options.device == "cpu":
         # Read when a kernel is defined, hence before the first backend is loaded.
         os.environ["TRITON_INTERPRET"] = "1"

@@ -8,14 +8,15 @@ from importlib import metadata
 from typing import Any
 
 from ..utils.console import emit
-from ..utils.devices import devices, native_bf16
+from ..utils.devices import devices, native_bf16, usable_device
+from ..utils.options import add_device, add_json
 
 PACKAGES = ("torch", "torchvision", "torchaudio", "timm", "triton", "lightning", "transformers")
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"omnimix {command}", description=description)
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON too ('-': to standard output, alone)")
+    add_json(parser)
     return parser
 
 
@@ -183,6 +184,7 @@ def explanations(device: str, op: str | None = None) -> list[dict[str, str]]:
 def explain(argv: list[str]) -> None:
     parser = _parser("kernels explain", "Which backend serves an op on a device, and why (not) each other one.")
     parser.add_argument("op", nargs="?", help="the op; all of them where it is left out")
-    parser.add_argument("--device", choices=devices(), default=devices()[0])
+    add_device(parser, default=devices()[0])
     options = parser.parse_args(argv)
+    usable_device(options.device)
     emit(f"backends on {options.device}", explanations(options.device, options.op), options.json)

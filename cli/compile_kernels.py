@@ -25,6 +25,7 @@ from torch import Tensor
 from ..errors import BackendUnavailable, UnknownName
 from ..kernels.registry import Case, Draw, get_op, ops
 from ..kernels.tools import interpreting, launching_ahead
+from ..utils.options import add_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +269,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--targets", default=",".join(DEFAULT_TARGETS), help=f"comma-separated: {', '.join(TARGETS)}")
     parser.add_argument("--ops", help="comma-separated names of ops (default: all)")
     parser.add_argument("--dtype", default="bf16", help=f"comma-separated: {', '.join(DTYPES)} (default: bf16)")
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON too ('-': to standard output, alone)")
+    add_json(parser)
     options = parser.parse_args(argv)
     from ..utils.console import emit
 

@@ -29,6 +29,7 @@ from ..modalities.data.sources import (
 )
 from ..modalities.data.tar import TarIndex
 from ..utils.console import emit, write_atomically
+from ..utils.options import add_json
 
 KINDS = {"image": IMAGE_SUFFIXES, "video": VIDEO_SUFFIXES, "audio": AUDIO_SUFFIXES}
 SPLITS = ("train", "val", "test")
@@ -274,7 +275,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--keep-order", action="store_true", help="write them as they come, class after class")
     parser.add_argument("--policy", choices=("skip", "raise"), default="skip", help="what an unreadable file does")
     parser.add_argument("--overwrite", action="store_true", help="replace the shards in OUT")
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON too ('-': to standard output, alone)")
+    add_json(parser)
     options = parser.parse_args(argv)
     from rich.console import Console
     from rich.progress import Progress

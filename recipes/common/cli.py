@@ -24,6 +24,7 @@ from ...errors import CheckpointError, ConfigError, OmnimixError
 from ...modalities import load_weights
 from ...utils.console import emit
 from ...utils.files import replace_file
+from ...utils.options import add_json, add_threads, set_threads
 from ...utils.run_folder import RunFolder
 from .arguments import argument, configurations, defaults, typed_options, with_run_config
 from .history import History
@@ -137,15 +138,13 @@ class RecipeCLI(LightningCLI):
             default=None,
             help=shown("name in metrics.json; default: the file's"),
         )
-        parser.add_argument(
-            "--threads", type=int | None, default=None, help="processor threads of each process; default: all cores"
-        )
+        add_threads(parser, int | None)
         if fitting:
             parser.add_argument("--overwrite", action="store_true", help="delete an older run of this name first")
             parser.add_argument("--resume", action="store_true", help="go on with the run where its state was saved")
         else:
             parser.add_argument("--run", required=True, help="folder of the run, or its name under runs/")
-            parser.add_argument("--json", help="write the numbers as JSON too ('-': to standard output, alone)")
+            add_json(parser)
         parser.link_arguments("seed_everything", "data.init_args.seed")
         for source, target in self.links:
             parser.link_arguments(f"data.{source}", f"model.{target}", apply_on="instantiate")
@@ -156,9 +155,7 @@ class RecipeCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         if self.options.threads is not None:
-            if self.options.threads < 1:
-                raise ConfigError(f"threads is {self.options.threads}; it must be at least 1")
-            torch.set_num_threads(self.options.threads)
+            set_threads(self.options.threads)
             os.environ["OMP_NUM_THREADS"] = str(self.options.threads)  # of the processes that Lightning starts
         else:
             share_threads()

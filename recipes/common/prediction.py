@@ -14,6 +14,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...modalities.data.sources import walk_files
 from ...utils.console import emit, write_atomically
+from ...utils.options import add_json
 
 # What lasts so many times as long as a model's clips gets a timeline.
 LONG = 3.0
@@ -35,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser, each: str) -> None:
     )
     parser.add_argument("--every", type=int, default=4, help="moments of a timeline to the length of a clip")
     parser.add_argument("--policy", choices=("skip", "raise"), default="skip", help="what an unreadable file does")
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON too ('-': to standard output, alone)")
+    add_json(parser)
 
 
 def check_counts(top: int, every: int) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 from ...errors import ConfigError, UnknownName
 from ...interop.importing import source_hidden, wanted
 from ...utils.console import emit
+from ...utils.devices import usable_device
+from ...utils.options import add_device, add_json
 
 
 def main(argv: list[str]) -> int:
@@ -28,8 +30,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, help="of a diffusion model's writing; as many as tokens by default")
     parser.add_argument("--batch_size", type=int, default=16, help="requests at a time")
     parser.add_argument("--max_length", type=int, help="tokens that the model is given at most; all by default")
-    parser.add_argument("--device", help="such as cuda; the CPU by default")
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON too ('-': to standard output, alone)")
+    add_device(parser)
+    add_json(parser)
     options = parser.parse_args(argv)
     wanted("lm_eval", "omnimix text eval", "eval")
     from ...interop.lm_eval import OmnimixLM
@@ -37,7 +39,7 @@ def main(argv: list[str]) -> int:
     model = OmnimixLM(
         options.run,
         batch_size=options.batch_size,
-        device=options.device,
+        device=str(usable_device(options.device)),
         max_length=options.max_length,
         samples=options.samples,
         seed=options.seed,

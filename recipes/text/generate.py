@@ -18,6 +18,8 @@ from ...backbones.decoding import DiffusionConfig, GenerationConfig, Prefix, loa
 from ...errors import ConfigError
 from ...modalities.text.text_generator import TextGenerator
 from ...utils.console import emit
+from ...utils.devices import usable_device
+from ...utils.options import add_device, add_json
 from ...utils.run_folder import RunFolder
 
 # Options of one kind of decoding only.
@@ -41,8 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
     parser.add_argument("--chat", action="store_true", help="each prompt is a user's message in a conversation")
     parser.add_argument("--echo", action=argparse.BooleanOptionalAction, help="show the prompt; as on a terminal")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write the texts as JSON ('-': to standard output)")
+    add_device(parser, default="cuda" if torch.cuda.is_available() else "cpu")
+    add_json(parser)
     left = parser.add_argument_group("models that write from left to right")
     left.add_argument("--top_k", type=int, help="draw among the k likeliest tokens")
     left.add_argument("--min_p", type=float, help="draw among tokens with this share of the likeliest's probability")
@@ -69,7 +71,7 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     given = Path(options.run)
     folder = given if (given / "model.safetensors").is_file() else RunFolder.finished(options.run).path
-    writer = TextGenerator.load(folder, device=_device(options.device))
+    writer = TextGenerator.load(folder, device=usable_device(options.device))
     config = _config(writer, options)
     prompts = _prompts(options.prompts)
     prefix = None
@@ -122,15 +124,6 @@ def unmasked(
 def _show(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def _device(name: str) -> torch.device:
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device is {name!r}, which torch cannot use here: {reason}") from error
 
 
 def _prompts(words: Sequence[str]) -> list[str]:

@@ -12,6 +12,7 @@ from ...errors import MediaError
 from ...modalities import load_model, read_details
 from ...modalities.data.sources import IMAGE_SUFFIXES
 from ...utils.console import emit
+from ...utils.options import add_json
 from ...utils.run_folder import RunFolder
 from ..common.prediction import named_files, ranked, unreadable
 from .preprocess import ImagePreprocess
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--run", required=True, help="folder of the run, or its name under runs/")
     parser.add_argument("--top", type=int, default=1, help="classes to name for each image")
     parser.add_argument("--policy", choices=("skip", "raise"), default="skip", help="what an unreadable file does")
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON too ('-': to standard output, alone)")
+    add_json(parser)
     options = parser.parse_args(argv)
     folder = RunFolder.finished(options.run)
     files = named_files(options.files, IMAGE_SUFFIXES, "images")

@@ -115,7 +115,7 @@ def test_peak_memory_is_what_is_held_at_once():
     # In a process of its own, since packages that other tests load may keep what is freed.
     code = """
 import torch
-from omnimix.kernels.bench import peak_bytes
+from omnimix.cli.bench_kernels import peak_bytes
 
 def hold():
     first = torch.ones(10_000_000)

@@ -18,7 +18,7 @@ from omnimix.kernels import ops
 SPILLING = """
 import json, sys
 import torch, triton, triton.language as tl
-from omnimix.kernels.compile import TARGETS, compile_only, row_of
+from omnimix.cli.compile_kernels import TARGETS, compile_only, row_of
 
 @triton.jit
 def spilling(x, y, N: tl.constexpr):

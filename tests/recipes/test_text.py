@@ -121,7 +121,7 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed(place):
     code = f"""
 import os, sys, torch
 torch.set_num_threads(1)
-from omnimix.recipes import text_generation as text
+from omnimix.recipes.text import recipe as text
 step = text.TextGeneration.training_step
 def dying(self, batch, index):
     if self.global_step == 11:

@@ -20,7 +20,7 @@ from omnimix.errors import CheckpointError, ConfigError
 from omnimix.modalities.common.encode import write_video
 from omnimix.modalities.video.files import VideoReader
 from omnimix.modalities.video.model import VideoClassifier
-from omnimix.recipes.common import synthetic as generated
+from omnimix.recipes.common import synthetic
 from omnimix.recipes.common.timeline import scenes
 from omnimix.recipes.video import moving_digits
 from omnimix.recipes.video.data import VideoFolderData
@@ -46,7 +46,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("video")
     with pytest.MonkeyPatch.context() as patch:
         # Not XDG_CACHE_HOME, where the kernels are too.
-        patch.setattr(generated, "cache_folder", lambda: folder / "cache" / "native")
+        patch.setattr(synthetic, "cache_folder", lambda name: folder / "cache" / name)
         threads = torch.get_num_threads()
         assert main(["video", "fit", "--name", "whole", "--runs", str(folder / "runs"), *TINY]) == 0
         yield folder
@@ -75,8 +75,9 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed(place):
     runs = place / "runs"
     code = f"""
 import os, pathlib
-from omnimix.recipes import generated, video_understanding as video
-generated.cache_folder = lambda: pathlib.Path({str(place / "cache" / "native")!r})
+from omnimix.recipes.common import synthetic
+from omnimix.recipes.video import recipe as video
+synthetic.cache_folder = lambda name: pathlib.Path({str(place / "cache")!r}) / name
 step = video.VideoUnderstanding.training_step
 def dying(self, batch, index):
     if self.global_step == 9:

@@ -99,7 +99,7 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed(runs):
     code = f"""
 import os, sys, torch
 torch.set_num_threads(1)
-from omnimix.recipes import vision_classification as vision
+from omnimix.recipes.vision import recipe as vision
 step = vision.VisionClassification.training_step
 def dying(self, batch, index):
     if self.global_step == 11:
