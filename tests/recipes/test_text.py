@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from omnimix.__main__ import main
 from omnimix.backbones.decoding import DiffusionConfig, GenerationConfig
 from omnimix.modalities.text.text_generator import TextGenerator
-from omnimix.recipes.text import recipe as recipe
+from omnimix.recipes.text import recipe
 from omnimix.recipes.text.generate import unmasked
 
 WORDS = "the cat sat on a mat and saw two dogs run to it".split()
