@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
 from ...modalities.data import corpus as corpora
 from ...modalities.data.corpus import Corpus
 from ...modalities.text.chat import TURN
-from .base import DEFAULTS, TextData, TextOptions
+from .base import TextData, TextOptions
 
 __all__ = ["ChatLines", "JsonLines", "Parquet", "Shards", "StandardLibrary", "TextData", "TextFiles", "TextOptions"]
 
@@ -26,13 +26,7 @@ class TextFiles(TextData):
         path: a file, or a folder that is searched through.
         patterns: of the names of the files in a folder.
         section: characters after which a file is cut at the next line into documents; null cuts nothing.
-        tokenizer: see `TextData`, as for all that follow.
-        vocabulary: of a tokenizer that is learnt.
-        length: scored tokens of a sequence.
-        batch_size: sequences a step.
-        borders: packed or padded.
-        seed: of the order.
-        options: what rarely changes.
+        shared: what all text data take; see `TextData`.
     """
 
     _more_documents = ", or cut files into documents, for example data.section 20000"
@@ -43,23 +37,9 @@ class TextFiles(TextData):
         path: str,
         patterns: list[str] = ["*.txt", "*.md"],  # noqa: B006 - jsonargparse cannot write a factory's value
         section: int | None = None,
-        tokenizer: str = "bpe",
-        vocabulary: int = 4096,
-        length: int = 256,
-        batch_size: int = 16,
-        borders: Literal["packed", "padded"] = "packed",
-        seed: int = 0,
-        options: TextOptions = DEFAULTS,
+        **shared: Any,
     ):
-        super().__init__(
-            tokenizer=tokenizer,
-            vocabulary=vocabulary,
-            length=length,
-            batch_size=batch_size,
-            borders=borders,
-            seed=seed,
-            options=options,
-        )
+        super().__init__(**shared)
         self.path, self.patterns, self.section = path, patterns, section
 
     def corpus(self) -> Corpus:
@@ -72,13 +52,7 @@ class TextRows(TextData):
     Args:
         path: a file, or a folder that is searched through.
         field: that holds the text.
-        tokenizer: see `TextData`, as for all that follow.
-        vocabulary: of a tokenizer that is learnt.
-        length: scored tokens of a sequence.
-        batch_size: sequences a step.
-        borders: packed or padded.
-        seed: of the order.
-        options: what rarely changes.
+        shared: what all text data take; see `TextData`.
     """
 
     _reader: type[corpora.Rows]
@@ -88,23 +62,9 @@ class TextRows(TextData):
         *,
         path: str,
         field: str = "text",
-        tokenizer: str = "bpe",
-        vocabulary: int = 4096,
-        length: int = 256,
-        batch_size: int = 16,
-        borders: Literal["packed", "padded"] = "packed",
-        seed: int = 0,
-        options: TextOptions = DEFAULTS,
+        **shared: Any,
     ):
-        super().__init__(
-            tokenizer=tokenizer,
-            vocabulary=vocabulary,
-            length=length,
-            batch_size=batch_size,
-            borders=borders,
-            seed=seed,
-            options=options,
-        )
+        super().__init__(**shared)
         self.path, self.field = path, field
 
     def corpus(self) -> Corpus:
@@ -136,12 +96,7 @@ class ChatLines(TextData):
         path: a .jsonl file (or .jsonl.gz, .ndjson), or a folder of them.
         field: that holds the messages, each with role and content.
         answers_only: whether only what the assistant wrote is scored.
-        tokenizer: see `TextData`, as for all that follow.
-        vocabulary: of a tokenizer that is learnt.
-        length: scored tokens of a sequence.
-        batch_size: sequences a step.
-        seed: of the order.
-        options: what rarely changes.
+        shared: what all text data take but `borders`; see `TextData`.
     """
 
     _special = TURN
@@ -152,22 +107,9 @@ class ChatLines(TextData):
         path: str,
         field: str = "messages",
         answers_only: bool = True,
-        tokenizer: str = "bpe",
-        vocabulary: int = 4096,
-        length: int = 256,
-        batch_size: int = 16,
-        seed: int = 0,
-        options: TextOptions = DEFAULTS,
+        **shared: Any,
     ):
-        super().__init__(
-            tokenizer=tokenizer,
-            vocabulary=vocabulary,
-            length=length,
-            batch_size=batch_size,
-            borders="padded",
-            seed=seed,
-            options=options,
-        )
+        super().__init__(borders="padded", **shared)
         self.path, self.field, self._answers_only = path, field, answers_only
 
     def corpus(self) -> Corpus:
