@@ -100,6 +100,12 @@ def files() -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
+def run(files) -> dict[str, dict[str, int]]:
+    """Without imports for type checkers alone."""
+    return graph(files, typing=False)
+
+
+@pytest.fixture(scope="module")
 def edges(files) -> dict[str, dict[str, int]]:
     return graph(files)
 
@@ -126,10 +132,9 @@ FINDS_ITS_PARTS = pytest.mark.xfail(strict=True, reason="the configuration of a 
 @pytest.mark.parametrize(
     "floor", [pytest.param(name, marks=FINDS_ITS_PARTS if name == "backbones" else ()) for name in FOLDERS]
 )
-def test_files_of_different_folders_form_no_circle(floor, files):
+def test_files_of_different_folders_form_no_circle(floor, files, run):
     """Between floors there can be none, since imports go down."""
-    edges = graph(files, typing=False)
-    own = {name: [t for t in targets if t.split(".")[0] == floor] for name, targets in edges.items()}
+    own = {name: [t for t in targets if t.split(".")[0] == floor] for name, targets in run.items()}
     found = circles({name: targets for name, targets in own.items() if name.split(".")[0] == floor})
     across = [sorted(circle) for circle in found if len({files[name].parent for name in circle}) > 1]
     assert not across

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -130,9 +129,6 @@ class AudioData(MediaData):
     """Base of the audio data sets, whose batches have their waves as `audio`: (b, n), or a list of (n,).
 
     Subclasses set `preprocess` when they are built, and say in `find` what there is.
-
-    Args:
-        keep: decode each file once, and keep its wave in memory; then without workers.
     """
 
     preprocess: AudioPreprocess
@@ -140,25 +136,6 @@ class AudioData(MediaData):
     augment: AudioAugment | None = None
     # FFmpeg has threads of its own, which do not survive a fork.
     context = "forkserver"
-
-    def __init__(
-        self,
-        *,
-        keep: bool,
-        batch_size: int,
-        workers: int,
-        seed: int,
-        policy: Literal["skip", "raise"],
-        max_unreadable: float,
-    ):
-        super().__init__(
-            batch_size=batch_size,
-            workers=workers,
-            seed=seed,
-            policy=policy,
-            max_unreadable=max_unreadable,
-            keep=keep,
-        )
 
     @property
     def sounds(self) -> tuple[int, float | None, int]:
@@ -193,12 +170,8 @@ class AudioFolderData(AudioData):
         seconds: that the model hears: of held-out clips the middle, of training clips any part; null is the whole
             clip, packed without padding, for which all mixers have to serve packed sequences.
         augment: what happens to training clips.
-        batch_size: clips a step, on each device.
         workers: processes that decode.
-        seed: of order and augmentation.
-        policy: what an unreadable file does: "skip" leaves it out and names it at the end, "raise" stops.
-        max_unreadable: the part of the files read above which the run stops even so.
-        keep: decode each file once, and keep its wave in memory; then without workers.
+        shared: what all data sets take; see `MediaData`.
     """
 
     def __init__(
@@ -208,21 +181,10 @@ class AudioFolderData(AudioData):
         rate: int = 16_000,
         seconds: float | None = 1.0,
         augment: AudioAugment | None = AudioAugment(shift=0.1),
-        batch_size: int = 64,
         workers: int = 2,
-        seed: int = 0,
-        policy: Literal["skip", "raise"] = "skip",
-        max_unreadable: float = 0.1,
-        keep: bool = False,
+        **shared: Any,
     ):
-        super().__init__(
-            keep=keep,
-            batch_size=batch_size,
-            workers=workers,
-            seed=seed,
-            policy=policy,
-            max_unreadable=max_unreadable,
-        )
+        super().__init__(workers=workers, **shared)
         if rate < 1 or (seconds is not None and not seconds > 0):
             raise ConfigError(f"data.rate is {rate} and data.seconds {seconds}; they must be above 0, or seconds null")
         self.augment = augment
@@ -245,8 +207,7 @@ class SoundsData(AudioData):
         val: held-out sounds of each class.
         seconds: that the model hears, at least 1.2, as long as the longest; null is the whole clip, packed.
         augment: what happens to training sounds; None is nothing.
-        batch_size: sounds a step, on each device.
-        seed: of order and augmentation; the sounds are always the same.
+        shared: batch_size and seed; see `MediaData`. The sounds are always the same.
     """
 
     def __init__(
@@ -256,17 +217,9 @@ class SoundsData(AudioData):
         val: int = 25,
         seconds: float | None = SECONDS,
         augment: AudioAugment | None = None,
-        batch_size: int = 64,
-        seed: int = 0,
+        **shared: Any,
     ):
-        super().__init__(
-            keep=True,
-            batch_size=batch_size,
-            workers=0,
-            seed=seed,
-            policy="raise",
-            max_unreadable=0.0,
-        )
+        super().__init__(keep=True, workers=0, policy="raise", max_unreadable=0.0, **shared)
         self.augment = augment
         for name, count in (("train", train), ("val", val)):
             if count < 1:

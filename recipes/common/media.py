@@ -102,9 +102,9 @@ class MediaData(pl.LightningDataModule):
     def __init__(
         self,
         *,
-        batch_size: int,
-        workers: int,
-        seed: int,
+        batch_size: int = 64,
+        workers: int = 0,
+        seed: int = 0,
         policy: Literal["skip", "raise"] = "skip",
         max_unreadable: float = 0.1,
         keep: bool = False,

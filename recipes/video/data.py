@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -58,7 +58,8 @@ class VideoData(MediaData):
     Args:
         views: times at which a file is looked at in a test, whose logits are averaged.
         crops: squares along the longer side, at each of these times.
-        keep: decode each file once, and keep its frames in memory: then always the central ones, and no workers.
+        batch_size: clips a step, on each device.
+        shared: what all data sets take; see `MediaData`. With `keep` a clip always has its central frames.
     """
 
     preprocess: VideoPreprocess
@@ -71,23 +72,12 @@ class VideoData(MediaData):
     def __init__(
         self,
         *,
-        views: int,
-        crops: int,
-        keep: bool,
-        batch_size: int,
-        workers: int,
-        seed: int,
-        policy: Literal["skip", "raise"],
-        max_unreadable: float,
+        views: int = 1,
+        crops: int = 1,
+        batch_size: int = 16,
+        **shared: Any,
     ):
-        super().__init__(
-            batch_size=batch_size,
-            workers=workers,
-            seed=seed,
-            policy=policy,
-            max_unreadable=max_unreadable,
-            keep=keep,
-        )
+        super().__init__(batch_size=batch_size, **shared)
         for name, count in (("views", views), ("crops", crops)):
             if count < 1:
                 raise ConfigError(f"data.{name} is {count}; it must be at least 1")
@@ -163,14 +153,8 @@ class VideoFolderData(VideoData):
         clip: what the model sees of a file.
         augment: what happens to training clips; clips are mirrored only where it says so, since in many data sets left
             and right are classes.
-        batch_size: clips a step, on each device.
         workers: processes that decode.
-        seed: of order and augmentation.
-        policy: what an unreadable file does: "skip" leaves it out and names it at the end, "raise" stops.
-        max_unreadable: the part of the files read above which the run stops even so.
-        views: times at which a file is looked at in a test, whose logits are averaged.
-        crops: squares along the longer side, at each of these times.
-        keep: decode each file once, and keep its frames in memory: then always the central ones, and no workers.
+        shared: what all videos take; see `VideoData`.
     """
 
     def __init__(
@@ -179,25 +163,10 @@ class VideoFolderData(VideoData):
         root: str,
         clip: ClipConfig = _CLIP,
         augment: Augment | None = _AUGMENT,
-        batch_size: int = 16,
         workers: int = 2,
-        seed: int = 0,
-        policy: Literal["skip", "raise"] = "skip",
-        max_unreadable: float = 0.1,
-        views: int = 1,
-        crops: int = 1,
-        keep: bool = False,
+        **shared: Any,
     ):
-        super().__init__(
-            views=views,
-            crops=crops,
-            keep=keep,
-            batch_size=batch_size,
-            workers=workers,
-            seed=seed,
-            policy=policy,
-            max_unreadable=max_unreadable,
-        )
+        super().__init__(workers=workers, **shared)
         self.augment = augment
         self.sources = find_splits(Path(root), VIDEO_SUFFIXES)
         train = self.sources["train"]

@@ -183,12 +183,8 @@ class MovingDigitsData(VideoData):
         val: clips that are held out, of digits that no training clip shows.
         clip: what the model sees of a file.
         augment: what happens to training clips; None is nothing.
-        batch_size: clips a step, on each device.
-        workers: processes that decode.
-        seed: of order and augmentation.
-        views: times at which a file is looked at in a test, whose logits are averaged.
-        crops: squares along the longer side, at each of these times; these clips are square.
         keep: decode each file once, and keep its frames in memory.
+        shared: what all videos take but the policy for unreadable files; see `VideoData`.
     """
 
     def __init__(
@@ -198,23 +194,10 @@ class MovingDigitsData(VideoData):
         val: int = 600,
         clip: ClipConfig = _CLIP,
         augment: Augment | None = None,
-        batch_size: int = 16,
-        workers: int = 0,
-        seed: int = 0,
-        views: int = 1,
-        crops: int = 1,
         keep: bool = True,
+        **shared: Any,
     ):
-        super().__init__(
-            views=views,
-            crops=crops,
-            keep=keep,
-            batch_size=batch_size,
-            workers=workers,
-            seed=seed,
-            policy="raise",
-            max_unreadable=0.0,
-        )
+        super().__init__(keep=keep, policy="raise", max_unreadable=0.0, **shared)
         self.augment = augment
         for name, count in (("train", train), ("val", val)):
             if count < len(MOTIONS):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -99,10 +100,8 @@ class TensorData(ImageData):
             perhaps `test_images`, `test_labels`. Images are floating point in 0..1, or uint8.
         tensors: the same, given in memory; then `path` stays away.
         class_names: by index; numbers by default.
-        batch_size: images a step, on each device.
-        workers: 0 reads in this process, which is fastest for tensors.
-        seed: of order and augmentation.
         jitter: augmentation of the training images.
+        shared: batch_size, workers and seed; see `MediaData`.
     """
 
     def __init__(
@@ -111,12 +110,10 @@ class TensorData(ImageData):
         path: str | None = None,
         tensors: dict[str, Tensor] | None = None,
         class_names: list[str] | None = None,
-        batch_size: int = 64,
-        workers: int = 0,
-        seed: int = 0,
         jitter: Jitter = Jitter(),
+        **shared: Any,
     ):
-        super().__init__(batch_size=batch_size, workers=workers, seed=seed)
+        super().__init__(policy="raise", max_unreadable=0.0, keep=False, **shared)
         if (path is None) == (tensors is None):
             raise ConfigError("TensorData takes one of path and tensors")
         self._splits = self._check(tensors if tensors is not None else read_tensors(Path(str(path))))
@@ -174,18 +171,16 @@ class DigitsData(TensorData):
 
     Args:
         holdout: the part of each class that is held out, always the same images.
-        batch_size: images a step.
-        seed: of order and augmentation.
         jitter: augmentation of the training images.
+        shared: batch_size and seed; see `MediaData`.
     """
 
     def __init__(
         self,
         *,
         holdout: float = 0.2,
-        batch_size: int = 64,
-        seed: int = 0,
         jitter: Jitter = Jitter(rotate=10.0, shift=0.1, scale=0.1),
+        **shared: Any,
     ):
         if not 0 < holdout < 1:
             raise ConfigError(f"holdout is {holdout}; it must be between 0 and 1")
@@ -196,15 +191,17 @@ class DigitsData(TensorData):
         labels = torch.from_numpy(digits.target).to(torch.int64)
         train, val = stratified_split(labels, holdout)
         super().__init__(
+            path=None,
             tensors={
                 "train_images": images[train],
                 "train_labels": labels[train],
                 "val_images": images[val],
                 "val_labels": labels[val],
             },
-            batch_size=batch_size,
-            seed=seed,
+            class_names=None,
             jitter=jitter,
+            workers=0,
+            **shared,
         )
 
 

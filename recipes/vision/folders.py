@@ -73,13 +73,10 @@ class ImageFolderData(ImageData):
         root: the folder.
         size: side of the square that the model sees.
         channels: 3, or 1 for grey.
-        batch_size: images a step, on each device.
-        workers: processes that decode.
-        seed: of order and augmentation.
-        policy: what an unreadable file does: "skip" leaves it out and names it at the end, "raise" stops.
-        max_unreadable: the part of the files read above which the run stops even so.
         augment: what happens to training images.
         crop: the part of the shorter side that is kept of held-out images.
+        workers: processes that decode.
+        shared: what all data sets take but `keep`; see `MediaData`.
     """
 
     def __init__(
@@ -88,17 +85,12 @@ class ImageFolderData(ImageData):
         root: str,
         size: int = 64,
         channels: Literal[1, 3] = 3,
-        batch_size: int = 64,
-        workers: int = 2,
-        seed: int = 0,
-        policy: Literal["skip", "raise"] = "skip",
-        max_unreadable: float = 0.1,
         augment: Augment = Augment(),
         crop: float = 0.9,
+        workers: int = 2,
+        **shared: Any,
     ):
-        super().__init__(
-            batch_size=batch_size, workers=workers, seed=seed, policy=policy, max_unreadable=max_unreadable
-        )
+        super().__init__(workers=workers, keep=False, **shared)
         self.root, self.augment = Path(root), augment
         self.sources = find_splits(self.root, IMAGE_SUFFIXES)
         self.preprocess = ImagePreprocess(

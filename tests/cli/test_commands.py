@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +36,32 @@ def test_a_mistyped_command_names_the_nearest(capsys, typed, meant):
     error = capsys.readouterr().err
     assert error.startswith("omnimix: error: ") and error.count("\n") == 1
     assert f"did you mean 'omnimix {meant}'?" in error
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        *((f"bench {name}", ("--threads", "--device")) for name in ("kernels", "blocks", "models", "decode")),
+        ("kernels check", ("--device",)),
+        ("kernels explain", ("--device",)),
+    ],
+)
+def test_threads_and_devices_that_there_are_not(capsys, command, options):
+    wrong = {"--threads": ("0", "threads is 0; it must be at least 1"), "--device": ("abacus", "device is 'abacus'")}
+    for option in options:
+        value, said = wrong[option]
+        assert main([*command.split(), option, value]) == 2
+        assert capsys.readouterr().err.startswith(f"omnimix: error: {said}")
+
+
+@pytest.mark.parametrize("option", ["--json", "--device", "--threads"])
+def test_shared_options_are_defined_once(option):
+    root = Path(omnimix.__file__).parent
+    folders = ("cli", "interop", "recipes", "utils")
+    files = [file for folder in folders for file in root.glob(f"{folder}/**/*.py")]
+    assert [
+        file.name for file in files if f'add_argument("{option}"' in file.read_text().replace("\n        ", "")
+    ] == ["options.py"]
 
 
 def test_help_names_every_command(capsys):
