@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..utils.cache import cache_folder
-from .registry import constant_in_graphs, named
+from ..utils.modes import constant_in_graphs
+from .registry import named
 
 # No -ffast-math: what is not a number must stay none.
 FLAGS = tuple("-std=gnu++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC".split())

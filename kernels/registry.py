@@ -14,16 +14,15 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import BackendUnavailable, UnknownName
+from ..utils.modes import constant_in_graphs, own_precision
 
 Arguments = Mapping[str, Any]
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 def serves_everything(arguments: Arguments) -> None:
@@ -38,25 +37,6 @@ _loaded = ModuleType("omnimix.kernels.loaded")
 
 def _place(module: str, function: str) -> str:
     return f"{module}_{function}".replace(".", "_")
-
-
-def constant_in_graphs(function: F) -> F:
-    """Let torch.compile call the function while it traces, with constant arguments, and keep the result.
-
-    torch.compiler.assume_constant_result sets the same mark, but imports torch._dynamo and with it triton.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-@contextlib.contextmanager
-def outliving_modes() -> Iterator[None]:
-    """What is made inside is a plain tensor on the CPU that may be kept.
-
-    Whatever is active now (a device context, inference mode, an export's fake tensors) need not be when it is used.
-    """
-    with torch.inference_mode(False), _disable_current_modes(), torch.device("cpu"):
-        yield
 
 
 @constant_in_graphs  # an import cannot be traced; of a result only constants such as None are taken
@@ -288,14 +268,6 @@ def using(backend: str) -> Iterator[None]:
         yield
     finally:
         _using.reset(token)
-
-
-def own_precision(device: str) -> contextlib.AbstractContextManager[Any]:
-    """Switches off autocast, which would round the factors of single products inside an algorithm that decides on its
-    precision itself."""
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
 
 
 def register_gradients(op: Any, backward: Callable[..., Any], setup: Callable[..., None]) -> None:

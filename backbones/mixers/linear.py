@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...kernels import gated_linear
-from ...kernels.registry import own_precision
+from ...utils.modes import own_precision
 from ..config import MixerConfig, Site, positive
 from ..layout import Layout, repack, unpack
 from ..state import State

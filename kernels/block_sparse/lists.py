@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import UnsupportedShape
-from ..registry import own_precision
+from ...utils.modes import own_precision
 from .tables import distinct
 
 Lists = Int[Tensor, "_ _ _ _"]

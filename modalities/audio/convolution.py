@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ...kernels.registry import own_precision
+from ...utils.modes import own_precision
 
 
 def sinusoids(length: int, dim: int, *, start: int = 0, device: torch.device) -> Float[Tensor, "length dim"]:

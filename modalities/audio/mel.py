@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...backbones.config import positive
 from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
-from ...kernels.registry import constant_in_graphs, outliving_modes, own_precision
+from ...utils.modes import constant_in_graphs, outliving_modes, own_precision
 
 SCALES = ("htk", "slaney", "kaldi")
 LOGS = ("natural", "log10", "whisper")

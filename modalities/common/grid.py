@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...backbones.parameters import mark
 from ...errors import ConfigError
-from ...kernels.registry import own_precision
+from ...utils.modes import own_precision
 
 
 def sizes(config: Any, name: str, axes: tuple[str, ...]) -> tuple[int, ...]:

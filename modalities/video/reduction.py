@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import ConfigError, UnsupportedShape
-from ...kernels.registry import own_precision
+from ...utils.modes import own_precision
 
 Grid = tuple[int, int, int]
 
