@@ -12,6 +12,10 @@ from .utils.version import __version__ as __version__
 _LAZY = {
     "Backbone": ".backbones",
     "BackboneConfig": ".backbones",
+    "BlockConfig": ".backbones",
+    "Context": ".backbones",
+    "Memory": ".backbones",
+    "StageConfig": ".backbones",
     "Layout": ".backbones",
     "State": ".backbones",
     "LanguageModel": ".backbones",

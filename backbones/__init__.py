@@ -1,28 +1,54 @@
 """One backbone, any sequence mixer."""
 
-from .backbone import Backbone, Trace
-from .channel import list_channels
-from .config import BackboneConfig, ChannelConfig, MixerConfig, ObjectiveConfig, from_dict, to_dict
+from .backbone import Backbone
+from .config import (
+    BackboneConfig,
+    BlockConfig,
+    FFNConfig,
+    MixerConfig,
+    ObjectiveConfig,
+    ResidualConfig,
+    StageConfig,
+    TransitionConfig,
+)
+from .context import Context, Memory
+from .ffn import list_ffns
 from .language import LanguageModel, LanguageModelConfig
+from .layer import Capabilities, Output, SequenceLayer
 from .layout import Layout
 from .mixers import list_mixers
 from .parameters import no_weight_decay
+from .residual import list_residuals
+from .serialization import from_dict, to_dict
 from .state import State
+from .transition import list_transitions
+from .wrappers import list_wrappers
 
 __all__ = [
     "Backbone",
     "BackboneConfig",
-    "ChannelConfig",
+    "BlockConfig",
+    "Capabilities",
+    "Context",
+    "FFNConfig",
     "LanguageModel",
     "LanguageModelConfig",
     "Layout",
+    "Memory",
     "MixerConfig",
     "ObjectiveConfig",
+    "Output",
+    "ResidualConfig",
+    "SequenceLayer",
+    "StageConfig",
     "State",
-    "Trace",
+    "TransitionConfig",
     "from_dict",
-    "list_channels",
+    "list_ffns",
     "list_mixers",
+    "list_residuals",
+    "list_transitions",
+    "list_wrappers",
     "no_weight_decay",
     "to_dict",
 ]

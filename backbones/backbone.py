@@ -1,114 +1,243 @@
-"""The backbone: a pattern of blocks, tiled over the depth."""
+"""The backbone: a pattern of blocks, tiled over the depth, in one stage or in several."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import UnsupportedShape
-from .block import Block
-from .config import BackboneConfig
+from ..errors import ConfigError, UnsupportedCall, UnsupportedShape
+from .block import Block, added
+from .config import BackboneConfig, Site, StageConfig
+from .context import Context, Memory, Shared, as_memory
+from .layer import Capabilities, Output, SequenceLayer
 from .layout import Layout
 from .norm import RMSNorm
 from .parameters import initialise, remember_marks, scale_residual_outputs
+from .registry import build_part
+from .scan import scan_orders
 from .state import State
+from .tie import kinds_of, tie_blocks
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trace:
-    """Everything that one pass through a backbone makes.
-
-    Args:
-        y: the tokens after the last norm, (b, t, d).
-        state: one a block, or None where the layout is not causal.
-        taps: outputs of the blocks asked for, before the last norm, (b, t, d) each.
-        losses: sums over the blocks, by name.
-    """
-
-    y: Tensor
-    state: tuple[State, ...] | None
-    taps: list[Tensor] = field(default_factory=list)
-    losses: dict[str, Tensor] = field(default_factory=dict)
-
-
-class Backbone(nn.Module):
+class Backbone(SequenceLayer):
     """Blocks around any mixers, and a last norm; tokens in, tokens out.
+
+    Its state holds how many tokens each sequence has read ("read"), and the states of its blocks and transitions.
 
     Example:
         >>> net = Backbone(BackboneConfig(dim=192, depth=12, pattern=["gla", "gla", "gla", "attention"]))
-        >>> y, state = net(x, Layout(causal=True))                 # x: (b, t, 192)
-        >>> z, state = net(x_next, Layout(causal=True), state)     # goes on where it stopped
+        >>> out = net(x, Layout(causal=True))                    # x and out.y: (b, t, 192)
+        >>> out = net(x_next, Layout(causal=True), out.state)    # resumes after the first call
+
+    Raises:
+        ConfigError: a layer reads what no earlier layer writes and `config.inputs` does not name, or the blocks of a
+            stage disagree on what their stream is.
     """
 
     def __init__(self, config: BackboneConfig):
         super().__init__()
         self.config = config
         self.checkpointing = False
-        last = max(1, config.depth - 1)
-        self.blocks = nn.ModuleList(
-            Block(config, config.pattern[i % len(config.pattern)], config.site(i), config.drop_path * i / last)
-            for i in range(config.depth)
-        )
-        self.norm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.blocks = nn.ModuleList(self._blocks())
+        tie_blocks(self.blocks, [entry.tie for entry in config.layers])
+        self.transitions = nn.ModuleDict(self._transitions())
+        self.norm = RMSNorm(self.stages[-1].dim, eps=config.norm_eps) if config.norm else nn.Identity()
         initialise(self)
         scale_residual_outputs([layer for block in self.blocks for layer in block.residual_outputs()], config.depth)
         remember_marks(self)
+        self.capabilities, reads = self._joined()
+        # What is published for later layers though no layer writes it.
+        self._published = frozenset(n for n in reads if n == "input" or n.startswith(("blocks.", "stages.")))
+
+    @property
+    def stages(self) -> tuple[StageConfig, ...]:
+        """The stages; a plain backbone is one."""
+        return self.config.stages or (StageConfig(dim=self.config.dim, depth=self.config.depth),)
+
+    def _blocks(self) -> Iterator[Block]:
+        config, earlier = self.config, frozenset()
+        dims = [stage.dim for stage in self.stages for _ in range(stage.depth)]
+        for i, (dim, entry) in enumerate(zip(dims, config.layers, strict=True)):
+            orders = scan_orders(entry.scan)
+            site = Site(layer=i, depth=config.depth, scan=orders, norm_eps=config.norm_eps, earlier=earlier)
+            yield Block(dim, entry, site, config.drop_path * i / max(1, config.depth - 1))
+            earlier |= kinds_of(entry)
+
+    def _transitions(self) -> Iterator[tuple[str, nn.Module]]:
+        dim, first = self.config.dim, 0
+        for i, stage in enumerate(self.stages):
+            if stage.transition is not None:
+                site = Site(layer=first, depth=self.config.depth, norm_eps=self.config.norm_eps)
+                yield str(i), build_part(stage.transition, dim, site, stage.dim)
+            elif dim != stage.dim:
+                raise ConfigError(f"stages[{i}].dim is {stage.dim}, and its tokens have {dim}; give it a transition")
+            dim, first = stage.dim, first + stage.depth
+
+    def _sections(self) -> Iterator[tuple[int, SequenceLayer | None, range]]:
+        """Each stage's number, its transition and its blocks."""
+        first = 0
+        for i, stage in enumerate(self.stages):
+            transition = self.transitions[str(i)] if str(i) in self.transitions else None
+            yield i, transition, range(first, first + stage.depth)
+            first += stage.depth
+
+    def _joined(self) -> tuple[Capabilities, set[str]]:
+        """What all layers can do, and all that they read; every reader must have a writer before it."""
+        given = {"positions", "condition", *self.config.inputs}
+        known, reads, layers = {"input", *given}, set(), []
+
+        def follow(name: str, capabilities: Capabilities) -> None:
+            if missing := sorted(capabilities.reads - known):
+                raise ConfigError(
+                    f"{name} reads {missing[0]!r}, which no earlier layer writes (known there: "
+                    f"{', '.join(sorted(known))}); what the caller provides is named in BackboneConfig.inputs"
+                )
+            reads.update(capabilities.reads)
+            known.update(capabilities.writes, [name])
+            layers.append(capabilities)
+
+        for i, transition, blocks in self._sections():
+            if transition is not None:
+                follow(f"transitions.{i}", transition.capabilities)
+            streams = {residual.stream for j in blocks for _, residual, _ in self.blocks[j].parts()}
+            if len(streams) > 1:
+                raise ConfigError(
+                    f"stages[{i}] mixes residual forms with different streams: {', '.join(sorted(streams))}"
+                )
+            for j in blocks:
+                follow(f"blocks.{j}", self.blocks[j].capabilities)
+            known.add(f"stages.{i}")
+        return dataclasses.replace(Capabilities.joined(layers), reads=frozenset(reads & given)), reads
 
     def forward(
-        self, x: Float[Tensor, "b t d"], layout: Layout, state: tuple[State, ...] | None = None
-    ) -> tuple[Float[Tensor, "b t d"], tuple[State, ...] | None]:
-        """Mix the tokens; with a state, go on exactly where the call that returned it stopped.
-
-        Raises:
-            UnsupportedShape: `x` does not have this width, or does not fit the layout or the state.
-            UnsupportedCall: the layout asks a mixer for what it does not declare.
-        """
-        trace = self.trace(x, layout, state)
-        return trace.y, trace.state
-
-    def trace(
         self,
         x: Float[Tensor, "b t d"],
-        layout: Layout,
-        state: tuple[State, ...] | None = None,
+        context: Context | Layout,
+        state: State | None = None,
         *,
-        taps: Sequence[int] = (),
+        taps: Sequence[str] = (),
         depth: int | None = None,
-    ) -> Trace:
-        """`forward` with the outputs of the blocks `taps` and the losses; stops after `depth` blocks where given."""
+    ) -> Output:
+        """Mix the tokens; with a state, resume after the call that returned it.
+
+        Args:
+            x: tokens; none (t = 0) is legal.
+            context: what is known of them.
+            state: of the call before.
+            taps: layers whose outputs are wanted in `shared`, before the last norm: "blocks.3", a tensor (b, t, d), or
+                "stages.1", a `Memory` with the tokens "x" and their layout.
+            depth: stop after so many blocks.
+
+        Returns:
+            The tokens after the last norm, at `context.keep` where it is given; the state where the layout is causal;
+            the losses of all layers; in `shared` what they wrote, and the taps.
+
+        Raises:
+            UnsupportedShape: `x` does not have this width, or does not fit the context or the state.
+            UnsupportedCall: the layout asks a layer for what it does not declare, or the context lacks an input.
+        """
+        entered = self._entered(x, Context.of(context), state)
+        run = _Pass(entered, state, self._published | set(taps), self.checkpointing and torch.is_grad_enabled())
+        tokens = x
+        run.publish("input", lambda: tokens)
+        for i, transition, blocks in self._sections():
+            if depth is not None and blocks.start >= depth:
+                break
+            if transition is not None:
+                x = run(f"transitions.{i}", transition, x)
+            x = self.blocks[blocks.start].first.open(x)
+            last = blocks.start
+            for last in blocks[: None if depth is None else depth - blocks.start]:
+                x = run(f"blocks.{last}", self.blocks[last], x)
+                run.publish(f"blocks.{last}", partial(self.blocks[last].last.close, x))
+            x = self.blocks[last].last.close(x)
+            run.publish(f"stages.{i}", partial(as_memory, x, run.context))
+        x, context = self.norm(x), run.context
+        if context.keep is not None:
+            x, context = context.take(context.keep, x)
+        after = None
+        if entered.layout.causal:
+            read = entered.layout.lengths(tokens)
+            after = State({"read": read if state is None else state["read"] + read, **run.states})
+        return Output(x, after, run.losses, run.shared, None if context is entered else context)
+
+    def _entered(self, x: Tensor, context: Context, state: State | None) -> Context:
+        """The context, checked, with positions where a layer reads them."""
         if x.shape[-1] != self.config.dim:
             raise UnsupportedShape(f"x has {x.shape[-1]} channels, and the backbone {self.config.dim}")
-        if x.shape[1] < 1:
-            raise UnsupportedShape(f"x has no tokens, {tuple(x.shape)}")
-        if state is not None and len(state) != len(self.blocks):
-            raise UnsupportedShape(f"state has {len(state)} entries, and the backbone {len(self.blocks)} blocks")
-        states: list[State | None] = []
-        tapped: list[Tensor] = []
-        losses: dict[str, Tensor] = {}
-        for i, block in enumerate(self.blocks[:depth]):
-            before = None if state is None else state[i]
-            if self.checkpointing and torch.is_grad_enabled():
-                x, after, extra = checkpoint(block, x, layout, before, use_reentrant=False)
-            else:
-                x, after, extra = block(x, layout, before)
-            states.append(after)
-            for name, loss in extra.items():
-                losses[name] = losses[name] + loss if name in losses else loss
-            if i in taps:
-                tapped.append(x)
-        kept = tuple(states) if layout.causal else None
-        return Trace(y=self.norm(x), state=kept, taps=tapped, losses=losses)
+        context.check(x)
+        if state is not None and (state.get("read") is None or len(state["read"]) != context.layout.sequences(len(x))):
+            raise UnsupportedShape(
+                f"state holds {0 if state.get('read') is None else len(state['read'])} sequences, and the batch has "
+                f"{context.layout.sequences(len(x))}"
+            )
+        for name in self.capabilities.reads - {"positions"}:
+            if name != "condition":
+                context.read(name, "the backbone")
+            elif context.condition is None:
+                raise UnsupportedCall("the backbone is conditioned, and context.condition is None")
+        if context.positions is None and "positions" in self.capabilities.reads:
+            start = None if state is None else state["read"]
+            return context.replace(positions=context.layout.positions(x, start))
+        return context
 
-    def init_state(self, batch: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
-        """The state before the first token, one a block."""
+    def init_state(
+        self, batch: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> State:
+        """The state before the first token."""
         device = torch.device(device)
-        return tuple(block.mixer.init_state(batch, device=device, dtype=dtype) for block in self.blocks)
+        if any(transition.primes for transition in self.transitions.values()):
+            return self(torch.zeros(batch, 0, self.config.dim, device=device, dtype=dtype), Layout()).state
+        states = {"read": torch.zeros(batch, device=device, dtype=torch.int64)}
+        for i, transition, blocks in self._sections():
+            named = [] if transition is None else [(f"transitions.{i}", transition)]
+            for name, layer in [*named, *((f"blocks.{j}", self.blocks[j]) for j in blocks)]:
+                own = layer.init_state(batch, device=device, dtype=dtype)
+                if own is not None:
+                    states[name] = own
+        return State(states)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the blocks' inputs for the backward pass, and compute the rest again there."""
         self.checkpointing = enable
+
+
+class _Pass:
+    """One pass through a backbone: what its layers have returned so far, and the context of the next one."""
+
+    def __init__(self, context: Context, before: State | None, wanted: frozenset[str], checkpointing: bool):
+        self.context, self.before, self.wanted, self.checkpointing = context, before, wanted, checkpointing
+        self.states: dict[str, State] = {}
+        self.losses: dict[str, Tensor] = {}
+        self.shared: Shared = {}
+
+    def __call__(self, name: str, layer: SequenceLayer, x: Tensor) -> Tensor:
+        before = None if self.before is None else self.before.get(name)
+        if self.checkpointing:
+            out = checkpoint(layer, x, self.context, before, use_reentrant=False)
+        else:
+            out = layer(x, self.context, before)
+        if out.state is not None:
+            self.states[name] = out.state
+        if out.losses:
+            self.losses = added(self.losses, out.losses)
+        if out.context is not None:
+            self.context = out.context
+        if out.shared:
+            self._share(out.shared)
+        return out.y
+
+    def publish(self, name: str, value: Callable[[], Tensor | Memory]) -> None:
+        """Share the value under `name` where anybody wants it."""
+        if name in self.wanted:
+            self._share({name: value()})
+
+    def _share(self, more: Shared) -> None:
+        self.shared.update(more)
+        self.context = self.context.with_shared(more)

@@ -1,67 +1,96 @@
-"""One block, which knows nothing of its mixer."""
+"""One block, which knows nothing of its mixer, its feed-forward layer or its residual form."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from .channel import CHANNELS
-from .config import BackboneConfig, Site
+from .config import BlockConfig, Site
+from .context import Context
+from .layer import Capabilities, Output, SequenceLayer
 from .layout import Layout
-from .mixers import MIXERS, Mixer
-from .norm import RMSNorm
+from .registry import build_part
 from .state import State
-from .wrappers.parallel import Parallel
 
 
-class Block(nn.Module):
-    """x + drop(mixer(norm(x))), then x + drop(channel(norm(x))).
+class Block(SequenceLayer):
+    """A mixer and a feed-forward layer, each inside its residual form; either may be missing.
 
     Args:
-        config: the backbone's.
-        entry: one entry of its pattern.
+        dim: width of the tokens.
+        config: one entry of `BackboneConfig.layers`, with nothing left to inherit.
         site: where the block stands.
-        drop_path: the rate at which a sequence skips either half, in training.
+        drop_path: the rate at which a sequence skips either layer, in training.
     """
 
-    def __init__(self, config: BackboneConfig, entry: str, site: Site, drop_path: float):
+    def __init__(self, dim: int, config: BlockConfig, site: Site, drop_path: float = 0.0):
         super().__init__()
-        self.drop_path = drop_path
-        self.mixer_norm = RMSNorm(config.dim, eps=config.norm_eps)
-        self.mixer = build_mixer(config, entry, site)
-        self.channel_norm = self.channel = None
-        if config.channel is not None:
-            self.channel_norm = RMSNorm(config.dim, eps=config.norm_eps)
-            self.channel = CHANNELS.build(config.channel, config.dim, config.channels, site)
+        self.mixer_residual = self.mixer = self.ffn_residual = self.ffn = None
+        if config.mixer is not None:
+            self.mixer_residual = build_part(config.residual, dim, site, drop_path)
+            self.mixer = build_part(config.mixer, dim, site)
+        if config.ffn is not None:
+            self.ffn_residual = build_part(config.residual, dim, site, drop_path)
+            self.ffn = build_part(config.ffn, dim, site)
+        residuals = [residual for _, residual, _ in self.parts()]
+        joined = Capabilities.joined(layer.capabilities for _, _, layer in self.parts())
+        reads = joined.reads.union(*(residual.reads for residual in residuals))
+        self.capabilities = dataclasses.replace(joined, reads=reads)
 
-    def forward(
-        self, x: Tensor, layout: Layout, state: State | None = None
-    ) -> tuple[Tensor, State | None, dict[str, Tensor]]:
-        """(b, t, d) to the same, the mixer's state, and the channel layer's losses."""
-        mixed, state = self.mixer(self.mixer_norm(x), layout, state)
-        x = x + self._drop(mixed, layout)
-        losses: dict[str, Tensor] = {}
-        if self.channel is not None:
-            changed, losses = self.channel(self.channel_norm(x))
-            x = x + self._drop(changed, layout)
-        return x, state, losses
+    @property
+    def first(self) -> nn.Module:
+        """The residual form that opens a stream before this block."""
+        return self.parts()[0][1]
+
+    @property
+    def last(self) -> nn.Module:
+        """The residual form that closes a stream after this block."""
+        return self.parts()[-1][1]
+
+    def parts(self) -> list[tuple[str, nn.Module, SequenceLayer]]:
+        """The name, the residual form and the layer of each part that the block has."""
+        both = (("mixer", self.mixer_residual, self.mixer), ("ffn", self.ffn_residual, self.ffn))
+        return [part for part in both if part[2] is not None]
+
+    def forward(self, x: Float[Tensor, "b t *n d"], context: Context | Layout, state: State | None = None) -> Output:
+        """The stream after the block; its state holds those of its parts, by "mixer" and "ffn"."""
+        context = Context.of(context)
+        states: dict[str, State] = {}
+        losses, shared = {}, {}
+        for name, residual, layer in self.parts():
+            out = residual(x, layer, context, None if state is None else state.get(name))
+            x = out.y
+            if out.state is not None:
+                states[name] = out.state
+            if out.losses:
+                losses = added(losses, out.losses)
+            if out.shared:
+                shared = {**shared, **out.shared}
+                context = context.with_shared(out.shared)
+        return Output(x, State(states) if states else None, losses, shared)
+
+    def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State | None:
+        states = {name: layer.init_state(batch, device=device, dtype=dtype) for name, _, layer in self.parts()}
+        states = {name: state for name, state in states.items() if state is not None}
+        return State(states) if states else None
 
     def residual_outputs(self) -> list[nn.Module]:
-        """The layers that write into the residual stream; each has a `weight`."""
-        channel = [] if self.channel is None else self.channel.residual_outputs()
-        return [*self.mixer.residual_outputs(), *channel]
+        return [output for _, _, layer in self.parts() for output in layer.residual_outputs()]
 
-    def _drop(self, x: Tensor, layout: Layout) -> Tensor:
-        """Stochastic depth (arXiv 1603.09382), drawn once a sequence."""
-        if not self.training or not self.drop_path:
-            return x
-        keep = torch.rand(layout.sequences(x.shape[0]), 1, 1, device=x.device) >= self.drop_path
-        if layout.cu_seqlens is not None:
-            keep = keep[:, 0, 0].repeat_interleave(layout.lengths(x))[None, :, None]
-        return x * (keep.to(x.dtype) / (1 - self.drop_path))
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest, **options) -> None:
+        # What version 0.1 called the norms and the feed-forward layer.
+        for old, new in RENAMED.items():
+            for name in [name for name in state_dict if name.startswith(prefix + old)]:
+                state_dict[prefix + new + name[len(prefix + old) :]] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **options)
 
 
-def build_mixer(config: BackboneConfig, entry: str, site: Site) -> Mixer:
-    """The mixer that an entry of the pattern names; "a+b" runs a and b in parallel."""
-    parts = {name: MIXERS.build(name, config.dim, config.mixers, site) for name in entry.split("+")}
-    return Parallel(parts, config.dim, site) if len(parts) > 1 else next(iter(parts.values()))
+RENAMED = {"mixer_norm.": "mixer_residual.norm.", "channel_norm.": "ffn_residual.norm.", "channel.": "ffn."}
+
+
+def added(losses: dict[str, Tensor], more: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sums of losses by name."""
+    return {**losses, **{name: losses[name] + loss if name in losses else loss for name, loss in more.items()}}

@@ -10,7 +10,7 @@ from ..errors import UnsupportedCall
 from .config import ObjectiveConfig
 from .heads import get_objective
 from .language import LanguageModel, LanguageModelConfig
-from .mixers.base import ScanMixer
+from .layer import unfit
 
 
 def convert(model: LanguageModel, objective: str = "masked", options: ObjectiveConfig | None = None) -> LanguageModel:
@@ -43,7 +43,7 @@ def convert(model: LanguageModel, objective: str = "masked", options: ObjectiveC
         )
     backbone = model.config.backbone
     autoregressive = getattr(options, "block", None) == 1
-    if not autoregressive and any(isinstance(mixer, ScanMixer) for mixer in model.mixers().values()):
+    if not autoregressive and unfit(model.backbone, lambda can: can.bidirectional):
         backbone = replace(backbone, scan="both")
     config = LanguageModelConfig(
         backbone=backbone,

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedCall, UnsupportedShape
 from ..kernels import linear
-from .backbone import Backbone, Trace
+from .backbone import Backbone
 from .config import BackboneConfig, ObjectiveConfig, check_options, positive
+from .context import Context
 from .heads.objective import ObjectiveLoss, build_objective
+from .layer import Output
 from .layout import Layout
-from .mixers import Mixer
 from .state import State
-from .wrappers.parallel import Parallel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class LanguageModelConfig:
 
     Args:
         backbone: its `scan` is "forward" under causal objectives, and "both" under diffusion.
-        vocabulary: token ids are 0 … vocabulary − 1. An objective may add tokens of its own behind them (the mask).
+        vocabulary: token ids are 0 … vocabulary − 1. An objective may add tokens of its own after them (the mask).
         objective: what it is trained for, by name; see `list_objectives()`.
         objectives: options by objective name.
         tie: whether the output matrix is the embedding (arXiv 1608.05859).
@@ -53,10 +53,10 @@ class LanguageModel(nn.Module):
         ...     backbone=BackboneConfig(dim=256, depth=6, pattern=["gated_deltanet", "attention"]), vocabulary=4096))
         >>> model.loss(tokens).loss.backward()          # tokens: (b, t), int64
         >>> logits, state = model(prompt)               # (b, t, 4096)
-        >>> logits, state = model(next_token, state)    # goes on where it stopped
+        >>> logits, state = model(next_token, state)    # resumes after the prompt
 
     Raises:
-        UnsupportedCall: a mixer cannot serve the objective, with the remedy.
+        UnsupportedCall: a layer cannot serve the objective, with the remedy.
     """
 
     config_class = LanguageModelConfig
@@ -89,43 +89,38 @@ class LanguageModel(nn.Module):
             raise UnsupportedCall(f"objective {self.config.objective!r} has no mask token; diffusion objectives have")
         return self.config.vocabulary
 
-    def mixers(self) -> dict[str, Mixer]:
-        """The mixers of the blocks by a name for messages, those inside parallel heads included."""
-        found: dict[str, Mixer] = {}
-        for i, block in enumerate(self.backbone.blocks):
-            parts = block.mixer.parts.values() if isinstance(block.mixer, Parallel) else [block.mixer]
-            for part in parts:
-                found[f"{type(part).__name__} in layer {i}"] = part
-        return found
-
-    def trace(self, tokens: Int[Tensor, "b t"], layout: Layout, state: tuple[State, ...] | None = None) -> Trace:
-        """The backbone's `Trace` of embedded tokens.
+    def hidden(self, tokens: Int[Tensor, "b t"], context: Context | Layout, state: State | None = None) -> Output:
+        """The backbone's `Output` for embedded tokens; `logits` turns its `y` into logits.
 
         Raises:
-            UnsupportedShape: ids outside the vocabulary (and the objective's own tokens), or none.
+            UnsupportedShape: ids outside the vocabulary (and the objective's own tokens), or no batch of rows.
         """
-        if tokens.ndim != 2 or not tokens.shape[1]:
-            raise UnsupportedShape(f"tokens: shape {tuple(tokens.shape)} is not (batch, time) with at least one token")
-        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+        if tokens.ndim != 2:
+            raise UnsupportedShape(f"tokens: shape {tuple(tokens.shape)} is not (batch, time)")
+        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
             low, high = tokens.aminmax()
             if low < 0 or high >= self.embedding.num_embeddings:
                 raise UnsupportedShape(
                     f"tokens: ids reach from {int(low)} to {int(high)}, and the model knows 0 to "
                     f"{self.embedding.num_embeddings - 1}; is this its tokenizer?"
                 )
-        return self.backbone.trace(self.embedding(tokens), layout, state)
+        return self.backbone(self.embedding(tokens), context, state)
 
     def forward(
-        self, tokens: Int[Tensor, "b t"], state: tuple[State, ...] | None = None, *, layout: Layout | None = None
-    ) -> tuple[Float[Tensor, "b t v"], tuple[State, ...] | None]:
+        self,
+        tokens: Int[Tensor, "b t"],
+        state: State | None = None,
+        *,
+        layout: Context | Layout | None = None,
+    ) -> tuple[Float[Tensor, "b t v"], State | None]:
         """Logits for every position and, under a causal layout, the state after the last.
 
         Args:
-            state: what an earlier call returned; the tokens then go on from there.
-            layout: causal by default.
+            state: what an earlier call returned; the tokens then follow those that it has read.
+            layout: causal by default; or a context.
         """
-        trace = self.trace(tokens, Layout(causal=True) if layout is None else layout, state)
-        return self.logits(trace.y), trace.state
+        out = self.hidden(tokens, Layout(causal=True) if layout is None else layout, state)
+        return self.logits(out.y), out.state
 
     def logits(self, y: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows v"]:
         """Logits from the backbone's outputs."""
@@ -147,6 +142,8 @@ class LanguageModel(nn.Module):
         """The objective's loss; see `Objective.loss`."""
         return self.objective.loss(self, tokens, cu_seqlens=cu_seqlens, lengths=lengths, counted=counted)
 
-    def init_state(self, batch: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
-        """The state before the first token, one a block."""
+    def init_state(
+        self, batch: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> State:
+        """The state before the first token."""
         return self.backbone.init_state(batch, device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""What a mixer remembers between two calls."""
+"""What layers remember between two calls."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch.utils import _pytree as pytree
 class State:
     """Named tensors, each with the sequences of the batch along dimension 0, or nested states.
 
-    A pytree: `torch.utils._pytree` and torch.compile look inside. It is never changed in place: forward returns a new
-    one, and the gradient flows through it.
+    One of a backbone holds those of its layers. A pytree: `torch.utils._pytree` and torch.compile look inside. It is
+    never changed in place: forward returns a new one, so that an old one may be kept and resumed from, and the gradient
+    flows through it.
     """
 
     def __init__(self, parts: dict[str, Tensor | State]):
@@ -39,6 +40,18 @@ class State:
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
 
+    def get(self, name: str) -> Any:
+        """The part of that name, or None."""
+        return self._parts.get(name)
+
+    def named_tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+        """Every tensor with its path, as in "blocks.3/mixer/k"."""
+        for name, part in self._parts.items():
+            if isinstance(part, State):
+                yield from part.named_tensors(f"{prefix}{name}/")
+            else:
+                yield f"{prefix}{name}", part
+
     def map(self, function: Callable[[Tensor], Tensor]) -> State:
         """A state with `function` applied to every tensor."""
         return State({k: v.map(function) if isinstance(v, State) else function(v) for k, v in self._parts.items()})
@@ -53,10 +66,10 @@ class State:
 
     @staticmethod
     def join(states: Sequence[State]) -> State:
-        """The sequences of several states of one mixer, behind each other.
+        """The sequences of several states of one layer, concatenated.
 
-        Parts that grow with what was read are filled up at their ends as empty slots are: with zeros, and integers
-        with −1.
+        Parts that grow with what was read are filled up at their ends as empty slots are: with zeros, and positions
+        (int64) with −1.
         """
         return State({name: _joined([s[name] for s in states]) for name in states[0]})
 
@@ -74,7 +87,7 @@ def _joined(parts: list[Tensor] | list[State]) -> Tensor | State:
     if isinstance(parts[0], State):
         return State.join(parts)
     sizes = [max(shape) for shape in zip(*(p.shape[1:] for p in parts), strict=True)]
-    fill = 0 if parts[0].is_floating_point() or parts[0].is_complex() else -1
+    fill = -1 if parts[0].dtype == torch.int64 else 0
     padded = []
     for p in parts:
         missing = [n for size, own in zip(reversed(sizes), reversed(p.shape[1:]), strict=True) for n in (0, size - own)]
@@ -87,4 +100,8 @@ pytree.register_pytree_node(
     lambda state: (list(state._parts.values()), list(state._parts)),
     lambda values, names: State(dict(zip(names, values, strict=True))),
     serialized_type_name="omnimix.State",
+    flatten_with_keys_fn=lambda state: (
+        [(pytree.MappingKey(name), value) for name, value in state._parts.items()],
+        list(state._parts),
+    ),
 )

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.backbone import Backbone
-from ..backbones.channel import get_channel
 from ..backbones.config import BackboneConfig, Site
+from ..backbones.context import Context
+from ..backbones.ffn import get_ffn
 from ..backbones.layout import Layout
 from ..errors import ConfigError, UnknownName
 from ..kernels.registry import using
@@ -57,15 +58,16 @@ class Subject:
 
 
 def _stack(mixer: str) -> tuple[nn.Module, Call]:
-    net = Backbone(BackboneConfig(dim=768, depth=2, pattern=[mixer], channel=None))
+    net = Backbone(BackboneConfig(dim=768, depth=2, pattern=[mixer], ffn=None))
     layout = Layout(causal=True)
-    return net, lambda x: net(x, layout)[0]
+    return net, lambda x: net(x, layout).y
 
 
-def _channel(name: str, **options: Any) -> tuple[nn.Module, Call]:
-    entry = get_channel(name)
+def _ffn(name: str, **options: Any) -> tuple[nn.Module, Call]:
+    entry = get_ffn(name)
     layer = entry.build(512, entry.config(**options), Site())
-    return layer, lambda x: layer(x)[0]
+    context = Context(Layout())
+    return layer, lambda x: layer(x, context).y
 
 
 def _transformers_mamba(use_mambapy: bool) -> tuple[nn.Module, Call]:
@@ -141,8 +143,8 @@ SUBJECTS = (
     ),
     Subject(block=MAMBA2, name="chunked", dim=768, build=lambda: _stack("mamba2"), backend="chunked"),
     Subject(block=MAMBA2, name="transformers", dim=768, build=_transformers_mamba2, packages=("transformers",)),
-    Subject(block=MOE, name="omnimix", dim=512, build=lambda: _channel("moe", experts=8, active=2, ratio=2.0)),
-    Subject(block=MOE, name="dense, as many products", dim=512, build=lambda: _channel("swiglu", ratio=4.0)),
+    Subject(block=MOE, name="omnimix", dim=512, build=lambda: _ffn("moe", experts=8, active=2, ratio=2.0)),
+    Subject(block=MOE, name="dense, as many products", dim=512, build=lambda: _ffn("swiglu", ratio=4.0)),
     Subject(block=MOE, name="transformers grouped_mm", dim=512, build=_transformers_moe, packages=("transformers",)),
 )
 

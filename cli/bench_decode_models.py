@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..backbones.channel import get_channel
-from ..backbones.config import BackboneConfig
+from ..backbones.config import BackboneConfig, Site
+from ..backbones.ffn import get_ffn
 from ..backbones.language import LanguageModel, LanguageModelConfig
 from ..backbones.layout import Layout
 from ..backbones.mixers import get_mixer
@@ -69,21 +69,21 @@ class Decoder(ABC):
 class Ours(Decoder):
     """A language model of ours, through its public forward."""
 
-    def __init__(self, pattern: Sequence[str], channel: str | None, sizes: Sizes):
+    def __init__(self, pattern: Sequence[str], ffn: str | None, sizes: Sizes):
         mixers = {"window": get_mixer("window").config(window=sizes.window)} if "window" in pattern else {}
-        backbone = BackboneConfig(dim=sizes.dim, depth=sizes.depth, pattern=pattern, channel=channel, mixers=mixers)
+        backbone = BackboneConfig(dim=sizes.dim, depth=sizes.depth, pattern=pattern, ffn=ffn, mixers=mixers)
         self.net = LanguageModel(LanguageModelConfig(backbone=backbone, vocabulary=sizes.vocabulary))
 
     def read(self, tokens: Tensor, memory: Any) -> Any:
-        trace = self.net.trace(tokens, Layout(causal=True), memory)
-        self.net.logits(trace.y[:, -1:])
-        return trace.state
+        out = self.net.hidden(tokens, Layout(causal=True), memory)
+        self.net.logits(out.y[:, -1:])
+        return out.state
 
     def step(self, token: Tensor, memory: Any) -> Any:
         return self.net(token, memory)[1]
 
     def tensors(self, memory: Any) -> list[Tensor]:
-        return [x for state in memory for x in state.tensors()]
+        return memory.tensors()
 
 
 class Theirs(Decoder):
@@ -139,8 +139,8 @@ def _mamba2(sizes: Sizes) -> Decoder:
 def _llama(sizes: Sizes) -> Decoder:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    channel = get_channel("swiglu")
-    inner = channel.build(sizes.dim, channel.config(), BackboneConfig(dim=sizes.dim, depth=1).site(0)).out_proj
+    ffn = get_ffn("swiglu")
+    inner = ffn.build(sizes.dim, ffn.config(), Site()).out_proj
     config = LlamaConfig(
         vocab_size=sizes.vocabulary,
         hidden_size=sizes.dim,

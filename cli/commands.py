@@ -35,7 +35,7 @@ def mixer_rows() -> list[dict[str, Any]]:
     from ..backbones.config import Site
     from ..backbones.mixers import get_mixer
     from ..backbones.mixers import list_mixers as names
-    from ..backbones.wrappers.scan import scan_orders
+    from ..backbones.scan import scan_orders
 
     rows = []
     for name in names():

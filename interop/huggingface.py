@@ -14,12 +14,12 @@ from typing import Any, no_type_check
 import torch
 from torch import Tensor, nn
 
-from ..backbones.backbone import Trace
-from ..backbones.config import from_dict, to_dict
 from ..backbones.heads import get_objective
 from ..backbones.heads.causal import IGNORED
 from ..backbones.language import LanguageModel, LanguageModelConfig
+from ..backbones.layer import Output
 from ..backbones.layout import Layout
+from ..backbones.serialization import from_dict, to_dict
 from ..backbones.state import State
 from ..errors import CheckpointError, UnsupportedCall, UnsupportedShape
 from .importing import load_language_model, source_hidden, wanted
@@ -105,7 +105,7 @@ class OmnimixCache:
     Like transformers' own it is changed in place; copy.deepcopy keeps a prompt's for further use.
 
     Args:
-        states: one a block; None before the first token.
+        state: of the backbone; None before the first token.
         length: columns of tokens that were read, padding included.
     """
 
@@ -114,36 +114,36 @@ class OmnimixCache:
     # With True `generate` would not ask `get_seq_length`, and hand over again what was read before.
     is_linear = (False,)
 
-    def __init__(self, states: tuple[State, ...] | None = None, length: int = 0):
-        self.states = states
+    def __init__(self, state: State | None = None, length: int = 0):
+        self.state = state
         self.length = length
 
-    def update(self, states: tuple[State, ...], read: int) -> None:
-        self.states, self.length = states, self.length + read
+    def update(self, state: State, read: int) -> None:
+        self.state, self.length = state, self.length + read
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
 
     @property
     def nbytes(self) -> int:
-        """Memory that the states hold."""
-        return sum(state.nbytes for state in self.states or ())
+        """Memory that the state holds."""
+        return 0 if self.state is None else self.state.nbytes
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the sequences `beam_idx`, in that order; repeats are allowed."""
-        if self.states is not None:
-            self.states = tuple(s.select(beam_idx.to(s.tensors()[0].device)) for s in self.states)
+        if self.state is not None:
+            self.state = self.state.select(beam_idx.to(self.state["read"].device))
 
     batch_select_indices = reorder_cache
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each sequence `repeats` times in a row."""
-        if self.states is not None:
-            rows = torch.arange(self.states[0].tensors()[0].shape[0])
+        if self.state is not None:
+            rows = torch.arange(len(self.state["read"]))
             self.reorder_cache(rows.repeat_interleave(repeats))
 
     def reset(self) -> None:
-        self.states, self.length = None, 0
+        self.state, self.length = None, 0
 
     def crop(self, max_length: int) -> None:
         raise UnsupportedCall(
@@ -155,10 +155,10 @@ class OmnimixCache:
 class _Traced:
     """Stands for a model whose pass through the backbone has been made already."""
 
-    def __init__(self, model: LanguageModel, trace: Trace):
-        self.model, self.made = model, trace
+    def __init__(self, model: LanguageModel, out: Output):
+        self.model, self.made = model, out
 
-    def trace(self, tokens: Tensor, layout: Layout, state: Any = None) -> Trace:
+    def hidden(self, tokens: Tensor, layout: Layout, state: Any = None) -> Output:
         return self.made
 
     def output_weight(self, y: Tensor) -> Tensor:
@@ -246,32 +246,33 @@ class OmnimixForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache = self.config.use_cache and not self.training
         x = self.model.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         rows = Rows.of(x, attention_mask)
-        trace = self.model.backbone.trace(
+        taps = [f"blocks.{i}" for i in range(len(self.model.backbone.blocks) - 1)] if output_hidden_states else []
+        out = self.model.backbone(
             rows.pack(x),
             Layout(causal=True, cu_seqlens=rows.cu_seqlens),
-            None if cache is None else cache.states,
-            taps=range(len(self.model.backbone.blocks) - 1) if output_hidden_states else (),
+            None if cache is None else cache.state,
+            taps=taps,
         )
-        loss = None if labels is None else self._loss(trace, labels, rows, num_items_in_batch)
-        y = rows.unpack(trace.y)
+        loss = None if labels is None else self._loss(out, labels, rows, num_items_in_batch)
+        y = rows.unpack(out.y)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.logits(y[:, keep])
-        hidden = (x, *map(rows.unpack, trace.taps), y) if output_hidden_states else None
+        hidden = (x, *(rows.unpack(out.shared[name]) for name in taps), y) if output_hidden_states else None
         if use_cache:
             cache = OmnimixCache() if cache is None else cache
-            cache.update(trace.state, x.shape[1])
+            cache.update(out.state, x.shape[1])
         output = CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=hidden, **{CACHE: cache if use_cache else None}
         )
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
 
-    def _loss(self, trace: Trace, labels: Tensor, rows: Rows, items: Tensor | int | None) -> Tensor:
-        labels = rows.pack(labels.to(trace.y.device))
+    def _loss(self, out: Output, labels: Tensor, rows: Rows, items: Tensor | int | None) -> Tensor:
+        labels = rows.pack(labels.to(out.y.device))
         counted = labels != IGNORED
         objective = self.model.objective
         found = objective.loss(
-            _Traced(self.model, trace),
+            _Traced(self.model, out),
             labels.masked_fill(~counted, 0),
             cu_seqlens=rows.cu_seqlens,
             counted=counted,

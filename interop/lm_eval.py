@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..backbones.config import positive
 from ..backbones.decoding import DiffusionConfig, GenerationConfig, diffuse
-from ..backbones.decoding.prefill import evaluating, last_logits, select
+from ..backbones.decoding.prefill import evaluating, last_logits
 from ..backbones.language import LanguageModel
 from ..backbones.layout import Layout
 from ..errors import ConfigError, UnsupportedCall, UnsupportedShape
@@ -205,7 +205,7 @@ class OmnimixLM(TemplateLM):
                 pieces = [rows[i][place : place + chunk + 1] for i in alive]
                 borders = torch.tensor([0, *accumulate(len(p) - 1 for p in pieces)], device=device)
                 tokens = torch.tensor([[t for p in pieces for t in p[:-1]]], device=device)
-                trace = self.model.trace(tokens, Layout(causal=True, cu_seqlens=borders), state)
+                out = self.model.hidden(tokens, Layout(causal=True, cu_seqlens=borders), state)
                 scored = [
                     (at, piece[j + 1], i)
                     for i, piece, first in zip(alive, pieces, borders.tolist(), strict=False)
@@ -213,12 +213,12 @@ class OmnimixLM(TemplateLM):
                     if place + j + 1 >= given[i]
                 ]
                 if scored:
-                    self._score(trace.y[0], torch.tensor(scored, device=device), nats, wrong)
+                    self._score(out.y[0], torch.tensor(scored, device=device), nats, wrong)
                 left = [j for j, i in enumerate(alive) if len(rows[i]) > place + chunk + 1]
                 if left and len(left) < len(alive):
-                    state = select(trace.state, torch.tensor(left, device=device))
+                    state = out.state.select(torch.tensor(left, device=device))
                 else:
-                    state = trace.state
+                    state = out.state
                 alive, place = [alive[j] for j in left], place + chunk
         return nats.cpu(), (wrong == 0).cpu()
 

@@ -105,14 +105,15 @@ class TimmClassifier(TimmModel, ImageClassifier):
             raise ConfigError(f"output_fmt is {output_fmt!r}; it must be 'NCHW' or 'NLC'")
         take, last = feature_take_indices(len(self.backbone.blocks), indices)
         tokens, layout = self.tokenizer(x)
-        trace = self.backbone.trace(tokens, layout, taps=take, depth=last + 1 if stop_early else None)
+        taps = [f"blocks.{i}" for i in take]
+        out = self.backbone(tokens, layout, taps=taps, depth=last + 1 if stop_early else None)
         found: list[Any] = []
-        for tap in trace.taps:
+        for tap in (out.shared[name] for name in taps):
             grid, prefix = split_tokens(self.backbone.norm(tap) if norm else tap, layout)
             if output_fmt == "NCHW":
                 grid = grid.mT.unflatten(-1, layout.grid[1:]).contiguous()
             found.append((grid, prefix) if return_prefix_tokens and layout.extra else grid)
-        return found if intermediates_only else (prefix_first(trace.y, layout), found)
+        return found if intermediates_only else (prefix_first(out.y, layout), found)
 
     def prune_intermediate_layers(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..language import LanguageModel
 from .config import GenerationConfig
 from .generate import Generation, Reason, finish_reason, start
-from .prefill import advance, evaluating, select
+from .prefill import advance, evaluating
 from .prefix import Prefix
 from .sampling import permitted, seen_tokens
 
@@ -93,7 +93,7 @@ def search(
             alive = [i for i in alive if not searches[i].over]
             if not alive:
                 break
-            state = select(state, torch.tensor(origins, device=device))
+            state = state.select(torch.tensor(origins, device=device))
             logits, state = advance(model, torch.tensor(tokens, device=device), state)
     best = [s.finished[0] for s in searches]
     return Generation(

@@ -19,7 +19,7 @@ from ..language import LanguageModel
 from ..layout import Layout
 from ..state import State
 from .generate import Generation
-from .prefill import as_lists, evaluating, last_logits, select
+from .prefill import as_lists, evaluating, last_logits
 from .sampling import draw, generator, keep_top_p
 
 REMASK = ("low_confidence", "random", "threshold", "ancestral")
@@ -178,7 +178,7 @@ class _Filler:
     ):
         self.model, self.canvases, self.block, self.cache, self.watch = model, canvases, block, cache, watch
         self.device = model.embedding.weight.device
-        self.state: tuple[State, ...] | None = None
+        self.state: State | None = None
         # When the first tokens were known.
         self.first: float | None = None
 
@@ -193,10 +193,10 @@ class _Filler:
                 self.state = self._states(left)
             active = [active[i] for i in left]
 
-    def _states(self, rows: list[int]) -> tuple[State, ...] | None:
+    def _states(self, rows: list[int]) -> State | None:
         if self.state is None:
             return None
-        return select(self.state, torch.tensor(rows, device=self.device))
+        return self.state.select(torch.tensor(rows, device=self.device))
 
     def _read(self, active: list[_Canvas]) -> None:
         """Bring each state to the border of its canvas's block."""
@@ -211,9 +211,9 @@ class _Filler:
         for i, y in zip(rows, outputs, strict=True):
             active[i].read, active[i].last = active[i].start, y[-1:]
         if rest:
-            both = tuple(State.join(pair) for pair in zip(state, self._states(rest), strict=True))
+            both = State.join([state, self._states(rest)])
             order = torch.tensor(rows + rest, device=self.device).argsort()
-            state = select(both, order)
+            state = both.select(order)
         self.state = state
 
     def _fill(self, active: list[_Canvas]) -> None:
@@ -249,15 +249,15 @@ class _Filler:
         return found
 
     def _pass(
-        self, pieces: list[Int[Tensor, "_"]], state: tuple[State, ...] | None
-    ) -> tuple[Sequence[Float[Tensor, "_ d"]], tuple[State, ...] | None]:
+        self, pieces: list[Int[Tensor, "_"]], state: State | None
+    ) -> tuple[Sequence[Float[Tensor, "_ d"]], State | None]:
         lengths = [len(piece) for piece in pieces]
         ragged = len(set(lengths)) > 1
         tokens = (torch.cat(pieces)[None] if ragged else torch.stack(pieces)).to(self.device)
         borders = torch.tensor([0, *accumulate(lengths)], device=self.device) if ragged else None
         layout = Layout(causal=False if self.block is None else "block", block=self.block, cu_seqlens=borders)
-        trace = self.model.trace(tokens, layout, state)
-        return trace.y[0].split(lengths) if ragged else list(trace.y), trace.state
+        out = self.model.hidden(tokens, layout, state)
+        return out.y[0].split(lengths) if ragged else list(out.y), out.state
 
 
 def diffuse(

@@ -15,7 +15,7 @@ from ...errors import UnsupportedCall, UnsupportedShape
 from ..language import LanguageModel
 from ..state import State
 from .config import GenerationConfig
-from .prefill import States, advance, as_lists, check_decoder, evaluating, read, select
+from .prefill import advance, as_lists, check_decoder, evaluating, read
 from .prefix import Prefix
 from .sampling import Sampler
 
@@ -73,7 +73,7 @@ def finish_reason(written: Sequence[int], config: GenerationConfig) -> Reason | 
 
 def start(
     model: LanguageModel, prompts: list[list[int]], chunk: int | None, prefix: Prefix | None
-) -> tuple[Float[Tensor, "n v"], States]:
+) -> tuple[Float[Tensor, "n v"], State]:
     """Logits after each prompt and the states, all behind `prefix` where there is one."""
     if prefix is None:
         return read(model, prompts, chunk)
@@ -81,16 +81,16 @@ def start(
     full = [i for i, prompt in enumerate(prompts) if prompt]
     logits, state = prefix.logits, prefix.state
     if full:
-        copies = select(state, torch.zeros(len(full), dtype=torch.int64, device=device))
+        copies = state.select(torch.zeros(len(full), dtype=torch.int64, device=device))
         after, copies = read(model, [prompts[i] for i in full], chunk, copies)
         if len(full) == len(prompts):
             return after, copies
         logits = torch.cat([logits, after])
-        state = tuple(State.join(pair) for pair in zip(state, copies, strict=True))
+        state = State.join([state, copies])
     # Row 0 is the prefix itself, for prompts that add nothing to it.
     places = torch.zeros(len(prompts), dtype=torch.int64, device=device)
     places[full] = torch.arange(1, len(full) + 1, device=device)
-    return logits[places], select(state, places)
+    return logits[places], state.select(places)
 
 
 class Writer:
@@ -151,7 +151,7 @@ class Writer:
     def _keep(self, left: list[int]) -> None:
         self.rows = [self.rows[i] for i in left]
         if left:
-            self.state = select(self.state, torch.tensor(left, device=self.logits.device))
+            self.state = self.state.select(torch.tensor(left, device=self.logits.device))
             self.sampler.select(left)
 
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
 from ..language import LanguageModel
+from ..layer import unfit
 from ..layout import Layout
 from ..state import State
 from .config import GenerationConfig
 
 CAUSAL = Layout(causal=True)
-States = tuple[State, ...]
 
 
 @contextlib.contextmanager
@@ -40,9 +40,8 @@ def check_decoder(model: LanguageModel, config: GenerationConfig | None = None) 
             f"objective {model.config.objective!r} is decoded by {model.objective.decoder}, not token by token; "
             "call omnimix.backbones.decoding.diffuse, or train with objective='causal'"
         )
-    for name, mixer in model.mixers().items():
-        if not mixer.streaming or not mixer.causal:
-            raise UnsupportedCall(f"{name} does not go on from a state, which decoding needs; choose another mixer")
+    if name := unfit(model.backbone, lambda can: can.streaming and can.causal):
+        raise UnsupportedCall(f"{name} does not resume from a state, which decoding needs; choose another layer")
     forbidden = set() if config is None else set(config.forbidden)
     if forbidden and (min(forbidden) < 0 or max(forbidden) >= model.vocabulary or len(forbidden) == model.vocabulary):
         raise ConfigError(
@@ -71,25 +70,21 @@ def as_lists(prompts: Sequence[Sequence[int]] | Int[Tensor, "n t"], vocabulary: 
     return rows
 
 
-def select(state: States, index: Int[Tensor, "n"]) -> States:
-    return tuple(s.select(index) for s in state)
-
-
 def last_logits(model: LanguageModel, y: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
     """Logits of float32 or wider."""
     logits = model.logits(y)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def advance(model: LanguageModel, tokens: Int[Tensor, "n"], state: States) -> tuple[Float[Tensor, "n v"], States]:
-    """Read one token a sequence. `model.trace` would check the ids, which are our own, at every step."""
-    trace = model.backbone.trace(model.embedding(tokens[:, None]), CAUSAL, state)
-    return last_logits(model, trace.y[:, 0]), trace.state
+def advance(model: LanguageModel, tokens: Int[Tensor, "n"], state: State) -> tuple[Float[Tensor, "n v"], State]:
+    """Read one token a sequence. `model.hidden` would check the ids, which are our own, at every step."""
+    out = model.backbone(model.embedding(tokens[:, None]), CAUSAL, state)
+    return last_logits(model, out.y[:, 0]), out.state
 
 
 def read(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], chunk: int | None = None, state: States | None = None
-) -> tuple[Float[Tensor, "n v"], States]:
+    model: LanguageModel, prompts: Sequence[Sequence[int]], chunk: int | None = None, state: State | None = None
+) -> tuple[Float[Tensor, "n v"], State]:
     """Read prompts of any lengths, none empty.
 
     Args:
@@ -109,29 +104,29 @@ def read(
         if done:
             index = torch.tensor(done, device=device)
             outputs.append(y[index])
-            states.append(state if len(done) == len(alive) else select(state, index))
+            states.append(state if len(done) == len(alive) else state.select(index))
             finished += [alive[j] for j in done]
             left = [j for j in range(len(alive)) if j not in set(done)]
-            state = select(state, torch.tensor(left, device=device, dtype=torch.int64)) if left else None
+            state = state.select(torch.tensor(left, device=device, dtype=torch.int64)) if left else None
             alive = [alive[j] for j in left]
         place = stop
     logits = last_logits(model, torch.cat(outputs))
-    joined = states[0] if len(states) == 1 else tuple(State.join(parts) for parts in zip(*states, strict=True))
+    joined = states[0] if len(states) == 1 else State.join(states)
     if finished == sorted(finished):
         return logits, joined
     order = torch.tensor(finished, device=device).argsort()
-    return logits[order], select(joined, order)
+    return logits[order], joined.select(order)
 
 
 def _read_pieces(
-    model: LanguageModel, pieces: list[Sequence[int]], state: States | None, device: torch.device
-) -> tuple[Float[Tensor, "n d"], States]:
+    model: LanguageModel, pieces: list[Sequence[int]], state: State | None, device: torch.device
+) -> tuple[Float[Tensor, "n d"], State]:
     """The backbone's outputs at the pieces' last tokens, and the states after them."""
     lengths = [len(p) for p in pieces]
     if len(set(lengths)) == 1:
-        trace = model.trace(torch.tensor(pieces, device=device), CAUSAL, state)
-        return trace.y[:, -1], trace.state
+        out = model.hidden(torch.tensor(pieces, device=device), CAUSAL, state)
+        return out.y[:, -1], out.state
     tokens = torch.tensor([[token for piece in pieces for token in piece]], device=device)
     borders = torch.tensor([0, *accumulate(lengths)], device=device)
-    trace = model.trace(tokens, Layout(causal=True, cu_seqlens=borders), state)
-    return trace.y[0, borders[1:] - 1], trace.state
+    out = model.hidden(tokens, Layout(causal=True, cu_seqlens=borders), state)
+    return out.y[0, borders[1:] - 1], out.state

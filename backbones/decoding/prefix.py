@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from ...utils.files import replace_tensors
-from ..config import to_dict
 from ..language import LanguageModel
+from ..serialization import to_dict
 from ..state import State
-from .prefill import States, as_lists, check_decoder, evaluating, read
+from .prefill import as_lists, check_decoder, evaluating, read
 
 # Elements of each weight that enter the fingerprint: training changes nearly all of them.
 SAMPLES = 256
-FORMAT = "omnimix prefix 1"
+FORMAT = "omnimix prefix 2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Prefix:
         tokens: its ids, which a repetition penalty looks at.
     """
 
-    state: States
+    state: State
     logits: Float[Tensor, "1 v"]
     tokens: list[int]
 
@@ -75,7 +75,7 @@ def fingerprint(model: LanguageModel) -> str:
 
 def save_prefix(path: str | Path, prefix: Prefix, model: LanguageModel) -> None:
     """Write a prefix as safetensors, with the fingerprint of the model that read it; whole or not at all."""
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in _named(prefix.state)}
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in prefix.state.named_tensors()}
     tensors |= {"logits": prefix.logits.detach().cpu().contiguous().clone(), "tokens": torch.tensor(prefix.tokens)}
     about = {"format": FORMAT, "model": fingerprint(model)}
     replace_tensors(path, tensors, about)
@@ -102,34 +102,19 @@ def load_prefix(path: str | Path, model: LanguageModel) -> Prefix:
             f"{path} was read by a model with another configuration or other weights; read the text again (read_prefix)"
         )
     device, template = model.embedding.weight.device, model.init_state(1)
-    wanted = {name: t.shape for name, t in _named(template)} | {"logits": (1, model.vocabulary), "tokens": (1,)}
+    wanted = {name: t.shape for name, t in template.named_tensors()} | {"logits": (1, model.vocabulary), "tokens": (1,)}
     found = {name: t.shape for name, t in tensors.items()}
     if wanted.keys() != found.keys() or any(len(found[n]) != len(shape) for n, shape in wanted.items()):
         raise CheckpointError(f"{path} does not hold the state of this model; read the text again (read_prefix)")
     placed = {name: t.to(device) for name, t in tensors.items()}
-    state = tuple(_filled(part, f"{i}", placed) for i, part in enumerate(template))
-    return Prefix(state=state, logits=placed["logits"], tokens=tensors["tokens"].tolist())
+    return Prefix(state=_filled(template, placed), logits=placed["logits"], tokens=tensors["tokens"].tolist())
 
 
-def _named(states: States) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of states by their paths: "2.k", "3.attention.slots"."""
-
-    def inside(state: State, path: str) -> Iterator[tuple[str, Tensor]]:
-        for name, part in state.parts.items():
-            if isinstance(part, State):
-                yield from inside(part, f"{path}.{name}")
-            else:
-                yield f"{path}.{name}", part
-
-    for i, state in enumerate(states):
-        yield from inside(state, f"{i}")
-
-
-def _filled(state: State, path: str, tensors: dict[str, Tensor]) -> State:
+def _filled(state: State, tensors: dict[str, Tensor], path: str = "") -> State:
     """`state` with the tensors of these paths."""
     return State(
         {
-            name: _filled(part, f"{path}.{name}", tensors) if isinstance(part, State) else tensors[f"{path}.{name}"]
+            name: _filled(part, tensors, f"{path}{name}/") if isinstance(part, State) else tensors[f"{path}{name}"]
             for name, part in state.parts.items()
         }
     )

@@ -18,9 +18,10 @@ from torch import Tensor
 from ...errors import ConfigError, UnsupportedCall
 from ..config import positive
 from ..language import LanguageModel
+from ..state import State
 from .config import GenerationConfig
 from .generate import Generation, Reason, finish_reason
-from .prefill import CAUSAL, States, as_lists, check_decoder, evaluating, last_logits, read
+from .prefill import CAUSAL, as_lists, check_decoder, evaluating, last_logits, read
 from .sampling import distribution, draw, generator, seen_tokens
 
 
@@ -71,17 +72,17 @@ class _Reader:
     def __init__(self, model: LanguageModel, prompt: list[int], config: GenerationConfig):
         self.model, self.device = model, model.embedding.weight.device
         self.unread: list[int] = [prompt[-1]]
-        self.state: States | None = None
+        self.state: State | None = None
         self.calls = 0
         if prompt[:-1]:
             _, self.state = read(model, [prompt[:-1]], config.chunk)
 
-    def look(self, tokens: list[int], state: States | None, count: int) -> tuple[Float[Tensor, "count v"], States]:
+    def look(self, tokens: list[int], state: State | None, count: int) -> tuple[Float[Tensor, "count v"], State]:
         """Read `tokens` behind `state`: logits after each of the last `count`, and the state after all."""
         self.calls += 1
         ids = torch.tensor([tokens], device=self.device)
-        trace = self.model.backbone.trace(self.model.embedding(ids), CAUSAL, state)
-        return last_logits(self.model, trace.y[0, -count:]), trace.state
+        out = self.model.backbone(self.model.embedding(ids), CAUSAL, state)
+        return last_logits(self.model, out.y[0, -count:]), out.state
 
 
 def speculate(
@@ -180,7 +181,7 @@ class _Text:
             target.unread = target.unread + taken
             self.draft.unread = taken
 
-    def _propose(self, ahead: int) -> tuple[list[int], list[Tensor], States]:
+    def _propose(self, ahead: int) -> tuple[list[int], list[Tensor], State]:
         """Tokens of the draft model, the distributions that each was drawn from, and its state before the last."""
         # No more than may be written, the target's own token included.
         ahead = max(1, min(ahead, self.config.max_tokens - len(self.written) - 1))

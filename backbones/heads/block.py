@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ..config import ObjectiveConfig, fraction, positive
+from ..layer import Capabilities
 from ..layout import Layout, unpack
 from ..state import State
 from .denoiser import Denoiser
@@ -20,14 +21,13 @@ from .objective import Likelihood, ObjectiveLoss, register_objective
 
 if TYPE_CHECKING:
     from ..language import LanguageModel
-    from ..mixers import Mixer
 
 # Tokens whose states an estimate of a likelihood holds at a time.
 TOKENS_AT_A_TIME = 16384
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockConfig(ObjectiveConfig):
+class BlockDiffusionConfig(ObjectiveConfig):
     """Options of `block`.
 
     Args:
@@ -48,7 +48,9 @@ class BlockConfig(ObjectiveConfig):
         positive(self, "block")
         fraction(self, "low")
         if not self.low < self.high <= 1:
-            raise ConfigError(f"BlockConfig.high is {self.high}; it must be above low, {self.low}, and at most 1")
+            raise ConfigError(
+                f"BlockDiffusionConfig.high is {self.high}; it must be above low, {self.low}, and at most 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +65,16 @@ class _Found:
 
 @register_objective(
     "block",
-    BlockConfig,
+    BlockDiffusionConfig,
     summary="masked tokens of a block from the rest of it and all before",
     source="arXiv 2503.09573",
-    examples=(BlockConfig(block=3), BlockConfig(block=1, shift=True), BlockConfig(block=4, low=0.3, high=0.8)),
+    examples=(
+        BlockDiffusionConfig(block=3),
+        BlockDiffusionConfig(block=1, shift=True),
+        BlockDiffusionConfig(block=4, low=0.3, high=0.8),
+    ),
 )
-class Block(Denoiser):
+class BlockDiffusion(Denoiser):
     """Σ over blocks of `masked`'s bound on −log p(block | blocks before it).
 
     Blocks count from the start of each sequence, whose first token is given. The model walks over them as decoding
@@ -77,14 +83,14 @@ class Block(Denoiser):
     same computation. (The paper's form for attention, one pass over clean ‖ noisy, computes the same.)
     """
 
-    view = "both ways within a block, and go on from a state"
+    view = "bidirectional within a block, and resume from a state"
 
-    def __init__(self, dim: int, vocabulary: int, config: BlockConfig):
+    def __init__(self, dim: int, vocabulary: int, config: BlockDiffusionConfig):
         super().__init__(dim, vocabulary, config)
         self.block = config.block
 
-    def serves(self, mixer: Mixer) -> bool:
-        return mixer.streaming and (mixer.blockwise or (self.block == 1 and mixer.causal))
+    def serves(self, can: Capabilities) -> bool:
+        return can.streaming and (can.blockwise or (self.block == 1 and can.causal))
 
     def loss(
         self,
@@ -149,23 +155,23 @@ class Block(Denoiser):
                     order = {row: place for place, row in enumerate(alive)}
                     index = [order[i] for i in clean] + [order[i] for _, i in noisy]
                     index = torch.tensor(index, device=tokens.device)
-                    before = tuple(s.select(index) for s in state)
+                    before = state.select(index)
                     last = last[index]
                 piece = _Piece(tokens, sizes, masked, clean, noisy, start, block, model.mask_token)
-                trace = model.trace(piece.tokens, Layout(causal="block", block=block, cu_seqlens=piece.borders), before)
-                y = trace.y.flatten(0, 1)
-                yield piece.found(y, last, self.shift, trace.losses)
-                state, last = piece.keep(trace.state), y[piece.slots[: len(clean), -1]]
+                out = model.hidden(piece.tokens, Layout(causal="block", block=block, cu_seqlens=piece.borders), before)
+                y = out.y.flatten(0, 1)
+                yield piece.found(y, last, self.shift, out.losses)
+                state, last = piece.keep(out.state), y[piece.slots[: len(clean), -1]]
             if not clean:
                 return
             alive = clean
 
     def _causal(self, model: LanguageModel, tokens: Int[Tensor, "n t"], masked: Bool[Tensor, "v n t"]) -> _Found:
         """Blocks of one token, predicted at the place before, are never read masked: one pass over all."""
-        trace = model.trace(tokens, Layout(causal="block", block=1))
+        out = model.hidden(tokens, Layout(causal="block", block=1))
         variants, rows, places = masked.nonzero().unbind(1)
         return _Found(
-            y=trace.y[rows, places - 1], where=(variants, rows, places), losses=trace.losses, tokens=tokens.numel()
+            y=out.y[rows, places - 1], where=(variants, rows, places), losses=out.losses, tokens=tokens.numel()
         )
 
     @torch.no_grad()
@@ -270,7 +276,7 @@ class _Piece:
         where = (self.variants[copies - self.clean], self.rows[copies], self.start + columns)
         return _Found(y=source[at], where=where, losses=losses, tokens=len(y))
 
-    def keep(self, state: tuple[State, ...]) -> tuple[State, ...]:
+    def keep(self, state: State) -> State:
         """The states of the clean copies."""
         index = torch.arange(self.clean, device=self.rows.device)
-        return tuple(s.select(index) for s in state)
+        return state.select(index)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
 from ...kernels import cross_entropy
 from ..config import ObjectiveConfig, positive
+from ..layer import unfit
 from ..layout import Layout
 from .objective import Likelihood, Objective, ObjectiveLoss, register_objective
 
@@ -64,12 +65,11 @@ class Causal(Objective):
             nn.init.zeros_(layer.weight)
 
     def check(self, model: LanguageModel) -> None:
-        for name, mixer in model.mixers().items():
-            if not mixer.causal:
-                raise UnsupportedCall(
-                    f"objective 'causal' needs mixers that only look backwards, and {name} runs in several "
-                    "directions; configure scan='forward'"
-                )
+        if name := unfit(model.backbone, lambda can: can.causal):
+            raise UnsupportedCall(
+                f"objective 'causal' needs causal layers, and {name} is not: it runs in several directions or compares "
+                "tokens of the whole sequence; configure scan='forward' for mixers that scan"
+            )
 
     def loss(
         self,
@@ -85,25 +85,25 @@ class Causal(Objective):
         # A graph has no branch that depends on the data.
         if not torch.compiler.is_compiling() and not count:
             raise UnsupportedShape(f"tokens: of {tuple(tokens.shape)} none is left to be predicted")
-        trace = model.trace(tokens, Layout(causal=True, cu_seqlens=cu_seqlens))
-        weight = model.output_weight(trace.y)
-        plain = cross_entropy(trace.y, weight, targets, reduction="sum", z_loss=self.config.z_loss)
+        out = model.hidden(tokens, Layout(causal=True, cu_seqlens=cu_seqlens))
+        weight = model.output_weight(out.y)
+        plain = cross_entropy(out.y, weight, targets, reduction="sum", z_loss=self.config.z_loss)
         parts = {"next": plain.detach() / count}
         loss = plain / count
         if self.config.ahead > 1:
             total = loss.new_zeros(())
             for i, layer in enumerate(self.further):
                 later = shifted(tokens, i + 2, cu_seqlens, lengths, counted)
-                total = total + cross_entropy(trace.y + F.silu(layer(trace.y)), weight, later)
+                total = total + cross_entropy(out.y + F.silu(layer(out.y)), weight, later)
             parts["ahead"] = total.detach() / len(self.further)
             loss = loss + self.config.ahead_weight * total / len(self.further)
-        for name, extra in trace.losses.items():
+        for name, extra in out.losses.items():
             parts[name] = extra.detach()
             loss = loss + extra
         nats = plain.detach()
         if self.config.z_loss:
             with torch.no_grad():
-                nats = cross_entropy(trace.y, weight, targets, reduction="sum")
+                nats = cross_entropy(out.y, weight, targets, reduction="sum")
         return ObjectiveLoss(loss=loss, nats=nats, count=count, parts=parts)
 
     @torch.no_grad()
@@ -120,7 +120,7 @@ class Causal(Objective):
         """Exact: `samples` and `seed` have no influence. The first token of a row is given."""
         targets = shifted(tokens, 1, None, lengths, counted)
         scored = targets != IGNORED
-        y = model.trace(tokens, Layout(causal=True)).y
+        y = model.hidden(tokens, Layout(causal=True)).y
         nats = cross_entropy(y, model.output_weight(y), targets, reduction="none").double().sum(1)
         best = torch.stack([model.logits(row).argmax(-1) for row in y])
         greedy = ((best == targets) | ~scored).all(1)

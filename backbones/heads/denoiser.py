@@ -11,11 +11,11 @@ from torch import Tensor
 from ...errors import UnsupportedCall
 from ...kernels import cross_entropy
 from ..config import ObjectiveConfig
+from ..layer import Capabilities, unfit
 from .objective import Objective
 
 if TYPE_CHECKING:
     from ..language import LanguageModel
-    from ..mixers import Mixer
 
 
 class Denoiser(Objective):
@@ -24,14 +24,14 @@ class Denoiser(Objective):
     Attributes:
         shift: whether a token is predicted at the place before it.
         block: tokens that are written at a time, those before them being final; None where all are.
-        view: where mixers have to look, for messages.
+        view: what layers have to be, for messages.
     """
 
     decoder: ClassVar = "diffusion"
     extra_tokens: ClassVar[int] = 1
     shift: bool
     block: int | None = None
-    view: ClassVar[str] = "both ways"
+    view: ClassVar[str] = "bidirectional"
 
     def __init__(self, dim: int, vocabulary: int, config: ObjectiveConfig):
         super().__init__()
@@ -39,18 +39,17 @@ class Denoiser(Objective):
         self.vocabulary = vocabulary
         self.shift = config.shift
 
-    def serves(self, mixer: Mixer) -> bool:
-        """Whether the mixer sees what this objective needs."""
-        return mixer.bidirectional
+    def serves(self, can: Capabilities) -> bool:
+        """Whether a layer with these capabilities sees what this objective needs."""
+        return can.bidirectional
 
     def check(self, model: LanguageModel) -> None:
-        for name, mixer in model.mixers().items():
-            if not self.serves(mixer):
-                raise UnsupportedCall(
-                    f"objective {model.config.objective!r} needs mixers that look {self.view}, and {name} does not; "
-                    "configure scan='both' (omnimix.convert does it for trained weights), or 'attention' in place of "
-                    "mixers that do not scan"
-                )
+        if name := unfit(model.backbone, self.serves):
+            raise UnsupportedCall(
+                f"objective {model.config.objective!r} needs layers that are {self.view}, and {name} is not; configure "
+                "scan='both' (omnimix.convert does it for trained weights), or 'attention' in place of mixers that do "
+                "not scan"
+            )
 
     def token_nats(
         self, model: LanguageModel, y: Float[Tensor, "n d"], targets: Int[Tensor, "n"]

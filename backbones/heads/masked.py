@@ -124,16 +124,16 @@ class Masked(Denoiser):
             masked, rate, tokens, cu_seqlens = _doubled(masked, scored & ~masked, rate, tokens, cu_seqlens)
         longest = tokens.shape[1] if cu_seqlens is None else int(cu_seqlens.diff().max())
         layout = self.layout(longest, cu_seqlens, training=model.training)
-        trace = model.trace(tokens.masked_fill(masked, model.mask_token), layout)
-        nats = self.token_nats(model, self._outputs(trace.y, masked), tokens[masked])
+        out = model.hidden(tokens.masked_fill(masked, model.mask_token), layout)
+        nats = self.token_nats(model, self._outputs(out.y, masked), tokens[masked])
         bound = (nats / rate[masked]).sum() / (2 if config.complementary else 1)
         if not nats.numel():
             # Nothing was masked: the estimate is 0, and a backward pass still has its path.
-            bound = trace.y.sum() * 0
+            bound = out.y.sum() * 0
         count = int(scored.sum())
         loss = bound / count
         parts = {"bound": loss.detach()}
-        for name, extra in trace.losses.items():
+        for name, extra in out.losses.items():
             parts[name] = extra.detach()
             loss = loss + extra
         return ObjectiveLoss(loss=loss, nats=bound.detach(), count=count, parts=parts)
@@ -184,7 +184,7 @@ class Masked(Denoiser):
         for start in range(0, samples, at_once):
             part = masked[start : start + at_once]
             tokens = row.expand(part.shape)
-            y = model.trace(tokens.masked_fill(part, model.mask_token), self.layout(len(row), None)).y
+            y = model.hidden(tokens.masked_fill(part, model.mask_token), self.layout(len(row), None)).y
             cost = self.token_nats(model, self._outputs(y, part), tokens[part]).double()
             values.index_add_(0, start + part.nonzero()[:, 0], cost)
         return values.cpu() * weight

@@ -112,7 +112,7 @@ class Objective(nn.Module, ABC):
         """
 
 
-OBJECTIVES: Registry[Objective] = Registry("objective", options="objectives")
+OBJECTIVES: Registry[Objective] = Registry("objective", base=ObjectiveConfig, options="objectives")
 register_objective = OBJECTIVES.register
 get_objective = OBJECTIVES.get
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -10,13 +11,15 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ...kernels import attention
 from ..config import MixerConfig, Site, positive
+from ..context import Context
+from ..layer import Capabilities, Output
 from ..layout import Layout, repack, unpack
 from ..linear import Linear
 from ..norm import RMSNorm
 from ..rotary import rotary
 from ..state import State
 from .base import Mixer, heads_for
-from .cache import appended, known_filled
+from .parts.kv_cache import KVCache, known_filled
 from .registry import register_mixer
 
 
@@ -57,9 +60,7 @@ class Attention(Mixer):
     Under blocks a mask of queries by keys stands beside the scores, unless one block holds all tokens.
     """
 
-    bidirectional = True
-    blockwise = True
-    constant_state = False
+    capabilities = Capabilities(constant_state=False)
     window: int | None = None
     sinks: int = 0
 
@@ -69,79 +70,57 @@ class Attention(Mixer):
         kv_heads = config.kv_heads or heads
         if heads % kv_heads:
             raise ConfigError(f"kv_heads is {kv_heads}; it must divide the {heads} query heads")
-        self.size, self.kv_heads, self.rope_base = dim // heads, kv_heads, config.rope_base if config.rope else None
+        self.size, self.rope_base = dim // heads, config.rope_base if config.rope else None
         self.sizes = (dim, kv_heads * self.size, kv_heads * self.size, dim if config.gate else 0)
         self.in_proj = Linear(dim, sum(self.sizes), bias=False)
         self.q_norm = RMSNorm(self.size, eps=site.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.size, eps=site.norm_eps) if config.qk_norm else nn.Identity()
         self.out_proj = Linear(dim, dim, bias=False)
+        self.cache = self.make_cache({name: (kv_heads, self.size) for name in "kv"})
+        if config.rope:
+            self.capabilities = dataclasses.replace(self.capabilities, reads=frozenset({"positions"}))
 
-    def mix(self, x: Tensor, layout: Layout, state: State | None) -> tuple[Tensor, State | None]:
+    def make_cache(self, shapes: dict[str, tuple[int, int]]) -> KVCache:
+        """The cache of keys and values."""
+        return KVCache(shapes)
+
+    def mix(self, x: Tensor, context: Context, state: State | None) -> Output:
         q, k, v, gate = self.in_proj(x).split(self.sizes, dim=-1)
         q, k, v = (s.unflatten(-1, (-1, self.size)) for s in (q, k, v))
         q, k = self.q_norm(q), self.k_norm(k)
-        places = layout.positions(x, None if state is None else state["position"])
         if self.rope_base is not None:
-            q, k = rotary(q, places, self.rope_base), rotary(k, places, self.rope_base)
-        masked = layout.causal == "block" and layout.block < x.shape[1]
-        if state is None and not masked:
-            causal = layout.causal is True
-            o = attention(q, k, v, causal=causal, window=self.window, sinks=self.sinks, cu_seqlens=layout.cu_seqlens)
-            cache = self._remember(k, v, places, layout, None) if layout.causal else None
-        else:
-            o, cache = self._go_on(q, k, v, places, layout, state)
+            positions = context.positions_of(x)
+            q, k = rotary(q, positions, self.rope_base), rotary(k, positions, self.rope_base)
+        o, state = self.attend(q, {"k": k, "v": v}, context.layout, state)
         o = o.flatten(-2)
-        return self.out_proj(o * gate.sigmoid() if self.sizes[-1] else o), cache
+        return Output(self.out_proj(o * gate.sigmoid() if self.sizes[-1] else o), state)
 
-    def _go_on(
-        self, q: Tensor, k: Tensor, v: Tensor, places: Tensor, layout: Layout, state: State | None
+    def attend(
+        self, q: Tensor, rows: dict[str, Tensor], layout: Layout, state: State | None
+    ) -> tuple[Tensor, State | None]:
+        """Attention of the queries to cached and new keys, and the state after them."""
+        masked = layout.causal == "block" and (isinstance(layout.block, Tensor) or layout.block < q.shape[1])
+        if state is not None or masked:
+            return self.attend_cached(q, rows, layout, state)
+        options = {"window": self.window, "sinks": self.sinks, "cu_seqlens": layout.cu_seqlens}
+        o = attention(q, rows["k"], rows["v"], causal=layout.causal is True, **options)
+        return o, self.cache.kept(self.cache.grown(rows, layout, None)) if layout.causal else None
+
+    def attend_cached(
+        self, q: Tensor, rows: dict[str, Tensor], layout: Layout, state: State | None
     ) -> tuple[Tensor, State]:
-        if layout.cu_seqlens is not None:
-            q = unpack(q, layout.cu_seqlens)
-        k, v, slots = self._append(k, v, places, layout, state)
-        queries = places
+        """`attend` with a mask by ranks."""
+        queries = layout.positions(q, None if state is None else state["count"])
         if layout.causal == "block":
             # What the last token of a block sees, the others see too.
-            queries = places - layout.positions(places) + layout.block_ends(places)
+            queries = queries - layout.positions(q) + layout.block_ends(q)
+        grown = self.cache.grown(rows, layout, state)
         if layout.cu_seqlens is not None:
-            queries = unpack(queries, layout.cu_seqlens, fill=-1)
-        plain = queries.shape[1] == 1 and self.window is None and known_filled(slots)
-        given = {} if plain else {"q_positions": queries, "k_positions": slots}
-        o = attention(q, k, v, window=self.window, sinks=self.sinks, **given)
-        if layout.cu_seqlens is not None:
-            o = repack(o, layout.cu_seqlens)
-        read = layout.lengths(places)
-        return o, self._keep(k, v, slots, read if state is None else read + state["position"])
-
-    def _remember(self, k: Tensor, v: Tensor, places: Tensor, layout: Layout, state: State | None) -> State:
-        k, v, slots = self._append(k, v, places, layout, state)
-        return self._keep(k, v, slots, layout.lengths(places))
-
-    def _append(
-        self, k: Tensor, v: Tensor, places: Tensor, layout: Layout, state: State | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Cached and new keys and values, (n, s, g, d), and the position in each slot, −1 where it is empty."""
-        slots = places
-        if layout.cu_seqlens is not None:
-            k, v = unpack(k, layout.cu_seqlens), unpack(v, layout.cu_seqlens)
-            slots = unpack(places, layout.cu_seqlens, fill=-1)
-        if state is None:
-            return k, v, slots
-        return appended(state["k"], k), appended(state["v"], v), appended(state["slots"], slots)
-
-    def _keep(self, k: Tensor, v: Tensor, slots: Tensor, position: Tensor) -> State:
-        return State({"k": k, "v": v, "slots": slots, "position": position})
+            q, queries = unpack(q, layout.cu_seqlens), unpack(queries, layout.cu_seqlens, fill=-1)
+        plain = queries.shape[1] == 1 and self.window is None and known_filled(grown["ranks"])
+        given = {} if plain else {"q_positions": queries, "k_positions": grown["ranks"]}
+        o = attention(q, grown["k"], grown["v"], window=self.window, sinks=self.sinks, **given)
+        return o if layout.cu_seqlens is None else repack(o, layout.cu_seqlens), self.cache.kept(grown)
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:
-        return self._empty(batch, 0, device=device, dtype=dtype)
-
-    def _empty(self, batch: int, slots: int, *, device: torch.device, dtype: torch.dtype) -> State:
-        empty = torch.zeros(batch, slots, self.kv_heads, self.size, device=device, dtype=dtype)
-        return State(
-            {
-                "k": empty,
-                "v": empty.clone(),
-                "slots": torch.full((batch, slots), -1, device=device),
-                "position": torch.zeros(batch, device=device, dtype=torch.int64),
-            }
-        )
+        return self.cache.empty(batch, device=device, dtype=dtype)

@@ -1,147 +1,171 @@
-"""What every sequence mixer is, and the base of those that only look backwards."""
+"""What every sequence mixer is, and the base of those with causal kernels."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import dataclasses
+from abc import abstractmethod
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
 from ..config import Site
+from ..context import Context
+from ..layer import NOTHING, Capabilities, Output, SequenceLayer
 from ..layout import Layout
+from ..scan import permute, restore, within_blocks
 from ..state import State
-from ..wrappers.scan import permute, restore, within_blocks
 
 
-class Mixer(nn.Module, ABC):
+class Mixer(SequenceLayer):
     """Projections and one kernel, between (b, t, d) and (b, t, d).
 
-    What a mixer can do it declares, and the laws test it because it is declared; asking for anything else raises
-    UnsupportedCall.
-
-    Attributes:
-        causal: serves `Layout(causal=True)`.
-        bidirectional: serves `Layout(causal=False)`.
-        blockwise: serves `Layout(causal="block")`. Blocks of one token, which are causal, serves every causal mixer.
-        packed: serves `cu_seqlens`.
-        streaming: goes on from a state.
-        constant_state: the state's size does not depend on how much was read.
+    What a mixer can do it declares as `capabilities`, and the laws test it because it is declared; asking for anything
+    else raises UnsupportedCall.
     """
 
-    causal: bool = True
-    bidirectional: bool = False
-    blockwise: bool = False
-    packed: bool = True
-    streaming: bool = True
-    constant_state: bool = True
+    capabilities = Capabilities(bidirectional=False, blockwise=False)
 
-    def forward(
-        self, x: Float[Tensor, "b t d"], layout: Layout, state: State | None = None
-    ) -> tuple[Float[Tensor, "b t d"], State | None]:
-        """Mix the tokens; with a state, go on where the call that returned it stopped.
+    def forward(self, x: Float[Tensor, "b t d"], context: Context | Layout, state: State | None = None) -> Output:
+        """Mix the tokens; with a state, resume after the call that returned it.
 
         Returns:
-            The mixed tokens, and where `layout.causal` the state after the last one.
+            The mixed tokens, and where the layout is causal the state after the last one.
 
         Raises:
             UnsupportedCall: the layout asks for something that this mixer does not declare.
             UnsupportedShape: `x` does not fit the layout, or the state does not fit the batch.
         """
-        self._check(x, layout, state)
-        if layout.block == 1 and self.causal:
-            layout = Layout(cu_seqlens=layout.cu_seqlens, grid=layout.grid, extra=layout.extra)
-        return self.mix(x, layout, state)
+        context = Context.of(context)
+        self.check(x, context, state)
+        layout = context.layout
+        if x.shape[1] == 0:
+            fresh = layout.causal and state is None
+            batch = layout.sequences(x.shape[0])
+            return Output(x, self.init_state(batch, device=x.device, dtype=x.dtype) if fresh else state)
+        if isinstance(layout.block, int) and layout.block == 1 and self.capabilities.causal:
+            context = context.replace(layout=layout.replace(causal=True, block=None))
+        return self.mix(x, context, state)
 
     @abstractmethod
-    def mix(self, x: Tensor, layout: Layout, state: State | None) -> tuple[Tensor, State | None]:
-        """`forward`, after the checks."""
+    def mix(self, x: Tensor, context: Context, state: State | None) -> Output:
+        """`forward`, after the checks, of at least one token."""
 
-    @abstractmethod
-    def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:
-        """The state before the first token: `forward` from it equals `forward` from None."""
-
-    def residual_outputs(self) -> list[nn.Linear]:
-        """The layers that write into the residual stream; they start smaller in deep stacks."""
-        return [layer for name, layer in self.named_modules() if name.endswith("out_proj")]
-
-    def _check(self, x: Tensor, layout: Layout, state: State | None) -> None:
-        name = type(self).__name__
+    def check(self, x: Tensor, context: Context, state: State | None) -> None:
+        """Raise where `forward` cannot serve its arguments."""
+        name, can, layout = type(self).__name__, self.capabilities, context.layout
         layout.check(x)
-        if x.shape[1] < 1:
-            raise UnsupportedShape(f"{name}: x has no tokens, {tuple(x.shape)}")
         if layout.causal == "block":
-            if not self.blockwise and not (self.causal and layout.block == 1):
+            ones = isinstance(layout.block, int) and layout.block == 1
+            if not can.blockwise and not (can.causal and ones):
                 raise UnsupportedCall(
-                    f"{name} does not look both ways within a block, and cannot serve Layout(causal='block', "
+                    f"{name} is not bidirectional within a block, and cannot serve Layout(causal='block', "
                     f"block={layout.block}); configure scan='both' for mixers that scan, and use 'attention', 'window' "
                     "or 'linear' in place of others"
                 )
-        elif layout.causal and not self.causal:
+        elif layout.causal and not can.causal:
             raise UnsupportedCall(
                 f"{name} runs in several directions and does not serve Layout(causal=True); configure scan='forward'"
             )
-        if not layout.causal and not self.bidirectional:
+        elif not layout.causal and not can.bidirectional:
             raise UnsupportedCall(
-                f"{name} only looks backwards and does not serve Layout(causal=False); "
-                "configure scan='both' or another set of orders"
+                f"{name} is causal and does not serve Layout(causal=False); configure scan='both' or another set of "
+                "orders"
             )
-        if layout.cu_seqlens is not None and not self.packed:
+        if layout.cu_seqlens is not None and not can.packed:
             raise UnsupportedCall(f"{name} does not serve packed sequences (cu_seqlens)")
-        if state is None:
-            return
-        if not self.streaming or not layout.causal:
+        if state is not None:
+            self._check_state(x, context, state)
+
+    def _check_state(self, x: Tensor, context: Context, state: State) -> None:
+        name, layout = type(self).__name__, context.layout
+        if not self.capabilities.streaming or not layout.causal:
             raise UnsupportedCall(
-                f"{name} goes on from a state only where it streams, under Layout(causal=True) or 'block'"
+                f"{name} resumes from a state only where it streams, under Layout(causal=True) or 'block'"
             )
-        wanted, found = layout.sequences(x.shape[0]), state.tensors()[0].shape[0]
-        if wanted != found:
-            raise UnsupportedShape(f"{name}: state holds {found} sequences, and the batch has {wanted}")
+        wanted = layout.sequences(x.shape[0])
+        for tensor in state.tensors()[:1]:
+            if tensor.shape[0] != wanted:
+                raise UnsupportedShape(f"{name}: state holds {tensor.shape[0]} sequences, and the batch has {wanted}")
+        if "positions" in self.capabilities.reads and context.positions is None:
+            raise UnsupportedCall(
+                f"{name} was given a state without context.positions; a Backbone counts the tokens read, and whoever "
+                "calls a mixer alone passes Context(layout, positions=...)"
+            )
 
 
 class ScanMixer(Mixer):
-    """A mixer whose kernel only looks backwards, run in one direction or in several.
+    """A mixer with a causal kernel, run in one direction or in several.
 
     As in Vim, VMamba and ViG the directions share the projections in and out and own the rest (gates, convolution,
     decay): `project` and `finish` are shared, `branches` holds one module for each order of the scan. Outputs of the
     directions are averaged, each back in the sequence's order.
 
-    Forwards and backwards, it also serves blocks: the backward direction then runs within each block, and the forward
+    Forward and backward, it also serves blocks: the backward direction then runs within each block, and the forward
     one over all of them, so that the state is that of the forward direction alone.
+
+    One order other than "forward" also serves layouts that are not causal, where a token sees what its order visits
+    before it.
+
+    A branch is called as `(streams, context, state)` and returns `(mixed, state)`; its context is that of the order in
+    which it runs. Where mixed is a tuple, all but its first tensor go to `publish`, back in the sequence's order.
     """
 
     def __init__(self, site: Site):
         super().__init__()
         self.scan = site.scan
-        self.causal = site.scan == ("forward",)
-        self.bidirectional = not self.causal
-        self.blockwise = site.scan == ("forward", "backward")
+        causal = site.scan == ("forward",)
+        self.capabilities = dataclasses.replace(
+            type(self).capabilities,
+            causal=causal,
+            bidirectional=not causal,
+            blockwise=site.scan == ("forward", "backward"),
+            streaming=causal or site.scan == ("forward", "backward"),
+            needs_grid=any(order not in ("forward", "backward") for order in site.scan),
+        )
         self.branches: nn.ModuleList
 
     @abstractmethod
-    def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """What each branch is given, permuted to its order, all (b, t, ...); and what only `finish` needs."""
 
     @abstractmethod
     def finish(self, mixed: Tensor, kept: Tensor | None) -> Tensor:
         """The output from the branches' mean, (b, t, ...)."""
 
-    def mix(self, x: Tensor, layout: Layout, state: State | None) -> tuple[Tensor, State | None]:
-        streams, kept = self.project(x)
-        if self.causal:
-            mixed, state = self.branches[0](streams, layout, state)
-            return self.finish(mixed, kept), state
+    def publish(self, more: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        """What is shared with later layers, from what each branch returned beside its output."""
+        return {}
+
+    def mix(self, x: Tensor, context: Context, state: State | None) -> Output:
+        streams, kept = self.project(x, context)
+        layout = context.layout
+        if layout.causal is True:
+            (mixed, *more), state = _several(self.branches[0](streams, context, state))
+            return Output(self.finish(mixed, kept), state, shared=self.publish([tuple(more)]) if more else NOTHING)
+        found: list[tuple[Tensor, ...]] = []
         if layout.causal == "block":
-            ahead, behind = self.branches
-            mixed, state = ahead(streams, Layout(cu_seqlens=layout.cu_seqlens), state)
-            return self.finish((mixed + within_blocks(behind, streams, layout)) / 2, kept), state
-        total = None
-        for order, branch in zip(self.scan, self.branches, strict=True):
-            mixed, _ = branch(tuple(permute(s, order, layout) for s in streams), layout, None)
-            mixed = restore(mixed, order, layout)
-            total = mixed if total is None else total + mixed
-        return self.finish(total / len(self.scan), kept), None
+            forward, backward = self.branches
+            inner = context.replace(layout=Layout(cu_seqlens=layout.cu_seqlens))
+            mixed, state = _several(forward(streams, inner, state))
+            found = [mixed, within_blocks(lambda *given: _several(backward(*given)), streams, layout)]
+        else:
+            inner = Context(Layout(causal=False, cu_seqlens=layout.cu_seqlens))
+            for order, branch in zip(self.scan, self.branches, strict=True):
+                mixed, _ = _several(branch(tuple(permute(s, order, layout) for s in streams), inner, None))
+                found.append(tuple(restore(part, order, layout) for part in mixed))
+            state = None
+        total = found[0][0]
+        for mixed, *_ in found[1:]:
+            total = total + mixed
+        shared = self.publish([tuple(more) for _, *more in found]) if len(found[0]) > 1 else NOTHING
+        return Output(self.finish(total / len(found), kept), state, shared=shared)
+
+
+def _several(result: tuple[Tensor | tuple[Tensor, ...], State | None]) -> tuple[tuple[Tensor, ...], State | None]:
+    """A branch's result with its first part as a tuple."""
+    mixed, state = result
+    return mixed if isinstance(mixed, tuple) else (mixed,), state
 
 
 def heads_for(dim: int, heads: int | None, size: int = 64) -> int:

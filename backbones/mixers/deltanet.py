@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...kernels import delta_rule, norm, short_conv
 from ..config import MixerConfig, Site, positive
-from ..layout import Layout
+from ..context import Context
 from ..linear import Linear
 from ..norm import RMSNorm
 from ..state import State
@@ -62,14 +62,16 @@ class DeltaDirection(nn.Module):
         """The log decay, `(b, t, h)` or `(b, t, h, k)`, from the streams after qkv and β."""
         return None
 
-    def forward(self, streams: tuple[Tensor, ...], layout: Layout, state: State | None) -> tuple[Tensor, State | None]:
+    def forward(
+        self, streams: tuple[Tensor, ...], context: Context, state: State | None
+    ) -> tuple[Tensor, State | None]:
         qkv, beta, *gates = streams
         qkv, window = short_conv(
             qkv,
             self.conv_weight,
             activation="silu",
             initial_state=None if state is None else state["conv"],
-            cu_seqlens=layout.cu_seqlens,
+            cu_seqlens=context.layout.cu_seqlens,
         )
         q, k, v = qkv.split(self.sizes, dim=-1)
         wide = torch.promote_types(beta.dtype, torch.float32)
@@ -80,7 +82,7 @@ class DeltaDirection(nn.Module):
             beta.to(wide).sigmoid() * self.most,
             self.decay(*gates),
             initial_state=None if state is None else state["memory"],
-            cu_seqlens=layout.cu_seqlens,
+            cu_seqlens=context.layout.cu_seqlens,
         )
         return o.flatten(-2), State({"conv": window, "memory": memory})
 
@@ -123,7 +125,7 @@ class DeltaNet(DeltaMixer):
         self.norm = RMSNorm(dim, eps=site.norm_eps, groups=heads)
         self.out_proj = Linear(dim, dim, bias=False)
 
-    def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], None]:
+    def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], None]:
         return self.in_proj(x).split((sum(self.sizes), self.heads), dim=-1), None
 
     def finish(self, mixed: Tensor, kept: None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...kernels import gated_linear
 from ..config import MixerConfig, Site, positive
-from ..layout import Layout
+from ..context import Context
 from ..linear import Linear
 from ..norm import RMSNorm
 from ..state import State
@@ -53,7 +53,9 @@ class _Direction(nn.Module):
         self.gate_down = Linear(dim, config.gate_rank, bias=False)
         self.gate_up = Linear(config.gate_rank, key_dim)
 
-    def forward(self, streams: tuple[Tensor, ...], layout: Layout, state: State | None) -> tuple[Tensor, State | None]:
+    def forward(
+        self, streams: tuple[Tensor, ...], context: Context, state: State | None
+    ) -> tuple[Tensor, State | None]:
         x, q, k, v = streams
         decay = log_sigmoid(self.gate_up(self.gate_down(x))) / self.temperature
         o, memory = gated_linear(
@@ -62,7 +64,7 @@ class _Direction(nn.Module):
             v.unflatten(-1, (self.heads, -1)),
             decay.unflatten(-1, (self.heads, -1)),
             initial_state=None if state is None else state["memory"],
-            cu_seqlens=layout.cu_seqlens,
+            cu_seqlens=context.layout.cu_seqlens,
         )
         return o.flatten(-2), State({"memory": memory})
 
@@ -91,7 +93,7 @@ class GLA(ScanMixer):
         self.out_proj = Linear(dim, dim, bias=False)
         self.state_shape = (heads, key_dim // heads, dim // heads)
 
-    def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], Tensor]:
         q, k, v, gate = self.in_proj(x).split(self.sizes, dim=-1)
         return (x, q, k, v), gate
 

@@ -15,7 +15,7 @@ from ...errors import ConfigError
 from ...kernels import long_conv, short_conv
 from ...utils.modes import own_precision
 from ..config import MixerConfig, Site, positive
-from ..layout import Layout
+from ..context import Context
 from ..parameters import mark
 from ..state import State
 from .base import ScanMixer
@@ -93,14 +93,16 @@ class _Direction(nn.Module):
         self.filters = _Filters(dim * (config.order - 1), config)
         self.skip = mark(nn.Parameter(torch.randn(config.order - 1, dim)), decay=False)
 
-    def forward(self, streams: tuple[Tensor, ...], layout: Layout, state: State | None) -> tuple[Tensor, State | None]:
+    def forward(
+        self, streams: tuple[Tensor, ...], context: Context, state: State | None
+    ) -> tuple[Tensor, State | None]:
         (x,), convolutions, length = streams, self.config.order - 1, self.config.length
         x, window = short_conv(
             x,
             self.conv_weight,
             self.conv_bias,
             initial_state=None if state is None else state["conv"],
-            cu_seqlens=layout.cu_seqlens,
+            cu_seqlens=context.layout.cu_seqlens,
         )
         out_gate, *gates, z = x.chunk(convolutions + 2, dim=-1)
         # Without a past no lag beyond the sequence matters; one tap more keeps all of its inputs.
@@ -109,9 +111,11 @@ class _Direction(nn.Module):
         before = [None] * convolutions if state is None else state["inputs"].chunk(convolutions, dim=1)
         kept = []
         for gate, taps_by_lag, skip, past in zip(gates, filters, self.skip, before, strict=True):
-            z, inputs = long_conv(z * gate, taps_by_lag, skip=skip, initial_state=past, cu_seqlens=layout.cu_seqlens)
+            z, inputs = long_conv(
+                z * gate, taps_by_lag, skip=skip, initial_state=past, cu_seqlens=context.layout.cu_seqlens
+            )
             kept.append(inputs)
-        if not layout.causal:
+        if not context.layout.causal:
             return z * out_gate, None
         inputs = F.pad(torch.cat(kept, dim=1), (length - taps, 0))
         return z * out_gate, State({"conv": window, "inputs": inputs})
@@ -135,7 +139,7 @@ class Hyena(ScanMixer):
         self.conv_shape = (dim * (config.order + 1), config.conv_size - 1)
         self.state_shape = (dim * (config.order - 1), config.length - 1)
 
-    def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], None]:
+    def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], None]:
         return (self.in_proj(x),), None
 
     def finish(self, mixed: Tensor, kept: Tensor | None) -> Tensor:

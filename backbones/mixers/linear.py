@@ -13,6 +13,8 @@ from ...errors import ConfigError
 from ...kernels import gated_linear
 from ...utils.modes import own_precision
 from ..config import MixerConfig, Site, positive
+from ..context import Context
+from ..layer import Capabilities, Output
 from ..layout import Layout, repack, unpack
 from ..state import State
 from .base import Mixer, heads_for
@@ -47,10 +49,10 @@ class LinearConfig(MixerConfig):
     examples=(LinearConfig(heads=4), LinearConfig(heads=2, feature_map="relu")),
 )
 class Linear(Mixer):
-    """φ(q)ᵀ Σ φ(k) vᵀ / φ(q)ᵀ Σ φ(k); both ways the sums run over the whole sequence, in blocks to a block's end."""
+    """φ(q)ᵀ Σ φ(k) vᵀ / φ(q)ᵀ Σ φ(k); bidirectional, the sums run over the whole sequence, under blocks to a
+    block's end."""
 
-    bidirectional = True
-    blockwise = True
+    capabilities = Capabilities()
 
     def __init__(self, dim: int, config: LinearConfig, site: Site):
         super().__init__()
@@ -60,27 +62,25 @@ class Linear(Mixer):
         self.out_proj = nn.Linear(dim, dim, bias=False)
         self.size = dim // self.heads
 
-    def mix(self, x: Tensor, layout: Layout, state: State | None) -> tuple[Tensor, State | None]:
+    def mix(self, x: Tensor, context: Context, state: State | None) -> Output:
+        layout, memory = context.layout, None if state is None else state["memory"]
         q, k, v = (s.unflatten(-1, (self.heads, -1)) for s in self.in_proj(x).chunk(3, dim=-1))
         q, k = self._features(q), self._features(k)
         # A channel of ones beside the values sums φ(k): numerator and normaliser come out of one product.
         v = F.pad(v, (0, 1), value=1.0)
         if layout.causal is True:
-            memory = None if state is None else state["memory"]
             o, memory = gated_linear(q, k, v, scale=1.0, initial_state=memory, cu_seqlens=layout.cu_seqlens)
-            state = State({"memory": memory})
+        elif layout.cu_seqlens is not None or isinstance(layout.block, Tensor):
+            o, memory = self._by_segments(q, k, v, layout, memory)
         else:
-            rows = (q, k, v) if layout.cu_seqlens is None else [unpack(s, layout.cu_seqlens) for s in (q, k, v)]
-            o, memory = self._both_ways(*rows, layout.block, None if state is None else state["memory"])
-            o = o if layout.cu_seqlens is None else repack(o, layout.cu_seqlens)
-            state = State({"memory": memory}) if layout.causal else None
+            o, memory = self._by_blocks(q, k, v, layout.block, memory)
         o = (o[..., :-1] / (o[..., -1:] + self.eps)).to(x.dtype)
-        return self.out_proj(o.flatten(-2)), state
+        return Output(self.out_proj(o.flatten(-2)), State({"memory": memory}) if layout.causal else None)
 
     def _features(self, x: Tensor) -> Tensor:
         return F.elu(x) + 1 if self.feature_map == "elu" else F.relu(x)
 
-    def _both_ways(
+    def _by_blocks(
         self, q: Tensor, k: Tensor, v: Tensor, block: int | None, memory: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The sums up to the end of each token's block, read by it, and those at the end of all."""
@@ -91,6 +91,32 @@ class Linear(Mixer):
             sums = torch.einsum("bnthk,bnthv->bnhkv", k, v).cumsum(1)
             sums = sums if memory is None else sums + memory[:, None]
             return torch.einsum("bnthk,bnhkv->bnthv", q, sums).flatten(1, 2)[:, :t], sums[:, -1]
+
+    def _by_segments(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, memory: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`_by_blocks` for blocks, or sequences that are one block, of any lengths."""
+        (b, t), wide = v.shape[:2], torch.promote_types(v.dtype, torch.float32)
+        borders = layout.cu_seqlens if layout.block is None else layout.block_boundaries(v)
+        # A segment is a row; `owner` is the sequence that it belongs to.
+        rows = [unpack(s.to(wide).reshape(1, b * t, *s.shape[2:]), borders) for s in (q, k, v)]
+        sequences = layout.sequences(b)
+        ends = layout.cu_seqlens if layout.cu_seqlens is not None else torch.arange(b + 1, device=v.device) * t
+        owner = torch.arange(sequences, device=v.device)
+        if layout.block is not None:
+            owner = torch.searchsorted(ends.long(), borders[:-1].long(), right=True) - 1
+        with own_precision(v.device.type):
+            sums = torch.einsum("nthk,nthv->nhkv", rows[1], rows[2])
+            final = sums.new_zeros(sequences, *sums.shape[1:]).index_add(0, owner, sums)
+            final = final if memory is None else final + memory
+            if layout.block is not None:
+                # Sums of the sequence's earlier blocks: those of the whole row, less what came before the sequence.
+                total = F.pad(sums.cumsum(0), (0, 0, 0, 0, 0, 0, 1, 0))
+                first = torch.searchsorted(borders[:-1].long(), ends[:-1].long())
+                sums = total[1:] - total[first][owner]
+            sums = sums if memory is None else sums + memory[owner]
+            o = torch.einsum("nthk,nhkv->nthv", rows[0], sums)
+        return repack(o, borders).view(b, t, *o.shape[2:]), final
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:
         wide = torch.promote_types(dtype, torch.float32)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ...kernels import selective_scan, short_conv
 from ..config import MixerConfig, Site, positive
-from ..layout import Layout
+from ..context import Context
 from ..parameters import mark
 from ..state import State
 from .base import ScanMixer
@@ -70,7 +70,9 @@ class _Direction(nn.Module):
         self.A_log = mark(nn.Parameter(torch.arange(1.0, n + 1).log().repeat(inner, 1)), decay=False)
         self.D = mark(nn.Parameter(torch.ones(inner)), decay=False)
 
-    def forward(self, streams: tuple[Tensor, ...], layout: Layout, state: State | None) -> tuple[Tensor, State | None]:
+    def forward(
+        self, streams: tuple[Tensor, ...], context: Context, state: State | None
+    ) -> tuple[Tensor, State | None]:
         x, z = streams
         x, window = short_conv(
             x,
@@ -78,7 +80,7 @@ class _Direction(nn.Module):
             self.conv_bias,
             activation="silu",
             initial_state=None if state is None else state["conv"],
-            cu_seqlens=layout.cu_seqlens,
+            cu_seqlens=context.layout.cu_seqlens,
         )
         dt, b, c = self.x_proj(x).split(self.sizes, dim=-1)
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -93,7 +95,7 @@ class _Direction(nn.Module):
             delta_bias=self.dt_proj.bias,
             delta_softplus=True,
             initial_state=None if state is None else state["memory"],
-            cu_seqlens=layout.cu_seqlens,
+            cu_seqlens=context.layout.cu_seqlens,
         )
         return y, State({"conv": window, "memory": memory})
 
@@ -120,7 +122,7 @@ class Mamba(ScanMixer):
         self.out_proj = nn.Linear(inner, dim, bias=False)
         self.conv_shape, self.state_shape = (inner, config.conv_size - 1), (inner, config.state_size)
 
-    def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], None]:
+    def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], None]:
         # The gate goes along with each direction, whose kernel applies it as it writes.
         return tuple(self.in_proj(x).chunk(2, dim=-1)), None
 

@@ -13,7 +13,7 @@ from ...errors import ConfigError
 from ...kernels import gated_linear, short_conv
 from ...kernels.gated_linear.step import mamba2_step
 from ..config import MixerConfig, Site, positive
-from ..layout import Layout
+from ..context import Context
 from ..linear import Linear
 from ..norm import RMSNorm
 from ..parameters import mark
@@ -65,9 +65,15 @@ class _Direction(nn.Module):
         self.A_log = mark(nn.Parameter(torch.empty(heads).uniform_(1, 16).log()), decay=False)
         self.D = mark(nn.Parameter(torch.ones(heads)), decay=False)
 
-    def forward(self, streams: tuple[Tensor, ...], layout: Layout, state: State | None) -> tuple[Tensor, State | None]:
+    def forward(
+        self, streams: tuple[Tensor, ...], context: Context, state: State | None
+    ) -> tuple[Tensor, State | None]:
         xbc, dt = streams
-        if state is not None and layout.cu_seqlens is None and (after := self._step(xbc, dt, state)) is not None:
+        if (
+            state is not None
+            and context.layout.cu_seqlens is None
+            and (after := self._step(xbc, dt, state)) is not None
+        ):
             return after
         xbc, window = short_conv(
             xbc,
@@ -75,7 +81,7 @@ class _Direction(nn.Module):
             self.conv_bias,
             activation="silu",
             initial_state=None if state is None else state["conv"],
-            cu_seqlens=layout.cu_seqlens,
+            cu_seqlens=context.layout.cu_seqlens,
         )
         x, b, c = xbc.split(self.sizes, dim=-1)
         x = x.unflatten(-1, (self.heads, -1))
@@ -88,7 +94,7 @@ class _Direction(nn.Module):
             -dt * self.A_log.to(wide).exp(),
             scale=1.0,
             initial_state=None if state is None else state["memory"],
-            cu_seqlens=layout.cu_seqlens,
+            cu_seqlens=context.layout.cu_seqlens,
         )
         y = torch.addcmul(y, x, self.D[:, None].to(x.dtype))
         return y.flatten(-2), State({"conv": window, "memory": memory})
@@ -125,7 +131,7 @@ class Mamba2(ScanMixer):
         self.conv_shape = (channels, config.conv_size - 1)
         self.state_shape = (heads, config.state_size, inner // heads)
 
-    def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], Tensor]:
         z, xbc, dt = self.in_proj(x).split(self.sizes, dim=-1)
         return (xbc, dt), z
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from ...kernels import block_sparse
 from ...kernels.block_sparse.lists import by_mean_key
 from ..config import Site, positive
+from ..layer import Capabilities
 from ..layout import Layout, repack, unpack
-from ..rotary import rotary
 from ..state import State
 from .attention import Attention, AttentionConfig
-from .cache import extended
+from .parts.kv_cache import DenseCache
 from .registry import register_mixer
 
 
@@ -49,55 +49,45 @@ class MoBAConfig(AttentionConfig):
 class MoBA(Attention):
     """Attention to a query's own block and to the `top_k` - 1 blocks with the highest q · mean(k) (eq. 5 to 7).
 
-    The choice has no gradient; both ways it is made among all blocks. The state holds every key and value.
+    The choice has no gradient; bidirectional, it is made among all blocks. The state holds every key and value.
     """
 
     # A layout's blocks need not be those from which queries choose.
-    blockwise = False
+    capabilities = Capabilities(blockwise=False, constant_state=False)
 
     def __init__(self, dim: int, config: MoBAConfig, site: Site):
         super().__init__(dim, config, site)
         self.block_size, self.top_k = config.block_size, config.top_k
 
-    def mix(self, x: Tensor, layout: Layout, state: State | None) -> tuple[Tensor, State | None]:
-        q, k, v, gate = self.in_proj(x).split(self.sizes, dim=-1)
-        q, k, v = (s.unflatten(-1, (-1, self.size)) for s in (q, k, v))
-        q, k = self.q_norm(q), self.k_norm(k)
-        places = layout.positions(x, None if state is None else state["position"])
-        if self.rope_base is not None:
-            q, k = rotary(q, places, self.rope_base), rotary(k, places, self.rope_base)
-        o, cache = self._attend(q, k, v, places, layout, state)
-        o = o.flatten(-2)
-        return self.out_proj(o * gate.sigmoid() if self.sizes[-1] else o), cache
+    def make_cache(self, shapes: dict[str, tuple[int, int]]) -> DenseCache:
+        return DenseCache(shapes)
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, places: Tensor, layout: Layout, state: State | None
+    def attend(
+        self, q: Tensor, rows: dict[str, Tensor], layout: Layout, state: State | None
     ) -> tuple[Tensor, State | None]:
-        borders, lengths = layout.cu_seqlens, layout.lengths(places)
-        rows, keys, values, queries = q, k, v, places
+        borders, causal = layout.cu_seqlens, bool(layout.causal)
+        ranks = layout.positions(q, None if state is None else state["count"])
+        grown = self.cache.grown(rows, layout, state)
+        per_row, queries = q, ranks
         if borders is not None:
-            rows, keys, values = (unpack(s, borders) for s in (q, k, v))
-            queries = unpack(places, borders, fill=-1)
-        if state is not None:
-            keys = extended(state["k"], keys, state["position"])
-            values = extended(state["v"], values, state["position"])
-            lengths = lengths + state["position"]
+            per_row, queries = unpack(q, borders), unpack(ranks, borders, fill=-1)
+        keys, count = grown["k"], grown["count"]
         blocks = by_mean_key(
-            rows,
-            self._means(keys, lengths),
+            per_row,
+            self._means(keys, count),
             queries,
             block_size=self.block_size,
             number=self.top_k,
-            causal=bool(layout.causal),
-            counts=None if layout.causal else (lengths + self.block_size - 1) // self.block_size,
+            causal=causal,
+            counts=None if causal else (count + self.block_size - 1) // self.block_size,
         )
         if state is None:
             blocks = blocks if borders is None else repack(blocks, borders)
-            o = self._sparse(q, k, v, blocks, causal=bool(layout.causal), cu_seqlens=borders)
+            o = self._sparse(q, rows["k"], rows["v"], blocks, causal=causal, cu_seqlens=borders)
         else:
-            o = self._sparse(rows, keys, values, blocks, q_positions=queries)
+            o = self._sparse(per_row, keys, grown["v"], blocks, q_positions=queries)
             o = o if borders is None else repack(o, borders)
-        return o, State({"k": keys, "v": values, "position": lengths}) if layout.causal else None
+        return o, grown if causal else None
 
     def _sparse(self, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, **options) -> Tensor:
         return block_sparse(q, k, v, blocks, block_size=self.block_size, query_block=1, **options)
@@ -109,7 +99,3 @@ class MoBA(Attention):
         start = torch.arange(count, device=keys.device) * self.block_size
         filled = (lengths[:, None] - start).clamp(1, self.block_size)[..., None, None]
         return keys.sum(2, dtype=torch.promote_types(keys.dtype, torch.float32)) / filled
-
-    def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:
-        empty = torch.zeros(batch, 0, self.kv_heads, self.size, device=device, dtype=dtype)
-        return State({"k": empty, "v": empty.clone(), "position": torch.zeros(batch, device=device, dtype=torch.int64)})

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from ...kernels import attention, block_sparse
 from ...kernels.block_sparse.lists import by_compressed_attention
 from ..config import MixerConfig, Site, divides, positive
+from ..context import Context
+from ..layer import Capabilities, Output
 from ..layout import Layout, repack, unpack
 from ..rotary import rotary
 from ..state import State
 from .base import Mixer, heads_for
-from .cache import extended, last
-from .compress import Compress, compressed
+from .parts.compress import Compress, compressed
+from .parts.kv_cache import DenseCache, WindowCache, last
 from .registry import register_mixer
 
 # Compressed keys and queries that are taken together, where all are seen.
@@ -65,70 +67,84 @@ class NSAConfig(MixerConfig):
 )
 class NSA(Mixer):
     """Σ gate · attention over three sets of keys, each with projections of its own (eq. 5): blocks compressed by an
-    MLP (eq. 7), the blocks on which the compressed attention looks (eq. 8 to 12), and a window.
+    MLP (eq. 7), the blocks that the compressed attention weighs most (eq. 8 to 12), and a window.
 
     The compressed branch has no rotary positions, but embeddings of the places within its blocks. The choice has no
     gradient. The state holds all keys of the selected branch; of the others compressed keys and the last tokens.
     """
 
-    bidirectional = True
-    constant_state = False
+    capabilities = Capabilities(blockwise=False, constant_state=False, reads=frozenset({"positions"}))
 
     def __init__(self, dim: int, config: NSAConfig, site: Site):
         super().__init__()
         heads = heads_for(dim, config.heads)
         divides(config, "kv_heads", heads, "the query heads")
-        self.config, self.size, self.kv_heads = config, dim // heads, config.kv_heads
+        self.config, self.size = config, dim // heads
         self.sizes = (dim, *[config.kv_heads * self.size] * 6, 3 * heads)
         self.in_proj = nn.Linear(dim, sum(self.sizes), bias=False)
         self.compress = nn.ModuleList(Compress(self.size, config.size) for _ in "kv")
         self.out_proj = nn.Linear(dim, dim, bias=False)
+        shapes = {name: (config.kv_heads, self.size) for name in "kv"}
+        self.chosen, self.near = DenseCache(shapes), WindowCache(shapes, window=config.reach)
 
-    def mix(self, x: Tensor, layout: Layout, state: State | None) -> tuple[Tensor, State | None]:
+    def mix(self, x: Tensor, context: Context, state: State | None) -> Output:
+        layout, causal, config = context.layout, bool(context.layout.causal), self.config
         q, *pairs, gates = self.in_proj(x).split(self.sizes, dim=-1)
         q, *pairs = (s.unflatten(-1, (-1, self.size)) for s in (q, *pairs))
-        places = layout.positions(x, None if state is None else state["position"])
-        turned = rotary(q, places, self.config.rope_base)
-        pairs[2], pairs[4] = (rotary(k, places, self.config.rope_base) for k in (pairs[2], pairs[4]))
-        # Rows of the batch are sequences from here on; the kernels take packed ones where nothing is cached.
-        borders = layout.cu_seqlens
-        rows = [q, turned, *pairs] if borders is None else [unpack(s, borders) for s in (q, turned, *pairs)]
-        queries = places if borders is None else unpack(places, borders, fill=-1)
-        old = state or self.init_state(len(queries), device=x.device, dtype=pairs[0].dtype)
-        new = self._extend(rows[2:], layout.lengths(places), old)
-        coarse, blocks = self._coarse(rows[0], queries, new, causal := bool(layout.causal))
-        rows_of_one = {"block_size": self.config.block_size, "query_block": 1}
-        if state is None:
-            blocks, options = blocks if borders is None else repack(blocks, borders), {"cu_seqlens": borders}
-            chosen = block_sparse(turned, *pairs[2:4], blocks, causal=causal, **rows_of_one, **options)
-            near = attention(turned, *pairs[4:6], causal=causal, window=self.config.reach, **options)
-        else:
-            chosen = block_sparse(rows[1], new["k"], new["v"], blocks, q_positions=queries, **rows_of_one)
-            near = self._near(rows[1], rows[6:], queries, old)
+        positions = context.positions_of(x)
+        rotated = rotary(q, positions, config.rope_base)
+        pairs[2], pairs[4] = (rotary(k, positions, config.rope_base) for k in (pairs[2], pairs[4]))
+        coarse, chosen, near = (dict(zip("kv", pairs[i : i + 2], strict=True)) for i in (0, 2, 4))
+        borders, old = layout.cu_seqlens, state
+        ranks = layout.positions(x, None if state is None else state["chosen"]["count"])
+        # Rows of the batch are sequences where keys are cached; the kernels take packed ones where none are.
+        rows, turned, queries = q, rotated, ranks
         if borders is not None:
-            coarse = repack(coarse, borders)
-            chosen, near = (s if state is None else repack(s, borders) for s in (chosen, near))
+            rows, turned, queries = unpack(q, borders), unpack(rotated, borders), unpack(ranks, borders, fill=-1)
+        if old is None:
+            old = self.init_state(len(queries), device=x.device, dtype=q.dtype)
+        blocks_of = self.chosen.grown(chosen, layout, old["chosen"])
+        compressed = self._compressed(coarse, layout, old, blocks_of)
+        o_coarse, blocks = self._coarse(rows, queries, compressed, blocks_of, causal)
+        window = self.near.grown(near, layout, old["near"])
+        rows_of_one = {"block_size": config.block_size, "query_block": 1}
+        if state is None:
+            blocks, packed = blocks if borders is None else repack(blocks, borders), {"cu_seqlens": borders}
+            o_chosen = block_sparse(rotated, *chosen.values(), blocks, causal=causal, **rows_of_one, **packed)
+            o_near = attention(rotated, *near.values(), causal=causal, window=config.reach, **packed)
+        else:
+            o_chosen = block_sparse(turned, blocks_of["k"], blocks_of["v"], blocks, q_positions=queries, **rows_of_one)
+            given = {"q_positions": queries, "k_positions": window["ranks"]}
+            o_near = attention(turned, window["k"], window["v"], window=config.reach, **given)
+        if borders is not None:
+            o_coarse = repack(o_coarse, borders)
+            o_chosen, o_near = (s if state is None else repack(s, borders) for s in (o_chosen, o_near))
         gates = gates.to(torch.promote_types(x.dtype, torch.float32)).sigmoid().unflatten(-1, (-1, 3))[..., None]
-        o = sum(gates[:, :, :, i] * branch for i, branch in enumerate((coarse, chosen, near)))
-        return self.out_proj(o.to(x.dtype).flatten(-2)), new if causal else None
+        o = sum(gates[:, :, :, i] * branch for i, branch in enumerate((o_coarse, o_chosen, o_near)))
+        after = State({"chosen": blocks_of, "near": self.near.kept(window), **compressed}) if causal else None
+        return Output(self.out_proj(o.to(x.dtype).flatten(-2)), after)
 
-    def _extend(self, pairs: list[Tensor], lengths: Tensor, old: State) -> State:
-        """The state after the tokens of `pairs`, keys and values of the three branches (n, t, g, d)."""
-        (size, stride, reach), position = (self.config.size, self.config.stride, self.config.reach), old["position"]
-        new = {"k": extended(old["k"], pairs[2], position), "v": extended(old["v"], pairs[3], position)}
+    def _compressed(self, new: dict[str, Tensor], layout: Layout, old: State, blocks_of: State) -> dict[str, Tensor]:
+        """Compressed keys and values after the new tokens, and the last tokens, which further ones complete."""
+        (size, stride), count, parts = (self.config.size, self.config.stride), old["chosen"]["count"], {}
         # One at least, if only to keep the compression within the graph: parameters without gradients halt DDP.
-        room = max(1, (new["k"].shape[1] - size) // stride + 1)
-        for name, tokens, near, compress in zip("kv", pairs[:2], pairs[4:], self.compress, strict=True):
+        capacity = max(1, (blocks_of["k"].shape[1] - size) // stride + 1)
+        for (name, tokens), compress in zip(new.items(), self.compress, strict=True):
+            lengths = layout.lengths(tokens)
+            tokens = tokens if layout.cu_seqlens is None else unpack(tokens, layout.cu_seqlens)
             joined = torch.cat([old[f"{name}_tail"], tokens], dim=1)
-            coarse = compressed(compress, old[f"{name}_coarse"], joined, position, lengths, stride, room)
-            new |= {f"{name}_coarse": coarse, f"{name}_tail": last(joined, lengths, size - 1)}
-            new[f"{name}_near"] = last(torch.cat([old[f"{name}_near"], near], dim=1), lengths, reach - 1)
-        return State(new | {"position": position + lengths})
+            parts[f"{name}_coarse"] = compressed(
+                compress, old[f"{name}_coarse"], joined, count, lengths, stride, capacity
+            )
+            parts[f"{name}_tail"] = last(joined, lengths, size - 1)
+        return parts
 
-    def _coarse(self, q: Tensor, queries: Tensor, new: State, causal: bool) -> tuple[Tensor, Tensor]:
+    def _coarse(
+        self, q: Tensor, queries: Tensor, compressed: dict[str, Tensor], blocks_of: State, causal: bool
+    ) -> tuple[Tensor, Tensor]:
         """The compressed branch's output, and the lists of selected blocks."""
-        k, v, lengths, config = new["k_coarse"], new["v_coarse"], new["position"], self.config
-        count = -(-new["k"].shape[1] // config.block_size)
+        k, v, lengths, config = compressed["k_coarse"], compressed["v_coarse"], blocks_of["count"], self.config
+        count = -(-blocks_of["k"].shape[1] // config.block_size)
         sizes = {"size": config.size, "stride": config.stride, "block_size": config.block_size}
         choice = sizes | {"number": config.blocks, "local": config.local, "blocks": count}
         blocks = by_compressed_attention(q, k, queries, causal=causal, lengths=lengths, **choice)
@@ -137,13 +153,8 @@ class NSA(Mixer):
         every = torch.arange(-(-k.shape[1] // DENSE), device=q.device).expand(1, -(-q.shape[1] // DENSE), 1, -1)
         return block_sparse(q, k, v, every, block_size=DENSE, q_positions=seen), blocks
 
-    def _near(self, q: Tensor, pair: list[Tensor], queries: Tensor, old: State) -> Tensor:
-        k, v = (torch.cat([old[f"{name}_near"], s], dim=1) for name, s in zip("kv", pair, strict=True))
-        slots = torch.arange(k.shape[1], device=k.device) + old["position"][:, None] - (self.config.reach - 1)
-        return attention(q, k, v, window=self.config.reach, q_positions=queries, k_positions=slots)
-
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:
-        slots = {"": 0, "_coarse": 0, "_tail": self.config.size - 1, "_near": self.config.reach - 1}
-        shape, kind = (self.kv_heads, self.size), {"device": device, "dtype": dtype}
+        kind, shape = {"device": device, "dtype": dtype}, (self.config.kv_heads, self.size)
+        slots = {"_coarse": 0, "_tail": self.config.size - 1}
         parts = {f"{x}{name}": torch.zeros(batch, n, *shape, **kind) for name, n in slots.items() for x in "kv"}
-        return State(parts | {"position": torch.zeros(batch, device=device, dtype=torch.int64)})
+        return State({"chosen": self.chosen.empty(batch, **kind), "near": self.near.empty(batch, **kind), **parts})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ...kernels import gated_linear
 from ..config import MixerConfig, Site, positive
-from ..layout import Layout
+from ..context import Context
 from ..norm import RMSNorm
 from ..rotary import rotary
 from ..state import State
@@ -44,10 +45,11 @@ class _Direction(nn.Module):
         self.heads, self.rope_base = heads, rope_base
         self.decay = [math.log1p(-(2.0 ** (-5 - h))) for h in range(heads)]
 
-    def forward(self, streams: tuple[Tensor, ...], layout: Layout, state: State | None) -> tuple[Tensor, State | None]:
+    def forward(
+        self, streams: tuple[Tensor, ...], context: Context, state: State | None
+    ) -> tuple[Tensor, State | None]:
         q, k, v = (s.unflatten(-1, (self.heads, -1)) for s in streams)
-        start = None if state is None else state["position"]
-        positions = layout.positions(q, start)
+        positions = context.positions_of(q)
         wide = torch.promote_types(q.dtype, torch.float32)
         o, memory = gated_linear(
             rotary(q, positions, self.rope_base),
@@ -55,10 +57,9 @@ class _Direction(nn.Module):
             v,
             torch.tensor(self.decay, device=q.device, dtype=wide),
             initial_state=None if state is None else state["memory"],
-            cu_seqlens=layout.cu_seqlens,
+            cu_seqlens=context.layout.cu_seqlens,
         )
-        read = layout.lengths(q)
-        return o.flatten(-2), State({"memory": memory, "position": read if start is None else start + read})
+        return o.flatten(-2), State({"memory": memory})
 
 
 @register_mixer(
@@ -71,6 +72,8 @@ class _Direction(nn.Module):
 class Retention(ScanMixer):
     """S_t = γ_h S_{t-1} + k_t v_tᵀ with γ_h = 1 − 2^(−5−h) and rotary positions; normalised by head, swish gate."""
 
+    capabilities = dataclasses.replace(ScanMixer.capabilities, reads=frozenset({"positions"}))
+
     def __init__(self, dim: int, config: RetentionConfig, site: Site):
         super().__init__(site)
         heads = heads_for(dim, config.heads)
@@ -82,7 +85,7 @@ class Retention(ScanMixer):
         self.out_proj = nn.Linear(value_dim, dim, bias=False)
         self.state_shape = (heads, dim // heads, value_dim // heads)
 
-    def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], Tensor]:
         q, k, v, gate = self.in_proj(x).split(self.sizes, dim=-1)
         return (q, k, v), gate
 
@@ -91,9 +94,4 @@ class Retention(ScanMixer):
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:
         wide = torch.promote_types(dtype, torch.float32)
-        return State(
-            {
-                "memory": torch.zeros(batch, *self.state_shape, device=device, dtype=wide),
-                "position": torch.zeros(batch, device=device, dtype=torch.int64),
-            }
-        )
+        return State({"memory": torch.zeros(batch, *self.state_shape, device=device, dtype=wide)})

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...kernels import linear_recurrence, short_conv
 from ..config import MixerConfig, Site, positive
-from ..layout import Layout
+from ..context import Context
 from ..parameters import mark
 from ..state import State
 from .base import ScanMixer
@@ -58,13 +58,15 @@ class _Direction(nn.Module):
         self.decay = mark(nn.Parameter(log_a - torch.log(-torch.expm1(log_a))), decay=False)
         mark(self.gate_bias, decay=False)
 
-    def forward(self, streams: tuple[Tensor, ...], layout: Layout, state: State | None) -> tuple[Tensor, State | None]:
+    def forward(
+        self, streams: tuple[Tensor, ...], context: Context, state: State | None
+    ) -> tuple[Tensor, State | None]:
         x, window = short_conv(
             streams[0],
             self.conv_weight,
             self.conv_bias,
             initial_state=None if state is None else state["conv"],
-            cu_seqlens=layout.cu_seqlens,
+            cu_seqlens=context.layout.cu_seqlens,
         )
         wide = torch.promote_types(x.dtype, torch.float32)
         blocks = x.unflatten(-1, (self.blocks, -1)).flatten(0, 1).transpose(0, 1)
@@ -76,7 +78,7 @@ class _Direction(nn.Module):
             scale * i.flatten(-2) * x.to(wide),
             log_a.exp(),
             initial_state=None if state is None else state["memory"],
-            cu_seqlens=layout.cu_seqlens,
+            cu_seqlens=context.layout.cu_seqlens,
         )
         return h.to(x.dtype), State({"conv": window, "memory": memory})
 
@@ -102,7 +104,7 @@ class RGLRU(ScanMixer):
         self.out_proj = nn.Linear(inner, dim, bias=False)
         self.conv_shape = (inner, config.conv_size - 1)
 
-    def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], Tensor]:
         x, gate = self.in_proj(x).chunk(2, dim=-1)
         return (x,), gate
 

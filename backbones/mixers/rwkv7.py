@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...kernels import delta_rule, short_conv
 from ..config import MixerConfig, Site, positive
-from ..layout import Layout
+from ..context import Context
 from ..parameters import mark
 from ..state import State
 from .base import ScanMixer, heads_for
@@ -79,14 +79,16 @@ class _Direction(nn.Module):
         # Published with 64e-5 for heads of 64 channels.
         self.norm = nn.GroupNorm(heads, dim, eps=site.norm_eps * dim / heads)
 
-    def forward(self, streams: tuple[Tensor, ...], layout: Layout, state: State | None) -> tuple[Tensor, State | None]:
+    def forward(
+        self, streams: tuple[Tensor, ...], context: Context, state: State | None
+    ) -> tuple[Tensor, State | None]:
         (x,) = streams
         # A convolution of two taps whose second is zero shifts by one token, across pieces and within packed sequences.
         before, last = short_conv(
             x,
             x.new_tensor([1.0, 0.0]).expand(x.shape[-1], 2),
             initial_state=None if state is None else state["last"],
-            cu_seqlens=layout.cu_seqlens,
+            cu_seqlens=context.layout.cu_seqlens,
         )
         change = before - x
         xr, xw, xk, xv, xa, xg = (torch.addcmul(x, change, mix) for mix in self.shift)
@@ -104,7 +106,7 @@ class _Direction(nn.Module):
             b=removal,
             scale=1.0,
             initial_state=None if state is None else state["memory"],
-            cu_seqlens=layout.cu_seqlens,
+            cu_seqlens=context.layout.cu_seqlens,
         )
         o = self.norm(o.flatten(0, 1).flatten(1)).view_as(x)
         o = o + ((r * k * self.bonus).sum(-1, keepdim=True) * v).flatten(-2)
@@ -132,7 +134,7 @@ class RWKV7(ScanMixer):
         self.branches = nn.ModuleList(_Direction(dim, self.heads, config, site) for _ in site.scan)
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
-    def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], None]:
+    def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], None]:
         return (x,), None
 
     def finish(self, mixed: Tensor, kept: None) -> Tensor:

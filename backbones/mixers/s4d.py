@@ -14,6 +14,7 @@ from ...errors import ConfigError
 from ...kernels import long_conv
 from ...kernels.long_conv.diagonal import Pair, discounted_sum, geometric_sum, multiply, powers
 from ..config import MixerConfig, Site, positive
+from ..context import Context
 from ..layout import Layout
 from ..parameters import mark
 from ..state import State
@@ -73,7 +74,10 @@ class _Direction(nn.Module):
         held = multiply(less_one, (real / size, -imaginary / size))
         return log_a, multiply(held, tuple((2 * self.C.to(wide)).unbind(-1)))
 
-    def forward(self, streams: tuple[Tensor, ...], layout: Layout, state: State | None) -> tuple[Tensor, State | None]:
+    def forward(
+        self, streams: tuple[Tensor, ...], context: Context, state: State | None
+    ) -> tuple[Tensor, State | None]:
+        layout = context.layout
         (u,) = streams
         wide = torch.promote_types(u.dtype, torch.float32)
         log_a, c = self.discretised(wide)
@@ -125,7 +129,7 @@ class S4D(ScanMixer):
         self.out_proj = nn.Linear(dim, 2 * dim)
         self.state_shape = (dim, config.state_size // 2, 2)
 
-    def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], None]:
+    def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], None]:
         return (x,), None
 
     def finish(self, mixed: Tensor, kept: Tensor | None) -> Tensor:

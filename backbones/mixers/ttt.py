@@ -13,7 +13,7 @@ from ...errors import ConfigError
 from ...kernels import test_time
 from ...kernels.test_time import state_size
 from ..config import MixerConfig, Site, positive
-from ..layout import Layout
+from ..context import Context
 from ..norm import RMSNorm
 from ..parameters import mark
 from ..rotary import rotary
@@ -75,7 +75,10 @@ class _Direction(nn.Module):
         self.gates = nn.Linear(dim, heads * (1 + config.momentum + config.forget))
         self.heads, self.state_shape = heads, (heads, state_size(size, self.hidden, momentum=config.momentum))
 
-    def forward(self, streams: tuple[Tensor, ...], layout: Layout, state: State | None) -> tuple[Tensor, State | None]:
+    def forward(
+        self, streams: tuple[Tensor, ...], context: Context, state: State | None
+    ) -> tuple[Tensor, State | None]:
+        layout = context.layout
         x, *qkv = streams
         q, k, v = (s.unflatten(-1, (self.heads, -1)) for s in qkv)
         if self.config.rotary:
@@ -130,7 +133,7 @@ class TTT(ScanMixer):
         self.norm = RMSNorm(dim, eps=site.norm_eps, groups=heads)
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
-    def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], Tensor]:
         *qkv, gate = self.in_proj(x).chunk(4, dim=-1)
         return (x, *qkv), gate
 

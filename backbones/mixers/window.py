@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import UnsupportedCall
 from ...kernels import attention
 from ..config import Site, positive
+from ..context import Context
+from ..layer import Capabilities
 from ..layout import Layout
 from ..state import State
 from .attention import Attention, AttentionConfig
+from .parts.kv_cache import WindowCache
 from .registry import register_mixer
 
 
@@ -22,7 +24,7 @@ class WindowConfig(AttentionConfig):
     """Options of `window`: those of `attention`, and
 
     Args:
-        window: tokens that a token sees, itself included; both ways, fewer than this many to each side.
+        window: tokens that a token sees, itself included; bidirectional, fewer than this many to each side.
         sinks: first tokens of the sequence that every later token sees.
     """
 
@@ -47,45 +49,34 @@ class Window(Attention):
     Under blocks the window counts from a block's last token, for all of its tokens.
     """
 
-    constant_state = True
+    capabilities = Capabilities()
 
     def __init__(self, dim: int, config: WindowConfig, site: Site):
-        super().__init__(dim, config, site)
         self.window, self.sinks = config.window, config.sinks
-        self.slots = config.window - 1 + config.sinks
+        super().__init__(dim, config, site)
+        self.capabilities = dataclasses.replace(self.capabilities, receptive_field=config.window)
 
-    def _check(self, x: Tensor, layout: Layout, state: State | None) -> None:
-        super()._check(x, layout, state)
-        if layout.causal == "block" and self.window < min(layout.block, x.shape[1]):
+    def make_cache(self, shapes: dict[str, tuple[int, int]]) -> WindowCache:
+        return WindowCache(shapes, window=self.window, sinks=self.sinks)
+
+    def check(self, x: Tensor, context: Context, state: State | None) -> None:
+        super().check(x, context, state)
+        layout = context.layout
+        if layout.causal != "block":
+            return
+        longest = layout.block if isinstance(layout.block, int) else int(layout.block_boundaries(x).diff().max())
+        if self.window < min(longest, x.shape[1]):
             raise UnsupportedCall(
-                f"the window of {self.window} tokens does not hold a block of {layout.block}, and its tokens would not "
-                f"see themselves; configure window={layout.block} or more"
+                f"the window of {self.window} tokens does not hold a block of {longest}, and its tokens would not see "
+                f"themselves; configure window={longest} or more"
             )
 
-    def _go_on(
-        self, q: Tensor, k: Tensor, v: Tensor, places: Tensor, layout: Layout, state: State | None
+    def attend_cached(
+        self, q: Tensor, rows: dict[str, Tensor], layout: Layout, state: State | None
     ) -> tuple[Tensor, State]:
-        if self.sinks or not self.slots or state is None or layout.cu_seqlens is not None or q.shape[1] > 1:
-            return super()._go_on(q, k, v, places, layout, state)
-        # One token takes the place of the oldest, or of an empty slot: `_keep` puts both last.
-        news = {"k": k, "v": v, "slots": places}
-        k, v, slots = (torch.cat([new, state[name]], dim=1) for name, new in news.items())
-        o = attention(q, k, v, window=self.window, q_positions=places, k_positions=slots)
-        return o, State({"k": k[:, :-1], "v": v[:, :-1], "slots": slots[:, :-1], "position": state["position"] + 1})
-
-    def _keep(self, k: Tensor, v: Tensor, slots: Tensor, position: Tensor) -> State:
-        missing = max(0, self.slots - slots.shape[1])
-        k, v, slots = (
-            F.pad(k, (0, 0, 0, 0, missing, 0)),
-            F.pad(v, (0, 0, 0, 0, missing, 0)),
-            F.pad(slots, (missing, 0), value=-1),
-        )
-        needed = (slots > position[:, None] - self.window) | (slots < self.sinks)
-        slots, index = torch.where(needed, slots, -1).topk(self.slots, dim=1)
-        index = index[:, :, None, None].expand(-1, -1, *k.shape[2:])
-        empty = (slots < 0)[:, :, None, None]
-        k, v = (s.gather(1, index).masked_fill(empty, 0) for s in (k, v))
-        return super()._keep(k, v, slots, position)
-
-    def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:
-        return self._empty(batch, self.slots, device=device, dtype=dtype)
+        if self.sinks or not self.cache.slots or state is None or layout.cu_seqlens is not None or q.shape[1] > 1:
+            return super().attend_cached(q, rows, layout, state)
+        queries = state["count"][:, None]
+        grown, kept = self.cache.rolled(rows, queries, state)
+        o = attention(q, grown["k"], grown["v"], window=self.window, q_positions=queries, k_positions=grown["ranks"])
+        return o, kept

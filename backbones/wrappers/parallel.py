@@ -1,41 +1,96 @@
-"""Mixers side by side on the same tokens (Hymba, arXiv 2411.13676)."""
+"""Layers side by side on the same tokens (Hymba, arXiv 2411.13676; Falcon-H1, arXiv 2507.22448)."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..config import Site
-from ..layout import Layout
-from ..mixers.base import Mixer
+from ...errors import ConfigError
+from ..block import added
+from ..config import FFNConfig, MixerConfig, Site
+from ..context import Context
+from ..layer import Capabilities, Output, SequenceLayer
+from ..mixers import MIXERS
 from ..norm import RMSNorm
+from ..registry import build_part
 from ..state import State
+from .base import WrapperConfig, register_wrapper
 
 
-class Parallel(Mixer):
-    """The mean of several mixers' outputs, each normalised and scaled by channel, as Hymba fuses its heads.
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(WrapperConfig):
+    """Options of `parallel`; "a+b" in a pattern is a short form of it.
 
-    It can do what all its parts can.
+    Args:
+        parts: mixers and feed-forward layers, by configuration or name.
+        fuse: "norm_mean", the mean of the outputs, each normalised and scaled by channel (Hymba); "sum", their sum.
+        scales: constant factors of the outputs, one per part; 1 by default.
     """
 
-    def __init__(self, parts: dict[str, Mixer], dim: int, site: Site):
+    parts: tuple[MixerConfig | FFNConfig | str, ...]
+    fuse: Literal["norm_mean", "sum"] = "norm_mean"
+    scales: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.fuse not in ("norm_mean", "sum"):
+            raise ConfigError(f"ParallelConfig.fuse is {self.fuse!r}; it must be 'norm_mean' or 'sum'")
+        if len(self.parts) < 2:
+            raise ConfigError(f"ParallelConfig.parts is {self.parts}; it must hold two parts or more")
+        if self.scales is not None and len(self.scales) != len(self.parts):
+            raise ConfigError(f"ParallelConfig.scales holds {len(self.scales)} factors for {len(self.parts)} parts")
+        object.__setattr__(self, "parts", tuple(_part(part) for part in self.parts))
+
+
+def _part(part: MixerConfig | FFNConfig | str) -> MixerConfig | FFNConfig:
+    from ..ffn import FFNS
+
+    if not isinstance(part, str):
+        return part
+    return (FFNS if part in FFNS.names() else MIXERS).get(part).config()
+
+
+@register_wrapper(
+    "parallel",
+    ParallelConfig,
+    summary="several layers on the same tokens, fused",
+    source="arXiv 2411.13676, 2507.22448",
+    examples=(),
+)
+class Parallel(SequenceLayer):
+    """Σ or mean of the parts' outputs. It can do what all its parts can."""
+
+    def __init__(self, dim: int, config: ParallelConfig, site: Site):
         super().__init__()
-        self.parts = nn.ModuleDict(parts)
-        self.norms = nn.ModuleDict({name: RMSNorm(dim, eps=site.norm_eps) for name in parts})
-        for capability in ("causal", "bidirectional", "blockwise", "packed", "streaming", "constant_state"):
-            setattr(self, capability, all(getattr(part, capability) for part in parts.values()))
+        self.parts, self.norms, self.fuse = nn.ModuleDict(), nn.ModuleDict(), config.fuse
+        self.scales = config.scales or (1.0,) * len(config.parts)
+        for part in config.parts:
+            name = part.type if part.type not in self.parts else f"{part.type}-{len(self.parts)}"
+            self.parts[name] = build_part(part, dim, site)
+            if config.fuse == "norm_mean":
+                self.norms[name] = RMSNorm(dim, eps=site.norm_eps)
+        self.capabilities = Capabilities.joined((p.capabilities for p in self.parts.values()), sequential=False)
 
-    def mix(self, x: Tensor, layout: Layout, state: State | None) -> tuple[Tensor, State | None]:
-        total, states = None, {}
-        for name, part in self.parts.items():
-            y, states[name] = part(x, layout, None if state is None else state[name])
-            y = self.norms[name](y)
+    def forward(self, x: Tensor, context: Context, state: State | None = None) -> Output:
+        context, total, states, losses, shared = Context.of(context), None, {}, {}, {}
+        for (name, part), scale in zip(self.parts.items(), self.scales, strict=True):
+            out = part(x, context, None if state is None else state.get(name))
+            y = self.norms[name](out.y) if self.fuse == "norm_mean" else out.y
+            y = y if scale == 1 else y * scale
             total = y if total is None else total + y
-        return total / len(self.parts), State(states) if layout.causal else None
+            losses, shared = added(losses, out.losses), {**shared, **out.shared}
+            if out.state is not None:
+                states[name] = out.state
+        total = total / len(self.parts) if self.fuse == "norm_mean" else total
+        return Output(total, State(states) if states else None, losses, shared)
 
-    def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:
-        return State({name: part.init_state(batch, device=device, dtype=dtype) for name, part in self.parts.items()})
+    def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State | None:
+        states = {name: part.init_state(batch, device=device, dtype=dtype) for name, part in self.parts.items()}
+        states = {name: state for name, state in states.items() if state is not None}
+        return State(states) if states else None
 
-    def residual_outputs(self) -> list[nn.Linear]:
-        # The norms behind the parts set the scale of what is written.
-        return []
+    def residual_outputs(self) -> list[nn.Module]:
+        # Norms after the parts set the scale of what is written.
+        return [] if self.fuse == "norm_mean" else [o for part in self.parts.values() for o in part.residual_outputs()]

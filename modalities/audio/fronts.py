@@ -97,7 +97,7 @@ class Front(nn.Module, ABC):
         raise UnsupportedCall(f"{type(self).__name__} hears whole clips and does not stream; use 'frames' or 'wave'")
 
 
-FRONTS: Registry[Front] = Registry("audio front", options="fronts")
+FRONTS: Registry[Front] = Registry("audio front", base=FrontConfig, options="fronts")
 register_front = FRONTS.register
 
 

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...backbones import BackboneConfig, State, list_mixers
+from ...backbones.config import FFNConfig
 from ...backbones.heads import ClassificationHeadConfig
-from ...backbones.wrappers.scan import scan_orders
+from ...backbones.scan import scan_orders
 from ...errors import ConfigError
 from ..common.classifier import Classifier, plain_backbone
 from .fronts import (
@@ -56,24 +57,24 @@ class AudioState:
     Args:
         front: what its front remembers.
         total: the sum of the tokens, (b, d), in float32 or float64.
-        backbone: one a block; None before the first token.
+        backbone: of the backbone; None before the first token.
     """
 
     front: FrontState
     total: Tensor
-    backbone: tuple[State, ...] | None
+    backbone: State | None
 
     def detach(self) -> AudioState:
         """The same values without their history (truncated backpropagation)."""
         front = replace(self.front, kept=tuple(t.detach() for t in self.front.kept))
-        kept = None if self.backbone is None else tuple(state.detach() for state in self.backbone)
+        kept = None if self.backbone is None else self.backbone.detach()
         return AudioState(front=front, total=self.total.detach(), backbone=kept)
 
     @property
     def nbytes(self) -> int:
         """Memory that the tensors hold."""
         own = sum(t.numel() * t.element_size() for t in (self.total, *self.front.kept))
-        return own + sum(state.nbytes for state in self.backbone or ())
+        return own + (0 if self.backbone is None else self.backbone.nbytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +160,7 @@ class AudioClassifier(Classifier):
         tokens, layout, front = self.tokenizer.stream(chunk, None if state is None else state.front)
         memory, total = (None, 0.0) if state is None else (state.backbone, state.total)
         if tokens.shape[1]:
-            tokens, memory = self.backbone(tokens, layout, memory)
+            tokens, memory = self.backbone(tokens, layout, memory)[:2]
         total = tokens.sum(1, dtype=torch.promote_types(tokens.dtype, torch.float32)) + total
         so_far = self.head_of((total / front.steps).to(tokens.dtype)) if front.steps else None
         after = AudioState(front=front, total=total, backbone=memory)
@@ -225,7 +226,7 @@ def audio_classifier(
     positions: str | None = None,
     class_token: str | None = None,
     pool: str = "mean",
-    channel: str | None = "swiglu",
+    ffn: FFNConfig | str | None = "swiglu",
     causal: bool = False,
     scan: str | None = None,
     augment: SpecAugmentConfig | None = None,
@@ -273,7 +274,7 @@ def audio_classifier(
             depth=depth,
             positions=audio.options.has_positions,
             scan=scan or ("forward" if causal else "both"),
-            channel=channel,
+            ffn=ffn,
             drop_path=drop_path,
         ),
         head=ClassificationHeadConfig(classes=classes, pool=pool, dropout=dropout),
@@ -284,7 +285,7 @@ def audio_classifier(
 _AUM = {
     "mixer": "mamba",
     "depth": 24,
-    "channel": None,
+    "ffn": None,
     "positions": "learned",
     "class_token": "middle",
     "pool": "class_token",

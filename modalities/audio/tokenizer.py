@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...backbones.config import check_options, positive
 from ...backbones.layout import Layout
+from ...backbones.registry import build_part
 from ...errors import UnsupportedShape
 from .fronts import FRONTS, FrontConfig, FrontState
 
@@ -53,7 +54,7 @@ class AudioTokenizer(nn.Module):
     def __init__(self, config: AudioTokenizerConfig):
         super().__init__()
         self.config = config
-        self.front = FRONTS.build(config.front, config.dim, config.fronts, config.causal)
+        self.front = build_part(config.options, config.dim, config.causal)
 
     def forward(self, waves: Float[Tensor, "b n"] | Sequence[Tensor]) -> tuple[Float[Tensor, "b t d"], Layout]:
         """Tokens and their layout.

@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...backbones import Backbone, BackboneConfig, Layout
-from ...backbones.config import MixerConfig
+from ...backbones.config import FFNConfig, MixerConfig
 from ...backbones.heads import ClassificationHead, ClassificationHeadConfig
+from ...backbones.layer import unfit
 from ...backbones.mixers import get_mixer
 from ...backbones.parameters import remember_marks
 from ...errors import UnsupportedCall
@@ -47,14 +48,13 @@ class Classifier(nn.Module):
     def forward_with_losses(self, media: Any) -> tuple[Float[Tensor, "n *t classes"], dict[str, Tensor]]:
         """Logits, and by name the losses of the backbone's routed experts, weighted: add them to the training loss."""
         tokens, layout = self.tokenizer(media)
-        trace = self.backbone.trace(tokens, layout)
-        return self.head(trace.y, layout), trace.losses
+        out = self.backbone(tokens, layout)
+        return self.head(out.y, layout), out.losses
 
     def forward_features(self, media: Any) -> tuple[Float[Tensor, "b t d"], Layout]:
         """The backbone's tokens after its last norm, and where they are."""
         tokens, layout = self.tokenizer(media)
-        tokens, _ = self.backbone(tokens, layout)
-        return tokens, layout
+        return self.backbone(tokens, layout).y, layout
 
     def forward_head(self, tokens: Float[Tensor, "b t d"], layout: Layout) -> Float[Tensor, "n *t classes"]:
         """Logits from what `forward_features` returned."""
@@ -70,9 +70,8 @@ class Classifier(nn.Module):
             raise UnsupportedCall("this model takes its media whole; build it with causal=True to stream")
         if self.head.config.pool != "mean":
             raise UnsupportedCall(f"the head pools by {self.head.config.pool!r}; streaming needs 'mean'")
-        for block in self.backbone.blocks:
-            if not block.mixer.streaming:
-                raise UnsupportedCall(f"{type(block.mixer).__name__} does not go on from a state; use another mixer")
+        if name := unfit(self.backbone, lambda can: can.streaming):
+            raise UnsupportedCall(f"{name} does not resume from a state; use another layer")
 
 
 def plain_backbone(
@@ -82,7 +81,7 @@ def plain_backbone(
     depth: int,
     positions: bool,
     scan: str = "both",
-    channel: str | None = "swiglu",
+    ffn: FFNConfig | str | None = "swiglu",
     mixers: dict[str, MixerConfig] | None = None,
     drop_path: float = 0.0,
 ) -> BackboneConfig:
@@ -96,7 +95,7 @@ def plain_backbone(
         mixers: options by mixer name.
 
     Raises:
-        UnknownName: no such mixer, scan or channel layer.
+        UnknownName: no such mixer, scan or feed-forward layer.
     """
     pattern = tuple(part.strip() for part in mixer.split(","))
     options: dict[str, Any] = {}
@@ -109,7 +108,7 @@ def plain_backbone(
         depth=depth,
         pattern=pattern,
         mixers=options | (mixers or {}),
-        channel=channel,
+        ffn=ffn,
         scan=scan,
         drop_path=drop_path,
     )

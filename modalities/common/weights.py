@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...backbones.config import from_dict, to_dict
+from ...backbones.serialization import from_dict, to_dict
 from ...errors import CheckpointError, ConfigError
 from ...utils.files import replace_file, replace_tensors
 from .grid import fit_positions

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...backbones import BackboneConfig, State, list_mixers
+from ...backbones.config import FFNConfig
 from ...backbones.heads import ClassificationHeadConfig
-from ...backbones.wrappers.scan import needs_rows, scan_orders
+from ...backbones.scan import needs_rows, scan_orders
 from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
 from ..common.classifier import Classifier, plain_backbone
 from .reduction import Grid
@@ -54,24 +55,24 @@ class VideoState:
         waiting: frames that fill no time step yet, (b, c, n, h, w).
         total: the sum over the time steps of their mean token, (b, d), in float32 or float64.
         steps: time steps so far.
-        backbone: one a block; None before the first step.
+        backbone: of the backbone; None before the first step.
     """
 
     waiting: Tensor
     total: Tensor
     steps: int
-    backbone: tuple[State, ...] | None
+    backbone: State | None
 
     def detach(self) -> VideoState:
         """The same values without their history (truncated backpropagation)."""
-        kept = None if self.backbone is None else tuple(state.detach() for state in self.backbone)
+        kept = None if self.backbone is None else self.backbone.detach()
         return replace(self, waiting=self.waiting.detach(), total=self.total.detach(), backbone=kept)
 
     @property
     def nbytes(self) -> int:
         """Memory that the tensors hold."""
         own = sum(t.numel() * t.element_size() for t in (self.waiting, self.total))
-        return own + sum(state.nbytes for state in self.backbone or ())
+        return own + (0 if self.backbone is None else self.backbone.nbytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +161,7 @@ class VideoClassifier(Classifier):
         steps, total, memory = (0, 0.0, None) if state is None else (state.steps, state.total, state.backbone)
         if frames.shape[2]:
             tokens, layout = self.tokenizer(frames, start=steps * self.tokenizer.config.group[0])
-            tokens, memory = self.backbone(tokens, layout, memory)
+            tokens, memory = self.backbone(tokens, layout, memory)[:2]
             means = tokens.unflatten(1, (layout.grid[0], -1)).mean(2)
             total = total + means.sum(1, dtype=torch.promote_types(means.dtype, torch.float32))
             steps += layout.grid[0]
@@ -189,7 +190,7 @@ def video_classifier(
     merge: int | None = None,
     causal: bool = False,
     scan: str | None = None,
-    channel: str | None = "swiglu",
+    ffn: FFNConfig | str | None = "swiglu",
     dropout: float = 0.0,
     drop_path: float = 0.0,
 ) -> VideoClassifierConfig:
@@ -202,7 +203,7 @@ def video_classifier(
         pool, dropout: of the head.
         scan: the orders in which mixers that only look backwards run over the tokens; the others ignore it. By default
             both ways, spatial first, and "forward" where causal.
-        channel: the other half of each block, or None.
+        ffn: the feed-forward layer of each block, or None.
 
     Raises:
         UnknownName, ConfigError, UnsupportedCall: names that there are not, and parts that do not fit.
@@ -226,7 +227,7 @@ def video_classifier(
             depth=depth,
             positions=positions != "none",
             scan=scan or ("forward" if causal else "both"),
-            channel=channel,
+            ffn=ffn,
             drop_path=drop_path,
         ),
         head=ClassificationHeadConfig(classes=classes, pool=pool, dropout=dropout),
@@ -234,7 +235,7 @@ def video_classifier(
 
 
 # VideoMamba, published with 7, 26 and 74 million parameters (arXiv 2403.06977, section 3.2 and table 3).
-_VIDEOMAMBA = {"mixer": "mamba", "channel": None, "class_token": "first", "pool": "class_token"}
+_VIDEOMAMBA = {"mixer": "mamba", "ffn": None, "class_token": "first", "pool": "class_token"}
 VIDEO_MODELS: dict[str, dict[str, Any]] = {
     "videomamba_tiny": _VIDEOMAMBA | {"dim": 192, "depth": 24},
     "videomamba_small": _VIDEOMAMBA | {"dim": 384, "depth": 24},

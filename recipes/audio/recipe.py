@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...backbones.config import MixerConfig
+from ...backbones.config import FFNConfig, MixerConfig
 from ...errors import ConfigError
 from ...modalities.audio.fronts import FrameFrontConfig, FrontConfig, PatchFrontConfig
 from ...modalities.audio.mel import LogMel, MelConfig, SpecAugmentConfig
@@ -82,7 +82,7 @@ class AudioClassification(Classification):
         front: how waves become tokens: "frames" or "patches" of a spectrogram, or the "wave" itself.
         spectrogram: what the first two see.
         scan: the orders in which mixers that only look backwards run over the tokens.
-        channel: the other half of a block: "swiglu", "mlp", "moe" or null.
+        ffn: the feed-forward layer of a block: "swiglu", "mlp", "moe", or null for none.
         mixers: options by mixer name.
         drop_path: stochastic depth in the last block.
         training: optimiser, schedule, regularisation and averaging.
@@ -100,7 +100,7 @@ class AudioClassification(Classification):
         front: str = "frames",
         spectrogram: SpectrogramConfig = SpectrogramConfig(),
         scan: str = "both",
-        channel: str | None = "swiglu",
+        ffn: FFNConfig | str | None = "swiglu",
         mixers: dict[str, MixerConfig] = {},  # noqa: B006 - jsonargparse cannot write a factory's value
         drop_path: float = 0.0,
         training: ClassificationTrainingConfig = _TRAINING,
@@ -118,7 +118,7 @@ class AudioClassification(Classification):
             classes=classes,
             front=front,
             rate=rate,
-            channel=channel,
+            ffn=ffn,
             drop_path=drop_path,
             fronts={front: fronts[front]} if front in fronts else None,
         )

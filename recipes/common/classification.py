@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from ...backbones.config import to_dict
+from ...backbones.serialization import to_dict
 from ...modalities import save_model
 from ...modalities.common.classifier import Classifier
 from ...utils.console import emit

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...backbones import Backbone
-from ...backbones.channel import rebalance
+from ...backbones.ffn import rebalance
 from ...backbones.parameters import no_weight_decay
 from ...errors import ConfigError
 from .training import TrainingConfig

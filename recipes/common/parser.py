@@ -11,11 +11,11 @@ import lightning.pytorch as pl
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
-from ...backbones.config import ChannelConfig, MixerConfig, ObjectiveConfig
+from ...backbones.config import FFNConfig, MixerConfig, ObjectiveConfig
 from ...errors import ConfigError, UnknownName
 from ...modalities import FrontConfig
 
-_OPTIONS = [MixerConfig, ChannelConfig, ObjectiveConfig, FrontConfig]
+_OPTIONS = [MixerConfig, FFNConfig, ObjectiveConfig, FrontConfig]
 set_parsing_settings(subclasses_enabled=_OPTIONS)
 
 

@@ -10,8 +10,9 @@ import lightning.pytorch as pl
 import torch
 
 from ...backbones import BackboneConfig, LanguageModel, LanguageModelConfig
-from ...backbones.config import MixerConfig, ObjectiveConfig, to_dict
+from ...backbones.config import FFNConfig, MixerConfig, ObjectiveConfig
 from ...backbones.heads import get_objective
+from ...backbones.serialization import to_dict
 from ...errors import ConfigError
 from ...modalities import save_model
 from ...utils.console import emit
@@ -65,7 +66,7 @@ class TextGeneration(pl.LightningModule):
         objective: what the model is trained for; "causal" writes from left to right, the others by diffusion.
         objectives: options by objective name.
         mixers: options by mixer name.
-        channel: the other half of a block: "swiglu", "mlp", "moe" or null.
+        ffn: the feed-forward layer of a block: "swiglu", "mlp", "moe", or null for none.
         scan: the orders in which mixers that only look backwards run over the tokens; null is "forward" under "causal"
             and "both" under diffusion.
         tie: whether the output matrix is the embedding.
@@ -83,7 +84,7 @@ class TextGeneration(pl.LightningModule):
         objective: str = "causal",
         objectives: dict[str, ObjectiveConfig] = {},  # noqa: B006 - jsonargparse cannot write a factory's value
         mixers: dict[str, MixerConfig] = {},  # noqa: B006
-        channel: str | None = "swiglu",
+        ffn: FFNConfig | str | None = "swiglu",
         scan: str | None = None,
         tie: bool = True,
         training: TextTrainingConfig = TextTrainingConfig(),
@@ -98,7 +99,7 @@ class TextGeneration(pl.LightningModule):
             depth=depth,
             pattern=tuple(part.strip() for part in mixer.split(",")),
             mixers=mixers,
-            channel=channel,
+            ffn=ffn,
             scan=scan,
         )
         config = LanguageModelConfig(

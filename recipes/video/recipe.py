@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor
 
-from ...backbones.config import MixerConfig
+from ...backbones.config import FFNConfig, MixerConfig
 from ...errors import ConfigError
 from ...modalities.video.model import VideoClassifier, video_classifier
 from ..common.classification import Baseline, Classification, ClassificationTrainingConfig, Look, finish
@@ -63,7 +63,7 @@ class VideoUnderstanding(Classification):
         tokens: what becomes a token.
         scan: the orders in which mixers that only look backwards run over the tokens; null is "temporal-first", and
             "forward" where `causal`.
-        channel: the other half of a block: "swiglu", "mlp", "moe" or null.
+        ffn: the feed-forward layer of a block: "swiglu", "mlp", "moe", or null for none.
         mixers: options by mixer name.
         causal: see the past only, so that a film can be streamed.
         drop_path: stochastic depth in the last block.
@@ -81,7 +81,7 @@ class VideoUnderstanding(Classification):
         depth: int = 2,
         tokens: ClipTokens = _TOKENS,
         scan: str | None = None,
-        channel: str | None = "swiglu",
+        ffn: FFNConfig | str | None = "swiglu",
         mixers: dict[str, MixerConfig] = {},  # noqa: B006 - jsonargparse cannot write a factory's value
         causal: bool = False,
         drop_path: float = 0.0,
@@ -106,7 +106,7 @@ class VideoUnderstanding(Classification):
             time_positions="none" if causal else None,
             causal=causal,
             scan=scan or ("forward" if causal else "temporal-first"),
-            channel=channel,
+            ffn=ffn,
             drop_path=drop_path,
         )
         backbone = replace(plain.backbone, mixers=plain.backbone.mixers | mixers)
@@ -123,7 +123,7 @@ class VideoUnderstanding(Classification):
             "depth": depth,
             "tokens": tokens.of_one_frame(),
             "scan": scan,
-            "channel": channel,
+            "ffn": ffn,
             "mixers": mixers,
             "causal": causal,
             "drop_path": drop_path,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backbones.config import MixerConfig
+from ...backbones.config import FFNConfig, MixerConfig
 from ...modalities import ImageClassifier
 from ...modalities.image.model import image_classifier
 from ..common.classification import Classification, ClassificationTrainingConfig, Look, finish
@@ -51,7 +51,7 @@ class VisionClassification(Classification):
         depth: number of blocks.
         patch: side of a patch in pixels; null gives 8 to 15 patches along a side, and small images fewer.
         scan: the orders in which mixers that only look backwards run over the patches.
-        channel: the other half of a block: "swiglu", "mlp", "moe" or null.
+        ffn: the feed-forward layer of a block: "swiglu", "mlp", "moe", or null for none.
         mixers: options by mixer name.
         drop_path: stochastic depth in the last block.
         training: optimiser, schedule, regularisation and averaging.
@@ -68,7 +68,7 @@ class VisionClassification(Classification):
         depth: int = 4,
         patch: int | None = None,
         scan: str = "both",
-        channel: str | None = "swiglu",
+        ffn: FFNConfig | str | None = "swiglu",
         mixers: dict[str, MixerConfig] = {},  # noqa: B006 - jsonargparse cannot write a factory's value
         drop_path: float = 0.0,
         training: VisionTrainingConfig = VisionTrainingConfig(),
@@ -87,7 +87,7 @@ class VisionClassification(Classification):
             drop_path=drop_path,
         )
         options = plain.backbone.mixers | mixers
-        backbone = replace(plain.backbone, scan=scan, channel=channel, mixers=options)
+        backbone = replace(plain.backbone, scan=scan, ffn=ffn, mixers=options)
         model = ImageClassifier(replace(plain, backbone=backbone))
         # As large as the patches: starting at 0.02, a small data set needs many epochs to find out where things are.
         torch.nn.init.trunc_normal_(model.tokenizer.positions, std=1.0)

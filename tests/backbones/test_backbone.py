@@ -20,10 +20,11 @@ def config(**changes):
 def test_the_example_in_the_design_runs():
     net = om.Backbone(om.BackboneConfig(dim=192, depth=4, pattern=["gla", "gla", "gla", "attention"]))
     x, x_next = torch.randn(2, 6, 192), torch.randn(2, 3, 192)
-    y, state = net(x, om.Layout(causal=True))
-    z, _ = net(x_next, om.Layout(causal=True), state)
-    whole, _ = net(torch.cat([x, x_next], dim=1), om.Layout(causal=True))
-    assert torch.allclose(torch.cat([y, z], dim=1), whole, atol=1e-5)
+    out = net(x, om.Layout(causal=True))
+    rest = net(x_next, om.Layout(causal=True), out.state)
+    whole = net(torch.cat([x, x_next], dim=1), om.Layout(causal=True))
+    assert torch.allclose(torch.cat([out.y, rest.y], dim=1), whole.y, atol=1e-5)
+    assert rest.state["read"].tolist() == [9, 9]
 
 
 def test_the_pattern_is_tiled_over_the_depth():
@@ -32,7 +33,7 @@ def test_the_pattern_is_tiled_over_the_depth():
 
 
 def test_a_config_survives_json():
-    before = config(mixers={"gla": GLAConfig(heads=4)}, channel=None, scan="both", drop_path=0.1)
+    before = config(mixers={"gla": GLAConfig(heads=4)}, ffn=None, scan="both", drop_path=0.1)
     after = from_dict(om.BackboneConfig, json.loads(json.dumps(to_dict(before))))
     assert after == before
 
@@ -44,7 +45,7 @@ def test_a_config_survives_json():
         ({"pattern": ["gla+atention"]}, UnknownName, "did you mean 'attention'"),
         ({"pattern": "gla"}, ConfigError, "list"),
         ({"pattern": []}, ConfigError, "list"),
-        ({"channel": "swigl"}, UnknownName, "did you mean 'swiglu'"),
+        ({"ffn": "swigl"}, UnknownName, "did you mean 'swiglu'"),
         ({"scan": "bth"}, UnknownName, "did you mean 'both'"),
         ({"depth": 0}, ConfigError, "depth is 0"),
         ({"drop_path": 1.0}, ConfigError, "drop_path is 1.0"),
@@ -71,10 +72,10 @@ def test_an_unknown_key_names_the_nearest(without_shape_checks):
 def test_taps_are_the_blocks_outputs():
     net = om.Backbone(config()).double()
     x = torch.randn(2, 5, 32, dtype=torch.float64)
-    trace = net.trace(x, CAUSAL, taps=(0, 2))
-    assert len(trace.taps) == 2
-    assert torch.equal(trace.y, net.norm(trace.taps[1])) and torch.equal(trace.y, net(x, CAUSAL)[0])
-    assert torch.equal(net.trace(x, CAUSAL, depth=1).y, net.norm(trace.taps[0]))
+    out = net(x, CAUSAL, taps=("blocks.0", "blocks.2"))
+    assert set(out.shared) == {"blocks.0", "blocks.2"}
+    assert torch.equal(out.y, net.norm(out.shared["blocks.2"])) and torch.equal(out.y, net(x, CAUSAL).y)
+    assert torch.equal(net(x, CAUSAL, depth=1).y, net.norm(out.shared["blocks.0"]))
 
 
 def test_checkpointing_gives_the_same_gradients():
@@ -103,7 +104,7 @@ def test_stochastic_depth_drops_whole_sequences_in_training_only():
 
 def test_weight_decay_spares_vectors_and_what_is_marked():
     names = no_weight_decay(om.Backbone(config(pattern=["mamba2"])))
-    assert {"blocks.0.mixer.branches.0.A_log", "blocks.0.mixer_norm.weight", "norm.weight"} <= names
+    assert {"blocks.0.mixer.branches.0.A_log", "blocks.0.mixer_residual.norm.weight", "norm.weight"} <= names
     assert "blocks.0.mixer.in_proj.weight" not in names
 
 
@@ -123,11 +124,9 @@ def test_select_reorders_the_sequences_of_a_batch():
     net = om.Backbone(config(pattern=["gla", "window", "attention+mamba2"])).double()
     x, nxt = torch.randn(3, 4, 32, dtype=torch.float64), torch.randn(3, 1, 32, dtype=torch.float64)
     order = torch.tensor([2, 0, 0])
-    _, state = net(x, CAUSAL)
-    selected = tuple(s.select(order) for s in state)
-    y, _ = net(nxt, CAUSAL, selected)
-    _, wanted = net(x[order], CAUSAL)
-    assert torch.allclose(y, net(nxt, CAUSAL, wanted)[0], atol=1e-12)
+    y = net(nxt, CAUSAL, net(x, CAUSAL).state.select(order)).y
+    wanted = net(x[order], CAUSAL).state
+    assert torch.allclose(y, net(nxt, CAUSAL, wanted).y, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -153,9 +152,9 @@ def test_a_wrong_shape_says_what_is_wrong():
         net(torch.randn(1, 4, 31), CAUSAL)
     with pytest.raises(UnsupportedShape, match="says 7"):
         net(torch.randn(1, 6, 32), Layout(causal=True, grid=(1, 2, 3), extra=(0,)))
-    _, state = net(torch.randn(1, 4, 32), CAUSAL)
-    with pytest.raises(UnsupportedShape, match="2 entries"):
-        net(torch.randn(1, 4, 32), CAUSAL, state[:2])
+    state = net(torch.randn(1, 4, 32), CAUSAL).state
+    with pytest.raises(UnsupportedShape, match="state holds 1 sequences, and the batch has 2"):
+        net(torch.randn(2, 4, 32), CAUSAL, state)
 
 
 def test_deep_stacks_start_with_small_residual_outputs():

@@ -6,7 +6,7 @@ import threading
 
 import torch
 
-from omnimix.backbones.mixers.cache import appended
+from omnimix.backbones.mixers.parts.kv_cache import appended
 
 
 @torch.no_grad()

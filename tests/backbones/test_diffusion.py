@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import omnimix as om
-from omnimix.backbones.heads.block import BlockConfig
+from omnimix.backbones.heads.block import BlockDiffusionConfig
 from omnimix.backbones.heads.masked import MaskedConfig
 from omnimix.errors import ConfigError, UnsupportedCall, UnsupportedShape
 
@@ -132,7 +132,7 @@ def test_complementary_masks_predict_every_token():
 
 
 @pytest.mark.parametrize(
-    ("objective", "options"), [("masked", MaskedConfig(eps=0.0)), ("block", BlockConfig(low=0.0, high=1e-6))]
+    ("objective", "options"), [("masked", MaskedConfig(eps=0.0)), ("block", BlockDiffusionConfig(low=0.0, high=1e-6))]
 )
 def test_a_batch_in_which_nothing_is_masked_costs_nothing(objective, options):
     net = model(objective, options=options)
@@ -146,8 +146,8 @@ def test_a_batch_in_which_nothing_is_masked_costs_nothing(objective, options):
 GRADIENTS = {
     "masked": ("hybrid", "masked", None),
     "sedd": ("attention", "sedd", None),
-    "block": ("hybrid", "block", BlockConfig(block=5)),
-    "block, shifted": ("gla", "block", BlockConfig(block=4, shift=True)),
+    "block": ("hybrid", "block", BlockDiffusionConfig(block=5)),
+    "block, shifted": ("gla", "block", BlockDiffusionConfig(block=4, shift=True)),
 }
 
 
@@ -160,14 +160,14 @@ def test_a_gradient_reaches_every_parameter(case, without_gradient):
 
 @pytest.mark.parametrize("objective", ["masked", "block", "sedd"])
 def test_mixers_that_only_look_backwards_are_refused(objective):
-    with pytest.raises(UnsupportedCall, match="GLA in layer 0 does not; configure scan='both'"):
+    with pytest.raises(UnsupportedCall, match="GLA in layer 0 is not; configure scan='both'"):
         model(objective, "gla", scan="forward")
 
 
 @pytest.mark.parametrize("case", ["hybrid", "gla, shifted"])
 def test_the_likelihood_of_blocks_agrees_with_enumeration(case):
     pattern, _, shifted = case.partition(", ")
-    net = model("block", pattern, vocabulary=2, options=BlockConfig(block=3, shift=bool(shifted)))
+    net = model("block", pattern, vocabulary=2, options=BlockDiffusionConfig(block=3, shift=bool(shifted)))
     tokens = torch.tensor([[0, 1, 1, 0, 1], [1, 0, 1, 0, 0]])
     lengths = torch.tensor([5, 4])
     found = net.objective.log_likelihood(net, tokens, lengths=lengths, samples=256, seed=1)
@@ -185,7 +185,7 @@ def test_the_likelihood_of_blocks_agrees_with_enumeration(case):
 @pytest.mark.parametrize("pattern", ["gla", "hybrid"])
 def test_blocks_of_one_token_are_autoregressive(pattern, shift):
     """The loss is −log p, the sum of each token's cost given those before it, whatever is drawn."""
-    net = model("block", pattern, options=BlockConfig(block=1, shift=shift))
+    net = model("block", pattern, options=BlockDiffusionConfig(block=1, shift=shift))
     row = torch.randint(11, (6,))
     exact = 0.0
     for i in range(1, 6):
@@ -200,7 +200,7 @@ def test_blocks_of_one_token_are_autoregressive(pattern, shift):
 
 @pytest.mark.parametrize("shift", [False, True], ids=["plain", "shifted"])
 def test_block_losses_of_rows_padding_and_packing_agree(shift):
-    net = model("block", "hybrid", options=BlockConfig(block=3, low=0.9999999, shift=shift))
+    net = model("block", "hybrid", options=BlockDiffusionConfig(block=3, low=0.9999999, shift=shift))
     rows = torch.randint(11, (3, 7))
     lengths, borders = torch.tensor([7, 4, 6]), torch.tensor([0, 7, 11, 17])
     packed = torch.cat([rows[0], rows[1, :4], rows[2, :6]])[None]
@@ -225,7 +225,7 @@ def test_block_losses_of_rows_padding_and_packing_agree(shift):
 
 def test_the_walk_equals_one_pass_over_clean_and_noisy_tokens():
     """For attention BD3-LM's mask (arXiv 2503.09573, section 3.2) over clean ‖ noisy says the same, gradients too."""
-    net = model("block", options=BlockConfig(block=3, low=0.9999999))
+    net = model("block", options=BlockDiffusionConfig(block=3, low=0.9999999))
     tokens = torch.randint(11, (2, 8))
     net.loss(tokens).loss.backward()
     walked = [p.grad.clone() for p in net.parameters()]
@@ -255,8 +255,8 @@ CASES = {
     "masked": ("hybrid", "masked", None, SAMPLERS),
     "masked, shifted": ("gla", "masked", MaskedConfig(shift=True), ["threshold", "end"]),
     "sedd": ("attention", "sedd", None, ["ancestral"]),
-    "block": ("hybrid", "block", BlockConfig(block=3), [name for name in SAMPLERS if name != "one a step"]),
-    "block, shifted": ("gla", "block", BlockConfig(block=4, shift=True), ["threshold", "end", "infill only"]),
+    "block": ("hybrid", "block", BlockDiffusionConfig(block=3), [name for name in SAMPLERS if name != "one a step"]),
+    "block, shifted": ("gla", "block", BlockDiffusionConfig(block=4, shift=True), ["threshold", "end", "infill only"]),
 }
 
 
@@ -308,7 +308,7 @@ def test_low_confidence_reveals_the_most_probable_token_first():
 
 def test_one_block_of_all_is_full_diffusion():
     masked = model(pattern="hybrid")
-    block = model("block", "hybrid", options=BlockConfig(block=64))
+    block = model("block", "hybrid", options=BlockDiffusionConfig(block=64))
     block.load_state_dict(masked.state_dict())
     for config in (om.DiffusionConfig(length=9), om.DiffusionConfig(length=9, steps=4, temperature=1.0)):
         written = [om.diffuse(net, [[]], config) for net in (masked, block)]
@@ -319,7 +319,7 @@ def test_one_block_of_all_is_full_diffusion():
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_converted_with_blocks_of_one_writes_as_the_autoregressive_model(pattern):
     net = model("causal", pattern, scan="forward")
-    converted = om.convert(net, "block", BlockConfig(block=1, shift=True))
+    converted = om.convert(net, "block", BlockDiffusionConfig(block=1, shift=True))
     prompts = [[1, 2, 3, 4], [5]]
     written = om.diffuse(converted, prompts, om.DiffusionConfig(length=8))
     for prompt, found, log_probs in zip(prompts, written.sequences, written.log_probs, strict=True):

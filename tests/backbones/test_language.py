@@ -21,10 +21,10 @@ BORDERS = torch.tensor([0, 2, 9, 12], dtype=torch.int32)
 
 
 def model(
-    *, pattern=PATTERN, scan: str = "forward", tie: bool = True, ahead: int = 1, channel: str = "swiglu"
+    *, pattern=PATTERN, scan: str = "forward", tie: bool = True, ahead: int = 1, ffn: str = "swiglu"
 ) -> LanguageModel:
     mixers = {name: get_mixer(name).examples[0] for entry in pattern for name in entry.split("+")}
-    backbone = BackboneConfig(dim=32, depth=len(pattern), pattern=pattern, mixers=mixers, scan=scan, channel=channel)
+    backbone = BackboneConfig(dim=32, depth=len(pattern), pattern=pattern, mixers=mixers, scan=scan, ffn=ffn)
     return LanguageModel(
         LanguageModelConfig(
             backbone=backbone,
@@ -56,7 +56,7 @@ def test_law_2_pieces_are_the_whole(lengths: tuple[int, ...]):
     tokens = ids(2, sum(lengths))
 
     def leaves(state):
-        return [t for s in state for t in s.tensors() if t.is_floating_point()]
+        return [t for t in state.tensors() if t.is_floating_point()]
 
     def whole(**parameters):
         logits, state = functional_call(net, parameters, (tokens,))
@@ -134,9 +134,19 @@ def test_ids_outside_the_vocabulary_are_refused(bad: int):
         model().loss(tokens)
 
 
+def test_no_tokens_leave_the_state_as_it_is():
+    net = model()
+    _, state = net(ids(2, 4))
+    logits, after = net(ids(2, 0), state)
+    assert logits.shape == (2, 0, VOCABULARY)
+    assert all(torch.equal(a, b) for a, b in zip(after.tensors(), state.tensors(), strict=True))
+    logits, fresh = net(ids(2, 0))
+    assert [t.shape for t in fresh.tensors()] == [t.shape for t in net.init_state(2).tensors()]
+
+
 def test_what_is_no_batch_of_tokens_is_refused():
-    with pytest.raises(UnsupportedShape, match="at least one token"):
-        model()(ids(2, 0))
+    with pytest.raises(UnsupportedShape, match="is not"):
+        model()(ids(4))
 
 
 def test_mixers_that_look_both_ways_are_refused():
@@ -185,7 +195,7 @@ def test_a_model_comes_back_from_its_files(tie: bool, tmp_path):
 
 
 def test_the_loss_trains_under_autocast():
-    net = model(channel="moe", ahead=2)
+    net = model(ffn="moe", ahead=2)
     full = net.loss(ids(2, 40)).loss
     with torch.autocast("cpu", torch.bfloat16):
         found = net.loss(ids(2, 40)).loss

@@ -5,7 +5,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from omnimix.backbones import Layout
-from omnimix.backbones.wrappers.scan import (
+from omnimix.backbones.scan import (
     ORDERS,
     SCANS,
     _grid_permutation,

@@ -352,14 +352,14 @@ def test_bad_arguments(adapter, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("block", "exact"), [(1, True), (4, False)])
 def test_blocks_of_one_token_are_no_bound(adapter, block, exact):
-    from omnimix.backbones.heads.block import BlockConfig
+    from omnimix.backbones.heads.block import BlockDiffusionConfig
 
     backbone = omnimix.BackboneConfig(dim=32, depth=1, pattern=["attention"])
     config = omnimix.LanguageModelConfig(
         backbone=backbone,
         vocabulary=BYTES.vocabulary,
         objective="block",
-        objectives={"block": BlockConfig(block=block)},
+        objectives={"block": BlockDiffusionConfig(block=block)},
     )
     info = adapter.OmnimixLM(model=omnimix.LanguageModel(config), tokenizer=BYTES).get_model_info()
     assert (info["likelihood"] == "exact") == exact == ("likelihood_samples" not in info)

@@ -10,27 +10,60 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from omnimix.backbones import Backbone, BackboneConfig, Layout, State, list_mixers
+from omnimix.backbones import Backbone, BackboneConfig, Context, Layout, SequenceLayer, State, list_mixers
 from omnimix.backbones.config import Site
 from omnimix.backbones.mixers import get_mixer
-from omnimix.backbones.wrappers.scan import SCANS
+from omnimix.backbones.scan import SCANS
 
-DIM = 32
+DIM = 48
+DEPTH = 3
 CAUSAL = Layout(causal=True)
 BOTH = Layout(causal=False, grid=(1, 3, 3), extra=(4,))
 
 
+class Alone(nn.Module):
+    """A layer by itself, which counts the tokens that it has read as a backbone does, and gives (y, state)."""
+
+    def __init__(self, inner: SequenceLayer):
+        super().__init__()
+        self.inner = inner
+
+    def forward(
+        self, x: Tensor, layout: Layout, state: State | None = None, **given: object
+    ) -> tuple[Tensor, State | None]:
+        if isinstance(self.inner, Backbone):
+            out = self.inner(x, Context(layout, **given), state)
+            return out.y, out.state
+        read = None if state is None else state["read"]
+        fits = read is None or len(read) == layout.sequences(len(x))
+        positions = layout.positions(x, read) if fits else None
+        out = self.inner(
+            x, Context(layout, positions=positions, **given), None if state is None else state.get("inner")
+        )
+        if not layout.causal:
+            return out.y, out.state
+        lengths = layout.lengths(x)
+        inner = {} if out.state is None else {"inner": out.state}
+        return out.y, State({"read": lengths if read is None else read + lengths, **inner})
+
+    def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:
+        state = self.inner.init_state(batch, device=device, dtype=dtype)
+        if isinstance(self.inner, Backbone):
+            return state
+        read = torch.zeros(batch, device=device, dtype=torch.int64)
+        return State({"read": read, **({} if state is None else {"inner": state})})
+
+
 @dataclass(frozen=True)
 class Subject:
-    """Something that mixes: a mixer or a backbone, with random parameters and one calling convention."""
+    """Something that mixes: a layer or a backbone, with random parameters and one calling convention."""
 
     name: str
-    build: Callable[[], nn.Module]
-    mixers: tuple[str, ...]
+    build: Callable[[], SequenceLayer]
 
-    def module(self, dtype: torch.dtype = torch.float64) -> nn.Module:
+    def module(self, dtype: torch.dtype = torch.float64) -> Alone:
         torch.manual_seed(1)
-        module = self.build()
+        module = Alone(self.build())
         with torch.no_grad():
             for p in module.parameters():
                 # Published initial values hide mistakes: ones, zeros and tiny weights give no gradient to compare.
@@ -39,11 +72,12 @@ class Subject:
         return module.to(dtype)
 
 
-def _mixer(name: str, config, scan: str) -> Callable[[], nn.Module]:
-    return lambda: get_mixer(name).build(DIM, config, Site(scan=SCANS[scan]))
+def _mixer(name: str, config, scan: str, layer: int) -> Callable[[], SequenceLayer]:
+    site = Site(layer=layer, depth=DEPTH, scan=SCANS[scan])
+    return lambda: get_mixer(name).build(DIM, config, site)
 
 
-def _hybrid(pattern: tuple[str, ...], scan: str) -> Callable[[], nn.Module]:
+def _hybrid(pattern: tuple[str, ...], scan: str) -> Callable[[], SequenceLayer]:
     mixers = {name: get_mixer(name).examples[0] for entry in pattern for name in entry.split("+")}
     config = BackboneConfig(dim=DIM, depth=len(pattern), pattern=pattern, mixers=mixers, scan=scan)
     return lambda: Backbone(config)
@@ -53,39 +87,32 @@ HYBRIDS = (("gla", "gla", "attention"), ("attention+gla",))
 
 
 def subjects(scan: str = "forward") -> list[Subject]:
-    """Every mixer in every example configuration, and the hybrids, scanning as named."""
+    """Every mixer in every example configuration, in the first or the last layer by turns, and the hybrids."""
     alone = [
-        Subject(f"{name}-{i}", _mixer(name, config, scan), (name,))
+        Subject(f"{name}-{i}", _mixer(name, config, scan, layer=i % 2 * (DEPTH - 1)))
         for name in list_mixers()
         for i, config in enumerate(get_mixer(name).examples)
     ]
-    return alone + [Subject(",".join(pattern), _hybrid(pattern, scan), pattern) for pattern in HYBRIDS]
+    return alone + [Subject(",".join(pattern), _hybrid(pattern, scan)) for pattern in HYBRIDS]
 
 
-def capability(module: nn.Module, name: str) -> bool:
-    """What a mixer declares; a backbone can do what all its mixers can."""
-    mixers = [block.mixer for block in module.blocks] if isinstance(module, Backbone) else [module]
-    return all(getattr(m, name) for m in mixers)
+def capability(module: nn.Module, name: str) -> object:
+    """What a layer declares."""
+    return getattr((module.inner if isinstance(module, Alone) else module).capabilities, name)
 
 
-def leaves(state: State | tuple[State, ...] | None) -> list[Tensor]:
-    """The tensors of a state, or of one a block."""
-    if state is None:
-        return []
-    return [t for s in (state if isinstance(state, tuple) else (state,)) for t in s.tensors()]
+def leaves(state: State | None) -> list[Tensor]:
+    """The tensors of a state."""
+    return [] if state is None else state.tensors()
 
 
-def with_leaves(state: State | tuple[State, ...], tensors: list[Tensor]) -> State | tuple[State, ...]:
+def with_leaves(state: State, tensors: list[Tensor]) -> State:
     """The same state holding other floating-point tensors."""
     source = iter(tensors)
-
-    def replace(s: State) -> State:
-        return s.map(lambda t: next(source) if t.is_floating_point() else t)
-
-    return tuple(map(replace, state)) if isinstance(state, tuple) else replace(state)
+    return state.map(lambda t: next(source) if t.is_floating_point() else t)
 
 
-def floating(state: State | tuple[State, ...] | None) -> list[Tensor]:
+def floating(state: State | None) -> list[Tensor]:
     return [t for t in leaves(state) if t.is_floating_point()]
 
 

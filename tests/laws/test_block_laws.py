@@ -56,8 +56,7 @@ def test_law_2_rows_go_on_from_one_selected_state(subject: Subject):
     module = subject.module()
     _, state = module(tokens(2, 6), BLOCKS)
     index, x = torch.tensor([1, 1]), tokens(2, 5, seed=1)
-    selected = state.select(index) if not isinstance(state, tuple) else tuple(s.select(index) for s in state)
-    y, _ = module(x, BLOCKS, selected)
+    y, _ = module(x, BLOCKS, state.select(index))
     for i in range(2):
         whole = torch.cat([tokens(2, 6)[1:], x[i : i + 1]], dim=1)
         assert error(y[i : i + 1], module(whole, BLOCKS)[0][:, 6:]) < 1e-9
@@ -95,8 +94,8 @@ def test_law_4_a_token_sees_its_block_and_what_came_before(subject: Subject):
     place = torch.arange(8)
     last = (place // SIZE * SIZE + SIZE - 1).clamp(max=7)[:, None]
     seen = place <= last
-    if window := getattr(module, "window", None):
-        seen &= (last - place < window) | (place < module.sinks)
+    if field := capability(module, "receptive_field"):
+        seen &= (last - place < field) | (place < getattr(module.inner, "sinks", 0))
     assert torch.equal(reached > 0, seen)
 
 
@@ -105,7 +104,7 @@ def test_one_block_is_both_ways(subject: Subject):
     module = subject.module()
     given = arguments(module, tokens(2, 8))
     one = Layout(causal="block", block=11)
-    if getattr(module, "window", None):
+    if capability(module, "receptive_field"):
         with pytest.raises(UnsupportedCall, match="window=11"):
             module(given["x"], one)
     else:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from omnimix import kernels
 from omnimix.backbones import Layout, list_mixers
-from omnimix.backbones.wrappers.scan import SCANS
+from omnimix.backbones.scan import SCANS
 from omnimix.cli.check_kernels import error, low_precision_excess, results
 from omnimix.errors import UnsupportedCall, UnsupportedShape
 
@@ -21,6 +21,7 @@ from .checker import assert_equal
 from .subjects import (
     BOTH,
     CAUSAL,
+    Alone,
     Subject,
     arguments,
     both_way_subjects,
@@ -154,7 +155,7 @@ def test_law_4_no_token_sees_the_future(subject: Subject):
 @pytest.mark.parametrize("name", list_mixers())
 def test_law_4_both_ways_every_token_sees_every_other(name: str, scan: str):
     module = next(s for s in subjects(scan) if s.name == f"{name}-0").module()
-    assert module.bidirectional
+    assert capability(module, "bidirectional")
     x = tokens(1, 10).requires_grad_()
     y, state = module(x, BOTH)
     assert state is None
@@ -162,10 +163,10 @@ def test_law_4_both_ways_every_token_sees_every_other(name: str, scan: str):
         [torch.autograd.grad(y[:, i].sum(), x, retain_graph=True)[0].abs().amax(-1)[0] for i in range(10)]
     )
     seen = reached > 0
-    if window := getattr(module, "window", None):
+    if field := capability(module, "receptive_field"):
         place = torch.arange(10)
-        near = (place[:, None] - place).abs() < window
-        assert torch.equal(seen, near | (place < module.sinks))
+        near = (place[:, None] - place).abs() < field
+        assert torch.equal(seen, near | (place < getattr(module.inner, "sinks", 0)))
     else:
         assert seen.all()
 
@@ -252,6 +253,8 @@ def test_law_7_autocast_stays_near_full_precision(subject: Subject):
         return {"y": y.detach(), "x": x.grad} | {name: p.grad for name, p in module.named_parameters()}
 
     found, wanted, inside = run(True), run(False), run(True, backward=True)
+    with kernels.using("reference"):
+        plain = run(True)
     # Many call `backward` inside autocast too, where torch rounds the factors of its own products.
     for name, gradient in found.items():
         assert (inside[name] - gradient).norm() <= 0.05 * gradient.norm(), name
@@ -260,7 +263,9 @@ def test_law_7_autocast_stays_near_full_precision(subject: Subject):
     assert distance.median() < 0.05
     for name, gradient in wanted.items():
         assert found[name].isfinite().all()
-        assert (found[name] - gradient).norm() < 0.2 * gradient.norm(), name
+        # What rounding in the projections alone costs, however sensitive the mixer is to it.
+        least = (plain[name] - gradient).norm()
+        assert (found[name] - gradient).norm() <= 2 * least + 0.05 * gradient.norm(), name
 
 
 @causal_subjects
@@ -277,7 +282,7 @@ def test_law_7_long_and_large_inputs_stay_finite(subject: Subject):
 def test_law_8_builds_without_memory_and_saves_whole(subject: Subject):
     module = subject.module()
     with torch.device("meta"):
-        shell = subject.build()
+        shell = Alone(subject.build())
     assert all(p.is_meta for p in shell.parameters())
     saved = safetensors.torch.save(module.state_dict())
     shell.to(torch.float64).to_empty(device="cpu").load_state_dict(safetensors.torch.load(saved))
@@ -320,8 +325,6 @@ def test_what_is_not_declared_raises(subject: Subject):
     _, state = module(x, CAUSAL)
     with pytest.raises(UnsupportedShape, match="2 sequences"):
         module(tokens(3, 1), CAUSAL, state)
-    with pytest.raises(UnsupportedShape, match="no tokens"):
-        module(x[:, :0], CAUSAL)
     if not capability(module, "bidirectional"):
         with pytest.raises(UnsupportedCall, match="scan='both'"):
             module(x, Layout(causal=False))

@@ -60,7 +60,7 @@ def test_published_sizes():
 
 def test_audio_mamba():
     config = model_config("aum_base")
-    assert (config.backbone.depth, config.backbone.dim, config.backbone.channel) == (24, 768, None)
+    assert (config.backbone.depth, config.backbone.dim, config.backbone.ffn) == (24, 768, None)
     assert config.backbone.scan == "both" and config.head.classes == 527
     options = config.audio.options
     assert options.grid(768).grid() == (64, 8) and options.class_token == "middle"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from omnimix import LanguageModel, LanguageModelConfig, TextGenerator
-from omnimix.backbones import BackboneConfig
+from omnimix.backbones import BackboneConfig, State
 from omnimix.backbones.decoding import DiffusionConfig, GenerationConfig, generate
 from omnimix.backbones.heads import list_objectives
 from omnimix.errors import CheckpointError, ConfigError, UnsupportedCall
@@ -52,11 +52,11 @@ def scripted(monkeypatch):
 
         def read(model, prompts, chunk=None, state=None):
             place[0] = 0
-            return logits(len(prompts)), ()
+            return logits(len(prompts)), State({})
 
         def advance(model, tokens, state):
             place[0] += 1
-            return logits(len(tokens)), ()
+            return logits(len(tokens)), State({})
 
         for name in ("omnimix.backbones.decoding.generate", "omnimix.backbones.decoding.beam"):
             monkeypatch.setattr(importlib.import_module(name), "advance", advance)

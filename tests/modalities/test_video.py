@@ -256,7 +256,7 @@ def test_published_sizes(size, millions):
     assert abs(parameters / (millions * 1e6) - 1) < 0.05, parameters
     config = model.config
     assert config.video.class_token == "first" and config.head.pool == "class_token" and config.head.classes == 400
-    assert config.video.grid() == (8, 14, 14) and config.backbone.scan == "both" and config.backbone.channel is None
+    assert config.video.grid() == (8, 14, 14) and config.backbone.scan == "both" and config.backbone.ffn is None
 
 
 @pytest.mark.parametrize("mixer", list_mixers())

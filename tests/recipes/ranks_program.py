@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from omnimix.backbones import BackboneConfig, LanguageModel, LanguageModelConfig
-from omnimix.backbones.channel.moe import MoE, MoEConfig
 from omnimix.backbones.config import Site
+from omnimix.backbones.ffn.moe import MoE, MoEConfig
 from omnimix.recipes.common.loading import EpochLoader
 from omnimix.recipes.common.optimisers import parameter_groups
 from omnimix.recipes.common.ranks import Agreement, summed

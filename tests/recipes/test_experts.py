@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from omnimix.backbones.channel import expert_loads
-from omnimix.backbones.channel.moe import MoEConfig
+from omnimix.backbones.ffn import expert_loads
+from omnimix.backbones.ffn.moe import MoEConfig
 from omnimix.modalities import ImageClassifier
 from omnimix.recipes.vision.recipe import DigitsData, VisionClassification, VisionTrainingConfig
 
@@ -18,7 +18,7 @@ from omnimix.recipes.vision.recipe import DigitsData, VisionClassification, Visi
 def recipe(**options):
     torch.manual_seed(0)
     training = VisionTrainingConfig(ema=0.0, label_smoothing=0.0)
-    module = VisionClassification(dim=16, depth=2, patch=4, channel="moe", training=training)
+    module = VisionClassification(dim=16, depth=2, patch=4, ffn="moe", training=training)
     config = module.model.config
     backbone = replace(config.backbone, channels={"moe": MoEConfig(experts=4, **options)})
     module.model = ImageClassifier(replace(config, backbone=backbone))
@@ -52,6 +52,6 @@ def test_biases_move_by_one_step_with_each_of_the_optimiser():
     )
     trainer.fit(module, datamodule=DigitsData(batch_size=16))
     assert trainer.global_step == 3
-    layers = [block.channel for block in module.model.backbone.blocks]
+    layers = [block.ffn for block in module.model.backbone.blocks]
     assert all(0 < layer.steps.abs().max() <= 3 for layer in layers)
     assert all(load.sum() == 0 for load in expert_loads(module).values())

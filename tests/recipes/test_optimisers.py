@@ -8,15 +8,13 @@ import torch
 from torch import nn
 
 from omnimix.backbones import BackboneConfig, LanguageModel, LanguageModelConfig
-from omnimix.backbones.channel.moe import MoEConfig
+from omnimix.backbones.ffn.moe import MoEConfig
 from omnimix.recipes.common.optimisers import MuonAdamW, build_optimiser, cosine, hidden_matrices, wsd
 from omnimix.recipes.common.training import TrainingConfig
 
 
 def model() -> LanguageModel:
-    backbone = BackboneConfig(
-        dim=16, depth=2, pattern=["mamba2", "attention"], channel="moe", channels={"moe": MoEConfig(experts=2)}
-    )
+    backbone = BackboneConfig(dim=16, depth=2, pattern=["mamba2", "attention"], ffn=MoEConfig(experts=2))
     return LanguageModel(LanguageModelConfig(backbone=backbone, vocabulary=11, tie=False))
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..parameters import mark
+from ...parameters import mark
 
 
 class Compress(nn.Module):

@@ -1,4 +1,4 @@
-"""Dense channel layers: the MLP and SwiGLU (arXiv 2002.05202)."""
+"""Dense feed-forward layers: the MLP and SwiGLU (arXiv 2002.05202)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ...errors import ConfigError
-from ..config import ChannelConfig, Site
+from ..config import FFNConfig, Site, positive
+from ..context import Context
+from ..layer import Output
 from ..linear import Linear
-from .base import Channel, register_channel
+from ..state import State
+from .base import FFN, register_ffn
 
 
 @dataclass(frozen=True, kw_only=True)
-class MLPConfig(ChannelConfig):
+class MLPConfig(FFNConfig):
     """Options of `mlp`.
 
     Args:
@@ -25,8 +27,7 @@ class MLPConfig(ChannelConfig):
     ratio: float = 4.0
 
     def __post_init__(self) -> None:
-        if self.ratio <= 0:
-            raise ConfigError(f"{type(self).__name__}.ratio is {self.ratio}; it must be positive")
+        positive(self, "ratio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +41,14 @@ class SwiGLUConfig(MLPConfig):
     ratio: float = 8 / 3
 
 
-@register_channel(
+@register_ffn(
     "mlp",
     MLPConfig,
     summary="two linear layers around GELU",
     source="arXiv 1606.08415",
     examples=(MLPConfig(ratio=2.0),),
 )
-class MLP(Channel):
+class MLP(FFN):
     """W₂ GELU(W₁ x)."""
 
     def __init__(self, dim: int, config: MLPConfig, site: Site):
@@ -55,18 +56,18 @@ class MLP(Channel):
         self.in_proj = Linear(dim, max(1, round(dim * config.ratio)))
         self.out_proj = Linear(self.in_proj.out_features, dim)
 
-    def forward(self, x: Float[Tensor, "b t d"]) -> tuple[Float[Tensor, "b t d"], dict[str, Tensor]]:
-        return self.out_proj(F.gelu(self.in_proj(x))), {}
+    def forward(self, x: Float[Tensor, "b t d"], context: Context, state: State | None = None) -> Output:
+        return Output(self.out_proj(F.gelu(self.in_proj(x))))
 
 
-@register_channel(
+@register_ffn(
     "swiglu",
     SwiGLUConfig,
     summary="a linear layer gated by swish",
     source="arXiv 2002.05202",
     examples=(SwiGLUConfig(ratio=2.0),),
 )
-class SwiGLU(Channel):
+class SwiGLU(FFN):
     """W₂ (swish(W₁ x) ⊙ W₃ x)."""
 
     def __init__(self, dim: int, config: SwiGLUConfig, site: Site):
@@ -76,6 +77,6 @@ class SwiGLU(Channel):
         self.in_proj = Linear(dim, 2 * hidden, bias=False)
         self.out_proj = Linear(hidden, dim, bias=False)
 
-    def forward(self, x: Float[Tensor, "b t d"]) -> tuple[Float[Tensor, "b t d"], dict[str, Tensor]]:
+    def forward(self, x: Float[Tensor, "b t d"], context: Context, state: State | None = None) -> Output:
         gate, value = self.in_proj(x).chunk(2, dim=-1)
-        return self.out_proj(F.silu(gate) * value), {}
+        return Output(self.out_proj(F.silu(gate) * value))

@@ -14,8 +14,11 @@ from ...errors import ConfigError
 from ...kernels import grouped_mm
 from ...kernels.grouped_mm import combine, dispatch, route
 from ...utils.modes import own_precision
-from ..config import ChannelConfig, Site, positive
-from .base import Channel, register_channel
+from ..config import FFNConfig, Site, positive
+from ..context import Context
+from ..layer import Output
+from ..state import State
+from .base import FFN, register_ffn
 from .mlp import SwiGLU, SwiGLUConfig
 
 # Keeps the weights of experts whose sigmoids have all underflowed finite.
@@ -23,7 +26,7 @@ LEAST = 1e-20
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoEConfig(ChannelConfig):
+class MoEConfig(FFNConfig):
     """Options of `moe`.
 
     With the defaults a token passes as many products as in a dense `swiglu`. Fine-grained experts (DeepSeekMoE) are
@@ -55,11 +58,9 @@ class MoEConfig(ChannelConfig):
     bias_rate: float = 0.001
 
     def __post_init__(self) -> None:
-        positive(self, "experts", "active")
+        positive(self, "experts", "active", "ratio")
         if self.active > self.experts:
             raise ConfigError(f"MoEConfig.active is {self.active}; there are {self.experts} experts to choose from")
-        if self.ratio <= 0:
-            raise ConfigError(f"MoEConfig.ratio is {self.ratio}; it must be positive")
         if self.router not in ("softmax", "sigmoid"):
             raise ConfigError(f"MoEConfig.router is {self.router!r}; it must be 'softmax' or 'sigmoid'")
         if self.normalise and self.active == 1:
@@ -85,7 +86,7 @@ class _Experts(nn.Module):
         return grouped_mm(rows.to(dtype), self.weight.to(dtype), counts)
 
 
-@register_channel(
+@register_ffn(
     "moe",
     MoEConfig,
     summary="the top k of many SwiGLU experts, and shared ones",
@@ -96,7 +97,7 @@ class _Experts(nn.Module):
         MoEConfig(experts=6, active=3, ratio=0.25, shared=2, router="sigmoid", scale=2.5),
     ),
 )
-class MoE(Channel):
+class MoE(FFN):
     """y = scale · Σ_{i in top k} w_i E_i(x) + Σ_shared E_j(x), where E(x) = W₂ (swish(W₁ x) ⊙ W₃ x).
 
     softmax: w is the softmax of the router's logits (arXiv 2101.03961, eq. 1), normalised over the chosen (Mixtral,
@@ -130,7 +131,7 @@ class MoE(Channel):
             # The bias in steps of `bias_rate`: whole numbers are exact in whatever dtype the module is.
             self.register_buffer("steps", torch.zeros(config.experts, dtype=torch.int32))
 
-    def forward(self, x: Float[Tensor, "b t d"]) -> tuple[Float[Tensor, "b t d"], dict[str, Tensor]]:
+    def forward(self, x: Float[Tensor, "b t d"], context: Context, state: State | None = None) -> Output:
         tokens = x.flatten(0, 1)
         logits = self._logits(tokens)
         chosen, weight, probability = self._choose(logits)
@@ -140,8 +141,8 @@ class MoE(Channel):
         gate, value = self.in_proj(dispatch(tokens, to), to.counts).chunk(2, dim=-1)
         y = combine(self.out_proj(F.silu(gate) * value, to.counts), weight, to).view_as(x)
         if self.shared is not None:
-            y = y + self.shared(x)[0]
-        return y, self._losses(logits, probability, to.counts)
+            y = y + self.shared(x, context).y
+        return Output(y, losses=self._losses(logits, probability, to.counts))
 
     def _logits(self, tokens: Tensor) -> Tensor:
         wide = torch.promote_types(tokens.dtype, torch.float32)

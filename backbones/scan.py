@@ -1,23 +1,25 @@
 """Directions and scan orders: index permutations of the tokens, with exact inverses.
 
-A mixer that only looks backwards sees a whole image or video by running over it in several orders. Each order is a
+A mixer with a causal kernel covers a whole image or video by running over it in several orders. Each order is a
 permutation of the sequence: tokens of the grid are visited in another order, tokens beside it (class token, registers)
-stay where they are; `-reverse` then turns the whole sequence round.
+stay where they are; `-reverse` then reverses the whole sequence. Packed sequences are permuted each by itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from math import prod
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ...errors import ConfigError, UnknownName, UnsupportedCall
-from ...utils.modes import constant_in_graphs, outliving_modes
-from ..layout import Layout
-from ..state import State
+from ..errors import ConfigError, UnknownName, UnsupportedCall
+from ..utils.modes import constant_in_graphs, outliving_modes
+from .context import Context
+from .layout import Layout
+from .state import State
 
 # Named sets of orders, as the published models use them.
 SCANS: dict[str, tuple[str, ...]] = {
@@ -69,33 +71,32 @@ def restore(x: Tensor, order: str, layout: Layout) -> Tensor:
 
 
 def within_blocks(
-    branch: Callable[..., tuple[Tensor, State | None]], streams: tuple[Tensor, ...], layout: Layout
-) -> Tensor:
+    branch: Callable[..., tuple[tuple[Tensor, ...], State | None]], streams: tuple[Tensor, ...], layout: Layout
+) -> tuple[Tensor, ...]:
     """What `branch` makes of `streams` (b, t, ...), backwards within each of the layout's blocks."""
-    if layout.cu_seqlens is not None:
-        inside = Layout(causal=False, cu_seqlens=layout.block_borders(streams[0]))
-        mixed, _ = branch(tuple(permute(s, "backward", inside) for s in streams), inside, None)
-        return restore(mixed, "backward", inside)
     (b, t), parts = streams[0].shape[:2], []
+    if layout.cu_seqlens is not None or isinstance(layout.block, Tensor):
+        inside = Layout(causal=False, cu_seqlens=layout.block_boundaries(streams[0]))
+        rows = (s.reshape(1, b * t, *s.shape[2:]) for s in streams)
+        mixed, _ = branch(tuple(permute(s, "backward", inside) for s in rows), Context(inside), None)
+        return tuple(restore(part, "backward", inside).reshape(b, t, *part.shape[2:]) for part in mixed)
     whole = t - t % layout.block
     # Blocks become rows: those of full size together, and the rest, if any, which is shorter.
     for start, stop, size in ((0, whole, layout.block), (whole, t, t - whole)):
         if start < stop:
             rows = tuple(s[:, start:stop].unflatten(1, (-1, size)).flatten(0, 1).flip(1) for s in streams)
-            mixed, _ = branch(rows, Layout(causal=False), None)
-            parts.append(mixed.flip(1).unflatten(0, (b, -1)).flatten(1, 2))
-    return torch.cat(parts, dim=1)
+            mixed, _ = branch(rows, Context(Layout(causal=False)), None)
+            parts.append([part.flip(1).unflatten(0, (b, -1)).flatten(1, 2) for part in mixed])
+    return tuple(torch.cat(part, dim=1) for part in zip(*parts, strict=True))
 
 
 def _apply(x: Tensor, order: str, layout: Layout, *, inverse: bool) -> Tensor:
     if order == "forward":
         return x
-    if layout.cu_seqlens is not None:
-        if order != "backward":
-            raise UnsupportedCall(f"scan order {order!r} needs a grid, and packed sequences (cu_seqlens) have none")
-        return x.index_select(1, _reversed_in_place(layout.cu_seqlens, x.shape[1]))
-    if order == "backward":
+    if order == "backward" and layout.cu_seqlens is None:
         return x.flip(1)
+    if order == "backward":
+        return x.index_select(1, _reversed_in_place(layout.cu_seqlens, x.shape[1]))
     if layout.grid is None:
         raise UnsupportedCall(
             f"scan order {order!r} needs layout.grid, which is None; only forward and backward do not"
@@ -105,12 +106,28 @@ def _apply(x: Tensor, order: str, layout: Layout, *, inverse: bool) -> Tensor:
             f"scan order {order!r} follows rows or columns, and these tokens have none (layout.rows is False); "
             "use forward, backward and temporal orders"
         )
-    forward, backward = grid_permutation(order, layout.grid, layout.extra)
-    return x.index_select(1, (backward if inverse else forward).to(x.device))
+    if layout.cu_seqlens is not None:
+        return x.index_select(1, _packed_permutation(order, layout, inverse=inverse).to(x.device))
+    index = grid_permutation(order, layout.grid, layout.extra)[int(inverse)]
+    return x.index_select(1, index.to(x.device))
+
+
+def _packed_permutation(order: str, layout: Layout, *, inverse: bool) -> Int[Tensor, "t"]:
+    """The permutations of packed grids, one after the other."""
+    start, parts, extra = 0, [], list(layout.extra)
+    for grid in layout.grid:
+        own, end = [], start + prod(grid)
+        # Tokens beside the grid lengthen the sequence in which they stand.
+        while extra and extra[0] <= end:
+            own.append(extra.pop(0) - start)
+            end += 1
+        parts.append(grid_permutation(order, grid, tuple(own))[int(inverse)] + start)
+        start = end
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
 def _reversed_in_place(cu_seqlens: Int[Tensor, "n_plus_1"], length: int) -> Int[Tensor, "t"]:
-    """Index that turns each packed sequence round where it stands; its own inverse."""
+    """Index that reverses each packed sequence where it stands; its own inverse."""
     cu_seqlens = cu_seqlens.long()
     position = torch.arange(length, device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens, position, right=True) - 1
@@ -157,7 +174,7 @@ def _visits(order: str, t: int, h: int, w: int) -> Int[Tensor, "n"]:
 
 
 def _snake(cells: Int[Tensor, "t h w"]) -> Int[Tensor, "n"]:
-    """Rows alternately left to right and right to left; each frame goes on where the last one stopped."""
+    """Rows alternately left to right and right to left; each frame continues where the last one ended."""
     rows = cells.clone()
     rows[:, 1::2] = rows[:, 1::2].flip(2)
     frames = rows.flatten(1)

@@ -1,4 +1,4 @@
-"""Laws of channel layers, for every registered one, and what `moe` promises beyond them."""
+"""Laws of feed-forward layers, for every registered one, and what `moe` promises beyond them."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from torch.utils.checkpoint import checkpoint
 import omnimix as om
 from omnimix import kernels
 from omnimix.backbones import from_dict, to_dict
-from omnimix.backbones.channel import CHANNELS, expert_loads, list_channels, rebalance
-from omnimix.backbones.channel.moe import MoE, MoEConfig
 from omnimix.backbones.config import Site
+from omnimix.backbones.ffn import FFNS, expert_loads, list_ffns, rebalance
+from omnimix.backbones.ffn.moe import MoE, MoEConfig
 from omnimix.cli.check_kernels import low_precision_excess, results
 from omnimix.errors import ConfigError
 
 from ..laws.checker import assert_equal
 
 DIM = 32
-SUBJECTS = [(name, i) for name in list_channels() for i in range(len(CHANNELS.get(name).examples))]
-channels = pytest.mark.parametrize(("name", "example"), SUBJECTS)
+PLAIN = om.Context()
+SUBJECTS = [(name, i) for name in list_ffns() for i in range(len(FFNS.get(name).examples))]
+ffns = pytest.mark.parametrize(("name", "example"), SUBJECTS)
 
 
 def built(name, example):
-    entry = CHANNELS.get(name)
+    entry = FFNS.get(name)
     return entry.build(DIM, entry.examples[example], Site())
 
 
@@ -44,8 +45,8 @@ def layer(name, example, dtype=torch.float64):
 
 def call(module):
     def function(*, x, **parameters):
-        y, losses = functional_call(module, parameters, (x,))
-        return (y, *losses.values())
+        out = functional_call(module, parameters, (x, PLAIN))
+        return (out.y, *out.losses.values())
 
     return function
 
@@ -63,19 +64,27 @@ def on_backend(backend, function):
     return run
 
 
-@channels
+@ffns
 def test_each_token_is_mixed_alone(name, example):
     module = layer(name, example)
 
     def one_by_one(*, x, **parameters):
-        rows = [functional_call(module, parameters, (token,))[0] for token in x.flatten(0, 1)[:, None, None].unbind(0)]
+        each = x.flatten(0, 1)[:, None, None].unbind(0)
+        rows = [functional_call(module, parameters, (token, PLAIN)).y for token in each]
         return (torch.cat(rows).view_as(x),)
 
     arguments = given(module, 2, 7)
     assert_equal(results(lambda **a: call(module)(**a)[:1], arguments), results(one_by_one, arguments))
 
 
-@channels
+@ffns
+def test_no_tokens_are_legal(name, example):
+    module = layer(name, example)
+    for shape in ((2, 0), (0, 3)):
+        assert module(given(module, *shape)["x"], PLAIN).y.shape == (*shape, DIM)
+
+
+@ffns
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
 def test_the_fast_path_is_the_reference(name, example, backend):
     module = layer(name, example)
@@ -85,22 +94,22 @@ def test_the_fast_path_is_the_reference(name, example, backend):
     )
 
 
-@channels
+@ffns
 def test_a_gradient_reaches_every_parameter(name, example):
     module = layer(name, example)
-    module(given(module, 2, 9)["x"])[0].square().sum().backward()
+    module(given(module, 2, 9)["x"], PLAIN).y.square().sum().backward()
     for parameter, p in module.named_parameters():
         assert p.grad is not None and p.grad.abs().max() > 0, f"no gradient reaches {parameter}"
 
 
-@channels
+@ffns
 def test_repeats_to_the_bit(name, example):
     module = layer(name, example)
     first, second = (results(call(module), given(module, 3, 9)).named() for _ in range(2))
     assert all(torch.equal(x, second[key]) for key, x in first.items())
 
 
-@channels
+@ffns
 def test_checkpointing_changes_no_gradient(name, example):
     module = layer(name, example)
     arguments = given(module, 2, 5)
@@ -108,7 +117,7 @@ def test_checkpointing_changes_no_gradient(name, example):
     assert_equal(again, results(call(module), arguments))
 
 
-@channels
+@ffns
 def test_low_precision_costs_no_more_than_it_must(name, example):
     exact, rounded = layer(name, example), layer(name, example, torch.bfloat16)
     exact.load_state_dict(rounded.state_dict())
@@ -120,7 +129,7 @@ def test_low_precision_costs_no_more_than_it_must(name, example):
         assert low_precision_excess(found, plain[key], truth[key]) <= 1, f"{key} is imprecise in bfloat16"
 
 
-@channels
+@ffns
 def test_large_inputs_stay_finite(name, example):
     module = layer(name, example, torch.bfloat16)
     arguments = given(module, 1, 4096, dtype=torch.bfloat16)
@@ -128,17 +137,17 @@ def test_large_inputs_stay_finite(name, example):
         assert x.isfinite().all(), f"{key} is not finite"
 
 
-@channels
+@ffns
 def test_runs_under_autocast(name, example):
     module = layer(name, example, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        y, _ = module(given(module, 2, 5, dtype=torch.float32)["x"])
+        y = module(given(module, 2, 5, dtype=torch.float32)["x"], PLAIN).y
     y.float().sum().backward()
     assert y.dtype == torch.bfloat16
     assert all(p.grad.dtype == torch.float32 for p in module.parameters())
 
 
-@channels
+@ffns
 def test_builds_without_memory_and_saves_whole(name, example):
     module = layer(name, example)
     with torch.device("meta"):
@@ -147,21 +156,21 @@ def test_builds_without_memory_and_saves_whole(name, example):
     saved = safetensors.torch.save(module.state_dict())
     shell.to(torch.float64).to_empty(device="cpu").load_state_dict(safetensors.torch.load(saved))
     x = given(module, 2, 5)["x"]
-    assert torch.equal(shell(x)[0], module(x)[0])
+    assert torch.equal(shell(x, PLAIN).y, module(x, PLAIN).y)
     file = io.BytesIO()
     torch.save(module.state_dict(), file)
     file.seek(0)
     assert torch.load(file, weights_only=True).keys() == module.state_dict().keys()
 
 
-@channels
+@ffns
 def test_compiles_whole(name, example, without_shape_checks):
     module = layer(name, example)
     compiled = torch.compile(call(module), fullgraph=True, backend="aot_eager")
     assert_equal(results(compiled, given(module, 2, 7)), results(call(module), given(module, 2, 7)), 1e-12)
 
 
-@channels
+@ffns
 def test_checkpoints_compile_whole(name, example, without_shape_checks):
     module = layer(name, example)
 
@@ -172,19 +181,18 @@ def test_checkpoints_compile_whole(name, example, without_shape_checks):
     assert_equal(results(compiled, given(module, 2, 7)), results(call(module), given(module, 2, 7)), 1e-12)
 
 
-@channels
+@ffns
 def test_deep_stacks_start_with_small_residual_outputs(name, example):
     torch.manual_seed(0)
-    options = {name: CHANNELS.get(name).examples[example]}
-    config = om.BackboneConfig(dim=DIM, depth=8, channel=name, channels=options)
-    for layers in (block.channel.residual_outputs() for block in om.Backbone(config).blocks):
+    config = om.BackboneConfig(dim=DIM, depth=8, ffn=FFNS.get(name).examples[example])
+    for layers in (block.ffn.residual_outputs() for block in om.Backbone(config).blocks):
         assert layers
         assert all(abs(output.weight.std().item() / (0.02 / 4) - 1) < 0.2 for output in layers)
 
 
-@channels
+@ffns
 def test_a_config_survives_json(name, example):
-    before = om.BackboneConfig(dim=DIM, depth=1, channel=name, channels={name: CHANNELS.get(name).examples[example]})
+    before = om.BackboneConfig(dim=DIM, depth=1, ffn=FFNS.get(name).examples[example])
     assert from_dict(om.BackboneConfig, to_dict(before)) == before
 
 
@@ -215,25 +223,25 @@ def test_the_layer_is_the_papers_formula(options, weights):
         for e, w in zip(choices, row, strict=True):
             gate, value = (x[i] @ module.in_proj.weight[e]).chunk(2)
             wanted[i] += w * ((torch.nn.functional.silu(gate) * value) @ module.out_proj.weight[e])
-    torch.testing.assert_close(module(x[None])[0][0], wanted, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(module(x[None], PLAIN).y[0], wanted, rtol=1e-10, atol=1e-14)
 
 
 def test_losses_are_weighted_and_known_where_experts_are_even():
     module = moe(balance=0.5, z_loss=0.25)
     torch.nn.init.zeros_(module.router.weight)
-    _, losses = module(torch.randn(1, 6, DIM, dtype=torch.float64))
+    losses = module(torch.randn(1, 6, DIM, dtype=torch.float64), PLAIN).losses
     # Even probabilities: Σ f P is 1 / N whatever the choice, and log Σ e⁰ is log N.
     assert losses["load_balance"].item() == pytest.approx(0.5)
     assert losses["router_z"].item() == pytest.approx(0.25 * torch.tensor(8.0).log().item() ** 2)
 
 
 def test_a_backbone_returns_the_sum_of_its_layers_losses():
-    net = om.Backbone(om.BackboneConfig(dim=DIM, depth=2, channel="moe", channels={"moe": MoEConfig(balance=1.0)}))
-    trace = net.trace(torch.randn(1, 6, DIM), om.Layout(causal=True))
-    assert set(trace.losses) == {"load_balance", "router_z"}
-    assert trace.losses["load_balance"] > 1.5
-    sum(trace.losses.values()).backward()
-    assert all(block.channel.router.weight.grad.abs().max() > 0 for block in net.blocks)
+    net = om.Backbone(om.BackboneConfig(dim=DIM, depth=2, ffn=MoEConfig(balance=1.0)))
+    out = net(torch.randn(1, 6, DIM), om.Layout(causal=True))
+    assert set(out.losses) == {"load_balance", "router_z"}
+    assert out.losses["load_balance"] > 1.5
+    sum(out.losses.values()).backward()
+    assert all(block.ffn.router.weight.grad.abs().max() > 0 for block in net.blocks)
 
 
 def collapsed(**options):
@@ -248,7 +256,7 @@ def collapsed(**options):
 
 def unevenness(module, x):
     module.eval().train()
-    module(x)
+    module(x, PLAIN)
     (load,) = expert_loads(module).values()
     assert load.sum() == x[..., 0].numel() * module.config.active
     return (load.max() / load.double().mean()).item()
@@ -258,7 +266,7 @@ def test_the_bias_balances_the_load_and_leaves_the_weights_alone():
     module, x = collapsed(router="sigmoid", bias_rate=0.01)
     before = unevenness(module, x)
     for _ in range(100):
-        module(x)
+        module(x, PLAIN)
         rebalance(module)
     assert before > 3 and unevenness(module, x) < 1.4
     # The bias chooses; it is no part of the weight.
@@ -272,7 +280,7 @@ def test_the_loss_balances_the_load():
     optimizer = torch.optim.Adam([module.router.weight], lr=0.03)
     for _ in range(60):
         optimizer.zero_grad()
-        sum(module(x)[1].values()).backward()
+        sum(module(x, PLAIN).losses.values()).backward()
         optimizer.step()
     assert before > 3 and unevenness(module, x) < 1.5
 
@@ -280,8 +288,8 @@ def test_the_loss_balances_the_load():
 def test_checkpointing_counts_twice_and_moves_the_bias_once():
     module, x = collapsed(router="sigmoid")
     plain, twice = copy.deepcopy(module), copy.deepcopy(module)
-    plain(x)[0].sum().backward()
-    checkpoint(lambda x: twice(x)[0], x.requires_grad_(), use_reentrant=False).sum().backward()
+    plain(x, PLAIN).y.sum().backward()
+    checkpoint(lambda x: twice(x, PLAIN).y, x.requires_grad_(), use_reentrant=False).sum().backward()
     assert torch.equal(twice.load, 2 * plain.load)
     for m in (plain, twice):
         rebalance(m)
@@ -291,11 +299,11 @@ def test_checkpointing_counts_twice_and_moves_the_bias_once():
 
 def test_the_load_of_evaluation_is_its_own():
     module, x = collapsed()
-    module(x)
+    module(x, PLAIN)
     assert module.load.sum() > 0
     module.eval()
     assert module.load.sum() == 0
-    module(x)
+    module(x, PLAIN)
     assert module.load.sum() > 0
     module.load_state_dict(module.state_dict())
     assert module.load.sum() == 0

@@ -1,0 +1,176 @@
+"""What a layer knows of its tokens beyond their values, and what layers hand on to later ones."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..errors import UnsupportedCall, UnsupportedShape
+from .layout import Immutable, Layout, offsets
+
+
+class Memory(NamedTuple):
+    """Tokens with a length of their own that a layer reads: an encoder's, keys and values, another stage's.
+
+    Args:
+        tensors: by name, each `(n, s, ...)`: n sequences of s slots.
+        positions: of each slot, `(n, s)` int64; −1 marks an empty one.
+        layout: of the tokens, where their grid or boundaries matter to the reader.
+    """
+
+    tensors: dict[str, Tensor]
+    positions: Int[Tensor, "n s"]
+    layout: Layout | None = None
+
+
+Shared = dict[str, "Tensor | Memory"]
+
+
+class Context(Immutable):
+    """Built once per batch and never changed; a pytree. A `Layout` stands for a context that holds nothing else.
+
+    Args:
+        layout: order, boundaries and grid of the tokens.
+        positions: absolute position of each token, `(b, t)` or `(b, t, axes)`, int64; may have gaps. None: each token's
+            index in its sequence. Backbones fill them in where a layer reads them.
+        condition: what conditions the layers (time step, class, speaker): `(n, c)`, one per sequence, or `(b, t, c)`.
+        keep: index `(b, k)` of the tokens whose outputs are wanted; None: all.
+        shared: from the caller and from earlier layers, by name: tensors `(b, t, ...)`, which follow their tokens, and
+            memories.
+    """
+
+    layout: Layout
+    positions: Tensor | None
+    condition: Tensor | None
+    keep: Tensor | None
+    shared: Shared
+
+    def __init__(
+        self,
+        layout: Layout | None = None,
+        *,
+        positions: Tensor | None = None,
+        condition: Tensor | None = None,
+        keep: Tensor | None = None,
+        shared: Shared | None = None,
+    ):
+        layout = Layout() if layout is None else layout
+        self._set(layout=layout, positions=positions, condition=condition, keep=keep, shared=shared or {})
+
+    @staticmethod
+    def of(given: Context | Layout) -> Context:
+        """A context, of a layout where only that is given."""
+        return Context(given) if isinstance(given, Layout) else given
+
+    def replace(self, **values: Any) -> Context:
+        """A context with these arguments in place of its own."""
+        own = {name: getattr(self, name) for name in ("layout", "positions", "condition", "keep", "shared")}
+        return Context(**{**own, **values})
+
+    def with_shared(self, additions: Shared) -> Context:
+        """A context whose `shared` also holds these; itself where there are none."""
+        return self.replace(shared={**self.shared, **additions}) if additions else self
+
+    def read(self, name: str, reader: str) -> Any:
+        """What is shared under `name`.
+
+        Raises:
+            UnsupportedCall: nothing is; `reader` is named in the message.
+        """
+        if name not in self.shared:
+            known = ", ".join(sorted(self.shared)) or "nothing"
+            raise UnsupportedCall(
+                f"{reader} reads {name!r}, which no earlier layer and no caller has put into context.shared (it holds "
+                f"{known})"
+            )
+        return self.shared[name]
+
+    def positions_of(self, x: Tensor) -> Int[Tensor, "b t"]:
+        """The tokens' positions in time: those given, along their first axis, or their indices in their sequences."""
+        if self.positions is None:
+            return self.layout.positions(x)
+        return self.positions if self.positions.ndim == 2 else self.positions[..., 0]
+
+    def condition_of(self, x: Tensor) -> Tensor:
+        """The condition of each token: `(b, t, c)`, or `(b, 1, c)` where rows are sequences with one condition each.
+
+        Raises:
+            UnsupportedCall: there is none.
+        """
+        if self.condition is None:
+            raise UnsupportedCall("context.condition is None, and a layer is conditioned; pass Context(condition=...)")
+        if self.condition.ndim == 3:
+            return self.condition
+        if self.layout.cu_seqlens is None:
+            return self.condition[:, None]
+        return self.condition[self.layout.sequence_of(x)[0]][None]
+
+    def check(self, x: Tensor) -> None:
+        """Raise UnsupportedShape where `x` (b, t, d) does not fit."""
+        self.layout.check(x)
+        if self.positions is not None and self.positions.shape[:2] != x.shape[:2]:
+            raise UnsupportedShape(
+                f"positions: shape {tuple(self.positions.shape)} is not (b, t) of x, {tuple(x.shape)}"
+            )
+
+    def take(self, index: Tensor, x: Tensor) -> tuple[Tensor, Context]:
+        """A subset of the tokens of `x`, and its context: positions, per-token conditions and shared tensors follow.
+
+        Args:
+            index: `(b, k)` int64, the tokens that each row keeps, ascending; or a mask `(b, t)`, whose tokens are
+                packed into one row.
+            x: (b, t, d).
+
+        Raises:
+            UnsupportedShape: an index that does not fit.
+        """
+        if index.ndim != 2 or index.shape[0] != x.shape[0]:
+            raise UnsupportedShape(f"index: shape {tuple(index.shape)} does not fit x, {tuple(x.shape)}")
+        layout, mask = self.layout, index.dtype == torch.bool
+
+        def pick(t: Tensor) -> Tensor:
+            if mask:
+                return t[index][None]
+            return t.gather(1, index.reshape(*index.shape, *[1] * (t.ndim - 2)).expand(*index.shape, *t.shape[2:]))
+
+        cu_seqlens = layout.cu_seqlens
+        if mask or cu_seqlens is not None:
+            kept = (
+                index if mask else torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, index, True)
+            )
+            owner = layout.sequence_of(x)[kept]
+            counts = torch.zeros(layout.sequences(x.shape[0]), dtype=torch.int64, device=x.device)
+            cu_seqlens = offsets(counts.index_add(0, owner, torch.ones_like(owner)))
+        block = layout.block
+        if block is not None:
+            number = block if isinstance(block, Tensor) else layout.positions(x) // block
+            block = pick(number)
+        condition = self.condition
+        if condition is not None:
+            condition = pick(condition) if condition.ndim == 3 else condition
+        positions = layout.positions(x) if self.positions is None else self.positions
+        shared = {name: pick(value) if isinstance(value, Tensor) else value for name, value in self.shared.items()}
+        taken = Context(
+            Layout(causal=layout.causal, cu_seqlens=cu_seqlens, block=block),
+            positions=pick(positions),
+            condition=condition,
+            shared=shared,
+        )
+        return pick(x), taken
+
+
+def as_memory(x: Tensor, context: Context) -> Memory:
+    """Tokens (b, t, d) as a memory "x", for layers whose tokens are others."""
+    return Memory({"x": x}, context.positions_of(x), context.layout)
+
+
+pytree.register_pytree_node(
+    Context,
+    lambda c: ([c.layout, c.positions, c.condition, c.keep, c.shared], None),
+    lambda parts, _: Context(parts[0], positions=parts[1], condition=parts[2], keep=parts[3], shared=parts[4]),
+    serialized_type_name="omnimix.Context",
+)

@@ -1,0 +1,88 @@
+"""Configurations as plain dictionaries, lists and scalars, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, TypeVar
+
+from ..errors import ConfigError
+from .registry import OPTIONS, REGISTRIES, lookup
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> Any:
+    """A dataclass, nested ones included, ready for JSON; those of registered parts say which by `type`."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            kind = {"type": value.type} if "type" in vars(type(value)) else {}
+            return kind | {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, tuple | list):
+            return [plain(v) for v in value]
+        return value
+
+    return plain(config)
+
+
+def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+    """The inverse of `to_dict`; what earlier versions wrote is brought up to date by the class's `upgrade`.
+
+    Raises:
+        ConfigError: a key that `cls` does not have, with the nearest one, or values that do not fit.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{cls.__name__} must be a mapping of its fields, not {values!r}")
+    if hasattr(cls, "upgrade"):
+        values = cls.upgrade(values)
+    values = {key: value for key, value in values.items() if key != "type"}
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(fields)}"
+            raise ConfigError(f"{cls.__name__} has no field {key!r}; {hint}")
+    missing = [
+        f.name
+        for f in fields.values()
+        if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{cls.__name__} needs {', '.join(missing)}")
+    hints = typing.get_type_hints(cls)
+    return cls(**{key: _restore(key, hints[key], value) for key, value in values.items()})
+
+
+def _restore(key: str, hint: Any, value: Any) -> Any:
+    """`value` as the field `key` with the type `hint` holds it."""
+    if isinstance(value, list):
+        element = next((a for option in _options(hint) for a in typing.get_args(option) if a is not Ellipsis), Any)
+        return tuple(_restore(key, element, item) for item in value)
+    if not isinstance(value, dict):
+        return value
+    if key in OPTIONS and "type" not in value:
+        get = OPTIONS[key].get
+        return {name: from_dict(get(name).config, v) if isinstance(v, dict) else v for name, v in value.items()}
+    for option in _options(hint):
+        if isinstance(option, type) and dataclasses.is_dataclass(option):
+            return from_dict(_class_of(option, value), value)
+    return value
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the one type."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _class_of(base: type, value: dict[str, Any]) -> type:
+    """The class that a mapping describes: the one that its `type` names, where several derive from `base`."""
+    if base not in REGISTRIES:
+        return base
+    if "type" not in value:
+        raise ConfigError(f"{value!r} must say by 'type' which {REGISTRIES[base].kind} it configures")
+    return lookup(base, value["type"]).config

@@ -1,0 +1,66 @@
+"""Blocks that share their modules between depths (Zamba, arXiv 2405.16712; ALBERT, arXiv 1909.11942)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ..errors import ConfigError
+from .config import BlockConfig, FFNConfig, MixerConfig
+
+if TYPE_CHECKING:
+    from .block import Block
+
+
+def tie_blocks(blocks: Sequence[Block], names: Sequence[str | None]) -> None:
+    """Let all blocks of one name have the leaf modules and parameters of the first, but for what is kept per use.
+
+    Raises:
+        ConfigError: blocks of one name differ.
+    """
+    first: dict[str, Block] = {}
+    for i, (block, name) in enumerate(zip(blocks, names, strict=True)):
+        if name is None:
+            continue
+        if name not in first:
+            first[name] = block
+        elif {n: p.shape for n, p in block.named_parameters()} != {
+            n: p.shape for n, p in first[name].named_parameters()
+        }:
+            raise ConfigError(f"tie={name!r}: block {i} differs from the first one of that name; make them equal")
+        else:
+            _tie(block, first[name])
+
+
+def _tie(module: nn.Module, first: nn.Module) -> None:
+    own = getattr(module, "per_use", ())
+    for name, parameter in first.named_parameters(recurse=False):
+        if name not in own:
+            setattr(module, name, parameter)
+    for name, child in first.named_children():
+        if name in own:
+            continue
+        if hasattr(child, "per_use") or any(True for _ in child.children()):
+            _tie(getattr(module, name), child)
+        else:
+            setattr(module, name, child)
+
+
+def kinds_of(entry: BlockConfig) -> frozenset[str]:
+    """The types of a block's mixer and feed-forward layer, those inside wrappers included."""
+    found: set[str] = set()
+
+    def visit(part: object) -> None:
+        if isinstance(part, MixerConfig | FFNConfig):
+            found.add(part.type)
+            for value in vars(part).values():
+                for inner in value if isinstance(value, tuple) else (value,):
+                    visit(inner)
+        elif isinstance(part, BlockConfig):
+            visit(part.mixer)
+            visit(part.ffn)
+
+    visit(entry)
+    return frozenset(found)
