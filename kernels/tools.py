@@ -169,16 +169,6 @@ def check_matrix_recurrence(
         raise UnsupportedShape(f"initial_state: shape {tuple(initial_state.shape)} is not {(n, h, dk, dv)}")
 
 
-def or_one_step(backend: Callable[..., Any], definition: Callable[..., Any]) -> Callable[..., Any]:
-    """A recurrence's `backend`, except for calls of one step: these are quicker as the definition has them."""
-
-    def function(**arguments: Any) -> Any:
-        single = arguments["x"].shape[1] == 1 and arguments["cu_seqlens"] is None
-        return (definition if single else backend)(**arguments)
-
-    return function
-
-
 def grid(*sizes: int) -> tuple[int, ...]:
     """A launch grid, checked against the limits of CUDA (the second and third size are at most 65535)."""
     if any(not 1 <= size <= limit for size, limit in zip(sizes, GRID_LIMITS, strict=False)):

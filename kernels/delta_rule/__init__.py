@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedCall, UnsupportedShape
 from ..backends import backends
+from ..common.steps import one_step
 from ..registry import Case, Draw, Op, register_op
 from ..tools import check_matrix_recurrence, triton_refusal
 
@@ -58,7 +59,7 @@ def delta_rule(
             sequences.
         cu_seqlens: for packed sequences (b = 1): 0, then the running total of their lengths, int32 or int64. None of
             them may be empty.
-        backend: "auto", "reference", "chunked" or "triton".
+        backend: "auto", "reference", "chunked", "native" (one step without gradients, on CPUs) or "triton".
 
     Returns:
         The output in v's dtype, and the state after the last step: float32, or float64 where v is.
@@ -185,7 +186,9 @@ def _cases() -> tuple[Case, ...]:
 OP = register_op(
     Op(
         name="delta_rule",
-        backends=backends("delta_rule", "triton", "chunked", "reference", triton=_triton_refusal),
+        backends=backends(
+            "delta_rule", "triton", "native", "chunked", "reference", native=one_step("v"), triton=_triton_refusal
+        ),
         sequences=("q", "k", "v", "beta", "decay", "removal", "a", "b"),
         cases=_cases,
         flops=_flops,

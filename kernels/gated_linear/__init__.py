@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedShape
 from ..backends import backends
+from ..common.steps import one_step
 from ..registry import Case, Draw, Op, register_op
 from ..tools import check_matrix_recurrence
 
@@ -44,7 +45,7 @@ def gated_linear(
             sequences.
         cu_seqlens: for packed sequences (b = 1): 0, then the running total of their lengths, int32 or int64. None of
             them may be empty.
-        backend: "auto", "reference", "chunked" or "triton".
+        backend: "auto", "reference", "chunked", "native" (one step without gradients, on CPUs) or "triton".
 
     Returns:
         The output in v's dtype, and the state after the last step: float32, or float64 where v is.
@@ -135,7 +136,7 @@ def _cases() -> tuple[Case, ...]:
 OP = register_op(
     Op(
         name="gated_linear",
-        backends=backends("gated_linear", "triton", "chunked", "reference"),
+        backends=backends("gated_linear", "triton", "native", "chunked", "reference", native=one_step("v")),
         sequences=("q", "k", "v", "decay"),
         cases=_cases,
         flops=_flops,

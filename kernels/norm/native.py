@@ -23,7 +23,7 @@ def norm_native(
     eps: float,
 ) -> Tensor:
     """See `omnimix.kernels.norm`."""
-    run = _run if native.direct("norm", x, weight, gate) else _forward
+    run = _run if native.direct(x, weight, gate) else _forward
     return run(x, weight, gate, gate_activation == "silu", norm_before_gate, groups, eps)
 
 

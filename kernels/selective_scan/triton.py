@@ -20,7 +20,7 @@ from torch import Tensor
 from ..linear_recurrence.triton_scan import scan
 from ..tools import accumulate_dtype, grid, interpreting, on_device_of, tuned, unit_stride
 from . import MOST_STATES
-from .ops import Gradients, Outputs, gradient_shapes, register, shapes
+from .ops import Gradients, Outputs, by_name, gradient_shapes, register, shapes
 
 # Steps in a tile, as a power of 2, and between saved states.
 LOG_STEPS = 4
@@ -297,4 +297,4 @@ def _launch_backward(
     return tuple(e if a is None else f.to(a.dtype) for f, a, e in zip(found, arguments, empty, strict=True))
 
 
-selective_scan_triton = register("triton", CHUNK, _launch_forward, _launch_backward)
+selective_scan_triton = by_name(register("triton", CHUNK, _launch_forward, _launch_backward))

@@ -6,6 +6,8 @@ law says otherwise.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from omnimix.kernels import Case, Draw
+from omnimix.kernels import Case, Draw, native
 from omnimix.kernels.check import (
     Results,
     arguments_of,
@@ -87,8 +89,19 @@ def mirrored(function: Function, sequences: Sequence[str]) -> Function:
     return call
 
 
-def splits(function: Function, arguments: Arguments, sequences: Sequence[str], lengths: Sequence[int]) -> None:
-    """Law 2: pieces of `lengths`, each started with the state of the one before, are the whole, gradients too."""
+def splits(
+    function: Function,
+    arguments: Arguments,
+    sequences: Sequence[str],
+    lengths: Sequence[int],
+    *,
+    backward: bool = True,
+    whole: Function | None = None,
+) -> None:
+    """Law 2: pieces of `lengths`, each started with the state of the one before, are the whole, gradients too.
+
+    `whole` computes the whole where `function` takes pieces only.
+    """
 
     def in_pieces(**whole: Any) -> tuple[Tensor, ...]:
         state, outputs, start = whole.get("initial_state"), [], 0
@@ -100,7 +113,8 @@ def splits(function: Function, arguments: Arguments, sequences: Sequence[str], l
         return (*(torch.cat(o, dim=1) for o in zip(*outputs, strict=True)), state)
 
     assert sum(lengths) == _steps(arguments, sequences)[1]
-    assert_equal(results(in_pieces, arguments), results(function, arguments))
+    truth = results(whole or function, arguments, backward=backward)
+    assert_equal(results(in_pieces, arguments, backward=backward), truth)
 
 
 def _alone(function: Function, sequences: Sequence[str], lengths: Sequence[int], has_state: bool) -> Function:
@@ -123,12 +137,19 @@ def _alone(function: Function, sequences: Sequence[str], lengths: Sequence[int],
 
 
 def packs(
-    function: Function, arguments: Arguments, sequences: Sequence[str], lengths: Sequence[int], *, has_state: bool
+    function: Function,
+    arguments: Arguments,
+    sequences: Sequence[str],
+    lengths: Sequence[int],
+    *,
+    has_state: bool,
+    backward: bool = True,
 ) -> None:
     """Law 3: packed sequences give what each gives alone, and no gradient crosses a border."""
-    truth = results(_alone(function, sequences, lengths, has_state), arguments)
-    assert_equal(results(function, arguments), truth)
-    _no_gradient_crosses(function, arguments, sequences, lengths, has_state)
+    truth = results(_alone(function, sequences, lengths, has_state), arguments, backward=backward)
+    assert_equal(results(function, arguments, backward=backward), truth)
+    if backward:
+        _no_gradient_crosses(function, arguments, sequences, lengths, has_state)
 
 
 def _no_gradient_crosses(function, arguments, sequences, lengths, has_state) -> None:
@@ -154,7 +175,9 @@ def _no_gradient_crosses(function, arguments, sequences, lengths, has_state) -> 
         assert worst <= BLEED, f"a gradient of {worst:.1e} with respect to {name} crosses a border"
 
 
-def rows_are_independent(function: Function, arguments: Arguments, sequences: Sequence[str]) -> None:
+def rows_are_independent(
+    function: Function, arguments: Arguments, sequences: Sequence[str], *, backward: bool = True
+) -> None:
     """Law 5: each batch row gives what it gives alone."""
     batch = _steps(arguments, sequences)[0]
 
@@ -168,12 +191,13 @@ def rows_are_independent(function: Function, arguments: Arguments, sequences: Se
             outputs.append(output if isinstance(output, tuple) else (output,))
         return tuple(torch.cat(o) for o in zip(*outputs, strict=True))
 
-    assert_equal(results(function, arguments), results(row_by_row, arguments))
+    truth = results(row_by_row, arguments, backward=backward)
+    assert_equal(results(function, arguments, backward=backward), truth)
 
 
-def repeats(function: Function, arguments: Arguments) -> None:
+def repeats(function: Function, arguments: Arguments, *, backward: bool = True) -> None:
     """Law 5: twice in a row is equal to the bit."""
-    first, second = results(function, arguments).named(), results(function, arguments).named()
+    first, second = (results(function, arguments, backward=backward).named() for _ in range(2))
     for name, x in first.items():
         assert torch.equal(x, second[name]), f"{name} differs from one call to the next"
 
@@ -233,6 +257,64 @@ def compiles(function: Function, arguments: Arguments) -> None:
     """Law 8: torch.compile takes it whole, forward and backward, and changes nothing."""
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert_equal(results(compiled, arguments), results(function, arguments))
+
+
+class Ran:
+    """Records the files of an op's backends whose functions run within it, and its calls of C++ and Triton.
+
+    Everything is seen that runs in Python on this thread: custom ops, and on CPUs their backward passes too.
+
+    Args:
+        op: the op's name.
+    """
+
+    NAMES = frozenset({"reference", "chunked", "native", "triton"})
+
+    def __init__(self, op: str):
+        self._folder, self._native = f"{os.sep}kernels{os.sep}{op}{os.sep}", native.__file__
+        self.backends: set[str] = set()
+        self.cpp_calls = self.launches = 0
+
+    def __enter__(self) -> Ran:
+        from triton.runtime import interpreter
+
+        def launch(executor: Any, *args: Any, **kwargs: Any) -> Any:
+            self.launches += 1
+            # The interpreter runs thousands of functions, none of which decides on anything.
+            sys.setprofile(None)
+            try:
+                return run(executor, *args, **kwargs)
+            finally:
+                sys.setprofile(self._see)
+
+        run, self._grids = interpreter.GridExecutor.__call__, interpreter.GridExecutor
+        self._run = run
+        self._grids.__call__ = launch
+        sys.setprofile(self._see)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        sys.setprofile(None)
+        self._grids.__call__ = self._run
+
+    def _see(self, frame: Any, event: str, _: Any) -> None:
+        if event != "call":
+            return
+        file = frame.f_code.co_filename
+        if file == self._native and frame.f_code.co_name == "call":
+            self.cpp_calls += 1
+        folder, _, name = file.rpartition(self._folder)
+        if folder and name.removesuffix(".py") in self.NAMES and frame.f_code.co_name != "<module>":
+            self.backends.add(name.removesuffix(".py"))
+
+
+def runs(op: str, backend: str, call: Callable[[], Any]) -> None:
+    """Law 10: a call runs the backend that is named, and no other of the op's: C++ and Triton are really called."""
+    with Ran(op) as ran:
+        call()
+    assert ran.backends == {backend}, f"{op}: {sorted(ran.backends)} ran, not {backend!r}"
+    assert bool(ran.cpp_calls) == (backend == "native"), f"{op}: {ran.cpp_calls} calls of C++ by {backend!r}"
+    assert bool(ran.launches) == (backend == "triton"), f"{op}: {ran.launches} launches of Triton by {backend!r}"
 
 
 class _CustomOps(TorchDispatchMode):

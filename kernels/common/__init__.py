@@ -1,0 +1,1 @@
+"""What several ops stand on: chunk plans, step kernels, Triton blocks."""
