@@ -166,7 +166,7 @@ def call_of(op: Op, backend: str) -> Callable[..., Any]:
 
 
 def is_for(op: Op, backend: str, arguments: dict[str, Any], *, backward: bool = True) -> bool:
-    """Whether a backend is for such a call: with gradients with respect to every floating-point argument, or without."""
+    """Whether a backend is for such a call, with the gradients of all floating-point arguments or without any."""
     leaves = {name: arguments[name].detach().requires_grad_(backward) for name in differentiable(arguments)}
     return op.backend(backend).limits(op.complete(arguments | leaves)) is None
 

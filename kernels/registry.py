@@ -372,8 +372,8 @@ def get_op(name: str) -> Op:
 def explain(op: str, **arguments: Any) -> list[dict[str, str]]:
     """Which backend `auto` takes for this call, and why: one row (op, backend, auto, why) a backend.
 
-    Without arguments the op's first case at batch 1 and 16 steps on the CPU is explained. As in a call, gradients count:
-    under `torch.no_grad()` a step kernel may serve that does not where a tensor requires a gradient.
+    Without arguments the op's first case at batch 1 and 16 steps on the CPU is explained. As in a call, gradients
+    count: under `torch.no_grad()` a step kernel may serve that does not where a tensor requires one.
     """
     entry = get_op(op)
     if not arguments:

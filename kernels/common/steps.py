@@ -1,4 +1,4 @@
-"""What the native kernels of single steps share: for which calls they are, and among how many threads one is divided."""
+"""What the native kernels of single steps share: for which calls they are, and how one is divided among threads."""
 
 from __future__ import annotations
 

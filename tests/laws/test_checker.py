@@ -185,7 +185,7 @@ def test_a_graph_break_is_caught(without_shape_checks):
 
 @pytest.mark.parametrize("time", [1, 3])
 def test_a_backend_in_another_ones_place_is_caught(time):
-    """Whichever of the four does the work, and whether or not gradients are asked for, only its own name is accepted."""
+    """Whichever of the four does the work, with gradients or without, only its own name is accepted."""
     arguments = call(2, time)
     names = [b.name for b in OP.backends]
     assert len(names) == 4
