@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .common.checks import check_edges
 from .registry import constant_in_graphs
 
 # No -ffast-math: what is not a number must stay none.
@@ -213,6 +214,8 @@ def segments(batch: int, length: int, cu_seqlens: Tensor | None, chunk: int) -> 
         row = torch.arange(batch)
         each = -(-length // chunk)
         return torch.stack([row, torch.zeros_like(row), torch.full_like(row, length), row * each], dim=1)
+    # Looked at once more: a compiled graph has no door.
+    check_edges(cu_seqlens.tolist(), length)
     edges = cu_seqlens.to(torch.int64)
     start, number = edges[:-1], torch.arange(edges.shape[0] - 1)
     return torch.stack([torch.zeros_like(start), start, edges[1:], start // chunk + number], dim=1)

@@ -187,6 +187,7 @@ class Op:
         parts: formulas like `flops` for custom ops that do only a part of the work, by name and of their arguments.
         traffic: given a call's arguments, the bytes that a forward pass must read and write at least; None where it is
             bound by its matrix products.
+        empty: given a call's arguments, what it returns where there are no tokens, else None. No backend then runs.
         follows_autocast: whether autocast decides on the precision of its products, as of torch's own; other ops decide
             themselves, and run outside autocast.
     """
@@ -200,6 +201,7 @@ class Op:
     flops: Callable[[Arguments], float] | None = None
     parts: Mapping[str, Callable[[Arguments], float]] = field(default_factory=dict)
     traffic: Callable[[Arguments], float] | None = None
+    empty: Callable[[Arguments], Tensor | tuple[Tensor, ...] | None] | None = None
     follows_autocast: bool = False
     _warned: set[str] = field(default_factory=set, repr=False, compare=False)
 
@@ -269,9 +271,15 @@ class Op:
     def dispatch(self, backend: str, **arguments: Any) -> Any:
         device = device_of(arguments)
         if self.follows_autocast or not _autocast(device):
-            return self.choose(backend, arguments, device).load()(**arguments)
+            return self._serve(backend, arguments, device)
         with torch.autocast(device, enabled=False):
-            return self.choose(backend, arguments, device).load()(**arguments)
+            return self._serve(backend, arguments, device)
+
+    def _serve(self, backend: str, arguments: Arguments, device: str) -> Any:
+        chosen = self.choose(backend, arguments, device)
+        if self.empty is not None and (nothing := self.empty(arguments)) is not None:
+            return _connected(nothing, arguments)
+        return chosen.load()(**arguments)
 
     def explain(self, arguments: Arguments) -> list[dict[str, str]]:
         """One row a backend: its name, whether `auto` takes it for this call, and why (not)."""
@@ -321,6 +329,21 @@ def using(backend: str) -> Iterator[None]:
         yield
     finally:
         _using.reset(token)
+
+
+def _connected(outputs: Any, arguments: Arguments) -> Any:
+    """The outputs of a call without tokens, from which zeros flow back into every argument that asks for a gradient."""
+    if not torch.is_grad_enabled():
+        return outputs
+    leaves = [a for a in arguments.values() if isinstance(a, Tensor) and a.requires_grad]
+    nothing = [leaf.flatten()[:0].sum() for leaf in leaves]
+
+    def join(output: Tensor) -> Tensor:
+        for zero in nothing:
+            output = output + zero.to(output.dtype)
+        return output
+
+    return tuple(map(join, outputs)) if isinstance(outputs, tuple) else join(outputs)
 
 
 def _autocast(device: str) -> bool:

@@ -143,32 +143,6 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-def check_matrix_recurrence(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:
-    """What `gated_linear` and `delta_rule` ask of the arguments that they share; raises UnsupportedShape."""
-    b, t, h, dv = v.shape
-    g, dk = q.shape[2:]
-    if q.shape != k.shape or q.shape[:2] != (b, t):
-        raise UnsupportedShape(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be equal and start with v's {(b, t)}")
-    if t < 1:
-        raise UnsupportedShape("v: the sequence is empty (t = 0); pass at least one step")
-    if g < 1 or h % g:
-        raise UnsupportedShape(f"q: its {g} heads must divide v's {h} heads")
-    if decay is not None and tuple(decay.shape) not in {(h,), (b, t, h), (b, t, h, dk)}:
-        raise UnsupportedShape(f"decay: shape {tuple(decay.shape)} is none of {(h,)}, {(b, t, h)}, {(b, t, h, dk)}")
-    if cu_seqlens is not None and b != 1:
-        raise UnsupportedShape(f"cu_seqlens: packed sequences need batch 1, not {b}")
-    n = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if initial_state is not None and tuple(initial_state.shape) != (n, h, dk, dv):
-        raise UnsupportedShape(f"initial_state: shape {tuple(initial_state.shape)} is not {(n, h, dk, dv)}")
-
-
 def grid(*sizes: int) -> tuple[int, ...]:
     """A launch grid, checked against the limits of CUDA (the second and third size are at most 65535)."""
     if any(not 1 <= size <= limit for size, limit in zip(sizes, GRID_LIMITS, strict=False)):

@@ -149,7 +149,8 @@ def _backward_kernel(
     if CONSTANT:
         _store(da, sequence * D + column, valid, total, total_i, COMPLEX)
     if dstate is not None:
-        ar, ai = _load(a, batch * a_batch + first * a_step + column, valid, 1.0, COMPLEX, ACC)
+        # An empty sequence has no first step, and passes the gradient on as it is.
+        ar, ai = _load(a, batch * a_batch + first * a_step + column, valid & (steps > 0), 1.0, COMPLEX, ACC)
         real, imaginary = multiply(ar, -ai, real, imaginary, COMPLEX)
         _store(dstate, sequence * D + column, valid, real, imaginary, COMPLEX)
 

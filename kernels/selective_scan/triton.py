@@ -217,9 +217,10 @@ def _backward_kernel(
         sum_bias += tl.sum(dnow, 0)
         tl.store(dx + at, down.to(dx.dtype.element_ty), mask=inside)
         tl.store(ddelta + at, dnow.to(ddelta.dtype.element_ty), mask=inside)
-    # Through the first step's decay, which no step before it has taken.
+    # Through the first step's decay, which no step before it has taken; an empty sequence has none.
     first = start + tl.zeros([1], dtype=tl.int64)
-    now = _step(delta, bias, batch * delta_batch, first, valid[None, :], channel, delta_step, SOFTPLUS, ACC)
+    some = valid[None, :] & (start < end)
+    now = _step(delta, bias, batch * delta_batch, first, some, channel, delta_step, SOFTPLUS, ACC)
     carry *= tl.exp(tl.sum(now, 0)[:, None] * decay)
     tl.store(dstate + at_state, carry, mask=kept)
     tl.store(dA + at_state, sum_A, mask=kept)

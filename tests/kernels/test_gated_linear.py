@@ -203,11 +203,6 @@ def test_packed_sequences_need_batch_one():
         gated_linear(**draw_qkv(), cu_seqlens=torch.tensor([0, 70]))
 
 
-def test_empty_sequences_are_refused():
-    with pytest.raises(UnsupportedShape, match="t = 0"):
-        gated_linear(**{name: x[:, :0] for name, x in draw_qkv().items()})
-
-
 def test_backends_are_named():
     with pytest.raises(UnknownName, match="chunked"):
         gated_linear(**draw_qkv(), backend="chunkd")

@@ -65,18 +65,18 @@ def has_true_gradients(reference: Function, arguments: Arguments) -> None:
     assert torch.autograd.gradcheck(call, [arguments[n].detach().requires_grad_() for n in names])
 
 
-def _is_sequence(name: str, arguments: Arguments, sequences: Sequence[str], steps: tuple[int, int]) -> bool:
+def is_sequence(name: str, arguments: Arguments, sequences: Sequence[str], steps: tuple[int, int]) -> bool:
     x = arguments.get(name)
     return name in sequences and isinstance(x, Tensor) and x.ndim >= 2 and tuple(x.shape[:2]) == steps
 
 
-def _steps(arguments: Arguments, sequences: Sequence[str]) -> tuple[int, int]:
+def steps_of(arguments: Arguments, sequences: Sequence[str]) -> tuple[int, int]:
     return tuple(arguments[sequences[0]].shape[:2])
 
 
 def _over_sequences(arguments: Arguments, sequences: Sequence[str], cut: Callable[[Tensor], Tensor]) -> Arguments:
-    steps = _steps(arguments, sequences)
-    return {n: cut(a) if _is_sequence(n, arguments, sequences, steps) else a for n, a in arguments.items()}
+    steps = steps_of(arguments, sequences)
+    return {n: cut(a) if is_sequence(n, arguments, sequences, steps) else a for n, a in arguments.items()}
 
 
 def mirrored(function: Function, sequences: Sequence[str]) -> Function:
@@ -112,7 +112,7 @@ def splits(
             start += length
         return (*(torch.cat(o, dim=1) for o in zip(*outputs, strict=True)), state)
 
-    assert sum(lengths) == _steps(arguments, sequences)[1]
+    assert sum(lengths) == steps_of(arguments, sequences)[1]
     truth = results(whole or function, arguments, backward=backward)
     assert_equal(results(in_pieces, arguments, backward=backward), truth)
 
@@ -163,11 +163,11 @@ def _no_gradient_crosses(function, arguments, sequences, lengths, has_state) -> 
         else:
             inside[:, start:stop] = True
         w.masked_fill_(~inside, 0)
-    steps = _steps(arguments, sequences)
+    steps = steps_of(arguments, sequences)
     for name, g in results(function, arguments, weights=weights).gradients.items():
         if name == "initial_state":
             outside = torch.cat([g[:1], g[2:]])
-        elif _is_sequence(name, arguments, sequences, steps):
+        elif is_sequence(name, arguments, sequences, steps):
             outside = torch.cat([g[:, :start], g[:, stop:]], dim=1)
         else:
             continue
@@ -179,7 +179,7 @@ def rows_are_independent(
     function: Function, arguments: Arguments, sequences: Sequence[str], *, backward: bool = True
 ) -> None:
     """Law 5: each batch row gives what it gives alone."""
-    batch = _steps(arguments, sequences)[0]
+    batch = steps_of(arguments, sequences)[0]
 
     def row_by_row(**whole: Any) -> tuple[Tensor, ...]:
         outputs = []
@@ -202,16 +202,40 @@ def repeats(function: Function, arguments: Arguments, *, backward: bool = True) 
         assert torch.equal(x, second[name]), f"{name} differs from one call to the next"
 
 
+def leaves_the_state(
+    function: Function, arguments: Arguments, *, has_state: bool, counts: int = 0, backward: bool = True
+) -> None:
+    """Without tokens there are no outputs, and the state is the initial one, zeros where there is none.
+
+    Gradients are those of the state, and zeros for all else and for the state's last entries that are `counts`.
+    """
+    state = arguments.get("initial_state")
+    weights = weights_for(results(function, arguments, backward=False).outputs, 0)
+    found = results(function, arguments, weights=weights, backward=backward)
+    outputs = found.outputs[:-1] if has_state else found.outputs
+    for output in outputs:
+        assert output.numel() == 0, f"an output without tokens has shape {tuple(output.shape)}"
+    if has_state:
+        truth = torch.zeros_like(found.outputs[-1]) if state is None else state
+        assert torch.equal(found.outputs[-1], truth), "a call without tokens changes the state"
+    for name, g in found.gradients.items():
+        truth = torch.zeros_like(g)
+        if name == "initial_state":
+            carried = g.shape[-1] - counts
+            truth[..., :carried] = weights[-1].conj()[..., :carried]
+        assert torch.equal(g, truth), f"the gradient of {name} is wrong in a call without tokens"
+
+
 def is_causal(function: Function, arguments: Arguments, sequences: Sequence[str], at: int) -> None:
     """Law 4: the outputs before step `at` have no gradient with respect to the inputs from `at` on."""
-    steps = _steps(arguments, sequences)
+    steps = steps_of(arguments, sequences)
     outputs = results(function, arguments, backward=False).outputs
     weights = [torch.zeros_like(o) for o in outputs]
     for o, w in zip(outputs, weights, strict=True):
         if tuple(o.shape[:2]) == steps:
             w[:, :at] = 1
     for name, g in results(function, arguments, weights=weights).gradients.items():
-        if _is_sequence(name, arguments, sequences, steps):
+        if is_sequence(name, arguments, sequences, steps):
             worst = g[:, at:].abs().max().item()
             assert worst <= BLEED, f"a gradient of {worst:.1e} reaches back from {name} after step {at}"
 

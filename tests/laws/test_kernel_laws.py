@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from omnimix.errors import BackendUnavailable
+from omnimix.errors import BackendUnavailable, UnsupportedShape
 from omnimix.kernels import Case, Draw, Op, explain, ops, strict, using
 from omnimix.kernels.check import arguments_of, call_of, differentiable, is_for, results
 from omnimix.kernels.native import machine_refusal
@@ -135,7 +135,7 @@ def test_agrees_with_the_definition_at_any_strides(subject, layout):
 
 
 @subjects(lambda s: s.stateful)
-@pytest.mark.parametrize("lengths", [[1, 20], [64, 3], [1] * 2], ids=str)
+@pytest.mark.parametrize("lengths", [[1, 20], [64, 3], [1] * 2, [0, 2, 0]], ids=str)
 def test_pieces_are_the_whole(subject, lengths):
     arguments = subject.draw(1, sum(lengths), state=lengths[0] == 1)
     checker.splits(subject.forwards, arguments, subject.op.sequences, lengths)
@@ -144,17 +144,64 @@ def test_pieces_are_the_whole(subject, lengths):
 @subjects(lambda s: s.case.packed)
 def test_packed_sequences_are_each_alone(subject):
     # A call takes the interpreter long; the next law has longer and more sequences.
-    lengths = [5, 2] if is_interpreted(subject) else [3, 64, 1, 20]
-    arguments = subject.draw(1, sum(lengths), lengths=lengths)
-    checker.packs(subject.call, arguments, subject.op.sequences, lengths, has_state=subject.stateful)
+    for each in [[0, 5, 2, 0]] if is_interpreted(subject) else ([3, 64, 1, 20], [0, 3, 0, 0, 2, 0]):
+        arguments = subject.draw(1, sum(each), lengths=each)
+        checker.packs(subject.call, arguments, subject.op.sequences, each, has_state=subject.stateful)
 
 
 @subjects(lambda s: is_optimised(s) and s.case.packed)
 @pytest.mark.parametrize("state", [True, False])
 def test_packed_sequences_agree_with_the_definition(subject, state):
-    lengths = [1, 65, 10] if state else [2, 3]
+    lengths = [1, 65, 0, 10] if state else [0, 2, 3, 0]
     arguments = strided(subject.draw(1, sum(lengths), lengths=lengths, state=state))
     checker.agrees(subject.call, subject.reference, arguments)
+
+
+@subjects(lambda s: s.op.sequences)
+@pytest.mark.parametrize("state", [True, False])
+def test_without_tokens_nothing_changes(subject, state):
+    calls = [subject.draw(2, 0, state=state)]
+    if subject.case.packed:
+        calls += [subject.draw(1, 0, state=state, lengths=lengths) for lengths in ([0], [0, 0, 0], [])]
+    for arguments in calls:
+        # The last entry of test_time's state is a place in a mini-batch.
+        kind = {"has_state": subject.stateful, "counts": int(subject.op.name == "test_time")}
+        checker.leaves_the_state(subject.call, arguments, **kind)
+        with torch.inference_mode():
+            checker.leaves_the_state(subject.call, arguments, **kind, backward=False)
+
+
+@subjects(lambda s: s.op.sequences)
+def test_a_batch_without_rows_has_none_in_its_outputs(subject):
+    arguments = subject.draw(2, 5)
+    steps = checker.steps_of(arguments, subject.op.sequences)
+    none = {
+        name: x[:0]
+        if name == "initial_state" or checker.is_sequence(name, arguments, subject.op.sequences, steps)
+        else x
+        for name, x in arguments.items()
+    }
+    rows, whole = results(subject.call, none), results(subject.call, arguments)
+    assert [tuple(o.shape) for o in rows.outputs] == [(0, *o.shape[1:]) for o in whole.outputs]
+
+
+@subjects(lambda s: is_optimised(s) and not s.op.sequences)
+def test_without_rows_agrees_with_the_definition(subject):
+    checker.agrees(subject.call, subject.reference, subject.draw(2, 0))
+
+
+BROKEN = ([1, 5], [0, 6], [0, 4], [0, 3, 2, 5], [0, -1, 5], [0, 2**31 - 1, 5], [[0, 5]], [0.0, 5.0])
+
+
+@subjects(lambda s: s.case.packed and s.case.name == s.op.cases()[0].name)
+def test_boundaries_that_do_not_cut_the_steps_are_refused(subject, without_shape_checks):
+    """Each by name at the door, so that no kernel leaves its tensors."""
+    for edges in BROKEN:
+        arguments = subject.draw(1, 5, state=False) | {"cu_seqlens": torch.tensor(edges)}
+        with pytest.raises(UnsupportedShape, match="cu_seqlens"):
+            subject.call(**arguments)
+    with pytest.raises(UnsupportedShape, match="cu_seqlens"):
+        subject.call(**subject.draw(2, 5, state=False), cu_seqlens=torch.tensor([0, 5]))
 
 
 @subjects(lambda s: s.op.causal)
@@ -221,7 +268,7 @@ def first_piece(subject: Subject, lengths: tuple[int, ...]) -> dict:
     return subject.draw(2, lengths[0])
 
 
-@inferring(lambda s: s.stateful, first_piece, [(1, 1, 1), (1, 20), (3, 1, 2)])
+@inferring(lambda s: s.stateful, first_piece, [(1, 1, 1), (1, 20), (3, 0, 1, 2)])
 def test_pieces_are_the_whole_in_inference_mode(subject, value):
     arguments = subject.draw(2, sum(value))
     # A step kernel's pieces are the whole of the definition.
@@ -233,7 +280,7 @@ def test_pieces_are_the_whole_in_inference_mode(subject, value):
 
 @subjects(lambda s: s.case.packed)
 def test_packed_sequences_are_each_alone_in_inference_mode(subject):
-    lengths = [1, 5, 1, 2]
+    lengths = [1, 5, 0, 1, 2, 0]
     arguments = subject.draw(1, sum(lengths), lengths=lengths)
     with torch.inference_mode():
         checker.packs(
