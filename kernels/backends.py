@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .common.tools import triton_refusal
 from .native import native_refusal, step_refusal
 from .registry import Arguments, Backend, serves_everything
-from .tools import triton_refusal
 
 
 def backends(

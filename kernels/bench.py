@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ..errors import BackendUnavailable, ConfigError, UnknownName
 from .check import call_of, cast, differentiable
+from .common.tools import interpreting
 from .peers import PEERS, Peer, served, times
 from .registry import Case, Draw, Op, get_op, ops
-from .tools import interpreting
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # The reference walks step by step: beyond this it would take most of the time of the whole table.

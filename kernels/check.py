@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailable
+from .common.tools import interpreting
 from .registry import Case, Draw, Op, complex_of, get_op, ops
-from .tools import interpreting
 
 # Relative to the largest element of the true tensor.
 FLOAT32_TOLERANCE = 5e-5

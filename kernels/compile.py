@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailable, UnknownName
+from .common.tools import interpreting, launching_ahead
 from .registry import Case, Draw, get_op, ops
-from .tools import interpreting, launching_ahead
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ from torch import Tensor
 from ...errors import UnsupportedShape
 from ..backends import backends
 from ..common.checks import check_boundaries
+from ..common.tools import triton_refusal
 from ..registry import Case, Draw, Op, register_op
-from ..tools import triton_refusal
 
 # Channels of a head that Triton's kernels take.
 WIDEST = 256

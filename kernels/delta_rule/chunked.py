@@ -9,7 +9,7 @@ starts, which the forward pass keeps; everything within a block it computes agai
 import torch
 from torch import Tensor
 
-from ..gated_linear.chunked_plan import CHUNK, Block, Packing, batch_blocks, saved_states
+from ..common.chunked_plan import CHUNK, Block, Packing, batch_blocks, saved_states
 from ..registry import register_gradients
 from .chunked_block import Blocks
 from .chunked_inputs import Inputs, Sequences

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import native
 from ..common.steps import tasks
-from ..tools import accumulate_dtype, unit_stride
+from ..common.tools import accumulate_dtype, unit_stride
 
 
 def delta_rule_native(

@@ -13,8 +13,8 @@ from ...errors import UnsupportedShape
 from ..backends import backends
 from ..common.checks import check_matrix_recurrence, untouched
 from ..common.steps import one_step
+from ..common.tools import accumulate_dtype
 from ..registry import Case, Draw, Op, register_op
-from ..tools import accumulate_dtype
 
 
 def gated_linear(

@@ -9,10 +9,10 @@ forward pass keeps; everything within a block it computes again.
 import torch
 from torch import Tensor
 
+from ..common.chunked_plan import Block, Packing, batch_blocks, saved_states
 from ..registry import register_gradients
 from .chunked_channel import ChannelForm
 from .chunked_forms import Adjoint, Form
-from .chunked_plan import Block, Packing, batch_blocks, saved_states
 from .chunked_scalar import ScalarForm
 
 # After so many chunks the decays' gradient is taken afresh from the state.

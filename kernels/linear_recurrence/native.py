@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..tools import unit_stride
+from ..common.tools import unit_stride
 from .ops import gradient_shapes, register, shapes
 
 # More tasks than threads, so that no thread waits long for the others; but none narrower than a few vectors, or so

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tools import grid, interpreting, on_device_of, tuned, unit_stride
+from ..common.tools import grid, interpreting, on_device_of, tuned, unit_stride
+from ..common.triton_scan import multiply, scan
 from .ops import gradient_shapes, register, shapes
-from .triton_scan import multiply, scan
 
 # Steps in a tile, as a power of 2.
 LOG_STEPS = 5

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import native
 from ..common.steps import tasks
-from ..tools import unit_stride
+from ..common.tools import unit_stride
 
 
 def mamba2_step_native(

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ...errors import UnknownName, UnsupportedShape
 from ..backends import backends
+from ..common.tools import triton_refusal
 from ..registry import Case, Draw, Op, register_op
-from ..tools import triton_refusal
 
 # Channels of the widest slice that a Triton program holds.
 WIDEST = 8192

@@ -12,8 +12,8 @@ from torch import Tensor
 from ...errors import UnsupportedShape
 from ..backends import backends
 from ..common.checks import check_boundaries, check_state, untouched
+from ..common.tools import accumulate_dtype, triton_refusal
 from ..registry import Case, Draw, Op, register_op
-from ..tools import accumulate_dtype, triton_refusal
 
 # Of one channel, in one Triton program.
 MOST_STATES = 128

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..tools import accumulate_dtype
+from ..common.tools import accumulate_dtype
 from .ops import Gradients, Outputs, by_name, gradient_shapes, register, shapes
 
 # Steps in a block and between saved states.

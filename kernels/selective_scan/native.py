@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..tools import accumulate_dtype, unit_stride
+from ..common.tools import accumulate_dtype, unit_stride
 from .ops import Gradients, Outputs, gradient_shapes, register, shapes
 
 # Steps between the saved states: what a backward task computes again then stays in the second-level cache.

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..linear_recurrence.triton_scan import scan
-from ..tools import accumulate_dtype, grid, interpreting, on_device_of, tuned, unit_stride
+from ..common.tools import accumulate_dtype, grid, interpreting, on_device_of, tuned, unit_stride
+from ..common.triton_scan import scan
 from . import MOST_STATES
 from .ops import Gradients, Outputs, by_name, gradient_shapes, register, shapes
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..tools import accumulate_dtype, unit_stride
+from ..common.tools import accumulate_dtype, unit_stride
 from .ops import Gradients, Outputs, gradient_shapes, register, shapes
 
 # More tasks than threads, so that no thread waits long for the others; but none so small that waking one costs more.

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.tools import accumulate_dtype, chunk_table, grid, launches, on_device_of, tuned, unit_stride
 from ..registry import register_gradients
-from ..tools import accumulate_dtype, chunk_table, grid, launches, on_device_of, tuned, unit_stride
 
 # Steps in a tile.
 STEPS = 64

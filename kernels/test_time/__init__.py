@@ -13,8 +13,8 @@ from torch import Tensor
 from ...errors import UnsupportedShape
 from ..backends import backends
 from ..common.checks import check_boundaries, check_state, untouched
+from ..common.tools import accumulate_dtype
 from ..registry import Case, Draw, Op, register_op
-from ..tools import accumulate_dtype
 from .memory import state_parts, state_size
 
 __all__ = ["state_parts", "state_size", "test_time"]

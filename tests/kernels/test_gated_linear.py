@@ -145,7 +145,7 @@ def test_chunked_serves_packed_sequences(name, lengths, strength):
 @pytest.mark.parametrize("size", [1, 40_000], ids=["many blocks", "few blocks"])
 def test_the_division_into_blocks_changes_nothing(size, monkeypatch):
     # By its name: the attribute gated_linear of omnimix.kernels is the function.
-    monkeypatch.setattr(import_module("omnimix.kernels.gated_linear.chunked_plan"), "BLOCK_BYTES", size)
+    monkeypatch.setattr(import_module("omnimix.kernels.common.chunked_plan"), "BLOCK_BYTES", size)
     for name, lengths in itertools.product(("scalar decay", "decay per channel"), (None, [200, 3, 130, 64])):
         case = next(c for c in get_op("gated_linear").cases() if c.name == name)
         draw = Draw.seeded(3)

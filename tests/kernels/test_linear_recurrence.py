@@ -15,7 +15,7 @@ from ..laws import checker
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from omnimix.kernels.linear_recurrence.triton_scan import scan  # noqa: E402
+from omnimix.kernels.common.triton_scan import scan  # noqa: E402
 
 OP = get_op("linear_recurrence")
 BACKENDS = [b.name for b in OP.backends if b.name != "native" or not native.machine_refusal()]

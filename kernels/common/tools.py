@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedShape
+from ...errors import UnsupportedShape
 
 # Values that change from call to call: a kernel tuned by one of them would be tuned again and again.
 LENGTHS = frozenset({"t", "time", "length", "seqlen", "total", "tokens", "chunks", "rows", "n", "b", "batch"})
