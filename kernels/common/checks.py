@@ -60,11 +60,18 @@ def check_matrix_recurrence(
         raise UnsupportedShape(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be equal and start with v's {(b, t)}")
     if g < 1 or h % g:
         raise UnsupportedShape(f"q: its {g} heads must divide v's {h} heads")
-    # Compared, not looked up in a set: a symbolic size has no hash.
-    if decay is not None and decay.shape not in ((b, t, h), (b, t, h, dk), (h,)):
+    if decay is not None and not (has_shape(decay, h) or has_shape(decay, b, t, h) or has_shape(decay, b, t, h, dk)):
         raise UnsupportedShape(f"decay: shape {tuple(decay.shape)} is none of {(h,)}, {(b, t, h)}, {(b, t, h, dk)}")
     check_boundaries(cu_seqlens, b, t)
     check_state(initial_state, b, cu_seqlens, h, dk, dv)
+
+
+def has_shape(x: Tensor, *sizes: int) -> bool:
+    """Whether x has this shape; a size is only compared with its own, which torch.export takes for a constraint.
+
+    Nor is the shape looked up in a set: a symbolic size has no hash.
+    """
+    return x.ndim == len(sizes) and x.shape == sizes
 
 
 def check_state(initial_state: Tensor | None, batch: int, cu_seqlens: Tensor | None, *sizes: int) -> None:

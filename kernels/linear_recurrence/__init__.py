@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedShape
 from ..backends import backends
-from ..common.checks import check_boundaries, check_state, untouched
+from ..common.checks import check_boundaries, check_state, has_shape, untouched
 from ..registry import Case, Draw, Op, complex_of, register_op
 
 
@@ -49,7 +49,7 @@ def linear_recurrence(
 
 def _check(x, a, initial_state, cu_seqlens) -> None:
     b, t, d = x.shape
-    if a.shape != (d,) and a.shape != (b, t, d):
+    if not has_shape(a, d) and not has_shape(a, b, t, d):
         raise UnsupportedShape(f"a: shape {tuple(a.shape)} is neither {(d,)} nor {(b, t, d)}")
     for name, value in (("a", a), ("initial_state", initial_state)):
         if value is not None and value.is_complex() != x.is_complex():
