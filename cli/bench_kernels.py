@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailable, ConfigError, UnknownName
+from ..kernels.common.tools import interpreting
 from ..kernels.registry import Case, Draw, Op, get_op, ops
-from ..kernels.tools import interpreting
 from ..utils.devices import usable_device, where_on
 from ..utils.options import add_device, add_json, add_threads, set_threads
 from .bench_kernels_peers import PEERS, Peer, served, times

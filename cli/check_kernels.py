@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailable
+from ..kernels.common.tools import interpreting
 from ..kernels.registry import Case, Draw, Op, complex_of, get_op, ops
-from ..kernels.tools import interpreting
 from ..utils.devices import usable_device
 from ..utils.options import add_device, add_json
 
@@ -167,6 +167,12 @@ def call_of(op: Op, backend: str) -> Callable[..., Any]:
     return call
 
 
+def is_for(op: Op, backend: str, arguments: dict[str, Any], *, backward: bool = True) -> bool:
+    """Whether a backend is for such a call, with the gradients of all floating-point arguments or without any."""
+    leaves = {name: arguments[name].detach().requires_grad_(backward) for name in differentiable(arguments)}
+    return op.backend(backend).limits(op.complete(arguments | leaves)) is None
+
+
 def _calls(case: Case, device: torch.device) -> Iterator[tuple[str, dict[str, Any]]]:
     """The calls by which a case is checked, in float64, with their names."""
     draw = Draw.seeded(3, device=device)
@@ -198,9 +204,11 @@ def _truths(op: Op, case: Case, device: torch.device) -> list[_Truth]:
     return made
 
 
-def _compare(call: Callable[..., Any], truth: _Truth, dtype: torch.dtype) -> tuple[float, float, list[str]]:
+def _compare(
+    call: Callable[..., Any], truth: _Truth, dtype: torch.dtype, backward: bool
+) -> tuple[float, float, list[str]]:
     """The relative errors of the outputs and of the worst gradient, and the names of the tensors that are wrong."""
-    found = results(call, cast(truth.arguments, dtype)).named()
+    found = results(call, cast(truth.arguments, dtype), backward=backward).named()
     true, plain = truth.results[torch.float64].named(), truth.results[dtype].named()
     errors = {name: error(x, plain[name]) for name, x in found.items()}
     if dtype == torch.bfloat16:
@@ -217,7 +225,12 @@ def _check(op: Op, case: Case, backend: str, dtype: torch.dtype, truths: list[_T
     row: dict[str, Any] = {"op": op.name, "case": case.name, "backend": backend, "dtype": str(dtype)[6:]}
     start = time.perf_counter()
     try:
-        compared = [_compare(call_of(op, backend), truth, dtype) for truth in truths]
+        # A backend for single steps without gradients is checked on these.
+        backward = any(is_for(op, backend, cast(truth.arguments, dtype)) for truth in truths)
+        own = [t for t in truths if is_for(op, backend, cast(t.arguments, dtype), backward=backward)]
+        if not own:
+            return row | {"output": None, "gradient": None, "verdict": "refused: not for these calls", "seconds": 0.0}
+        compared = [_compare(call_of(op, backend), truth, dtype, backward) for truth in own]
     except BackendUnavailable as refusal:
         return row | {"output": None, "gradient": None, "verdict": f"refused: {refusal}", "seconds": 0.0}
     except _kernel_failures() as failure:
@@ -228,7 +241,7 @@ def _check(op: Op, case: Case, backend: str, dtype: torch.dtype, truths: list[_T
     names = [name for some in wrong for name in some]
     return row | {
         "output": max(outputs),
-        "gradient": max(gradients),
+        "gradient": max(gradients) if backward else None,
         "verdict": f"FAIL: {', '.join(names)}" if names else "ok",
         "seconds": time.perf_counter() - start,
     }

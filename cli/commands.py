@@ -153,19 +153,34 @@ def device_rows() -> list[dict[str, str]]:
 
 
 def kernel_rows() -> list[dict[str, str]]:
-    """For every op and device: the backend that `auto` takes for a small float32 call, and why it and no other."""
-    rows = []
+    """For every op and device: the backend that `auto` takes for a small float32 call, and why it and no other.
+
+    Where a decoding step (one token, no gradients) takes another one, that has a row of its own.
+    """
+    rows: dict[str, dict[str, str]] = {}
     for device in devices():
-        backends = explanations(device)
-        for chosen in (row for row in backends if row["auto"] == "chosen"):
-            refused = [r for r in backends if r["op"] == chosen["op"] and r["auto"] == "no"]
-            why = "; ".join([chosen["why"], *(f"{r['backend']}: {r['why']}" for r in refused)])
-            rows.append({"item": f"{chosen['op']} on {device}", "value": chosen["backend"], "note": why})
-    return rows
+        calls = {"": explanations(device, grad=True), ", one token": explanations(device, tokens=1)}
+        for name, backends in calls.items():
+            for chosen in (row for row in backends if row["auto"] == "chosen"):
+                refused = [r for r in backends if r["op"] == chosen["op"] and r["auto"] == "no"]
+                why = "; ".join([chosen["why"], *(f"{r['backend']}: {r['why']}" for r in refused)])
+                item = f"{chosen['op']} on {device}"
+                if item not in rows or chosen["backend"] != rows[item]["value"]:
+                    rows[item + name] = {"item": item + name, "value": chosen["backend"], "note": why}
+    return list(rows.values())
 
 
-def explanations(device: str, op: str | None = None) -> list[dict[str, str]]:
+def explanations(
+    device: str, op: str | None = None, *, tokens: int = 16, batch: int = 1, grad: bool = False
+) -> list[dict[str, str]]:
     """One row a backend of one op or of all, for the op's first case on `device`.
+
+    Args:
+        device: "cpu", "cuda", ...
+        op: its name; None for all ops.
+        tokens: length of the sequences.
+        batch: their number.
+        grad: whether gradients are asked for, as in training.
 
     Raises:
         UnknownName: no such op.
@@ -173,18 +188,33 @@ def explanations(device: str, op: str | None = None) -> list[dict[str, str]]:
     import torch
 
     from ..kernels import Draw, get_op, ops
+    from .check_kernels import differentiable
 
     rows = []
     for entry in ops() if op is None else [get_op(op)]:
-        arguments = entry.cases()[0].make(Draw.seeded(device=device, dtype=torch.float32), 1, 16)
-        rows += entry.explain(arguments)
+        arguments = entry.cases()[0].make(Draw.seeded(device=device, dtype=torch.float32), batch, tokens)
+        for name in differentiable(arguments):
+            arguments[name].requires_grad_(grad)
+        with torch.set_grad_enabled(grad):
+            rows += entry.explain(arguments)
     return rows
+
+
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
 
 
 def explain(argv: list[str]) -> None:
     parser = _parser("kernels explain", "Which backend serves an op on a device, and why (not) each other one.")
     parser.add_argument("op", nargs="?", help="the op; all of them where it is left out")
     add_device(parser, default=devices()[0])
+    parser.add_argument("--tokens", type=_count, default=16, help="length of the sequences (1: a decoding step)")
+    parser.add_argument("--batch", type=_count, default=1, help="number of sequences")
+    parser.add_argument("--grad", action="store_true", help="with gradients, as in training")
     options = parser.parse_args(argv)
     usable_device(options.device)
-    emit(f"backends on {options.device}", explanations(options.device, options.op), options.json)
+    rows = explanations(options.device, options.op, tokens=options.tokens, batch=options.batch, grad=options.grad)
+    call = f"batch {options.batch}, length {options.tokens}, {'with' if options.grad else 'without'} gradients"
+    emit(f"backends on {options.device}: {call}", rows, options.json)

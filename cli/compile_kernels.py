@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailable, UnknownName
+from ..kernels.common.tools import interpreting, launching_ahead
 from ..kernels.registry import Case, Draw, get_op, ops
-from ..kernels.tools import interpreting, launching_ahead
 from ..utils.options import add_json
 
 

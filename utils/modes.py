@@ -31,9 +31,12 @@ def outliving_modes() -> Iterator[None]:
         yield
 
 
+def autocast_enabled(device: str) -> bool:
+    """Whether autocast is on for a device type; it is not where torch has none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def own_precision(device: str) -> contextlib.AbstractContextManager[Any]:
     """Switches off autocast, which would round the factors of single products inside an algorithm that decides on its
     precision itself."""
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False) if autocast_enabled(device) else contextlib.nullcontext()

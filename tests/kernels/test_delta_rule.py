@@ -144,11 +144,6 @@ def test_shapes_that_do_not_fit_are_named(change: dict, message: str):
         delta_rule(**draw_inputs() | change)
 
 
-def test_an_empty_sequence_is_refused():
-    with pytest.raises(UnsupportedShape, match="t = 0"):
-        delta_rule(**{name: t[:, :0] for name, t in draw_inputs().items()})
-
-
 def test_forms_do_not_mix():
     x = draw_inputs()
     key = x["k"]

@@ -1,16 +1,15 @@
-"""One step of the recurrence, as decoding takes it: in C++ (native.cpp) where it may be called at once."""
+"""One step of the recurrence in C++ (native.cpp), as decoding takes it on CPUs."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from .. import native
-from ..gated_linear.step import tasks
-from ..tools import accumulate_dtype, unit_stride
-from .reference import delta_rule_reference
+from ..common.steps import tasks
+from ..common.tools import accumulate_dtype, unit_stride
 
 
-def delta_rule_step(
+def delta_rule_native(
     *,
     q: Tensor,
     k: Tensor,
@@ -22,23 +21,9 @@ def delta_rule_step(
     b: Tensor | None,
     scale: float,
     initial_state: Tensor | None,
+    cu_seqlens: None,
 ) -> tuple[Tensor, Tensor]:
-    """`delta_rule` for t = 1, without packed sequences."""
-    given = (q, k, v, beta, decay, removal, a, b)
-    if not native.direct("delta_rule", *given, initial_state):
-        return delta_rule_reference(
-            q=q,
-            k=k,
-            v=v,
-            beta=beta,
-            decay=decay,
-            removal=removal,
-            a=a,
-            b=b,
-            scale=scale,
-            initial_state=initial_state,
-            cu_seqlens=None,
-        )
+    """See `omnimix.kernels.delta_rule`; t = 1."""
     (n, _, h, dv), (g, dk) = v.shape, q.shape[2:]
     dtype = accumulate_dtype(v.dtype)
     output, final = v.new_empty(n, 1, h, dv, dtype=dtype), v.new_empty(n, h, dk, dv, dtype=dtype)

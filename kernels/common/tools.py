@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedShape
+from ...errors import UnsupportedShape
 
 # Values that change from call to call: a kernel tuned by one of them would be tuned again and again.
 LENGTHS = frozenset({"t", "time", "length", "seqlen", "total", "tokens", "chunks", "rows", "n", "b", "batch"})
@@ -141,42 +141,6 @@ def tile(size: int, largest: int = 128) -> int:
 def unit_stride(x: Tensor) -> Tensor:
     """`x` with neighbouring elements in its last dimension, as our kernels read them; copied where it is not so."""
     return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
-
-
-def check_matrix_recurrence(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:
-    """What `gated_linear` and `delta_rule` ask of the arguments that they share; raises UnsupportedShape."""
-    b, t, h, dv = v.shape
-    g, dk = q.shape[2:]
-    if q.shape != k.shape or q.shape[:2] != (b, t):
-        raise UnsupportedShape(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be equal and start with v's {(b, t)}")
-    if t < 1:
-        raise UnsupportedShape("v: the sequence is empty (t = 0); pass at least one step")
-    if g < 1 or h % g:
-        raise UnsupportedShape(f"q: its {g} heads must divide v's {h} heads")
-    if decay is not None and tuple(decay.shape) not in {(h,), (b, t, h), (b, t, h, dk)}:
-        raise UnsupportedShape(f"decay: shape {tuple(decay.shape)} is none of {(h,)}, {(b, t, h)}, {(b, t, h, dk)}")
-    if cu_seqlens is not None and b != 1:
-        raise UnsupportedShape(f"cu_seqlens: packed sequences need batch 1, not {b}")
-    n = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if initial_state is not None and tuple(initial_state.shape) != (n, h, dk, dv):
-        raise UnsupportedShape(f"initial_state: shape {tuple(initial_state.shape)} is not {(n, h, dk, dv)}")
-
-
-def or_one_step(backend: Callable[..., Any], definition: Callable[..., Any]) -> Callable[..., Any]:
-    """A recurrence's `backend`, except for calls of one step: these are quicker as the definition has them."""
-
-    def function(**arguments: Any) -> Any:
-        single = arguments["x"].shape[1] == 1 and arguments["cu_seqlens"] is None
-        return (definition if single else backend)(**arguments)
-
-    return function
 
 
 def grid(*sizes: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""How the chunked backend walks through time: chunks, blocks of chunks, packed sequences, scratch memory.
+"""How chunked backends walk through time: chunks, blocks of chunks, packed sequences, scratch memory.
 
 A *chunk* is a run of steps of one sequence that is handled by matrix products. A *block* is a set of chunks that are
 handled together because their working set fits into the cache: consecutive chunks of a few sequences.
@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import SymInt, Tensor
@@ -17,6 +18,8 @@ from torch import SymInt, Tensor
 CHUNK = 64
 # Aimed at: the operands of one block, in bytes. Measured: smaller blocks pay for calls, larger ones for cache misses.
 BLOCK_BYTES = 3 << 19
+# How steep decays of a chunk may be that is factorised: e^50 leaves float32 a factor of 1e16 for the values.
+FACTORISE = 50.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,3 +175,9 @@ class Scratch:
                 memory = self._memory[name] = torch.empty(size, **self._options)
             view = self._views[name, shape] = memory[:size].view(shape)
         return view
+
+
+@lru_cache(maxsize=16)
+def reversed_sum(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """U with (U x)_i = Σ_{j>=i} x_j."""
+    return torch.ones(size, size, dtype=dtype, device=device).triu()
