@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..errors import ConfigError, UnknownName, UnsupportedCall
-from ..kernels.registry import constant_in_graphs, outliving_modes
+from ..utils.modes import constant_in_graphs, outliving_modes
 from .context import Context
 from .layout import Layout
 from .state import State

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...kernels import long_conv, short_conv
-from ...kernels.registry import own_precision
+from ...utils.modes import own_precision
 from ..config import MixerConfig, Site, positive
 from ..context import Context
 from ..parameters import mark

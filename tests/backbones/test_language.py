@@ -10,8 +10,8 @@ from omnimix.backbones import BackboneConfig
 from omnimix.backbones.heads.causal import CausalConfig
 from omnimix.backbones.language import LanguageModel, LanguageModelConfig
 from omnimix.backbones.mixers import get_mixer
+from omnimix.cli.check_kernels import error, results
 from omnimix.errors import UnsupportedCall, UnsupportedShape
-from omnimix.kernels.check import error, results
 from omnimix.modalities import load_model, save_model
 
 VOCABULARY = 23

@@ -15,8 +15,8 @@ from omnimix.backbones.ffn.moe import MoEConfig
 from omnimix.backbones.heads.causal import CausalConfig
 from omnimix.errors import CheckpointError, UnsupportedCall, UnsupportedShape
 from omnimix.modalities import save_model
-from omnimix.modalities.chat import TURN
-from omnimix.modalities.text import ByteTokenizer, train_bpe
+from omnimix.modalities.text.chat import TURN
+from omnimix.modalities.text.tokenizer import ByteTokenizer, train_bpe
 
 transformers = pytest.importorskip("transformers")
 # Before anything of transformers is used: pytest has put our folder `kernels` on the path.

@@ -117,7 +117,7 @@ def floating(state: State | None) -> list[Tensor]:
 
 
 def arguments(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Everything that a call depends on, for `omnimix.kernels.check.results`."""
+    """Everything that a call depends on, for `omnimix.cli.check_kernels.results`."""
     return {"x": x} | dict(module.named_parameters())
 
 

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from omnimix import kernels
 from omnimix.backbones import Layout, list_mixers
 from omnimix.backbones.scan import SCANS
+from omnimix.cli.check_kernels import error, low_precision_excess, results
 from omnimix.errors import UnsupportedCall, UnsupportedShape
-from omnimix.kernels.check import error, low_precision_excess, results
 
 from .checker import assert_equal
 from .subjects import (

@@ -25,7 +25,7 @@ from omnimix.modalities import (
     model_config,
     save_model,
 )
-from omnimix.modalities.audio_models import AUDIO_MODELS
+from omnimix.modalities.audio.model import AUDIO_MODELS
 
 # Short enough to be quick, long enough for every part of every mixer.
 SMALL = {"classes": 3, "dim": 16, "depth": 2, "bins": 16, "patch": 4, "seconds": 0.5, "rate": 8000}

@@ -14,8 +14,8 @@ from omnimix.backbones.decoding import DiffusionConfig, GenerationConfig, genera
 from omnimix.backbones.heads import list_objectives
 from omnimix.errors import CheckpointError, ConfigError, UnsupportedCall
 from omnimix.modalities import create_model, save_model
-from omnimix.modalities.generation import StopStrings
-from omnimix.modalities.text import ByteTokenizer
+from omnimix.modalities.text.text_generator import StopStrings
+from omnimix.modalities.text.tokenizer import ByteTokenizer
 
 CHATML = ("<|im_start|>", "<|im_end|>")
 

@@ -22,9 +22,9 @@ from omnimix.modalities import (
     save_model,
     video_classifier,
 )
-from omnimix.modalities.grid import resize_table
-from omnimix.modalities.reduction import average_cells, merge_tokens
-from omnimix.modalities.video import sinusoids
+from omnimix.modalities.common.grid import resize_table
+from omnimix.modalities.video.reduction import average_cells, merge_tokens
+from omnimix.modalities.video.tokenizer import sinusoids
 
 SMALL = {"dim": 16, "depth": 2, "classes": 3, "size": (4, 16, 16), "tubelet": (2, 8, 8)}
 

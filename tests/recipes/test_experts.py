@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from omnimix.backbones.ffn import expert_loads
 from omnimix.backbones.ffn.moe import MoEConfig
 from omnimix.modalities import ImageClassifier
-from omnimix.recipes.vision_classification import DigitsData, VisionClassification, VisionTrainingConfig
+from omnimix.recipes.vision.recipe import DigitsData, VisionClassification, VisionTrainingConfig
 
 
 def recipe(**options):
