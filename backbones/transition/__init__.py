@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import merge, skip  # noqa: F401
 from .base import TRANSITIONS, Transition
 
 
