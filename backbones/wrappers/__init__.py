@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import parallel  # noqa: F401
+from . import fold, parallel  # noqa: F401
 from .base import WRAPPERS
 
 
