@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import fold, parallel  # noqa: F401
+from . import fold, mixture_of_depths, parallel  # noqa: F401
 from .base import WRAPPERS
 
 
