@@ -66,7 +66,7 @@ def native_refusal(op: str) -> Callable[[Mapping[str, Any]], str | None]:
 
 def step_refusal(op: str) -> Callable[[Mapping[str, Any]], str | None]:
     """The `refuse` of a native backend whose `limits` are `direct_limits`, which have seen to devices."""
-    return lambda arguments: _failure(op)
+    return lambda arguments: None if op in _libraries else _failure(op)
 
 
 @constant_in_graphs

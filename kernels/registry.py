@@ -231,7 +231,7 @@ class Op:
         """
         if backend != "auto":
             return self._named(self.backend(backend), arguments)
-        if (used := self._used(arguments)) is not None:
+        if _using.get() is not None and (used := self._used(arguments)) is not None:
             return self._named(used, arguments)
         passed: list[str] = []
         for candidate in self.backends:
@@ -270,12 +270,9 @@ class Op:
 
     def dispatch(self, backend: str, **arguments: Any) -> Any:
         device = device_of(arguments)
-        if self.follows_autocast or not _autocast(device):
-            return self._serve(backend, arguments, device)
-        with torch.autocast(device, enabled=False):
-            return self._serve(backend, arguments, device)
-
-    def _serve(self, backend: str, arguments: Arguments, device: str) -> Any:
+        if not self.follows_autocast and _autocast(device):
+            with torch.autocast(device, enabled=False):
+                return self.dispatch(backend, **arguments)
         chosen = self.choose(backend, arguments, device)
         if self.empty is not None and (nothing := self.empty(arguments)) is not None:
             return _connected(nothing, arguments)
