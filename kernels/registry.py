@@ -332,8 +332,7 @@ def _connected(outputs: Any, arguments: Arguments) -> Any:
     """The outputs of a call without tokens, from which zeros flow back into every argument that asks for a gradient."""
     if not torch.is_grad_enabled():
         return outputs
-    leaves = [a for a in arguments.values() if isinstance(a, Tensor) and a.requires_grad]
-    nothing = [leaf.flatten()[:0].sum() for leaf in leaves]
+    nothing = [a.flatten()[:0].sum() for a in arguments.values() if isinstance(a, Tensor) and a.requires_grad]
 
     def join(output: Tensor) -> Tensor:
         for zero in nothing:
