@@ -14,7 +14,7 @@ from ...utils.modes import constant_in_graphs, outliving_modes
 from ..config import MixerConfig, Site, configured
 from ..context import Context
 from ..layer import Capabilities, Output, SequenceLayer
-from ..layout import Grid, Layout
+from ..layout import Grid, Layout, offsets
 from ..registry import build_part
 from ..state import State
 from .base import WrapperConfig, register_wrapper
@@ -103,7 +103,7 @@ class Fold(SequenceLayer):
             out = self.inner(folded.reshape(-1, size, x.shape[-1]), inner)
         else:
             # Groups of different sizes are packed sequences, row after row of the batch.
-            borders = torch.tensor([0, *lengths * x.shape[0]], device=x.device).cumsum(0)
+            borders = offsets(torch.tensor(lengths, device=x.device).repeat(x.shape[0]))
             out = self.inner(folded.reshape(1, -1, x.shape[-1]), Context(Layout(causal=False, cu_seqlens=borders)))
         return Output(out.y.reshape(x.shape).index_select(1, inverse), losses=out.losses)
 

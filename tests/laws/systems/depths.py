@@ -37,6 +37,6 @@ def tokens_that_are_not_chosen_stay(net: Backbone) -> None:
 
 
 SYSTEMS = {
-    "mixture_of_depths": System(config=CONFIG, checks=(tokens_that_are_not_chosen_stay,)),
+    "mixture_of_depths": System(config=CONFIG, compiles=False, checks=(tokens_that_are_not_chosen_stay,)),
     "mixture_of_depths_in_training": System(config=CONFIG, train=True),
 }
