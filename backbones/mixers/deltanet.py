@@ -14,6 +14,7 @@ from ..linear import Linear
 from ..norm import RMSNorm
 from ..state import State
 from .base import ScanMixer, heads_for
+from .reference.deltanet import reference
 from .registry import register_mixer
 
 
@@ -111,6 +112,7 @@ class DeltaMixer(ScanMixer):
     summary="linear attention that replaces what its state holds for a key",
     source="arXiv 2406.06484",
     examples=(DeltaNetConfig(heads=2), DeltaNetConfig(heads=4, conv_size=1, negative=True)),
+    reference=reference,
 )
 class DeltaNet(DeltaMixer):
     """S_t = (I − β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ with unit q and k, β_t = σ(w x_t); normalised by head."""

@@ -15,6 +15,7 @@ from ..norm import RMSNorm
 from ..parameters import mark
 from .base import heads_for
 from .deltanet import DeltaDirection, DeltaMixer
+from .reference.gated_deltanet import reference
 from .registry import register_mixer
 
 
@@ -78,6 +79,7 @@ class _Direction(DeltaDirection):
     summary="the delta rule with a scalar decay per head that depends on the input",
     source="arXiv 2412.06464",
     examples=(GatedDeltaNetConfig(heads=2), GatedDeltaNetConfig(heads=4, conv_size=2, negative=True)),
+    reference=reference,
 )
 class GatedDeltaNet(DeltaMixer):
     """S_t = α_t (I − β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ, α_t as in Mamba-2; normalised by head, with a swish gate."""

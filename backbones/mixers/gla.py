@@ -14,6 +14,7 @@ from ..linear import Linear
 from ..norm import RMSNorm
 from ..state import State
 from .base import ScanMixer, heads_for
+from .reference.gla import reference
 from .registry import register_mixer
 
 
@@ -75,6 +76,7 @@ class _Direction(nn.Module):
     summary="linear attention with a gate per channel",
     source="arXiv 2312.06635",
     examples=(GLAConfig(heads=2),),
+    reference=reference,
 )
 class GLA(ScanMixer):
     """S_t = diag(α_t) S_{t-1} + k_t v_tᵀ with α_t = σ(W x_t)^(1/16); normalised by head, with a swish output gate.

@@ -18,6 +18,7 @@ from ..layer import Capabilities, Output
 from ..layout import Layout, repack, unpack
 from ..state import State
 from .base import Mixer, heads_for
+from .reference.linear import reference
 from .registry import register_mixer
 
 
@@ -47,6 +48,7 @@ class LinearConfig(MixerConfig):
     summary="linear attention, normalised, φ = elu + 1 or ReLU",
     source="arXiv 2006.16236",
     examples=(LinearConfig(heads=4), LinearConfig(heads=2, feature_map="relu")),
+    reference=reference,
 )
 class Linear(Mixer):
     """φ(q)ᵀ Σ φ(k) vᵀ / φ(q)ᵀ Σ φ(k); bidirectional, the sums run over the whole sequence, under blocks to a

@@ -15,6 +15,7 @@ from ..parameters import mark
 from ..state import State
 from .base import ScanMixer, heads_for
 from .deltanet import unit
+from .reference.rwkv7 import reference
 from .registry import register_mixer
 
 # Decays are exp(-e^{-1/2} σ(·)): at least 0.545 a step.
@@ -119,6 +120,7 @@ class _Direction(nn.Module):
     summary="the delta rule with a decay and a learning rate per channel, and token shift",
     source="arXiv 2503.14456",
     examples=(RWKV7Config(heads=2, decay_rank=4, rate_rank=3, gate_rank=5), RWKV7Config(heads=4)),
+    reference=reference,
 )
 class RWKV7(ScanMixer):
     """S_t = diag(w_t) S_{t-1} − (a_t ⊙ κ̂_t)(κ̂_tᵀ S_{t-1}) + k̃_t v_tᵀ (eq. 16-17, transposed), read by r_t.

@@ -52,10 +52,17 @@ class Alone(nn.Module):
 
 @dataclass(frozen=True)
 class Subject:
-    """Something that mixes: a layer or a backbone, with random parameters and one calling convention."""
+    """Something that mixes: a layer or a backbone, with random parameters and one calling convention.
+
+    Args:
+        name: for messages and `-k`.
+        build: the layer, as published.
+        mixer: the registered name, where the layer is a mixer.
+    """
 
     name: str
     build: Callable[[], SequenceLayer]
+    mixer: str | None = None
 
     def module(self, dtype: torch.dtype = torch.float64) -> Alone:
         torch.manual_seed(1)
@@ -82,10 +89,20 @@ def _hybrid(pattern: tuple[str, ...], scan: str) -> Callable[[], SequenceLayer]:
 HYBRIDS = (("gla", "gla", "attention"), ("attention+gla",))
 
 
+def mixer_subjects(scan: str = "forward", layers: tuple[int, ...] = (0, DEPTH - 1)) -> list[Subject]:
+    """Every mixer in every example configuration, in each of these layers of `DEPTH`."""
+    return [
+        Subject(f"{name}-{i}-layer-{layer}", _mixer(name, config, scan, layer), name)
+        for name in list_mixers()
+        for i, config in enumerate(get_mixer(name).examples)
+        for layer in layers
+    ]
+
+
 def subjects(scan: str = "forward") -> list[Subject]:
     """Every mixer in every example configuration, in the first or the last layer by turns, and the hybrids."""
     alone = [
-        Subject(f"{name}-{i}", _mixer(name, config, scan, layer=i % 2 * (DEPTH - 1)))
+        Subject(f"{name}-{i}", _mixer(name, config, scan, layer=i % 2 * (DEPTH - 1)), name)
         for name in list_mixers()
         for i, config in enumerate(get_mixer(name).examples)
     ]

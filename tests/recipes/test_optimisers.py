@@ -14,9 +14,7 @@ from omnimix.recipes.training import TrainingConfig
 
 
 def model() -> LanguageModel:
-    backbone = BackboneConfig(
-        dim=16, depth=2, pattern=["mamba2", "attention"], ffn=MoEConfig(experts=2)
-    )
+    backbone = BackboneConfig(dim=16, depth=2, pattern=["mamba2", "attention"], ffn=MoEConfig(experts=2))
     return LanguageModel(LanguageModelConfig(backbone=backbone, vocabulary=11, tie=False))
 
 
