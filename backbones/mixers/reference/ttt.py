@@ -17,7 +17,8 @@ def reference(mixer: nn.Module, x: Tensor, causal: bool) -> Tensor:
     section 3.1): S_t = η_t S_{t−1} − θ_t ∇ℓ, W_t = (1 − α_t) W_{t−1} + S_t. Norm by head, times silu(x W), projected.
 
     ℓ is ½ |f(k) − v|², where the paper has no ½. As in the published code, q and k have rotary positions that count
-    within the mini-batch. Here they have unit length as well, and η is not divided by the head's size. α is 1 − σ(·)^(1/16).
+    within the mini-batch. Here they have unit length as well, and η is not divided by the head's size; α is
+    1 − σ(·)^(1/16).
     """
     *qkv, gate = affine(x, mixer.in_proj).chunk(4, dim=-1)
     mixed = directions(mixer, (x, *qkv), causal, _run)
