@@ -15,7 +15,7 @@ from omnimix.backbones import Layout, list_mixers
 from omnimix.backbones.mixers import get_mixer, parts
 
 from .reached import lines_of_functions, lines_reached, ranges
-from .subjects import CAUSAL, Alone, capability, mixer_subjects, tokens
+from .subjects import CAUSAL, Alone, capability, subjects, tokens
 
 BORDERS = torch.tensor([0, 1, 6, 9], dtype=torch.int32)
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ def run_everything(name: str) -> None:
     for config in get_mixer(name).examples:
         dataclasses.replace(config)
     for scan in ("forward", "both"):
-        for subject in mixer_subjects(scan):
+        for subject in subjects(scan):
             if subject.mixer != name:
                 continue
             module = Alone(subject.build()).double()
@@ -47,7 +47,7 @@ def run_everything(name: str) -> None:
 
 
 def _layouts(module: Alone) -> Iterator[tuple[Layout, Tensor]]:
-    blocks = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2]])
+    blocks = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 5]])
     if capability(module, "causal"):
         yield CAUSAL, tokens(2, 9)
         yield CAUSAL, tokens(2, 1)
