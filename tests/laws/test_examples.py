@@ -39,7 +39,9 @@ def run_everything(name: str) -> None:
                 with torch.inference_mode():
                     y, state = module(x, layout)
                     if layout is CAUSAL and capability(module, "streaming"):
-                        for token in x[:, :2].split(1, dim=1):
+                        for token in x[:, :3].split(1, dim=1):
+                            # A second continuation of the same state.
+                            module(token, layout, state)
                             _, state = module(token, layout, state)
             if capability(module, "causal"):
                 module(tokens(2, 0), CAUSAL, module.init_state(2, device=torch.device("cpu"), dtype=torch.float64))
