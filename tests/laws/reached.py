@@ -12,8 +12,8 @@ from typing import Any
 
 
 def lines_of_functions(path: Path) -> set[int]:
-    """The lines of function bodies that hold instructions, but for `raise` statements, abstract methods, and what is for
-    torch.compile only, which does not trace line by line."""
+    """The lines of function bodies that hold instructions, but for `raise` statements, abstract methods, and what is
+    for torch.compile only, which does not run line by line."""
     source = path.read_text(encoding="utf-8")
     tree = ast.parse(source)
     left_out: set[int] = set()
