@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+from .utils.version import __version__ as __version__
 
 # Public name -> the module that defines it. Nothing is imported before it is asked for, so that `import omnimix` and
 # `omnimix --help` cost nothing.
@@ -25,7 +25,7 @@ _LAZY = {
     "convert": ".backbones.convert",
     "diffuse": ".backbones.decoding",
     "generate": ".backbones.decoding",
-    "TextGenerator": ".modalities.generation",
+    "TextGenerator": ".modalities.text.text_generator",
     "list_mixers": ".backbones",
     "list_models": ".modalities",
     "create_model": ".modalities",
@@ -55,10 +55,10 @@ _MODULES = {
     "errors": ".errors",
     "kernels": ".kernels",
     "modalities": ".modalities",
-    "timm_models": ".backbones.interop.timm",
+    "timm_models": ".interop.timm",
 }
 # These need an extra; they are left out of __all__, so that `from omnimix import *` works without.
-_EXTRAS = {"huggingface": ".backbones.interop.huggingface"}
+_EXTRAS = {"huggingface": ".interop.huggingface"}
 
 __all__ = [*_LAZY, *_MODULES]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import ConfigError, UnsupportedCall, UnsupportedShape
 from .block import Block, added
 from .config import BackboneConfig, Site, StageConfig
-from .context import Context
+from .context import Context, Memory, Shared, as_memory
 from .layer import Capabilities, Output, SequenceLayer
 from .layout import Layout
 from .norm import RMSNorm
@@ -129,7 +130,8 @@ class Backbone(SequenceLayer):
             x: tokens; none (t = 0) is legal.
             context: what is known of them.
             state: of the call before.
-            taps: layers whose outputs are wanted in `shared`, before the last norm: "blocks.3", "stages.1".
+            taps: layers whose outputs are wanted in `shared`, before the last norm: "blocks.3", a tensor (b, t, d), or
+                "stages.1", a `Memory` with the tokens "x" and their layout.
             depth: stop after so many blocks.
 
         Returns:
@@ -140,54 +142,30 @@ class Backbone(SequenceLayer):
             UnsupportedShape: `x` does not have this width, or does not fit the context or the state.
             UnsupportedCall: the layout asks a layer for what it does not declare, or the context lacks an input.
         """
-        context = self._entered(x, Context.of(context), state)
-        entrance, wanted, tokens = context, self._published | set(taps), x
-        states, losses, shared = {}, {}, {}
-
-        def publish(name: str, value: Tensor) -> None:
-            nonlocal context
-            if name in wanted:
-                shared[name] = value
-                context = context.with_shared({name: value})
-
-        def run(name: str, layer: SequenceLayer, stream: Tensor) -> Tensor:
-            nonlocal context, losses
-            before = None if state is None else state.get(name)
-            if self.checkpointing and torch.is_grad_enabled():
-                out = checkpoint(layer, stream, context, before, use_reentrant=False)
-            else:
-                out = layer(stream, context, before)
-            if out.state is not None:
-                states[name] = out.state
-            if out.losses:
-                losses = added(losses, out.losses)
-            if out.context is not None:
-                context = out.context
-            if out.shared:
-                shared.update(out.shared)
-                context = context.with_shared(out.shared)
-            return out.y
-
-        publish("input", x)
+        entered = self._entered(x, Context.of(context), state)
+        run = _Pass(entered, state, self._published | set(taps), self.checkpointing and torch.is_grad_enabled())
+        tokens = x
+        run.publish("input", lambda: tokens)
         for i, transition, blocks in self._sections():
             if depth is not None and blocks.start >= depth:
                 break
             if transition is not None:
                 x = run(f"transitions.{i}", transition, x)
             x = self.blocks[blocks.start].first.open(x)
-            for j in blocks[: None if depth is None else max(0, depth - blocks.start)]:
-                x = run(f"blocks.{j}", self.blocks[j], x)
-                publish(f"blocks.{j}", x)
-            x = self.blocks[blocks.stop - 1].last.close(x)
-            publish(f"stages.{i}", x)
-        x = self.norm(x)
+            last = blocks.start
+            for last in blocks[: None if depth is None else depth - blocks.start]:
+                x = run(f"blocks.{last}", self.blocks[last], x)
+                run.publish(f"blocks.{last}", partial(self.blocks[last].last.close, x))
+            x = self.blocks[last].last.close(x)
+            run.publish(f"stages.{i}", partial(as_memory, x, run.context))
+        x, context = self.norm(x), run.context
         if context.keep is not None:
             x, context = context.take(context.keep, x)
         after = None
-        if entrance.layout.causal:
-            read = entrance.layout.lengths(tokens)
-            after = State({"read": read if state is None else state["read"] + read, **states})
-        return Output(x, after, losses, shared, None if context is entrance else context)
+        if entered.layout.causal:
+            read = entered.layout.lengths(tokens)
+            after = State({"read": read if state is None else state["read"] + read, **run.states})
+        return Output(x, after, run.losses, run.shared, None if context is entered else context)
 
     def _entered(self, x: Tensor, context: Context, state: State | None) -> Context:
         """The context, checked, with positions where a layer reads them."""
@@ -214,6 +192,8 @@ class Backbone(SequenceLayer):
     ) -> State:
         """The state before the first token."""
         device = torch.device(device)
+        if any(transition.primes for transition in self.transitions.values()):
+            return self(torch.zeros(batch, 0, self.config.dim, device=device, dtype=dtype), Layout()).state
         states = {"read": torch.zeros(batch, device=device, dtype=torch.int64)}
         for i, transition, blocks in self._sections():
             named = [] if transition is None else [(f"transitions.{i}", transition)]
@@ -226,3 +206,38 @@ class Backbone(SequenceLayer):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the blocks' inputs for the backward pass, and compute the rest again there."""
         self.checkpointing = enable
+
+
+class _Pass:
+    """One pass through a backbone: what its layers have returned so far, and the context of the next one."""
+
+    def __init__(self, context: Context, before: State | None, wanted: frozenset[str], checkpointing: bool):
+        self.context, self.before, self.wanted, self.checkpointing = context, before, wanted, checkpointing
+        self.states: dict[str, State] = {}
+        self.losses: dict[str, Tensor] = {}
+        self.shared: Shared = {}
+
+    def __call__(self, name: str, layer: SequenceLayer, x: Tensor) -> Tensor:
+        before = None if self.before is None else self.before.get(name)
+        if self.checkpointing:
+            out = checkpoint(layer, x, self.context, before, use_reentrant=False)
+        else:
+            out = layer(x, self.context, before)
+        if out.state is not None:
+            self.states[name] = out.state
+        if out.losses:
+            self.losses = added(self.losses, out.losses)
+        if out.context is not None:
+            self.context = out.context
+        if out.shared:
+            self._share(out.shared)
+        return out.y
+
+    def publish(self, name: str, value: Callable[[], Tensor | Memory]) -> None:
+        """Share the value under `name` where anybody wants it."""
+        if name in self.wanted:
+            self._share({name: value()})
+
+    def _share(self, more: Shared) -> None:
+        self.shared.update(more)
+        self.context = self.context.with_shared(more)

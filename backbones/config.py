@@ -271,6 +271,18 @@ def configured(base: type, given: Any) -> Any:
     return given
 
 
+def resolved(entry: BlockConfig | str) -> BlockConfig:
+    """An entry outside a pattern, for blocks inside wrappers: names become configurations, residual "pre"."""
+    entry = BlockConfig.of(entry)
+    return BlockConfig(
+        mixer=configured(MixerConfig, entry.mixer),
+        ffn=None if entry.ffn == INHERIT else configured(FFNConfig, entry.ffn),
+        residual=configured(ResidualConfig, "pre" if entry.residual == INHERIT else entry.residual),
+        scan=entry.scan,
+        tie=entry.tie,
+    )
+
+
 def checked_pattern(pattern: Any, *, empty: bool = False) -> tuple[str | BlockConfig, ...]:
     """A pattern as a tuple.
 

@@ -95,6 +95,20 @@ class Context(Immutable):
             return self.layout.positions(x)
         return self.positions if self.positions.ndim == 2 else self.positions[..., 0]
 
+    def condition_of(self, x: Tensor) -> Tensor:
+        """The condition of each token: `(b, t, c)`, or `(b, 1, c)` where rows are sequences with one condition each.
+
+        Raises:
+            UnsupportedCall: there is none.
+        """
+        if self.condition is None:
+            raise UnsupportedCall("context.condition is None, and a layer is conditioned; pass Context(condition=...)")
+        if self.condition.ndim == 3:
+            return self.condition
+        if self.layout.cu_seqlens is None:
+            return self.condition[:, None]
+        return self.condition[self.layout.sequence_of(x)[0]][None]
+
     def check(self, x: Tensor) -> None:
         """Raise UnsupportedShape where `x` (b, t, d) does not fit."""
         self.layout.check(x)
@@ -147,6 +161,11 @@ class Context(Immutable):
             shared=shared,
         )
         return pick(x), taken
+
+
+def as_memory(x: Tensor, context: Context) -> Memory:
+    """Tokens (b, t, d) as a memory "x", for layers whose tokens are others."""
+    return Memory({"x": x}, context.positions_of(x), context.layout)
 
 
 pytree.register_pytree_node(

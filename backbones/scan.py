@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..errors import ConfigError, UnknownName, UnsupportedCall
-from ..kernels.registry import constant_in_graphs, outliving_modes
+from ..utils.modes import constant_in_graphs, outliving_modes
 from .context import Context
 from .layout import Layout
 from .state import State
@@ -71,26 +71,23 @@ def restore(x: Tensor, order: str, layout: Layout) -> Tensor:
 
 
 def within_blocks(
-    branch: Callable[..., tuple[Tensor, State | None]], streams: tuple[Tensor, ...], layout: Layout
-) -> Tensor:
+    branch: Callable[..., tuple[tuple[Tensor, ...], State | None]], streams: tuple[Tensor, ...], layout: Layout
+) -> tuple[Tensor, ...]:
     """What `branch` makes of `streams` (b, t, ...), backwards within each of the layout's blocks."""
     (b, t), parts = streams[0].shape[:2], []
     if layout.cu_seqlens is not None or isinstance(layout.block, Tensor):
-        inside = Context(Layout(causal=False, cu_seqlens=layout.block_boundaries(streams[0])))
-        rows = tuple(s.reshape(1, -1, *s.shape[2:]) for s in streams)
-        mixed, _ = branch(tuple(permute(s, "backward", inside.layout) for s in rows), inside, None)
-        return restore(mixed, "backward", inside.layout).unflatten(1, (b, t)).squeeze(0)
+        inside = Layout(causal=False, cu_seqlens=layout.block_boundaries(streams[0]))
+        rows = (s.reshape(1, b * t, *s.shape[2:]) for s in streams)
+        mixed, _ = branch(tuple(permute(s, "backward", inside) for s in rows), Context(inside), None)
+        return tuple(restore(part, "backward", inside).reshape(b, t, *part.shape[2:]) for part in mixed)
     whole = t - t % layout.block
     # Blocks become rows: those of full size together, and the rest, if any, which is shorter.
     for start, stop, size in ((0, whole, layout.block), (whole, t, t - whole)):
         if start < stop:
             rows = tuple(s[:, start:stop].unflatten(1, (-1, size)).flatten(0, 1).flip(1) for s in streams)
             mixed, _ = branch(rows, Context(Layout(causal=False)), None)
-            parts.append(mixed.flip(1).unflatten(0, (b, -1)).flatten(1, 2))
-    if not parts:
-        mixed, _ = branch(streams, Context(Layout(causal=False)), None)
-        return mixed
-    return torch.cat(parts, dim=1)
+            parts.append([part.flip(1).unflatten(0, (b, -1)).flatten(1, 2) for part in mixed])
+    return tuple(torch.cat(part, dim=1) for part in zip(*parts, strict=True))
 
 
 def _apply(x: Tensor, order: str, layout: Layout, *, inverse: bool) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import types
 import typing
 from typing import Any, TypeVar
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnknownName
 from .registry import OPTIONS, REGISTRIES, lookup
 
 T = TypeVar("T")
@@ -68,10 +69,8 @@ def _restore(key: str, hint: Any, value: Any) -> Any:
     if key in OPTIONS and "type" not in value:
         get = OPTIONS[key].get
         return {name: from_dict(get(name).config, v) if isinstance(v, dict) else v for name, v in value.items()}
-    for option in _options(hint):
-        if isinstance(option, type) and dataclasses.is_dataclass(option):
-            return from_dict(_class_of(option, value), value)
-    return value
+    classes = [option for option in _options(hint) if isinstance(option, type) and dataclasses.is_dataclass(option)]
+    return from_dict(_class_of(classes, value), value) if classes else value
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -79,10 +78,14 @@ def _options(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
-def _class_of(base: type, value: dict[str, Any]) -> type:
-    """The class that a mapping describes: the one that its `type` names, where several derive from `base`."""
-    if base not in REGISTRIES:
-        return base
+def _class_of(classes: list[type], value: dict[str, Any]) -> type:
+    """The class that a mapping describes: the one that its `type` names, where several derive from one of `classes`."""
+    bases = [cls for cls in classes if cls in REGISTRIES]
+    if not bases:
+        return classes[0]
     if "type" not in value:
-        raise ConfigError(f"{value!r} must say by 'type' which {REGISTRIES[base].kind} it configures")
-    return lookup(base, value["type"]).config
+        raise ConfigError(f"{value!r} must say by 'type' which {REGISTRIES[bases[0]].kind} it configures")
+    for base in bases[:-1]:
+        with contextlib.suppress(UnknownName):
+            return lookup(base, value["type"]).config
+    return lookup(bases[-1], value["type"]).config

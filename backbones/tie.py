@@ -9,7 +9,6 @@ from torch import nn
 
 from ..errors import ConfigError
 from .config import BlockConfig, FFNConfig, MixerConfig
-from .layer import SequenceLayer
 
 if TYPE_CHECKING:
     from .block import Block
@@ -36,14 +35,14 @@ def tie_blocks(blocks: Sequence[Block], names: Sequence[str | None]) -> None:
 
 
 def _tie(module: nn.Module, first: nn.Module) -> None:
-    own = module.per_use if isinstance(module, SequenceLayer) else ()
+    own = getattr(module, "per_use", ())
     for name, parameter in first.named_parameters(recurse=False):
         if name not in own:
             setattr(module, name, parameter)
     for name, child in first.named_children():
         if name in own:
             continue
-        if isinstance(child, SequenceLayer) or any(True for _ in child.children()):
+        if hasattr(child, "per_use") or any(True for _ in child.children()):
             _tie(getattr(module, name), child)
         else:
             setattr(module, name, child)

@@ -10,6 +10,7 @@ from .grouped_mm import grouped_mm
 from .linear import linear
 from .linear_recurrence import linear_recurrence
 from .long_conv import long_conv
+from .mamba2_step import mamba2_step
 from .norm import norm
 from .registry import Case, Draw, Op, explain, get_op, ops, strict, using
 from .rotary import rotary
@@ -33,6 +34,7 @@ __all__ = [
     "linear",
     "linear_recurrence",
     "long_conv",
+    "mamba2_step",
     "norm",
     "ops",
     "rotary",

@@ -4,28 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .native import native_refusal
+from .common.tools import triton_refusal
+from .native import native_refusal, step_refusal
 from .registry import Arguments, Backend, serves_everything
-from .tools import triton_refusal
 
 
-def backends(op: str, *names: str, triton: Callable[[Arguments], str | None] = triton_refusal) -> tuple[Backend, ...]:
+def backends(
+    op: str,
+    *names: str,
+    triton: Callable[[Arguments], str | None] = triton_refusal,
+    native: Callable[[Arguments], str | None] | None = None,
+) -> tuple[Backend, ...]:
     """Backends by name, in `auto`'s order: `<op>_<name>` in `kernels/<op>/<name>.py`, each on the devices it is for.
 
     Args:
         op: the op's name.
         names: of "native" (C++ on CPUs), "triton" (GPUs), "chunked" (any device) and "reference" (only when named).
-        triton: the `refuse` of the Triton backend, where it has limits of its own.
+        triton: the `refuse` of the Triton backend, where it has reasons of its own.
+        native: the `limits` of the native backend, `direct_limits` among them, where it is for some calls only.
     """
     kinds = {
-        "native": (native_refusal(op), frozenset({"cpu"})),
+        "native": (native_refusal(op) if native is None else step_refusal(op), frozenset({"cpu"})),
         "triton": (triton, frozenset({"cuda"})),
         "chunked": (serves_everything, None),
         "reference": (serves_everything, frozenset()),
     }
     return tuple(
         Backend(
-            name=name, module=f".{op}.{name}", function=f"{op}_{name}", refuse=kinds[name][0], devices=kinds[name][1]
+            name=name,
+            module=f".{op}.{name}",
+            function=f"{op}_{name}",
+            limits=native if name == "native" and native is not None else serves_everything,
+            refuse=kinds[name][0],
+            devices=kinds[name][1],
         )
         for name in names
     )

@@ -16,7 +16,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .registry import constant_in_graphs, named
+from ..utils.cache import cache_folder
+from ..utils.modes import constant_in_graphs
+from .common.checks import check_edges
 
 # No -ffast-math: what is not a number must stay none.
 FLAGS = tuple("-std=gnu++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC".split())
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128})
-_PLAIN = (Tensor, torch.nn.Parameter)
 _HERE = Path(__file__).parent
 _SECONDS = 600
 
@@ -54,14 +55,19 @@ def native_refusal(op: str) -> Callable[[Mapping[str, Any]], str | None]:
 
     def refuse(arguments: Mapping[str, Any]) -> str | None:
         tensors = [a for a in arguments.values() if isinstance(a, Tensor)]
-        devices = {a.device.type for a in tensors}
-        if devices != {"cpu"}:
-            return f"it serves CPUs, and the tensors are on {', '.join(sorted(devices))}"
+        for x in tensors:
+            if x.device.type != "cpu":
+                return f"it serves CPUs, and the tensors are on {', '.join(sorted({x.device.type for x in tensors}))}"
         if tensors[0].dtype not in DTYPES:
             return f"it does not serve {tensors[0].dtype}"
         return _failure(op)
 
     return refuse
+
+
+def step_refusal(op: str) -> Callable[[Mapping[str, Any]], str | None]:
+    """The `refuse` of a native backend whose `limits` are `direct_limits`, which have seen to devices."""
+    return lambda arguments: _failure(op)
 
 
 @constant_in_graphs
@@ -70,29 +76,39 @@ def _failure(op: str) -> str | None:
     return None if op in _libraries else machine_refusal() or _build(op)
 
 
-def direct(op: str, *tensors: Tensor | None) -> bool:
-    """Whether a kernel may be called on these tensors at once, where a custom op would take longer than its work.
+def direct_limits(arguments: Iterable[Any]) -> str | None:
+    """Why C++ may not be called on these tensors at once, without torch's dispatcher; None where it may.
 
-    No gradient may be asked for, nobody may be listening (no compiler or tracer, no mode, no transform of torch.func,
-    no forward derivative, no autocast, no class of tensors), and no other backend may be named by `using`.
+    A custom op takes longer than the work of a decoding step. Without it no gradient is computed, and nobody is served
+    who listens to the dispatcher: no compiler or tracer, no mode, no transform of torch.func, no forward derivative, no
+    autocast, no class of tensors.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or named() not in (None, "native"):
-        return False
-    if not all(x is None or (x.is_cpu and type(x) in _PLAIN) for x in tensors):
-        return False
+    if torch.compiler.is_compiling():
+        return "it cannot be traced by torch.compile"
+    gradients = torch.is_grad_enabled()
+    for x in arguments:
+        kind = type(x)
+        if kind is not Tensor and kind is not torch.nn.Parameter:
+            if isinstance(x, Tensor):
+                return f"it takes plain tensors, and one is a {kind.__name__}"
+        elif not x.is_cpu:
+            return f"it serves CPUs, and a tensor is on {x.device.type}"
+        elif gradients and x.requires_grad:
+            return "it computes no gradients, and a tensor requires one"
+        elif x.is_neg():
+            return "it takes plain tensors, and one is a lazy negation"
     if torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu"):
-        return False
+        return "it cannot serve a dispatch mode or autocast"
     if torch._C._get_tracing_state() is not None or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
+        return "it cannot be traced by torch.jit or transformed by torch.func"
     if forward_ad._current_level >= 0:
-        return False
-    return _failure(op) is None
+        return "it computes no forward derivatives"
+    return None
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: one folder a user."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "omnimix" / "native"
+def direct(*tensors: Tensor | None) -> bool:
+    """Whether a native backend may leave out the custom op around its C++ function (see `direct_limits`)."""
+    return direct_limits(tensors) is None
 
 
 def _processor() -> str:
@@ -102,8 +118,8 @@ def _processor() -> str:
     return "\n".join(dict.fromkeys(line for line in lines if line.startswith(kept)))
 
 
-def _sources(op: str) -> tuple[Path, Path]:
-    return _HERE / op / "native.cpp", _HERE / "native.h"
+def _sources(op: str) -> tuple[Path, ...]:
+    return _HERE / op / "native.cpp", _HERE / "native.h", *sorted((_HERE / "common").glob("*.h"))
 
 
 def _key(op: str, compiler: str) -> str:
@@ -117,7 +133,7 @@ def _build(op: str) -> str | None:
     """Loads the op's library, compiled before or now; returns the reason where that fails."""
     compiler = shutil.which("g++")
     try:
-        library = cache_folder() / f"{op}-{_key(op, compiler)}.so"
+        library = cache_folder("native") / f"{op}-{_key(op, compiler)}.so"
         if not library.exists():
             library.parent.mkdir(parents=True, exist_ok=True)
             if failure := _compile(op, compiler, library):
@@ -193,6 +209,8 @@ def segments(batch: int, length: int, cu_seqlens: Tensor | None, chunk: int) -> 
         row = torch.arange(batch)
         each = -(-length // chunk)
         return torch.stack([row, torch.zeros_like(row), torch.full_like(row, length), row * each], dim=1)
+    # Looked at once more: a compiled graph has no door.
+    check_edges(cu_seqlens.tolist(), length)
     edges = cu_seqlens.to(torch.int64)
     start, number = edges[:-1], torch.arange(edges.shape[0] - 1)
     return torch.stack([torch.zeros_like(start), start, edges[1:], start // chunk + number], dim=1)

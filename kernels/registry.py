@@ -14,20 +14,19 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import BackendUnavailable, UnknownName
+from ..utils.modes import autocast_enabled, constant_in_graphs, own_precision
 
 Arguments = Mapping[str, Any]
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 def serves_everything(arguments: Arguments) -> None:
-    """The `refuse` of a backend that has no limits."""
+    """The `limits` or `refuse` of a backend that has none."""
     return None
 
 
@@ -36,33 +35,10 @@ def serves_everything(arguments: Arguments) -> None:
 _loaded = ModuleType("omnimix.kernels.loaded")
 
 
-def _place(module: str, function: str) -> str:
-    return f"{module}_{function}".replace(".", "_")
-
-
-def constant_in_graphs(function: F) -> F:
-    """Let torch.compile call the function while it traces, with constant arguments, and keep the result.
-
-    torch.compiler.assume_constant_result sets the same mark, but imports torch._dynamo and with it triton.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-@contextlib.contextmanager
-def outliving_modes() -> Iterator[None]:
-    """What is made inside is a plain tensor on the CPU that may be kept.
-
-    Whatever is active now (a device context, inference mode, an export's fake tensors) need not be when it is used.
-    """
-    with torch.inference_mode(False), _disable_current_modes(), torch.device("cpu"):
-        yield
-
-
 @constant_in_graphs  # an import cannot be traced; of a result only constants such as None are taken
-def _load(module: str, function: str) -> None:
-    if not hasattr(_loaded, _place(module, function)):
-        setattr(_loaded, _place(module, function), getattr(import_module(module, package="omnimix.kernels"), function))
+def _load(module: str, function: str, place: str) -> None:
+    if not hasattr(_loaded, place):
+        setattr(_loaded, place, getattr(import_module(module, package="omnimix.kernels"), function))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,19 +50,31 @@ class Backend:
         module: the module that holds it, relative to `omnimix.kernels` (".gated_linear.chunked"); imported when first
             chosen, so that no backend costs anything before it is used.
         function: the name of the callable in that module. It takes the op's keyword arguments.
-        refuse: given the call's arguments, says why this backend cannot serve them, or None where it can.
+        limits: given the call's arguments, says why they are not the kind of call that this backend is for (a step
+            kernel takes one step), or None where they are. `backend="auto"` passes over it without a word.
+        refuse: given the arguments of a call of its kind, says why this machine cannot serve it, or None where it can.
+            `backend="auto"` then falls back to the next backend: with a warning, and in strict mode not at all.
         devices: device types on which `backend="auto"` considers it; None is every device; the empty set is never.
     """
 
     name: str
     module: str
     function: str
+    limits: Callable[[Arguments], str | None] = serves_everything
     refuse: Callable[[Arguments], str | None] = serves_everything
     devices: frozenset[str] | None = None
+    _place: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_place", f"{self.module}_{self.function}".replace(".", "_"))
+
+    def objection(self, arguments: Arguments) -> str | None:
+        """Why this backend does not serve a call, whichever the reason; None where it does."""
+        return self.limits(arguments) or self.refuse(arguments)
 
     def load(self) -> Callable[..., Any]:
-        _load(self.module, self.function)
-        return getattr(_loaded, _place(self.module, self.function))
+        _load(self.module, self.function, self._place)
+        return getattr(_loaded, self._place)
 
 
 def complex_of(dtype: torch.dtype) -> torch.dtype:
@@ -179,6 +167,9 @@ class Op:
         parts: formulas like `flops` for custom ops that do only a part of the work, by name and of their arguments.
         traffic: given a call's arguments, the bytes that a forward pass must read and write at least; None where it is
             bound by its matrix products.
+        empty: given a call's arguments, what it returns where there are no tokens, else None. No backend then runs.
+        follows_autocast: whether autocast decides on the precision of its products, as of torch's own; other ops decide
+            themselves, and run outside autocast.
     """
 
     name: str
@@ -190,6 +181,8 @@ class Op:
     flops: Callable[[Arguments], float] | None = None
     parts: Mapping[str, Callable[[Arguments], float]] = field(default_factory=dict)
     traffic: Callable[[Arguments], float] | None = None
+    empty: Callable[[Arguments], Tensor | tuple[Tensor, ...] | None] | None = None
+    follows_autocast: bool = False
     _warned: set[str] = field(default_factory=set, repr=False, compare=False)
 
     @property
@@ -197,31 +190,34 @@ class Op:
         """The public function, which checks its arguments and calls `dispatch`."""
         return getattr(import_module(f".{self.name}", package="omnimix.kernels"), self.name)
 
+    def complete(self, arguments: Arguments) -> Arguments:
+        """A call's arguments with the public function's defaults, as a backend sees them."""
+        parameters = [p for p in inspect.signature(self.function).parameters.values() if p.name != "backend"]
+        return {p.name: p.default for p in parameters if p.default is not p.empty} | dict(arguments)
+
     def backend(self, name: str) -> Backend:
         for backend in self.backends:
             if backend.name == name:
                 return backend
         raise UnknownName(f"backend of {self.name}", name, ["auto", *(b.name for b in self.backends)])
 
-    def choose(self, backend: str, arguments: Arguments) -> Backend:
-        """The backend that serves `arguments`.
+    def choose(self, backend: str, arguments: Arguments, device: str) -> Backend:
+        """The backend that serves `arguments`, which are on `device`.
 
         Raises:
             UnknownName: no such backend.
-            BackendUnavailable: the named backend refuses this call; in strict mode also where `auto` would have to
-                pass over the backend preferred on this device.
+            BackendUnavailable: the named backend does not serve this call; in strict mode also where `auto` would have
+                to fall back from the backend preferred on this device.
         """
         if backend != "auto":
-            chosen = self.backend(backend)
-            if reason := chosen.refuse(arguments):
-                raise BackendUnavailable(f"{self.name}: backend {backend!r} cannot serve this call: {reason}")
-            return chosen
-        if (named := _using.get()) in (b.name for b in self.backends):
-            return self.choose(named, arguments)
-        device = device_of(arguments)
+            return self._named(self.backend(backend), arguments)
+        if (used := self._used(arguments)) is not None:
+            return self._named(used, arguments)
         passed: list[str] = []
         for candidate in self.backends:
             if candidate.devices is not None and device not in candidate.devices:
+                continue
+            if candidate.limits(arguments) is not None:
                 continue
             reason = candidate.refuse(arguments)
             if reason is None:
@@ -230,6 +226,19 @@ class Op:
                 return candidate
             passed.append(f"{candidate.name}: {reason}")
         raise BackendUnavailable(f"{self.name}: no backend serves this call on {device} ({'; '.join(passed)})")
+
+    def _named(self, chosen: Backend, arguments: Arguments) -> Backend:
+        if (reason := chosen.objection(arguments)) is not None:
+            raise BackendUnavailable(f"{self.name}: backend {chosen.name!r} cannot serve this call: {reason}")
+        return chosen
+
+    def _used(self, arguments: Arguments) -> Backend | None:
+        """The backend that `using` names, where the op has it for calls of this kind."""
+        name = _using.get()
+        if name is None:
+            return None
+        named = (b for b in self.backends if b.name == name)
+        return next((b for b in named if b.limits(arguments) is None), None)
 
     def _passed_over(self, chosen: Backend, device: str, reasons: str) -> None:
         message = f"{self.name}: {chosen.name!r} serves this call on {device}, because {reasons}"
@@ -240,26 +249,38 @@ class Op:
             warnings.warn(message, stacklevel=4)
 
     def dispatch(self, backend: str, **arguments: Any) -> Any:
-        with own_precision(device_of(arguments)):
-            return self.choose(backend, arguments).load()(**arguments)
+        device = device_of(arguments)
+        if self.follows_autocast or not autocast_enabled(device):
+            return self._serve(backend, arguments, device)
+        with torch.autocast(device, enabled=False):
+            return self._serve(backend, arguments, device)
+
+    def _serve(self, backend: str, arguments: Arguments, device: str) -> Any:
+        chosen = self.choose(backend, arguments, device)
+        if self.empty is not None and (nothing := self.empty(arguments)) is not None:
+            return _connected(nothing, arguments)
+        return chosen.load()(**arguments)
 
     def explain(self, arguments: Arguments) -> list[dict[str, str]]:
         """One row a backend: its name, whether `auto` takes it for this call, and why (not)."""
-        # A backend looks at the arguments as the public function passes them on, with its defaults.
-        parameters = inspect.signature(self.function).parameters.values()
-        arguments = {p.name: p.default for p in parameters if p.default is not p.empty} | dict(arguments)
+        arguments = self.complete(arguments)
         device = device_of(arguments)
-        rows, taken = [], False
+        with contextlib.nullcontext() if self.follows_autocast else own_precision(device):
+            return self._rows(arguments, device)
+
+    def _rows(self, arguments: Arguments, device: str) -> list[dict[str, str]]:
+        rows, used = [], self._used(arguments)
+        taken = used is not None
         for backend in self.backends:
-            reason = backend.refuse(arguments)
-            if reason is None and backend.devices is not None and device not in backend.devices:
-                reason = f"only when named, on {device}" if not backend.devices else f"not preferred on {device}"
+            verdict, reason = "no", backend.objection(arguments)
+            if reason is None and backend is used:
+                verdict, reason = "chosen", "named by `using`"
+            elif reason is None and backend.devices is not None and device not in backend.devices:
                 verdict = "on request"
-            elif reason is not None:
-                verdict = "no"
-            elif taken:
+                reason = f"not preferred on {device}" if backend.devices else f"only when named, on {device}"
+            elif reason is None and taken:
                 verdict, reason = "on request", "a preferred backend serves"
-            else:
+            elif reason is None:
                 verdict, reason, taken = "chosen", "first in order of preference", True
             rows.append({"op": self.name, "backend": backend.name, "auto": verdict, "why": reason})
         return rows
@@ -282,7 +303,7 @@ def strict(enabled: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def using(backend: str) -> Iterator[None]:
-    """Within it, `backend="auto"` is this backend in every op that has it, so that whole models run on it."""
+    """Within it, `backend="auto"` is this backend wherever an op has it for the kind of call, in whole models."""
     token = _using.set(backend)
     try:
         yield
@@ -290,12 +311,19 @@ def using(backend: str) -> Iterator[None]:
         _using.reset(token)
 
 
-def own_precision(device: str) -> contextlib.AbstractContextManager[Any]:
-    """Switches off autocast, which would round the factors of single products inside an algorithm that decides on its
-    precision itself."""
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
+def _connected(outputs: Any, arguments: Arguments) -> Any:
+    """The outputs of a call without tokens, from which zeros flow back into every argument that asks for a gradient."""
+    if not torch.is_grad_enabled():
+        return outputs
+    leaves = [a for a in arguments.values() if isinstance(a, Tensor) and a.requires_grad]
+    nothing = [leaf.flatten()[:0].sum() for leaf in leaves]
+
+    def join(output: Tensor) -> Tensor:
+        for zero in nothing:
+            output = output + zero.to(output.dtype)
+        return output
+
+    return tuple(map(join, outputs)) if isinstance(outputs, tuple) else join(outputs)
 
 
 def register_gradients(op: Any, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
@@ -309,13 +337,11 @@ def register_gradients(op: Any, backward: Callable[..., Any], setup: Callable[..
     op.register_autograd(outside, setup_context=setup)
 
 
-def named() -> str | None:
-    """The backend that `using` names here."""
-    return _using.get()
-
-
 def device_of(arguments: Arguments) -> str:
-    return next((a.device.type for a in arguments.values() if isinstance(a, Tensor)), "cpu")
+    for a in arguments.values():
+        if isinstance(a, Tensor):
+            return a.device.type
+    return "cpu"
 
 
 def register_op(op: Op) -> Op:
@@ -339,7 +365,8 @@ def get_op(name: str) -> Op:
 def explain(op: str, **arguments: Any) -> list[dict[str, str]]:
     """Which backend `auto` takes for this call, and why: one row (op, backend, auto, why) a backend.
 
-    Without arguments the op's first case at batch 1 and 16 steps on the CPU is explained.
+    Without arguments the op's first case at batch 1 and 16 steps on the CPU is explained. As in a call, gradients
+    count: under `torch.no_grad()` a step kernel may serve that does not where a tensor requires one.
     """
     entry = get_op(op)
     if not arguments:

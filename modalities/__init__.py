@@ -1,13 +1,20 @@
 """From files and raw data to tokens, and the models that begin there."""
 
-from .audio import AudioTokenizer, AudioTokenizerConfig
-from .audio_models import AudioClassifier, AudioClassifierConfig, audio_classifier
-from .corpus import Document, JsonLines, Parquet, Shards, TextFiles, standard_library
-from .decode import Clip, VideoInfo, VideoReader, read_audio, read_clip
-from .encode import write_audio, write_video
-from .fronts import FrameFrontConfig, FrontConfig, PatchFrontConfig, WaveFrontConfig, list_fronts
-from .image import PatchTokenizer, PatchTokenizerConfig, load_image
-from .mel import LogMel, MelConfig, SpecAugment, SpecAugmentConfig
+from .audio.fronts import FrameFrontConfig, FrontConfig, PatchFrontConfig, WaveFrontConfig, list_fronts
+from .audio.mel import LogMel, MelConfig, SpecAugment, SpecAugmentConfig
+from .audio.model import AudioClassifier, AudioClassifierConfig, audio_classifier
+from .audio.tokenizer import AudioTokenizer, AudioTokenizerConfig
+from .common.encode import write_audio, write_video
+from .common.weights import load_weights, save_weights
+from .data.corpus import Document, JsonLines, Parquet, Shards, TextFiles, standard_library
+from .data.shards import ShardSource
+from .data.sources import AUDIO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, FolderSource, Source, find_source, has_split
+from .data.tables import CSVSource
+from .data.tar import TarIndex
+from .data.token_cache import TokenCache, cached_bpe, cached_tokens
+from .image.files import load_image
+from .image.model import ImageClassifier, ImageClassifierConfig
+from .image.tokenizer import PatchTokenizer, PatchTokenizerConfig
 from .models import (
     build_model,
     create_model,
@@ -19,25 +26,11 @@ from .models import (
     register_model,
     save_model,
 )
-from .sampling import Dense, Sampling, Segments, Uniform, views
-from .shards import ShardSource
-from .sources import (
-    AUDIO_SUFFIXES,
-    IMAGE_SUFFIXES,
-    VIDEO_SUFFIXES,
-    FolderSource,
-    Source,
-    find_source,
-    has_split,
-)
-from .tables import CSVSource
-from .tar import TarIndex
-from .text import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
-from .token_cache import TokenCache, cached_bpe, cached_tokens
-from .video import TubeletTokenizer, TubeletTokenizerConfig, inflate
-from .video_models import VideoClassifier, VideoClassifierConfig, VideoState, VideoStep, video_classifier
-from .vision import ImageClassifier, ImageClassifierConfig
-from .weights import load_weights, save_weights
+from .text.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from .video.files import Clip, VideoInfo, VideoReader, read_audio, read_clip
+from .video.model import VideoClassifier, VideoClassifierConfig, VideoState, VideoStep, video_classifier
+from .video.sampling import Dense, Sampling, Segments, Uniform, views
+from .video.tokenizer import TubeletTokenizer, TubeletTokenizerConfig, inflate
 
 __all__ = [
     "AUDIO_SUFFIXES",

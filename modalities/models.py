@@ -13,10 +13,10 @@ from torch import nn
 
 from ..backbones import LanguageModel
 from ..errors import CheckpointError, ConfigError, UnknownName
-from .audio_models import AUDIO_MODELS, AudioClassifier, audio_classifier
-from .video_models import VIDEO_MODELS, VideoClassifier, video_classifier
-from .vision import VISION_MODELS, ImageClassifier, image_classifier
-from .weights import CONFIG, WEIGHTS, build_config, load_weights, read_config, save_weights, unwrap, write_config
+from .audio.model import AUDIO_MODELS, AudioClassifier, audio_classifier
+from .common.weights import CONFIG, WEIGHTS, build_config, load_weights, read_config, save_weights, unwrap, write_config
+from .image.model import VISION_MODELS, ImageClassifier, image_classifier
+from .video.model import VIDEO_MODELS, VideoClassifier, video_classifier
 
 _factories: dict[str, Callable[..., Any]] = {}
 _classes: dict[str, type[nn.Module]] = {}

@@ -5,8 +5,8 @@ import errno
 import pytest
 from torch import nn
 
-from omnimix.files import replace_file
-from omnimix.modalities.weights import save_weights
+from omnimix.modalities.common.weights import save_weights
+from omnimix.utils.files import replace_file
 
 
 def test_what_cannot_be_written_leaves_the_old_file(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from omnimix.__main__ import COMMANDS
-from omnimix.commands import markdown, mixer_rows
+from omnimix.cli.commands import markdown, mixer_rows
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 

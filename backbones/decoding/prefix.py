@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ...files import replace_tensors
+from ...utils.files import replace_tensors
 from ..language import LanguageModel
 from ..serialization import to_dict
 from ..state import State

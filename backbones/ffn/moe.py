@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ...kernels import grouped_mm
 from ...kernels.grouped_mm import combine, dispatch, route
-from ...kernels.registry import own_precision
+from ...utils.modes import own_precision
 from ..config import FFNConfig, Site, positive
 from ..context import Context
 from ..layer import Output

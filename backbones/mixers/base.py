@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
 from ..config import Site
 from ..context import Context
-from ..layer import Capabilities, Output, SequenceLayer
+from ..layer import NOTHING, Capabilities, Output, SequenceLayer
 from ..layout import Layout
 from ..scan import permute, restore, within_blocks
 from ..state import State
@@ -83,15 +83,15 @@ class Mixer(SequenceLayer):
             raise UnsupportedCall(
                 f"{name} resumes from a state only where it streams, under Layout(causal=True) or 'block'"
             )
+        wanted = layout.sequences(x.shape[0])
+        for tensor in state.tensors()[:1]:
+            if tensor.shape[0] != wanted:
+                raise UnsupportedShape(f"{name}: state holds {tensor.shape[0]} sequences, and the batch has {wanted}")
         if "positions" in self.capabilities.reads and context.positions is None:
             raise UnsupportedCall(
                 f"{name} was given a state without context.positions; a Backbone counts the tokens read, and whoever "
                 "calls a mixer alone passes Context(layout, positions=...)"
             )
-        wanted = layout.sequences(x.shape[0])
-        for tensor in state.tensors()[:1]:
-            if tensor.shape[0] != wanted:
-                raise UnsupportedShape(f"{name}: state holds {tensor.shape[0]} sequences, and the batch has {wanted}")
 
 
 class ScanMixer(Mixer):
@@ -108,7 +108,7 @@ class ScanMixer(Mixer):
     before it.
 
     A branch is called as `(streams, context, state)` and returns `(mixed, state)`; its context is that of the order in
-    which it runs, with a causal kernel's positions.
+    which it runs. Where mixed is a tuple, all but its first tensor go to `publish`, back in the sequence's order.
     """
 
     def __init__(self, site: Site):
@@ -126,30 +126,46 @@ class ScanMixer(Mixer):
         self.branches: nn.ModuleList
 
     @abstractmethod
-    def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """What each branch is given, permuted to its order, all (b, t, ...); and what only `finish` needs."""
 
     @abstractmethod
     def finish(self, mixed: Tensor, kept: Tensor | None) -> Tensor:
         """The output from the branches' mean, (b, t, ...)."""
 
+    def publish(self, more: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        """What is shared with later layers, from what each branch returned beside its output."""
+        return {}
+
     def mix(self, x: Tensor, context: Context, state: State | None) -> Output:
-        streams, kept = self.project(x)
-        if self.capabilities.causal:
-            mixed, state = self.branches[0](streams, context, state)
-            return Output(self.finish(mixed, kept), state)
+        streams, kept = self.project(x, context)
         layout = context.layout
+        if layout.causal is True:
+            (mixed, *more), state = _several(self.branches[0](streams, context, state))
+            return Output(self.finish(mixed, kept), state, shared=self.publish([tuple(more)]) if more else NOTHING)
+        found: list[tuple[Tensor, ...]] = []
         if layout.causal == "block":
             forward, backward = self.branches
             inner = context.replace(layout=Layout(cu_seqlens=layout.cu_seqlens))
-            mixed, state = forward(streams, inner, state)
-            return Output(self.finish((mixed + within_blocks(backward, streams, layout)) / 2, kept), state)
-        inner, total = Context(Layout(causal=False, cu_seqlens=layout.cu_seqlens)), None
-        for order, branch in zip(self.scan, self.branches, strict=True):
-            mixed, _ = branch(tuple(permute(s, order, layout) for s in streams), inner, None)
-            mixed = restore(mixed, order, layout)
-            total = mixed if total is None else total + mixed
-        return Output(self.finish(total / len(self.scan), kept))
+            mixed, state = _several(forward(streams, inner, state))
+            found = [mixed, within_blocks(lambda *given: _several(backward(*given)), streams, layout)]
+        else:
+            inner = Context(Layout(causal=False, cu_seqlens=layout.cu_seqlens))
+            for order, branch in zip(self.scan, self.branches, strict=True):
+                mixed, _ = _several(branch(tuple(permute(s, order, layout) for s in streams), inner, None))
+                found.append(tuple(restore(part, order, layout) for part in mixed))
+            state = None
+        total = found[0][0]
+        for mixed, *_ in found[1:]:
+            total = total + mixed
+        shared = self.publish([tuple(more) for _, *more in found]) if len(found[0]) > 1 else NOTHING
+        return Output(self.finish(total / len(found), kept), state, shared=shared)
+
+
+def _several(result: tuple[Tensor | tuple[Tensor, ...], State | None]) -> tuple[tuple[Tensor, ...], State | None]:
+    """A branch's result with its first part as a tuple."""
+    mixed, state = result
+    return mixed if isinstance(mixed, tuple) else (mixed,), state
 
 
 def heads_for(dim: int, heads: int | None, size: int = 64) -> int:

@@ -127,7 +127,7 @@ class DeltaNet(DeltaMixer):
         self.norm = RMSNorm(dim, eps=site.norm_eps, groups=heads)
         self.out_proj = Linear(dim, dim, bias=False)
 
-    def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], None]:
+    def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], None]:
         return self.in_proj(x).split((sum(self.sizes), self.heads), dim=-1), None
 
     def finish(self, mixed: Tensor, kept: None) -> Tensor:

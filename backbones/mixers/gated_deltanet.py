@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import MixerConfig, Site, positive
+from ..context import Context
 from ..linear import Linear
 from ..norm import RMSNorm
 from ..parameters import mark
@@ -96,7 +97,7 @@ class GatedDeltaNet(DeltaMixer):
         self.norm = RMSNorm(value, eps=site.norm_eps, groups=heads)
         self.out_proj = Linear(value, dim, bias=False)
 
-    def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], Tensor]:
         *streams, gate = self.in_proj(x).split((sum(self.sizes), self.heads, self.heads, self.sizes[2]), dim=-1)
         return tuple(streams), gate
 

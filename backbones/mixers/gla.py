@@ -95,7 +95,7 @@ class GLA(ScanMixer):
         self.out_proj = Linear(dim, dim, bias=False)
         self.state_shape = (heads, key_dim // heads, dim // heads)
 
-    def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], Tensor]:
         q, k, v, gate = self.in_proj(x).split(self.sizes, dim=-1)
         return (x, q, k, v), gate
 

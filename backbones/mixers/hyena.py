@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...kernels import long_conv, short_conv
-from ...kernels.registry import own_precision
+from ...utils.modes import own_precision
 from ..config import MixerConfig, Site, positive
 from ..context import Context
 from ..parameters import mark
@@ -141,7 +141,7 @@ class Hyena(ScanMixer):
         self.conv_shape = (dim * (config.order + 1), config.conv_size - 1)
         self.state_shape = (dim * (config.order - 1), config.length - 1)
 
-    def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], None]:
+    def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], None]:
         return (self.in_proj(x),), None
 
     def finish(self, mixed: Tensor, kept: Tensor | None) -> Tensor:

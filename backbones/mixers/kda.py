@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..config import MixerConfig, Site, positive
+from ..context import Context
 from ..norm import RMSNorm
 from .base import heads_for
 from .deltanet import DeltaDirection, DeltaMixer
@@ -69,7 +70,7 @@ class KDA(DeltaMixer):
         self.norm = RMSNorm(dim, eps=site.norm_eps, groups=heads, gate="sigmoid")
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
-    def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], Tensor]:
         qkv, beta, gate = self.in_proj(x).split((sum(self.sizes), self.heads, self.gate_up.in_features), dim=-1)
         return (qkv, beta, x), self.gate_up(gate)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...kernels import gated_linear
-from ...kernels.registry import own_precision
+from ...utils.modes import own_precision
 from ..config import MixerConfig, Site, positive
 from ..context import Context
 from ..layer import Capabilities, Output

@@ -124,7 +124,7 @@ class Mamba(ScanMixer):
         self.out_proj = nn.Linear(inner, dim, bias=False)
         self.conv_shape, self.state_shape = (inner, config.conv_size - 1), (inner, config.state_size)
 
-    def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], None]:
+    def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], None]:
         # The gate goes along with each direction, whose kernel applies it as it writes.
         return tuple(self.in_proj(x).chunk(2, dim=-1)), None
 

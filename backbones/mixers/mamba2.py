@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ...kernels import gated_linear, short_conv
-from ...kernels.gated_linear.step import mamba2_step
+from ...kernels import gated_linear, mamba2_step, short_conv
 from ..config import MixerConfig, Site, positive
 from ..context import Context
 from ..linear import Linear
@@ -70,12 +69,8 @@ class _Direction(nn.Module):
         self, streams: tuple[Tensor, ...], context: Context, state: State | None
     ) -> tuple[Tensor, State | None]:
         xbc, dt = streams
-        if (
-            state is not None
-            and context.layout.cu_seqlens is None
-            and (after := self._step(xbc, dt, state)) is not None
-        ):
-            return after
+        if state is not None and context.layout.cu_seqlens is None and xbc.shape[1] == 1 and xbc.device.type == "cpu":
+            return self._step(xbc, dt, state)
         xbc, window = short_conv(
             xbc,
             self.conv_weight,
@@ -100,11 +95,11 @@ class _Direction(nn.Module):
         y = torch.addcmul(y, x, self.D[:, None].to(x.dtype))
         return y.flatten(-2), State({"conv": window, "memory": memory})
 
-    def _step(self, xbc: Tensor, dt: Tensor, state: State) -> tuple[Tensor, State] | None:
-        """What `forward` returns, where a decoding step may be taken in one call."""
-        own = {name: getattr(self, name) for name in ("conv_weight", "conv_bias", "dt_bias", "A_log", "D")}
-        found = mamba2_step(xbc=xbc, dt=dt, **own, window=state["conv"], memory=state["memory"])
-        return None if found is None else (found[0], State({"conv": found[1], "memory": found[2]}))
+    def _step(self, xbc: Tensor, dt: Tensor, state: State) -> tuple[Tensor, State]:
+        """What `forward` returns for a decoding step on a CPU, where a call takes longer than its work."""
+        own = (self.conv_weight, self.conv_bias, self.dt_bias, self.A_log, self.D)
+        y, window, memory = mamba2_step(xbc[:, 0], dt[:, 0], *own, state["conv"], state["memory"])
+        return y[:, None], State({"conv": window, "memory": memory})
 
 
 @register_mixer(
@@ -133,7 +128,7 @@ class Mamba2(ScanMixer):
         self.conv_shape = (channels, config.conv_size - 1)
         self.state_shape = (heads, config.state_size, inner // heads)
 
-    def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], Tensor]:
         z, xbc, dt = self.in_proj(x).split(self.sizes, dim=-1)
         return (xbc, dt), z
 

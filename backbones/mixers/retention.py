@@ -87,7 +87,7 @@ class Retention(ScanMixer):
         self.out_proj = nn.Linear(value_dim, dim, bias=False)
         self.state_shape = (heads, dim // heads, value_dim // heads)
 
-    def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], Tensor]:
         q, k, v, gate = self.in_proj(x).split(self.sizes, dim=-1)
         return (q, k, v), gate
 

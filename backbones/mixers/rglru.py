@@ -106,7 +106,7 @@ class RGLRU(ScanMixer):
         self.out_proj = nn.Linear(inner, dim, bias=False)
         self.conv_shape = (inner, config.conv_size - 1)
 
-    def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], Tensor]:
         x, gate = self.in_proj(x).chunk(2, dim=-1)
         return (x,), gate
 

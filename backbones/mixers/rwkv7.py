@@ -136,7 +136,7 @@ class RWKV7(ScanMixer):
         self.branches = nn.ModuleList(_Direction(dim, self.heads, config, site) for _ in site.scan)
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
-    def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], None]:
+    def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], None]:
         return (x,), None
 
     def finish(self, mixed: Tensor, kept: None) -> Tensor:

@@ -131,7 +131,7 @@ class S4D(ScanMixer):
         self.out_proj = nn.Linear(dim, 2 * dim)
         self.state_shape = (dim, config.state_size // 2, 2)
 
-    def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], None]:
+    def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], None]:
         return (x,), None
 
     def finish(self, mixed: Tensor, kept: Tensor | None) -> Tensor:

@@ -135,7 +135,7 @@ class TTT(ScanMixer):
         self.norm = RMSNorm(dim, eps=site.norm_eps, groups=heads)
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
-    def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], Tensor]:
         *qkv, gate = self.in_proj(x).chunk(4, dim=-1)
         return (x, *qkv), gate
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import UnsupportedShape
 from ..backends import backends
+from ..common.checks import check_boundaries
 from ..registry import Case, Draw, Op, register_op
 
 
@@ -37,7 +41,7 @@ def attention(
         sinks: the first positions, which stay visible outside the window (StreamingLLM, arXiv 2309.17453).
         scale: factor on the scores; k ** -0.5 by default.
         cu_seqlens: for packed sequences (b = 1, tq = tk): 0, then the running total of their lengths, int32 or int64.
-            None of them may be empty. Positions then count within each sequence.
+            Positions then count within each sequence.
         q_positions: positions of the queries; by default they are the last tq keys.
         k_positions: positions of the keys, 0 … tk-1 by default; negative for a slot that holds no key.
         backend: "auto", "reference" or "chunked".
@@ -68,8 +72,6 @@ def attention(
 def _check(q, k, v, causal, window, sinks, cu_seqlens, q_positions, k_positions) -> None:
     b, tq, h, dk = q.shape
     tk, g = k.shape[1:3]
-    if tq < 1 or tk < 1:
-        raise UnsupportedShape(f"q, k: {tq} queries and {tk} keys; pass at least one of each")
     if k.shape[0] != b or k.shape[3] != dk:
         raise UnsupportedShape(f"k: shape {tuple(k.shape)} does not fit q's {tuple(q.shape)}")
     if v.shape[:3] != k.shape[:3]:
@@ -85,10 +87,17 @@ def _check(q, k, v, causal, window, sinks, cu_seqlens, q_positions, k_positions)
     for name, positions, shape in (("q_positions", q_positions, (b, tq)), ("k_positions", k_positions, (b, tk))):
         if positions is not None and tuple(positions.shape) != shape:
             raise UnsupportedShape(f"{name}: shape {tuple(positions.shape)} is not {shape}")
-    if cu_seqlens is not None and (b != 1 or tq != tk):
-        raise UnsupportedShape(f"cu_seqlens: packed sequences need batch 1 and tq = tk, not {b}, {tq} and {tk}")
+    if cu_seqlens is not None and tq != tk:
+        raise UnsupportedShape(f"cu_seqlens: packed sequences need tq = tk, not {tq} and {tk}")
+    check_boundaries(cu_seqlens, b, tk)
     if cu_seqlens is not None and (q_positions is not None or k_positions is not None):
         raise UnsupportedShape("cu_seqlens: positions count within each sequence; pass no q_positions, k_positions")
+
+
+def _empty(arguments: Mapping[str, Any]) -> Tensor | None:
+    """No query has an output, and one without keys sees none."""
+    q, k, v = (arguments[name] for name in ("q", "k", "v"))
+    return None if q.numel() and k.numel() else v.new_zeros(*q.shape[:3], v.shape[3])
 
 
 def _case(name: str, heads: int = 2, groups: int = 2, typical: dict[str, int] | None = None, **settings) -> Case:
@@ -121,6 +130,7 @@ OP = register_op(
         backends=backends("attention", "chunked", "reference"),
         sequences=("q", "k", "v"),
         cases=_cases,
+        empty=_empty,
         summary="o = softmax(scale q k^T) v over the visible keys",
         causal=False,
     )

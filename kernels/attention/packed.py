@@ -26,7 +26,8 @@ def attention_packed(
     o = v.new_empty(*q.shape[:3], v.shape[3])
     edges = cu_seqlens.tolist()
     for a, e in pairwise(edges):
-        o[:, a:e] = aligned(q[:, a:e], k[:, a:e], v[:, a:e], _rule(causal, window, sinks), scale)
+        if a < e:
+            o[:, a:e] = aligned(q[:, a:e], k[:, a:e], v[:, a:e], _rule(causal, window, sinks), scale)
     return o
 
 

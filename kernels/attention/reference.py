@@ -28,8 +28,8 @@ def attention_reference(
     lengths = cu_seqlens.diff().tolist()
     outputs = []
     for sequence in zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True):
-        n = sequence[0].shape[1]
-        outputs.append(_attend(*sequence, *positions(None, None, n, n, q.device), scale, rule))
+        if n := sequence[0].shape[1]:
+            outputs.append(_attend(*sequence, *positions(None, None, n, n, q.device), scale, rule))
     return torch.cat(outputs, dim=1)
 
 

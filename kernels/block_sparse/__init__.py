@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ...errors import UnsupportedShape
 from ..backends import backends
+from ..common.checks import check_boundaries
+from ..common.tools import triton_refusal
 from ..registry import Case, Draw, Op, register_op
-from ..tools import triton_refusal
 
 # Channels of a head that Triton's kernels take.
 WIDEST = 256
@@ -54,8 +55,7 @@ def block_sparse(
         causal: whether a query sees only keys up to its own position.
         scale: factor on the scores; k ** -0.5 by default.
         cu_seqlens: for packed sequences (b = 1, t = s): 0, then the running total of their lengths, int32 or int64.
-            None of them may be empty. Rows, blocks and positions then count within each sequence; the sequences' rows
-            follow each other in `blocks`.
+            Rows, blocks and positions then count within each sequence; their rows follow each other in `blocks`.
         q_positions: positions of the queries; by default they are the last t keys. Where causal, keys may
             stand behind the last position that are not yet any (a cache with room).
         backend: "auto", "reference", "chunked" or "triton".
@@ -87,8 +87,6 @@ def block_sparse(
 def _check(q, k, v, blocks, block_size, query_block, causal, cu_seqlens, q_positions) -> None:
     (b, t, h, dk), (s, g) = q.shape, k.shape[1:3]
     f = blocks.shape[2]
-    if t < 1 or s < 1:
-        raise UnsupportedShape(f"q, k: {t} queries and {s} keys; pass at least one of each")
     if k.shape[0] != b or k.shape[3] != dk:
         raise UnsupportedShape(f"k: shape {tuple(k.shape)} does not fit q's {tuple(q.shape)}")
     if v.shape[:3] != k.shape[:3]:
@@ -105,8 +103,9 @@ def _check(q, k, v, blocks, block_size, query_block, causal, cu_seqlens, q_posit
         raise UnsupportedShape(f"q_positions: shape {tuple(q_positions.shape)} is not {(b, t)}")
     if q_positions is None and causal and t > s:
         raise UnsupportedShape(f"q: {t} queries cannot be the last of {s} keys; pass q_positions")
-    if cu_seqlens is not None and (b != 1 or t != s):
-        raise UnsupportedShape(f"cu_seqlens: packed sequences need batch 1 and t = s, not {b}, {t} and {s}")
+    if cu_seqlens is not None and t != s:
+        raise UnsupportedShape(f"cu_seqlens: packed sequences need t = s, not {t} and {s}")
+    check_boundaries(cu_seqlens, b, s)
     if cu_seqlens is not None and q_positions is not None:
         raise UnsupportedShape("cu_seqlens: positions count within each sequence; pass no q_positions")
     rows = _rows(t, query_block, cu_seqlens)
@@ -121,6 +120,12 @@ def _rows(t: int, query_block: int, cu_seqlens: Tensor | None) -> int | None:
     if torch.compiler.is_compiling() or cu_seqlens.device.type != "cpu":
         return None
     return int(((cu_seqlens.diff() + query_block - 1) // query_block).sum())
+
+
+def _empty(arguments: Mapping[str, Any]) -> Tensor | None:
+    """No query has an output, and one without keys sees none."""
+    q, k, v = (arguments[name] for name in ("q", "k", "v"))
+    return None if q.numel() and k.numel() else v.new_zeros(*q.shape[:3], v.shape[3])
 
 
 def _triton_refusal(arguments: Mapping[str, Any]) -> str | None:
@@ -206,6 +211,7 @@ OP = register_op(
         sequences=("q", "k", "v", "blocks", "q_positions"),
         cases=_cases,
         flops=_flops,
+        empty=_empty,
         summary="o = softmax(scale q k^T) v over the keys of the listed blocks",
         causal=False,
     )

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import UnsupportedShape
-from ..registry import own_precision
+from ...utils.modes import own_precision
 from .tables import distinct
 
 Lists = Int[Tensor, "_ _ _ _"]
@@ -25,8 +25,11 @@ SCORES = 1 << 22
 
 def _borders(t: int, block_size: int, query_block: int, device: torch.device | None) -> tuple[Tensor, Tensor, int]:
     """The first and the last query of each row, (rows,), and how many blocks of keys there are."""
-    if min(t, block_size, query_block) < 1:
-        raise UnsupportedShape(f"t, block_size, query_block: {t}, {block_size}, {query_block}; each must be at least 1")
+    if t < 0 or min(block_size, query_block) < 1:
+        raise UnsupportedShape(
+            f"t, block_size, query_block: {t}, {block_size}, {query_block}; the first must not be negative, and the "
+            "others at least 1"
+        )
     first = torch.arange(0, t, query_block, device=device)
     return first, (first + query_block - 1).clamp(max=t - 1), -(-t // block_size)
 
@@ -117,7 +120,8 @@ def dilated(
     own = torch.stack([first, last], 1) // block_size
     blocks = torch.arange(count, device=device)
     # A row wider than a block has several blocks of its own.
-    mine = own[:, :1] + torch.arange(int((own[:, 1] - own[:, 0]).max()) + 1, device=device)
+    most = int((own[:, 1] - own[:, 0]).max()) + 1 if t else 1
+    mine = own[:, :1] + torch.arange(most, device=device)
     mine = torch.minimum(mine, own[:, 1:])[..., None]
     shown = ((blocks // segment == mine // segment) & ((blocks - mine) % dilation == 0)).any(1)
     return _listed(torch.where(shown, blocks, -1), 0, last // block_size if causal else count - 1)
@@ -142,7 +146,7 @@ def axial(
         start = token - token // stride % size * stride
         along.append(start + torch.arange(size, device=device) * stride)
     blocks = torch.cat(along, 1) // block_size
-    blocks = F.pad(blocks, (0, 0, 0, len(last) * query_block - t), value=-1).unflatten(0, (len(last), -1)).flatten(1)
+    blocks = F.pad(blocks, (0, 0, 0, len(last) * query_block - t), value=-1).unflatten(0, (-1, query_block)).flatten(1)
     return union(_listed(blocks, 0, last // block_size if causal else count - 1))
 
 
@@ -153,7 +157,7 @@ def union(*lists: Lists) -> Lists:
     # In ascending order again, with what names no block behind.
     highest = torch.iinfo(torch.int64).max
     merged = merged.masked_fill(merged < 0, highest).sort(-1).values
-    if merged.device.type != "meta" and not torch.compiler.is_compiling():
+    if merged.numel() and merged.device.type != "meta" and not torch.compiler.is_compiling():
         merged = merged[..., : max(1, int((merged < highest).sum(-1).max()))]
     return merged.masked_fill(merged == highest, -1)
 
@@ -217,7 +221,7 @@ def _scores(q: Tensor, keys: Tensor) -> Tensor:
 
 def _step(q: Tensor, keys: Tensor) -> int:
     """Queries whose scores with all keys exist at once."""
-    return max(1, SCORES // (q.shape[0] * q.shape[2] * max(1, keys.shape[1])))
+    return max(1, SCORES // max(1, q.shape[0] * q.shape[2] * keys.shape[1]))
 
 
 def by_compressed_attention(
@@ -279,7 +283,7 @@ def _visible(stop: Tensor, ends: Tensor) -> int:
     """How many of the compressed keys any query sees; all, where that is not to be known without waiting."""
     if torch.compiler.is_compiling() or stop.device.type != "cpu":
         return len(ends)
-    return int((ends <= stop.max()).sum())
+    return int((ends <= stop.max()).sum()) if stop.numel() else 0
 
 
 def _of_blocks(weights: Tensor, overlap: int, pieces: int, blocks: int) -> Tensor:

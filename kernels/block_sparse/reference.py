@@ -29,8 +29,9 @@ def block_sparse_reference(
     sequences = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), blocks.split(rows, dim=1), strict=True)
     outputs = []
     for sequence in sequences:
-        positions = torch.arange(sequence[0].shape[1], device=q.device)[None]
-        outputs.append(_attend(*sequence, positions, block_size, query_block, causal, scale))
+        if n := sequence[0].shape[1]:
+            positions = torch.arange(n, device=q.device)[None]
+            outputs.append(_attend(*sequence, positions, block_size, query_block, causal, scale))
     return torch.cat(outputs, dim=1)
 
 

@@ -17,9 +17,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.tools import (
+    accumulate_dtype,
+    dot_mode,
+    grid,
+    interpreting,
+    launches,
+    on_device_of,
+    tile,
+    tuned,
+    unit_stride,
+)
+from ..common.triton_tools import dot
 from ..registry import register_gradients
-from ..tools import accumulate_dtype, dot_mode, grid, interpreting, launches, on_device_of, tile, tuned, unit_stride
-from ..triton_tools import dot
 from .tables import distinct, tables
 
 

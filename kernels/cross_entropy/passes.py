@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ...errors import UnsupportedShape
+from ..common.tools import accumulate_dtype, launches
 from ..registry import register_gradients
-from ..tools import accumulate_dtype, launches
 
 # Logits in a chunk: enough rows for the products to run at full speed, few enough to be a small part of the memory.
 ELEMENTS = {"cpu": 2**23}

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tools import grid, on_device_of
+from ..common.tools import grid, on_device_of
 from .passes import Terms, backend_of
 
 # Elements of a program's tile: one row of many classes, or many rows of few.

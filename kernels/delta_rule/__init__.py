@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ...errors import UnsupportedCall, UnsupportedShape
 from ..backends import backends
+from ..common.checks import check_matrix_recurrence, untouched
+from ..common.steps import one_step
+from ..common.tools import accumulate_dtype, triton_refusal
 from ..registry import Case, Draw, Op, register_op
-from ..tools import check_matrix_recurrence, triton_refusal
 
 
 def delta_rule(
@@ -56,9 +58,8 @@ def delta_rule(
         scale: factor on the output; k ** -0.5 by default.
         initial_state: the state to go on from, zeros by default; one per sequence: n = b, or the number of packed
             sequences.
-        cu_seqlens: for packed sequences (b = 1): 0, then the running total of their lengths, int32 or int64. None of
-            them may be empty.
-        backend: "auto", "reference", "chunked" or "triton".
+        cu_seqlens: for packed sequences (b = 1): 0, then the running total of their lengths, int32 or int64.
+        backend: "auto", "reference", "chunked", "native" (one step without gradients, on CPUs) or "triton".
 
     Returns:
         The output in v's dtype, and the state after the last step: float32, or float64 where v is.
@@ -102,6 +103,13 @@ def _check_keys(k, v, beta, keys) -> None:
             raise UnsupportedShape(f"{name}: shape {tuple(x.shape)} is not k's {tuple(k.shape)}")
     if beta is not None and beta.shape != v.shape[:3]:
         raise UnsupportedShape(f"beta: shape {tuple(beta.shape)} is not {tuple(v.shape[:3])}")
+
+
+def _empty(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+    v, q = arguments["v"], arguments["q"]
+    if v.numel():
+        return None
+    return v.new_zeros(v.shape), untouched(arguments, v, accumulate_dtype(v.dtype), v.shape[2], q.shape[3], v.shape[3])
 
 
 def _flops(arguments: Mapping[str, Any]) -> float:
@@ -185,10 +193,13 @@ def _cases() -> tuple[Case, ...]:
 OP = register_op(
     Op(
         name="delta_rule",
-        backends=backends("delta_rule", "triton", "chunked", "reference", triton=_triton_refusal),
+        backends=backends(
+            "delta_rule", "triton", "native", "chunked", "reference", native=one_step("v"), triton=_triton_refusal
+        ),
         sequences=("q", "k", "v", "beta", "decay", "removal", "a", "b"),
         cases=_cases,
         flops=_flops,
+        empty=_empty,
         summary="S_t = (I - b_t k_t k~_t^T) diag(e^{g_t}) S_{t-1} + b_t k_t v_t^T, o_t = scale S_t^T q_t",
     )
 )

@@ -9,11 +9,10 @@ starts, which the forward pass keeps; everything within a block it computes agai
 import torch
 from torch import Tensor
 
-from ..gated_linear.chunked_plan import CHUNK, Block, Packing, batch_blocks, saved_states
+from ..common.chunked_plan import CHUNK, Block, Packing, batch_blocks, saved_states
 from ..registry import register_gradients
 from .chunked_block import Blocks
 from .chunked_inputs import Inputs, Sequences
-from .step import delta_rule_step
 
 NAMES = ("q", "k", "v", "beta", "decay", "removal", "a", "b")
 
@@ -33,24 +32,47 @@ def delta_rule_chunked(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     if v.shape[1] == 1 and cu_seqlens is None:
-        return delta_rule_step(
-            q=q,
-            k=k,
-            v=v,
-            beta=beta,
-            decay=decay,
-            removal=removal,
-            a=a,
-            b=b,
-            scale=scale,
-            initial_state=initial_state,
-        )
+        return _one_step(q, k, v, beta, decay, (removal, a, b), scale, initial_state)
     if decay is not None and decay.dim() == 1:
         decay = decay.to(torch.promote_types(v.dtype, torch.float32)).expand(v.shape[:3])
     inputs = (q, k, v, beta, decay, removal, a, b, initial_state)
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     output, state, _ = _forward(q, k, v, beta, decay, removal, a, b, initial_state, cu_seqlens, scale, train)
     return output, state
+
+
+def _one_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    decay: Tensor | None,
+    keys: tuple[Tensor | None, Tensor | None, Tensor | None],
+    scale: float,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """A single step needs no plan: plain torch, which autograd and torch.compile go through. `keys`: removal, a, b."""
+    dtype, groups = v.dtype, q.shape[2]
+    wide = torch.promote_types(dtype, torch.float32)
+    # (b, g, 1 or h / g, k or v): heads that share q and k are broadcast over, not copied.
+    q, k, removal, a, b = (None if x is None else x[:, 0].to(wide).unsqueeze(2) for x in (q, k, *keys))
+    v = v[:, 0].to(wide).unflatten(1, (groups, -1))
+    zeros = v.new_zeros(*v.shape[:3], k.shape[-1], v.shape[-1])
+    state = zeros if state is None else state.to(wide).unflatten(1, (groups, -1))
+    kept = state
+    if decay is not None:
+        retain = decay.to(wide) if decay.dim() == 1 else decay[:, 0].to(wide)
+        retain = (retain if decay.dim() == 4 else retain.unsqueeze(-1)).unflatten(-2, (groups, -1))
+        kept = state * retain.exp().unsqueeze(-1)
+    if a is None:
+        change = v - ((k if removal is None else removal).unsqueeze(-2) @ kept).squeeze(-2)
+        change = change if beta is None else change * beta[:, 0].to(wide).unflatten(1, (groups, -1)).unsqueeze(-1)
+        after = torch.addcmul(kept, k.unsqueeze(-1), change.unsqueeze(-2))
+    else:
+        after = torch.addcmul(kept, a.unsqueeze(-1), b.unsqueeze(-2) @ state)
+        after = torch.addcmul(after, k.unsqueeze(-1), v.unsqueeze(-2))
+    output = (q.unsqueeze(-2) @ after).squeeze(-2) * scale
+    return output.flatten(1, 2).unsqueeze(1).to(dtype), after.flatten(1, 2)
 
 
 def _chunk_bytes(q: Tensor, v: Tensor) -> int:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..gated_linear.chunked_plan import Block
+from ..common.chunked_plan import Block
 from .chunked_inputs import Inputs, Operands, Sequences
 
 # Up to this size a triangular matrix is inverted by substitution; larger ones by halves, with matrix products.

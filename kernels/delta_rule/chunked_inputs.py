@@ -17,8 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..gated_linear.chunked_forms import FACTORISE, reversed_sum
-from ..gated_linear.chunked_plan import Block, Packing, Scratch
+from ..common.chunked_plan import FACTORISE, Block, Packing, Scratch, reversed_sum
 
 # Steps in a chunk, and in the shorter ones that take over where that decays too much per channel. Powers of two.
 LENGTH = 32

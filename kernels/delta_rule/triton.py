@@ -24,12 +24,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.tools import accumulate_dtype, dot_mode, grid, launches, on_device_of, tuned, unit_stride
+from ..common.triton_chunks import CHANNEL, NONE, _chunk_at, _decays, _load, _of
+from ..common.triton_launches import Chunks, chunking, largest, shared, stored, strides
+from ..common.triton_steps import serves, shapes, step
+from ..common.triton_tools import dot, unit_lower_inverse
 from ..registry import register_gradients
-from ..tools import accumulate_dtype, dot_mode, grid, launches, on_device_of, tuned, unit_stride
-from ..triton_chunks import CHANNEL, NONE, _chunk_at, _decays, _load, _of
-from ..triton_launches import Chunks, chunking, largest, shared, stored, strides
-from ..triton_steps import serves, shapes, step
-from ..triton_tools import dot, unit_lower_inverse
 
 
 @tuned([{"num_warps": 4}], key=["C"])

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ...errors import UnsupportedShape
 from ..backends import backends
+from ..common.checks import check_matrix_recurrence, untouched
+from ..common.steps import one_step
+from ..common.tools import accumulate_dtype
 from ..registry import Case, Draw, Op, register_op
-from ..tools import check_matrix_recurrence
 
 
 def gated_linear(
@@ -42,9 +44,8 @@ def gated_linear(
         scale: factor on the output; k ** -0.5 by default.
         initial_state: the state to go on from, zeros by default; one per sequence: n = b, or the number of packed
             sequences.
-        cu_seqlens: for packed sequences (b = 1): 0, then the running total of their lengths, int32 or int64. None of
-            them may be empty.
-        backend: "auto", "reference", "chunked" or "triton".
+        cu_seqlens: for packed sequences (b = 1): 0, then the running total of their lengths, int32 or int64.
+        backend: "auto", "reference", "chunked", "native" (one step without gradients, on CPUs) or "triton".
 
     Returns:
         The output in v's dtype, and the state after the last step: float32, or float64 where v is.
@@ -68,6 +69,13 @@ def gated_linear(
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
     )
+
+
+def _empty(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+    v, q = arguments["v"], arguments["q"]
+    if v.numel():
+        return None
+    return v.new_zeros(v.shape), untouched(arguments, v, accumulate_dtype(v.dtype), v.shape[2], q.shape[3], v.shape[3])
 
 
 def _flops(arguments: Mapping[str, Any]) -> float:
@@ -135,10 +143,11 @@ def _cases() -> tuple[Case, ...]:
 OP = register_op(
     Op(
         name="gated_linear",
-        backends=backends("gated_linear", "triton", "chunked", "reference"),
+        backends=backends("gated_linear", "triton", "native", "chunked", "reference", native=one_step("v")),
         sequences=("q", "k", "v", "decay"),
         cases=_cases,
         flops=_flops,
+        empty=_empty,
         summary="S_t = diag(e^{g_t}) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t",
     )
 )

@@ -9,12 +9,11 @@ forward pass keeps; everything within a block it computes again.
 import torch
 from torch import Tensor
 
+from ..common.chunked_plan import Block, Packing, batch_blocks, saved_states
 from ..registry import register_gradients
 from .chunked_channel import ChannelForm
 from .chunked_forms import Adjoint, Form
-from .chunked_plan import Block, Packing, batch_blocks, saved_states
 from .chunked_scalar import ScalarForm
-from .step import gated_linear_step
 
 # After so many chunks the decays' gradient is taken afresh from the state.
 FRESH = 8
@@ -33,7 +32,7 @@ def gated_linear_chunked(
 ) -> tuple[Tensor, Tensor]:
     t, h = v.shape[1:3]
     if t == 1 and cu_seqlens is None:
-        return gated_linear_step(q=q, k=k, v=v, decay=decay, bonus=bonus, scale=scale, initial_state=initial_state)
+        return _one_step(q, k, v, decay, bonus, scale, initial_state)
     wide = torch.promote_types(v.dtype, torch.float32)
     decay = v.new_zeros(h, dtype=wide) if decay is None else decay
     if decay.dim() == 1:
@@ -48,6 +47,28 @@ def gated_linear_chunked(
     if bonus is not None:
         output = output + scale * _current(q, k, bonus) * v
     return output.to(dtype), state
+
+
+def _one_step(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, bonus: Tensor | None, scale: float, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A single step needs no plan: plain torch, which autograd and torch.compile go through."""
+    dtype, groups = v.dtype, q.shape[2]
+    wide = torch.promote_types(dtype, torch.float32)
+    # (b, g, 1 or h / g, k or v): heads that share q and k are broadcast over, not copied.
+    q, k, v = q[:, 0].to(wide).unsqueeze(2), k[:, 0].to(wide).unsqueeze(2), v[:, 0].to(wide).unflatten(1, (groups, -1))
+    write = k.unsqueeze(-1) * v.unsqueeze(-2)
+    before = torch.zeros_like(write) if state is None else state.to(wide).unflatten(1, (groups, -1))
+    after = before + write
+    if decay is not None:
+        retain = decay.to(wide) if decay.dim() == 1 else decay[:, 0].to(wide)
+        retain = (retain if decay.dim() == 4 else retain.unsqueeze(-1)).unflatten(-2, (groups, -1)).exp()
+        after = torch.addcmul(write, before, retain.unsqueeze(-1))
+    read = after
+    if bonus is not None:
+        read = torch.addcmul(before, write, bonus.to(wide).unflatten(0, (groups, -1)).unsqueeze(-1))
+    output = (q.unsqueeze(-2) @ read).squeeze(-2) * scale
+    return output.flatten(1, 2).unsqueeze(1).to(dtype), after.flatten(1, 2)
 
 
 def _current(q: Tensor, k: Tensor, bonus: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .chunked_forms import FACTORISE, SHORT, Adjoint, Form, Operands, reversed_sum
-from .chunked_plan import Block
+from ..common.chunked_plan import FACTORISE, Block, reversed_sum
+from .chunked_forms import SHORT, Adjoint, Form, Operands
 
 
 class ChannelForm(Form):

@@ -17,15 +17,12 @@ within the chunk takes e^{b_i - b_j} as it stands ("exact").
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .chunked_plan import Block, Scratch
+from ..common.chunked_plan import Block, Scratch
 
-# e^50 leaves float32 a factor of 1e16 for the values themselves.
-FACTORISE = 50.0
 # Length of the sub-chunks that take over where a whole chunk decays too much per channel.
 SHORT = 16
 
@@ -74,12 +71,6 @@ def in_order(block: Block, *slots: Tensor) -> list[tuple[Tensor, ...]]:
     counts = [n for _, n in block.steps]
     parts = [zip(*(x[:, p].split(counts) for x in slots), strict=True) for p in range(slots[0].shape[1])]
     return [at for step in zip(*parts, strict=True) for at in step]
-
-
-@lru_cache(maxsize=16)
-def reversed_sum(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """U with (U x)_i = Σ_{j>=i} x_j."""
-    return torch.ones(size, size, dtype=dtype, device=device).triu()
 
 
 class Form:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .chunked_forms import FACTORISE, Adjoint, Form, Operands, reversed_sum
-from .chunked_plan import Block
+from ..common.chunked_plan import FACTORISE, Block, reversed_sum
+from .chunked_forms import Adjoint, Form, Operands
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Triton backend of `gated_linear`: the kernels are in `triton_chunks`, with their launchers in `triton_launches`.
+"""Triton backend of `gated_linear`: the kernels are in `common.triton_chunks`, launchers in `common.triton_launches`.
 
 A `bonus` makes the reads exclusive: the output sees the state before the step's own decay and update.
 """
@@ -6,10 +6,10 @@ A `bonus` makes the reads exclusive: the output sees the state before the step's
 import torch
 from torch import Tensor
 
+from ..common.tools import accumulate_dtype, launches, on_device_of, unit_stride
+from ..common.triton_launches import Chunks, chunking, largest, shared, stored
+from ..common.triton_steps import serves, shapes, step
 from ..registry import register_gradients
-from ..tools import accumulate_dtype, launches, on_device_of, unit_stride
-from ..triton_launches import Chunks, chunking, largest, shared, stored
-from ..triton_steps import serves, shapes, step
 
 
 def _prepared(q, k, v, bonus, initial_state):

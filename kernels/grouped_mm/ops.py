@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..common.tools import launches
 from ..registry import register_gradients
-from ..tools import launches
 
 # (x, weight, counts) -> x W, row by row of its expert.
 Rows = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tools import chunk_table, dot_mode, grid, on_device_of, tile, tuned, unit_stride
-from ..triton_tools import dot
+from ..common.tools import chunk_table, dot_mode, grid, on_device_of, tile, tuned, unit_stride
+from ..common.triton_tools import dot
 from .ops import backend_of
 
 

@@ -2,47 +2,97 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import native
+from ..backends import backends
+from ..native import direct_limits
+from ..registry import Case, Draw, Op, register_op
 
 # Up to so many rows the time is that of reading the weights, and torch's matrix product takes longer.
 ROWS = 4
-DTYPES = frozenset({torch.float32, torch.float64})
-# Weights for which it is worth waking a thread.
-SMALLEST = 1 << 16
 
 
 def linear(
-    x: Float[Tensor, "*rows i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, o] | None = None
+    x: Float[Tensor, "*rows i"],
+    weight: Float[Tensor, "o i"],
+    bias: Float[Tensor, o] | None = None,
+    *,
+    backend: str = "auto",
 ) -> Float[Tensor, "*rows o"]:
-    """y = x Wᵀ + b, as torch.nn.functional.linear.
+    """y = x Wᵀ + b, as torch.nn.functional.linear, which "chunked" is; autocast casts it as that.
 
     On CPUs a product with few rows takes the time in which its weights are read, and BLAS takes twice that. Where no
-    gradient is asked for, up to ROWS rows of float32 or float64 therefore run in C++ (native.cpp); all else is torch's.
+    gradient is asked for, up to ROWS rows of float32 or float64 therefore run in C++ ("native").
+
+    Args:
+        x: any leading dimensions.
+        weight: one row per output.
+        bias: none by default.
+        backend: "auto", "reference", "chunked" or "native".
+
+    Returns:
+        The output in x's dtype.
 
     Raises:
         RuntimeError: shapes that do not fit, as torch says it.
+        BackendUnavailable: the named backend cannot serve the call.
     """
-    if not _few(x, weight, bias) or not native.direct("linear", x, weight, bias):
-        return F.linear(x, weight, bias)
-    outputs, width = weight.shape
-    inputs = x.reshape(-1, width)
-    y = x.new_empty(*x.shape[:-1], outputs)
-    count = inputs.shape[0]
-    tasks = max(1, min(torch.get_num_threads(), weight.numel() // SMALLEST))
-    tensors = [inputs, weight, bias, y.view(count, outputs)]
-    native.call("linear", f"linear_{native.suffix(x.dtype)}", tensors, [count, outputs, width, tasks])
-    return y
+    return OP.dispatch(backend, x=x, weight=weight, bias=bias)
 
 
-def _few(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether native.cpp serves these."""
-    fits = weight.ndim == 2 and x.shape[-1] == weight.shape[1] and 0 < x.numel() <= ROWS * x.shape[-1]
-    if not fits or x.dtype not in DTYPES or (bias is not None and bias.shape != weight.shape[:1]):
-        return False
+def _limits(arguments: Mapping[str, Any]) -> str | None:
+    """Why native.cpp is not for this call."""
+    x, weight, bias = arguments["x"], arguments["weight"], arguments["bias"]
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    return all(a.dtype == x.dtype and a.layout is torch.strided and a.stride(-1) == 1 for a in tensors)
+    if (reason := direct_limits(tensors)) is not None:
+        return reason
+    width, size, dtype = x.shape[-1] if x.ndim else 0, x.numel(), x.dtype
+    if size > ROWS * width or size == 0:
+        return f"it takes 1 to {ROWS} rows, and x is {tuple(x.shape)}"
+    if dtype != torch.float32 and dtype != torch.float64:
+        return f"it takes float32 and float64, not {dtype}"
+    if weight.ndim != 2 or weight.shape[1] != width or (bias is not None and bias.shape != weight.shape[:1]):
+        return "the shapes do not fit, or the bias is broadcast; torch's function says or does it"
+    for a in tensors:
+        if a.dtype != dtype or a.layout is not torch.strided or a.stride(-1) != 1:
+            return "it takes one dtype, and neighbouring elements in the last dimension"
+    return None
+
+
+def _case(name: str, bias: bool = True, typical: tuple[int, int] | None = None) -> Case:
+    def arguments(draw: Draw, b: int, t: int, inputs: int, outputs: int):
+        weight = draw.normal(outputs, inputs, scale=inputs**-0.5)
+        return {"x": draw.normal(b, t, inputs), "weight": weight} | ({"bias": draw.normal(outputs)} if bias else {})
+
+    return Case(
+        name=name,
+        make=lambda draw, b, t: arguments(draw, b, t, 7, 5),
+        packed=False,
+        bench=None if typical is None else lambda draw, t: arguments(draw, 1, t, *typical),
+    )
+
+
+def _cases() -> tuple[Case, ...]:
+    return (_case("bias"), _case("no bias", bias=False))
+
+
+def _flops(arguments: Mapping[str, Any]) -> float:
+    return 2.0 * arguments["x"].numel() * arguments["weight"].shape[0]
+
+
+OP = register_op(
+    Op(
+        name="linear",
+        backends=backends("linear", "native", "chunked", "reference", native=_limits),
+        sequences=("x",),
+        cases=_cases,
+        flops=_flops,
+        summary="y = x W^T + b",
+        follows_autocast=True,
+    )
+)

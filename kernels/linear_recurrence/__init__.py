@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedShape
 from ..backends import backends
+from ..common.checks import check_boundaries, check_state, has_shape, untouched
 from ..registry import Case, Draw, Op, complex_of, register_op
 
 
@@ -32,8 +33,7 @@ def linear_recurrence(
         reverse: whether to run back in time: h_t = a_t ⊙ h_{t+1} + x_t. The final state is then that of the first step.
         initial_state: the state to go on from, zeros by default; one per sequence: s = b, or the number of packed
             sequences.
-        cu_seqlens: for packed sequences (b = 1): 0, then the running total of their lengths, int32 or int64. None of
-            them may be empty.
+        cu_seqlens: for packed sequences (b = 1): 0, then the running total of their lengths, int32 or int64.
         backend: "auto", "reference", "chunked", "native" or "triton".
 
     Returns:
@@ -49,18 +49,20 @@ def linear_recurrence(
 
 def _check(x, a, initial_state, cu_seqlens) -> None:
     b, t, d = x.shape
-    if t < 1:
-        raise UnsupportedShape("x: the sequence is empty (t = 0); pass at least one step")
-    if tuple(a.shape) not in {(d,), (b, t, d)}:
+    if not has_shape(a, d) and not has_shape(a, b, t, d):
         raise UnsupportedShape(f"a: shape {tuple(a.shape)} is neither {(d,)} nor {(b, t, d)}")
     for name, value in (("a", a), ("initial_state", initial_state)):
         if value is not None and value.is_complex() != x.is_complex():
             raise UnsupportedShape(f"{name}: {value.dtype} does not go with x's {x.dtype}; make both real or complex")
-    if cu_seqlens is not None and b != 1:
-        raise UnsupportedShape(f"cu_seqlens: packed sequences need batch 1, not {b}")
-    s = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if initial_state is not None and tuple(initial_state.shape) != (s, d):
-        raise UnsupportedShape(f"initial_state: shape {tuple(initial_state.shape)} is not {(s, d)}")
+    check_boundaries(cu_seqlens, b, t)
+    check_state(initial_state, b, cu_seqlens, d)
+
+
+def _empty(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+    x = arguments["x"]
+    if x.numel():
+        return None
+    return x.new_zeros(x.shape), untouched(arguments, x, torch.promote_types(x.dtype, torch.float32), x.shape[2])
 
 
 def _traffic(arguments: Mapping[str, Any]) -> float:
@@ -109,6 +111,7 @@ OP = register_op(
         sequences=("x", "a"),
         cases=_cases,
         traffic=_traffic,
+        empty=_empty,
         summary="h_t = a_t ⊙ h_{t-1} + x_t, real or complex, forwards or back in time",
     )
 )

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..tools import or_one_step
 from .ops import gradient_shapes, register, shapes, wide_dtype
-from .reference import linear_recurrence_reference
 
 CHUNK = 64
 
@@ -125,4 +123,17 @@ def _backward(dh, dfinal, h, a, initial_state, cu_seqlens, reverse) -> tuple[Ten
     return dx, total.to(a.dtype) if constant else da, dstate
 
 
-linear_recurrence_chunked = or_one_step(register("chunked", _forward, _backward), linear_recurrence_reference)
+_scan = register("chunked", _forward, _backward)
+
+
+def linear_recurrence_chunked(
+    *, x: Tensor, a: Tensor, reverse: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See `omnimix.kernels.linear_recurrence`."""
+    if x.shape[1] != 1 or cu_seqlens is not None:
+        return _scan(x=x, a=a, reverse=reverse, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    # A single step is one sum, which autograd and torch.compile go through.
+    wide = wide_dtype(x.dtype)
+    state = x.new_zeros(x.shape[0], x.shape[2], dtype=wide) if initial_state is None else initial_state.to(wide)
+    h = torch.addcmul(x[:, 0].to(wide), (a if a.dim() == 1 else a[:, 0]).to(wide), state)
+    return h.to(x.dtype).unsqueeze(1), h

@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..tools import or_one_step, unit_stride
+from ..common.tools import unit_stride
 from .ops import gradient_shapes, register, shapes
-from .reference import linear_recurrence_reference
 
 # More tasks than threads, so that no thread waits long for the others; but none narrower than a few vectors, or so
 # small that waking a thread costs more.
@@ -65,4 +64,15 @@ def _backward(dh, dfinal, h, a, initial_state, cu_seqlens, reverse) -> tuple[Ten
     return dx.to(h.dtype), (da.sum(0) if constant else da).to(a.dtype), dstate
 
 
-linear_recurrence_native = or_one_step(register("native", _forward, _backward), linear_recurrence_reference)
+_scan = register("native", _forward, _backward)
+
+
+def linear_recurrence_native(
+    *, x: Tensor, a: Tensor, reverse: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See `omnimix.kernels.linear_recurrence`."""
+    tensors = (x, a, initial_state, cu_seqlens)
+    if native.direct(*tensors):
+        x, a, initial_state = (None if t is None else t.resolve_conj() for t in tensors[:3])
+        return _forward(x, a, initial_state, cu_seqlens, reverse)
+    return _scan(x=x, a=a, reverse=reverse, initial_state=initial_state, cu_seqlens=cu_seqlens)

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..common.tools import launches
 from ..registry import register_gradients
-from ..tools import launches
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tools import grid, interpreting, on_device_of, tuned, unit_stride
+from ..common.tools import grid, interpreting, on_device_of, tuned, unit_stride
+from ..common.triton_scan import multiply, scan
 from .ops import gradient_shapes, register, shapes
-from .triton_scan import multiply, scan
 
 # Steps in a tile, as a power of 2.
 LOG_STEPS = 5
@@ -149,7 +149,8 @@ def _backward_kernel(
     if CONSTANT:
         _store(da, sequence * D + column, valid, total, total_i, COMPLEX)
     if dstate is not None:
-        ar, ai = _load(a, batch * a_batch + first * a_step + column, valid, 1.0, COMPLEX, ACC)
+        # An empty sequence has no first step, and passes the gradient on as it is.
+        ar, ai = _load(a, batch * a_batch + first * a_step + column, valid & (steps > 0), 1.0, COMPLEX, ACC)
         real, imaginary = multiply(ar, -ai, real, imaginary, COMPLEX)
         _store(dstate, sequence * D + column, valid, real, imaginary, COMPLEX)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedShape
 from ..backends import backends
+from ..common.checks import check_boundaries, check_state, untouched
 from ..registry import Case, Draw, Op, register_op
 
 
@@ -34,8 +35,7 @@ def long_conv(
         skip: weight of the current input beside the filter's, per channel (S4's D).
         initial_state: the l - 1 inputs before the first, oldest first; zeros by default. One per sequence: n = b, or
             the number of packed sequences.
-        cu_seqlens: for packed sequences (b = 1): 0, then the running total of their lengths, int32 or int64. None of
-            them may be empty.
+        cu_seqlens: for packed sequences (b = 1): 0, then the running total of their lengths, int32 or int64.
         backend: "auto", "reference" or "chunked".
 
     Returns:
@@ -53,19 +53,21 @@ def long_conv(
 def _check(u, filters, skip, initial_state, cu_seqlens) -> None:
     b, t, d = u.shape
     h, length = filters.shape
-    if t < 1:
-        raise UnsupportedShape("u: the sequence is empty (t = 0); pass at least one step")
     if length < 1:
         raise UnsupportedShape(f"filters: shape {tuple(filters.shape)} has no taps; l >= 1 must hold")
     if h < 1 or d % h:
         raise UnsupportedShape(f"filters: their number {h} must divide u's {d} channels")
     if skip is not None and tuple(skip.shape) != (d,):
         raise UnsupportedShape(f"skip: shape {tuple(skip.shape)} is not {(d,)}")
-    if cu_seqlens is not None and b != 1:
-        raise UnsupportedShape(f"cu_seqlens: packed sequences need batch 1, not {b}")
-    n = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if initial_state is not None and tuple(initial_state.shape) != (n, d, length - 1):
-        raise UnsupportedShape(f"initial_state: shape {tuple(initial_state.shape)} is not {(n, d, length - 1)}")
+    check_boundaries(cu_seqlens, b, t)
+    check_state(initial_state, b, cu_seqlens, d, length - 1)
+
+
+def _empty(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+    u = arguments["u"]
+    if u.numel():
+        return None
+    return u.new_zeros(u.shape), untouched(arguments, u, u.dtype, u.shape[2], arguments["filters"].shape[1] - 1)
 
 
 def _traffic(arguments: Mapping[str, Any]) -> float:
@@ -103,6 +105,7 @@ OP = register_op(
         sequences=("u",),
         cases=_cases,
         traffic=_traffic,
+        empty=_empty,
         summary="y_t = skip u_t + sum_j filters[:, j] u_{t-j}",
     )
 )

@@ -61,6 +61,8 @@ def _segments(u: Tensor, filters: Tensor, state: Tensor | None, cu_seqlens: Tens
     compute = torch.promote_types(u.dtype, torch.float32)
     wide = filters.to(compute)
     for i, (start, end) in enumerate(pairwise(edges)):
+        if start == end:
+            continue
         states = slice(0, b) if cu_seqlens is None else slice(i, i + 1)
         own = None if state is None else state[states]
         taps = wide if state is not None else wide[:, : end - start]
@@ -72,6 +74,9 @@ def _forward(
     u: Tensor, filters: Tensor, skip: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     _, final = _shapes(u, filters, skip, initial_state, cu_seqlens)
+    if cu_seqlens is not None:
+        # The states of empty sequences stay what they are.
+        final.zero_() if initial_state is None else final.copy_(initial_state)
     outputs = []
     for segment in _segments(u, filters, initial_state, cu_seqlens):
         y = segment.convolve()
@@ -108,6 +113,8 @@ def _backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, _, dskip, dstate = _gradient_shapes(dy, dfinal, u, filters, skip, initial_state, cu_seqlens)
+    if cu_seqlens is not None and initial_state is not None:
+        dstate.copy_(dfinal)
     compute = torch.promote_types(u.dtype, torch.float32)
     dfilters = torch.zeros_like(filters, dtype=compute, memory_format=torch.contiguous_format)
     weight = torch.zeros_like(dskip, dtype=compute)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ...errors import UnknownName, UnsupportedShape
 from ..backends import backends
+from ..common.tools import triton_refusal
 from ..registry import Case, Draw, Op, register_op
-from ..tools import triton_refusal
 
 # Channels of the widest slice that a Triton program holds.
 WIDEST = 8192
@@ -64,8 +65,8 @@ def norm(
 
 
 def _check(x, weight, gate, gate_activation, groups) -> None:
-    if x.ndim < 1 or x.numel() < 1:
-        raise UnsupportedShape(f"x: shape {tuple(x.shape)} has nothing to normalise")
+    if x.ndim < 1 or x.shape[-1] < 1:
+        raise UnsupportedShape(f"x: shape {tuple(x.shape)} has no channels to normalise")
     d = x.shape[-1]
     if weight is not None and tuple(weight.shape) != (d,):
         raise UnsupportedShape(f"weight: shape {tuple(weight.shape)} is not {(d,)}")
@@ -135,6 +136,7 @@ OP = register_op(
         sequences=("x", "gate"),
         cases=_cases,
         traffic=_traffic,
+        empty=lambda arguments: None if arguments["x"].numel() else torch.zeros_like(arguments["x"]),
         summary="y = weight x / sqrt(mean(x^2) + eps), times act(gate) before or after",
     )
 )

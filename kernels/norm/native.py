@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..common.tools import accumulate_dtype, unit_stride
 from ..registry import register_gradients
-from ..tools import accumulate_dtype, unit_stride
 
 # More tasks than threads, so that no thread waits long for the others; but none so small that waking one costs more.
 TASKS = 4
@@ -23,7 +23,7 @@ def norm_native(
     eps: float,
 ) -> Tensor:
     """See `omnimix.kernels.norm`."""
-    run = _run if native.direct("norm", x, weight, gate) else _forward
+    run = _run if native.direct(x, weight, gate) else _forward
     return run(x, weight, gate, gate_activation == "silu", norm_before_gate, groups, eps)
 
 

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.tools import accumulate_dtype, grid, launches, on_device_of
 from ..registry import register_gradients
-from ..tools import accumulate_dtype, grid, launches, on_device_of
 
 # Elements of a program's tile; a wider slice makes a tile of its own.
 TILE = 2048

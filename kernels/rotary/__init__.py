@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -43,7 +44,7 @@ def rotary(
         raise UnsupportedShape(f"angle: shape {tuple(angle.shape)} is not (b, t, pairs) for x {tuple(x.shape)}")
     if 2 * angle.shape[2] > x.shape[3]:
         raise UnsupportedShape(f"angle: {angle.shape[2]} pairs need more than x's {x.shape[3]} channels")
-    if not angle.shape[2] or not x.numel():
+    if not angle.shape[2]:
         raise UnsupportedShape(f"x: there is nothing to turn in {tuple(x.shape)} by {tuple(angle.shape)} angles")
     return OP.dispatch(backend, x=x, angle=angle, interleaved=interleaved)
 
@@ -81,6 +82,7 @@ OP = register_op(
         sequences=("x", "angle"),
         cases=_cases,
         traffic=_traffic,
+        empty=lambda arguments: None if arguments["x"].numel() else torch.zeros_like(arguments["x"]),
         summary="(x1 + i x2) e^{i angle} for pairs of channels",
     )
 )

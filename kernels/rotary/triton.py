@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.tools import accumulate_dtype, grid, launches, on_device_of, unit_stride
 from ..registry import register_gradients
-from ..tools import accumulate_dtype, grid, launches, on_device_of, unit_stride
 
 # Elements of a program's tile.
 TILE = 1024

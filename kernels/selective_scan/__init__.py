@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ...errors import UnsupportedShape
 from ..backends import backends
+from ..common.checks import check_boundaries, check_state, untouched
+from ..common.tools import accumulate_dtype, triton_refusal
 from ..registry import Case, Draw, Op, register_op
-from ..tools import triton_refusal
 
 # Of one channel, in one Triton program.
 MOST_STATES = 128
@@ -50,8 +51,7 @@ def selective_scan(
         delta_softplus: whether Δ = softplus(delta + delta_bias).
         initial_state: the state to go on from, zeros by default; one per sequence: s = b, or the number of packed
             sequences.
-        cu_seqlens: for packed sequences (b = 1): 0, then the running total of their lengths, int32 or int64. None of
-            them may be empty.
+        cu_seqlens: for packed sequences (b = 1): 0, then the running total of their lengths, int32 or int64.
         backend: "auto", "reference", "chunked", "native" or "triton".
 
     Returns:
@@ -81,8 +81,6 @@ def selective_scan(
 def _check(x, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens) -> None:
     b, t, d = x.shape
     n, g = A.shape[-1], B.shape[2]
-    if t < 1:
-        raise UnsupportedShape("x: the sequence is empty (t = 0); pass at least one step")
     if A.shape[0] != d or n < 1:
         raise UnsupportedShape(f"A: shape {tuple(A.shape)} is not (d, n) with d = {d} and n >= 1")
     for name, value, wanted in (
@@ -97,11 +95,15 @@ def _check(x, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens) -> No
             raise UnsupportedShape(f"{name}: shape {tuple(value.shape)} is not {wanted}")
     if g < 1 or d % g:
         raise UnsupportedShape(f"B: its {g} groups must divide x's {d} channels")
-    if cu_seqlens is not None and b != 1:
-        raise UnsupportedShape(f"cu_seqlens: packed sequences need batch 1, not {b}")
-    s = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if initial_state is not None and tuple(initial_state.shape) != (s, d, n):
-        raise UnsupportedShape(f"initial_state: shape {tuple(initial_state.shape)} is not {(s, d, n)}")
+    check_boundaries(cu_seqlens, b, t)
+    check_state(initial_state, b, cu_seqlens, d, n)
+
+
+def _empty(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+    x = arguments["x"]
+    if x.numel():
+        return None
+    return x.new_zeros(x.shape), untouched(arguments, x, accumulate_dtype(x.dtype), *arguments["A"].shape)
 
 
 def _triton_refusal(arguments: Mapping[str, Any]) -> str | None:
@@ -181,6 +183,7 @@ OP = register_op(
         sequences=("x", "delta", "B", "C", "z"),
         cases=_cases,
         traffic=_traffic,
+        empty=_empty,
         summary="h_t = e^{Δ_t A} h_{t-1} + Δ_t B_t x_t, y_t = (C_t h_t + D x_t) silu(z_t)",
     )
 )

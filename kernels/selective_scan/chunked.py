@@ -9,14 +9,14 @@ chunks' starts, computes those within a chunk again, and runs back through it, a
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..tools import accumulate_dtype, or_one_step
-from .ops import Gradients, Outputs, gradient_shapes, register, shapes
-from .reference import selective_scan_reference
+from ..common.tools import accumulate_dtype
+from .ops import Gradients, Outputs, by_name, gradient_shapes, register, shapes
 
 # Steps in a block and between saved states.
 CHUNK = 32
@@ -245,4 +245,28 @@ def _backward(dy, dfinal, borders, x, delta, A, B, C, D, z, bias, initial_state,
     )
 
 
-selective_scan_chunked = or_one_step(register("chunked", CHUNK, _forward, _backward), selective_scan_reference)
+_scan = by_name(register("chunked", CHUNK, _forward, _backward))
+
+
+def selective_scan_chunked(*, x: Tensor, cu_seqlens: Tensor | None, **arguments: Any) -> tuple[Tensor, Tensor]:
+    """See `omnimix.kernels.selective_scan`."""
+    if x.shape[1] == 1 and cu_seqlens is None:
+        return _one_step(x=x, **arguments)
+    return _scan(x=x, cu_seqlens=cu_seqlens, **arguments)
+
+
+def _one_step(*, x, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state) -> tuple[Tensor, Tensor]:
+    """A single step needs no blocks: plain torch, which autograd and torch.compile go through."""
+    wide = accumulate_dtype(x.dtype)
+    own, step = x[:, 0].to(wide), delta[:, 0].to(wide)
+    step = step if delta_bias is None else step + delta_bias.to(wide)
+    step = (F.softplus(step) if delta_softplus else step).unsqueeze(-1)
+    # One row of weights for each channel: (b, d, n).
+    into, out = (w[:, 0].to(wide).repeat_interleave(x.shape[2] // w.shape[2], dim=1) for w in (B, C))
+    state = step * own.unsqueeze(-1) * into
+    if initial_state is not None:
+        state = torch.addcmul(state, torch.exp(step * A.to(wide)), initial_state.to(wide))
+    y = (state * out).sum(-1)
+    y = y if D is None else torch.addcmul(y, D.to(wide), own)
+    y = y if z is None else y * F.silu(z[:, 0].to(wide))
+    return y.to(x.dtype).unsqueeze(1), state

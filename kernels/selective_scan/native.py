@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..tools import accumulate_dtype, or_one_step, unit_stride
+from ..common.tools import accumulate_dtype, unit_stride
 from .ops import Gradients, Outputs, gradient_shapes, register, shapes
-from .reference import selective_scan_reference
 
 # Steps between the saved states: what a backward task computes again then stays in the second-level cache.
 CHUNK = 32
@@ -75,4 +74,25 @@ def _backward(dy, dfinal, borders, x, delta, A, B, C, D, z, bias, initial_state,
     return tuple(e if a is None else f.to(a.dtype) for f, a, e in zip(found, arguments, empties, strict=True))
 
 
-selective_scan_native = or_one_step(register("native", CHUNK, _forward, _backward), selective_scan_reference)
+_scan = register("native", CHUNK, _forward, _backward)
+
+
+def selective_scan_native(
+    *,
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `omnimix.kernels.selective_scan`."""
+    tensors = (x, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    run = _forward if native.direct(*tensors) else _scan
+    y, final, _ = run(*tensors, delta_softplus)
+    return y, final

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.tools import accumulate_dtype, launches
 from ..registry import register_gradients
-from ..tools import accumulate_dtype, launches
 
 Outputs = tuple[Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -43,8 +43,8 @@ def gradient_shapes(dy, dfinal, borders, x, delta, A, B, C, D, z, bias, initial_
 
 def register(
     name: str, chunk: int, forward: Callable[..., Outputs], backward: Callable[..., Gradients]
-) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Makes the custom ops "omnimix::selective_scan_<name>" and "..._backward" and returns the backend's function.
+) -> Callable[..., Outputs]:
+    """Makes the custom ops "omnimix::selective_scan_<name>" and "..._backward" and returns the first.
 
     Args:
         name: the backend's.
@@ -92,11 +92,11 @@ def register(
     scan_backward.register_fake(launches(backward)(gradient_shapes))
     register_gradients(scan, _differentiate(scan_backward), _save)
 
-    return _backend(scan)
+    return scan
 
 
-def _backend(scan: Callable[..., Outputs]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The custom op as a backend: it takes the public function's arguments by name."""
+def by_name(scan: Callable[..., Outputs]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A custom op as a backend: it takes the public function's arguments by name."""
 
     def function(
         *,

@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..linear_recurrence.triton_scan import scan
-from ..tools import accumulate_dtype, grid, interpreting, on_device_of, tuned, unit_stride
+from ..common.tools import accumulate_dtype, grid, interpreting, on_device_of, tuned, unit_stride
+from ..common.triton_scan import scan
 from . import MOST_STATES
-from .ops import Gradients, Outputs, gradient_shapes, register, shapes
+from .ops import Gradients, Outputs, by_name, gradient_shapes, register, shapes
 
 # Steps in a tile, as a power of 2, and between saved states.
 LOG_STEPS = 4
@@ -217,9 +217,10 @@ def _backward_kernel(
         sum_bias += tl.sum(dnow, 0)
         tl.store(dx + at, down.to(dx.dtype.element_ty), mask=inside)
         tl.store(ddelta + at, dnow.to(ddelta.dtype.element_ty), mask=inside)
-    # Through the first step's decay, which no step before it has taken.
+    # Through the first step's decay, which no step before it has taken; an empty sequence has none.
     first = start + tl.zeros([1], dtype=tl.int64)
-    now = _step(delta, bias, batch * delta_batch, first, valid[None, :], channel, delta_step, SOFTPLUS, ACC)
+    some = valid[None, :] & (start < end)
+    now = _step(delta, bias, batch * delta_batch, first, some, channel, delta_step, SOFTPLUS, ACC)
     carry *= tl.exp(tl.sum(now, 0)[:, None] * decay)
     tl.store(dstate + at_state, carry, mask=kept)
     tl.store(dA + at_state, sum_A, mask=kept)
@@ -297,4 +298,4 @@ def _launch_backward(
     return tuple(e if a is None else f.to(a.dtype) for f, a, e in zip(found, arguments, empty, strict=True))
 
 
-selective_scan_triton = register("triton", CHUNK, _launch_forward, _launch_backward)
+selective_scan_triton = by_name(register("triton", CHUNK, _launch_forward, _launch_backward))

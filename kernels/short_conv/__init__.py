@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import UnknownName, UnsupportedShape
 from ..backends import backends
+from ..common.checks import check_boundaries, check_state, untouched
 from ..registry import Case, Draw, Op, register_op
 
 
@@ -33,8 +35,7 @@ def short_conv(
         activation: None or "silu".
         initial_state: the w - 1 inputs before the first, oldest first; zeros by default. One per sequence: n = b, or
             the number of packed sequences.
-        cu_seqlens: for packed sequences (b = 1): 0, then the running total of their lengths, int32 or int64. None of
-            them may be empty.
+        cu_seqlens: for packed sequences (b = 1): 0, then the running total of their lengths, int32 or int64.
         backend: "auto", "reference", "chunked", "native" or "triton".
 
     Returns:
@@ -60,19 +61,21 @@ def short_conv(
 def _check(x, weight, bias, activation, initial_state, cu_seqlens) -> None:
     b, t, d = x.shape
     width = weight.shape[-1]
-    if t < 1:
-        raise UnsupportedShape("x: the sequence is empty (t = 0); pass at least one step")
     if weight.shape[0] != d or width < 1:
         raise UnsupportedShape(f"weight: shape {tuple(weight.shape)} is not (d, w) with d = {d} and w >= 1")
     if bias is not None and tuple(bias.shape) != (d,):
         raise UnsupportedShape(f"bias: shape {tuple(bias.shape)} is not {(d,)}")
     if activation not in (None, "silu"):
         raise UnknownName("activation of short_conv", activation, ["silu"])
-    if cu_seqlens is not None and b != 1:
-        raise UnsupportedShape(f"cu_seqlens: packed sequences need batch 1, not {b}")
-    n = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if initial_state is not None and tuple(initial_state.shape) != (n, d, width - 1):
-        raise UnsupportedShape(f"initial_state: shape {tuple(initial_state.shape)} is not {(n, d, width - 1)}")
+    check_boundaries(cu_seqlens, b, t)
+    check_state(initial_state, b, cu_seqlens, d, width - 1)
+
+
+def _empty(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+    x = arguments["x"]
+    if x.numel():
+        return None
+    return x.new_zeros(x.shape), untouched(arguments, x, x.dtype, x.shape[2], arguments["weight"].shape[1] - 1)
 
 
 def _case(
@@ -114,6 +117,7 @@ OP = register_op(
         sequences=("x",),
         cases=_cases,
         traffic=lambda arguments: 2.0 * arguments["x"].numel() * arguments["x"].element_size(),
+        empty=_empty,
         summary="y_t = act(bias + sum_j weight[:, w-1-j] x_{t-j})",
     )
 )

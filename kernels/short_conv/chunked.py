@@ -7,6 +7,7 @@ starts as the gradient of the final state and ends as that of the initial one.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +86,8 @@ def _segments(x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, histor
         spans = [(slice(i, min(i + size, b)), slice(0, t), slice(i, min(i + size, b))) for i in range(0, b, size)]
     else:
         edges = cu_seqlens.tolist()
-        spans = [(slice(0, 1), slice(edges[i], edges[i + 1]), slice(i, i + 1)) for i in range(len(edges) - 1)]
+        # Empty sequences have no inputs to compute on.
+        spans = [(slice(0, 1), slice(a, e), slice(i, i + 1)) for i, (a, e) in enumerate(pairwise(edges)) if a < e]
     for rows, steps, states in spans:
         own = None if state is None else state[states]
         yield _Segment(x[rows, steps], own, rows, steps, states, history, compute)
@@ -109,6 +111,9 @@ def _scratch(segment: _Segment, blocks: list[tuple[int, int]], extra: int = 0) -
 
 def _forward(x, weight, bias, initial_state, cu_seqlens, silu) -> Outputs:
     y, final = shapes(x, weight, bias, initial_state, cu_seqlens, silu)
+    if cu_seqlens is not None:
+        # The states of empty sequences stay what they are.
+        final.zero_() if initial_state is None else final.copy_(initial_state)
     history = weight.shape[1] - 1
     for segment in _segments(x, initial_state, cu_seqlens, history):
         taps, base = _parameters(weight, bias, segment.compute)
@@ -133,6 +138,8 @@ def _parameters(weight: Tensor, bias: Tensor | None, compute: torch.dtype) -> tu
 
 def _backward(dy, dfinal, x, weight, bias, initial_state, cu_seqlens, silu) -> Gradients:
     dx, _, _, dstate = gradient_shapes(dy, dfinal, x, weight, bias, initial_state, cu_seqlens, silu)
+    if cu_seqlens is not None:
+        dstate.copy_(dfinal)
     width = weight.shape[1]
     history = width - 1
     compute = torch.promote_types(x.dtype, torch.float32)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..tools import accumulate_dtype, unit_stride
+from ..common.tools import accumulate_dtype, unit_stride
 from .ops import Gradients, Outputs, gradient_shapes, register, shapes
 
 # More tasks than threads, so that no thread waits long for the others; but none so small that waking one costs more.
@@ -27,7 +27,7 @@ def short_conv_native(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `omnimix.kernels.short_conv`."""
-    if x.shape[1] == 1 and cu_seqlens is None and native.direct("short_conv", x, weight, bias, initial_state):
+    if x.shape[1] == 1 and cu_seqlens is None and native.direct(x, weight, bias, initial_state):
         return _step(x, weight, bias, initial_state, activation == "silu")
     return _convolve(x, weight, bias, initial_state, cu_seqlens, activation == "silu")
 

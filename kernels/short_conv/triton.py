@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.tools import accumulate_dtype, chunk_table, grid, launches, on_device_of, tuned, unit_stride
 from ..registry import register_gradients
-from ..tools import accumulate_dtype, chunk_table, grid, launches, on_device_of, tuned, unit_stride
 
 # Steps in a tile.
 STEPS = 64
@@ -46,10 +46,11 @@ def _input(x, state, t, start, end, column, stride, D, W: tl.constexpr, ACC: tl.
         other=0.0,
     ).to(ACC)
     if state is not None:
+        # Rows behind the last tile have no sequence, and no state either.
         slot = t - start + W - 1
         value += tl.load(
             state + column[None, :] * (W - 1) + slot[:, None],
-            mask=((slot >= 0) & (t < start))[:, None] & (column < D)[None, :],
+            mask=((slot >= 0) & (t < start) & (start < end))[:, None] & (column < D)[None, :],
             other=0.0,
         ).to(ACC)
     return value
@@ -191,6 +192,9 @@ def _launch_forward(
 ) -> tuple[Tensor, Tensor]:
     call, x = _Call(x, weight, cu_seqlens), unit_stride(x)
     y, final = _shapes(x, weight, bias, initial_state, cu_seqlens, silu)
+    if cu_seqlens is not None:
+        # An empty sequence has no tile that writes its state.
+        final.zero_() if initial_state is None else final.copy_(initial_state)
     with on_device_of(x):
         _forward_kernel[call.grid](
             x, weight.contiguous(), bias, initial_state, y, final, batch_stride=x.stride(0), stride=x.stride(1),
@@ -205,6 +209,8 @@ def _launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     call, x, dy = _Call(x, weight, cu_seqlens), unit_stride(x), dy.contiguous()
     dx, dweight, dbias, dstate = _gradient_shapes(dy, dfinal, x, weight, bias, initial_state, cu_seqlens, silu)
+    if cu_seqlens is not None and initial_state is not None:
+        dstate.copy_(dfinal)
     taps = weight.contiguous()
     dz = dy.new_empty(dy.shape, dtype=call.dtype) if silu else dy
     partial = x.new_empty(call.rows, call.width + 1, call.channels, dtype=call.dtype)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ...errors import UnsupportedShape
 from ..backends import backends
+from ..common.checks import check_boundaries, check_state, untouched
+from ..common.tools import accumulate_dtype
 from ..registry import Case, Draw, Op, register_op
 from .memory import state_parts, state_size
 
@@ -63,8 +65,7 @@ def test_time(
         eps: of LN.
         initial_state: what `test_time` returned last; zeros by default: w1 … b2 untouched. One per sequence: n = b, or
             the number of packed sequences. `state_size` says how large it is, `state_parts` what it holds.
-        cu_seqlens: for packed sequences (b = 1): 0, then the running total of their lengths, int32 or int64. None of
-            them may be empty.
+        cu_seqlens: for packed sequences (b = 1): 0, then the running total of their lengths, int32 or int64.
         backend: "auto", "reference" or "chunked".
 
     Returns:
@@ -105,8 +106,6 @@ def _check(q, k, v, w1, w2, b2, chunk, cu_seqlens) -> None:
         raise UnsupportedShape(
             f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must have one shape: v is rebuilt from k"
         )
-    if t < 1:
-        raise UnsupportedShape("v: the sequence is empty (t = 0); pass at least one step")
     if chunk < 1:
         raise UnsupportedShape(f"chunk is {chunk}; a mini-batch has at least one token")
     if w1.shape[:2] != (h, size) or (w2 is None and w1.shape[2] != size):
@@ -117,8 +116,7 @@ def _check(q, k, v, w1, w2, b2, chunk, cu_seqlens) -> None:
         raise UnsupportedShape(f"w2: shape {tuple(w2.shape)} is not {(h, w1.shape[2], size)}")
     if b2 is not None and tuple(b2.shape) != (h, size):
         raise UnsupportedShape(f"b2: shape {tuple(b2.shape)} is not {(h, size)}")
-    if cu_seqlens is not None and b != 1:
-        raise UnsupportedShape(f"cu_seqlens: packed sequences need batch 1, not {b}")
+    check_boundaries(cu_seqlens, b, t)
 
 
 def _check_small(lr, w1, b1, norm_weight, norm_bias, momentum, decay, shape) -> None:
@@ -133,12 +131,21 @@ def _check_small(lr, w1, b1, norm_weight, norm_bias, momentum, decay, shape) -> 
 
 
 def _check_state(v, w1, w2, momentum, initial_state, cu_seqlens) -> None:
-    if initial_state is None:
-        return
-    n = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    size = state_size(w1.shape[1], None if w2 is None else w1.shape[2], momentum=momentum is not None)
-    if tuple(initial_state.shape) != (n, v.shape[2], size):
-        raise UnsupportedShape(f"initial_state: shape {tuple(initial_state.shape)} is not {(n, v.shape[2], size)}")
+    check_state(initial_state, v.shape[0], cu_seqlens, v.shape[2], _size(w1, w2, momentum))
+
+
+def _size(w1, w2, momentum) -> int:
+    return state_size(w1.shape[1], None if w2 is None else w1.shape[2], momentum=momentum is not None)
+
+
+def _empty(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+    v = arguments["v"]
+    if v.numel():
+        return None
+    size = _size(*(arguments[name] for name in ("w1", "w2", "momentum")))
+    state = untouched(arguments, v, accumulate_dtype(v.dtype), v.shape[2], size)
+    # The place in the mini-batch is a count, which has no gradient.
+    return v.new_zeros(v.shape), torch.cat([state[..., :-1], state[..., -1:].detach()], dim=-1)
 
 
 def _flops(arguments: Mapping[str, Any]) -> float:
@@ -224,6 +231,7 @@ OP = register_op(
         sequences=("q", "k", "v", "lr", "momentum", "decay"),
         cases=_cases,
         flops=_flops,
+        empty=_empty,
         parts={"test_time_inner": _inner_flops},
         summary="W_t = e^{decay_t} W_{t-1} + S_t, S_t = momentum_t S_{t-1} - lr_t grad l(W0), o_t = f(q_t; W_t)",
     )

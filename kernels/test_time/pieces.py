@@ -67,7 +67,8 @@ def _table(v: Tensor, chunk: int, state: Tensor | None, cu_seqlens: Tensor | Non
         edges, most = cu_seqlens.long(), t // chunk + 2 * n
     place = torch.zeros_like(edges[1:]) if state is None else state.detach()[:, 0, -1].round().long()
     ends = place + edges.diff()
-    every = (ends + chunk - 1) // chunk
+    # An empty sequence has a piece too, of empty slots, so that every sequence has a first one.
+    every = ((ends + chunk - 1) // chunk).clamp(min=1)
     counts, order = every.sort(descending=True, stable=True)
     rank = torch.argsort(order)
     # First one sequence after another, then sorted by wave and rank.

@@ -17,8 +17,8 @@ from omnimix.backbones import from_dict, to_dict
 from omnimix.backbones.config import Site
 from omnimix.backbones.ffn import FFNS, expert_loads, list_ffns, rebalance
 from omnimix.backbones.ffn.moe import MoE, MoEConfig
+from omnimix.cli.check_kernels import low_precision_excess, results
 from omnimix.errors import ConfigError
-from omnimix.kernels.check import low_precision_excess, results
 
 from ..laws.checker import assert_equal
 

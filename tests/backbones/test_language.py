@@ -10,8 +10,8 @@ from omnimix.backbones import BackboneConfig
 from omnimix.backbones.heads.causal import CausalConfig
 from omnimix.backbones.language import LanguageModel, LanguageModelConfig
 from omnimix.backbones.mixers import get_mixer
+from omnimix.cli.check_kernels import error, results
 from omnimix.errors import UnsupportedCall, UnsupportedShape
-from omnimix.kernels.check import error, results
 from omnimix.modalities import load_model, save_model
 
 VOCABULARY = 23
@@ -134,9 +134,19 @@ def test_ids_outside_the_vocabulary_are_refused(bad: int):
         model().loss(tokens)
 
 
+def test_no_tokens_leave_the_state_as_it_is():
+    net = model()
+    _, state = net(ids(2, 4))
+    logits, after = net(ids(2, 0), state)
+    assert logits.shape == (2, 0, VOCABULARY)
+    assert all(torch.equal(a, b) for a, b in zip(after.tensors(), state.tensors(), strict=True))
+    logits, fresh = net(ids(2, 0))
+    assert [t.shape for t in fresh.tensors()] == [t.shape for t in net.init_state(2).tensors()]
+
+
 def test_what_is_no_batch_of_tokens_is_refused():
-    with pytest.raises(UnsupportedShape, match="at least one token"):
-        model()(ids(2, 0))
+    with pytest.raises(UnsupportedShape, match="is not"):
+        model()(ids(4))
 
 
 def test_mixers_that_look_both_ways_are_refused():

@@ -15,8 +15,8 @@ from omnimix.backbones.ffn.moe import MoEConfig
 from omnimix.backbones.heads.causal import CausalConfig
 from omnimix.errors import CheckpointError, UnsupportedCall, UnsupportedShape
 from omnimix.modalities import save_model
-from omnimix.modalities.chat import TURN
-from omnimix.modalities.text import ByteTokenizer, train_bpe
+from omnimix.modalities.text.chat import TURN
+from omnimix.modalities.text.tokenizer import ByteTokenizer, train_bpe
 
 transformers = pytest.importorskip("transformers")
 # Before anything of transformers is used: pytest has put our folder `kernels` on the path.
@@ -30,7 +30,7 @@ TEXTS = ["hello", "a longer prompt, é", "x"]
 def language_model(*, vocabulary: int = BYTES.vocabulary, pattern=("gated_deltanet", "attention"), **options):
     torch.manual_seed(0)
     backbone = {"dim": 32, "depth": 2, "pattern": list(pattern)}
-    backbone |= {name: options.pop(name) for name in ("channel", "channels") if name in options}
+    backbone |= {name: options.pop(name) for name in ("ffn",) if name in options}
     config = omnimix.LanguageModelConfig(backbone=omnimix.BackboneConfig(**backbone), vocabulary=vocabulary, **options)
     model = omnimix.LanguageModel(config).eval()
     with torch.no_grad():
@@ -180,11 +180,11 @@ def test_a_cache_goes_on_and_branches():
         assert found[0, whole.shape[1] :].tolist() == expected
     assert cache.get_seq_length() == whole.shape[1] + 3 and cache.nbytes > 0
     cache.batch_repeat_interleave(2)
-    assert cache.states[0].tensors()[0].shape[0] == 2
+    assert len(cache.state["read"]) == 2
     with pytest.raises(UnsupportedCall, match="deepcopy"):
         cache.crop(3)
     cache.reset()
-    assert cache.get_seq_length() == 0 and cache.states is None
+    assert cache.get_seq_length() == 0 and cache.state is None
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -220,8 +220,7 @@ def test_an_incomplete_checkpoint_is_refused(tmp_path):
 
 
 EXTRAS = {
-    "channel": "moe",
-    "channels": {"moe": MoEConfig(experts=4)},
+    "ffn": MoEConfig(experts=4),
     "objectives": {"causal": CausalConfig(ahead=2, z_loss=1e-3)},
 }
 

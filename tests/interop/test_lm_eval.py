@@ -13,8 +13,8 @@ from omnimix.__main__ import main
 from omnimix.backbones.decoding import DiffusionConfig, GenerationConfig, diffuse, generate
 from omnimix.errors import ConfigError, MissingPackage, UnknownName, UnsupportedCall, UnsupportedShape
 from omnimix.modalities import save_model
-from omnimix.modalities.chat import TURN
-from omnimix.modalities.text import ByteTokenizer
+from omnimix.modalities.text.chat import TURN
+from omnimix.modalities.text.tokenizer import ByteTokenizer
 
 pytest.importorskip("lm_eval")
 BYTES = ByteTokenizer(TURN)
@@ -23,7 +23,7 @@ END = BYTES.end
 
 @pytest.fixture(scope="module")
 def adapter():
-    from omnimix.backbones.interop import lm_eval
+    from omnimix.interop import lm_eval
 
     return lm_eval
 
@@ -314,7 +314,7 @@ def test_tasks_offline(adapter, tasks, capsys):
 def test_diffusion_results_say_what_they_are(adapter, tasks, monkeypatch):
     from lm_eval.tasks import TaskManager
 
-    from omnimix.recipes.evaluate import evaluate, result_rows
+    from omnimix.recipes.text.evaluate import evaluate, result_rows
 
     path, _, _ = tasks
     lm = adapter.OmnimixLM(model=language_model("masked"), tokenizer=BYTES, samples=4, seed=1)
@@ -344,7 +344,7 @@ def test_bad_arguments(adapter, tmp_path, monkeypatch, capsys):
     assert main(["text", "eval", "--run", str(tmp_path), "--tasks", "x"]) == 2
     assert "no run" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    from omnimix.backbones.interop.importing import wanted
+    from omnimix.interop.importing import wanted
 
     with pytest.raises(MissingPackage, match=r"omnimix\[eval\]"):
         wanted("lm_eval", "evaluation", "eval")
@@ -352,14 +352,14 @@ def test_bad_arguments(adapter, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("block", "exact"), [(1, True), (4, False)])
 def test_blocks_of_one_token_are_no_bound(adapter, block, exact):
-    from omnimix.backbones.heads.block import BlockConfig
+    from omnimix.backbones.heads.block import BlockDiffusionConfig
 
     backbone = omnimix.BackboneConfig(dim=32, depth=1, pattern=["attention"])
     config = omnimix.LanguageModelConfig(
         backbone=backbone,
         vocabulary=BYTES.vocabulary,
         objective="block",
-        objectives={"block": BlockConfig(block=block)},
+        objectives={"block": BlockDiffusionConfig(block=block)},
     )
     info = adapter.OmnimixLM(model=omnimix.LanguageModel(config), tokenizer=BYTES).get_model_info()
     assert (info["likelihood"] == "exact") == exact == ("likelihood_samples" not in info)

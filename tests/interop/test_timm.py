@@ -226,7 +226,8 @@ def test_drop_rates_act_in_training_only():
     model = tiny(NAMES[0], drop_rate=0.5, drop_path_rate=0.5)
     x = images(32, 32)
     assert not torch.equal(model(x), model(x))
-    assert model.backbone.blocks[0].drop_path == 0 and model.backbone.blocks[-1].drop_path == 0.5
+    assert model.backbone.blocks[0].mixer_residual.drop_path == 0
+    assert model.backbone.blocks[-1].ffn_residual.drop_path == 0.5
     model.eval()
     assert torch.equal(model(x), model(x))
 

@@ -9,8 +9,8 @@ from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay
 
 import omnimix
-from omnimix.backbones.interop.timm import checkpoint_filter_fn
 from omnimix.errors import ConfigError, UnsupportedCall
+from omnimix.interop.timm import checkpoint_filter_fn
 from omnimix.modalities import create_model, load_model, model_config, save_model
 
 TimmVideoClassifier = omnimix.timm_models.TimmVideoClassifier

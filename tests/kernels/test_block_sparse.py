@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from omnimix.cli.check_kernels import results
 from omnimix.errors import BackendUnavailable, UnsupportedShape
 from omnimix.kernels import attention, block_sparse
-from omnimix.kernels.check import results
 
 from ..laws import checker
 

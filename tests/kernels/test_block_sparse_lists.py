@@ -199,3 +199,22 @@ def test_a_window_by_lists_is_the_window():
     listed = lists.window(T, block_size=1, query_block=1, window=7)
     found = block_sparse(q, k, v, listed, block_size=1)
     torch.testing.assert_close(found, attention(q, k, v, window=7))
+
+
+def test_no_queries_have_no_lists():
+    sizes = {"block_size": 4, "query_block": 3}
+    made = [
+        lists.window(0, window=5, **sizes),
+        lists.sinks(0, sinks=3, **sizes),
+        lists.random(0, number=2, **sizes),
+        lists.dilated(0, segment=2, dilation=1, **sizes),
+        lists.global_tokens(0, torch.tensor([0]), **sizes),
+        lists.axial((0, 2, 2), **sizes),
+        lists.vertical_slash(torch.randn(1, 0, 4, 8), torch.randn(1, 0, 2, 8), vertical=2, slash=2, **sizes),
+    ]
+    assert all(x.shape[1] == 0 for x in [*made, lists.union(*made[:2])])
+    for batch, keys in ((2, 0), (2, 3), (0, 3)):
+        q, means, places = torch.randn(batch, 0, 4, 8), torch.randn(batch, keys, 2, 8), torch.zeros(batch, 0).long()
+        assert lists.by_mean_key(q, means, places, block_size=4, number=3).shape[:3] == (batch, 0, 4)
+        options = {"size": 4, "stride": 2, "block_size": 4, "number": 3, "blocks": keys}
+        assert lists.by_compressed_attention(q, means, places, **options).shape[:3] == (batch, 0, 2)

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from omnimix.cli.check_kernels import results
 from omnimix.errors import UnknownName, UnsupportedShape
 from omnimix.kernels import cross_entropy
-from omnimix.kernels.check import results
 from omnimix.kernels.cross_entropy import passes
 
 from ..laws.checker import agrees

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from omnimix.cli.check_kernels import FLOAT32_TOLERANCE, error, results
 from omnimix.errors import BackendUnavailable, UnsupportedCall, UnsupportedShape
 from omnimix.kernels import Draw, delta_rule, gated_linear
-from omnimix.kernels.check import FLOAT32_TOLERANCE, error, results
 
 BACKENDS = ("reference", "chunked")
 
@@ -142,11 +142,6 @@ def test_either_output_alone_has_gradients(kept: int):
 def test_shapes_that_do_not_fit_are_named(change: dict, message: str):
     with pytest.raises(UnsupportedShape, match=message):
         delta_rule(**draw_inputs() | change)
-
-
-def test_an_empty_sequence_is_refused():
-    with pytest.raises(UnsupportedShape, match="t = 0"):
-        delta_rule(**{name: t[:, :0] for name, t in draw_inputs().items()})
 
 
 def test_forms_do_not_mix():

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from omnimix.cli.check_kernels import results
 from omnimix.errors import BackendUnavailable, UnknownName, UnsupportedShape
 from omnimix.kernels import Draw, gated_linear, get_op
-from omnimix.kernels.check import results
 
 BACKENDS = ("reference", "chunked")
 
@@ -145,7 +145,7 @@ def test_chunked_serves_packed_sequences(name, lengths, strength):
 @pytest.mark.parametrize("size", [1, 40_000], ids=["many blocks", "few blocks"])
 def test_the_division_into_blocks_changes_nothing(size, monkeypatch):
     # By its name: the attribute gated_linear of omnimix.kernels is the function.
-    monkeypatch.setattr(import_module("omnimix.kernels.gated_linear.chunked_plan"), "BLOCK_BYTES", size)
+    monkeypatch.setattr(import_module("omnimix.kernels.common.chunked_plan"), "BLOCK_BYTES", size)
     for name, lengths in itertools.product(("scalar decay", "decay per channel"), (None, [200, 3, 130, 64])):
         case = next(c for c in get_op("gated_linear").cases() if c.name == name)
         draw = Draw.seeded(3)
@@ -201,11 +201,6 @@ def test_wrong_shapes_are_named(change, message):
 def test_packed_sequences_need_batch_one():
     with pytest.raises(UnsupportedShape, match="cu_seqlens: packed sequences need batch 1, not 2"):
         gated_linear(**draw_qkv(), cu_seqlens=torch.tensor([0, 70]))
-
-
-def test_empty_sequences_are_refused():
-    with pytest.raises(UnsupportedShape, match="t = 0"):
-        gated_linear(**{name: x[:, :0] for name, x in draw_qkv().items()})
 
 
 def test_backends_are_named():

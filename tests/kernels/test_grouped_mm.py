@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from omnimix.cli.check_kernels import results
 from omnimix.errors import UnsupportedShape
 from omnimix.kernels import grouped_mm
-from omnimix.kernels.check import results
 from omnimix.kernels.grouped_mm import combine, dispatch, route, scatter
 from omnimix.kernels.grouped_mm.routing import _add_in_order, _add_sorted
 

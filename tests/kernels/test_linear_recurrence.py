@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from omnimix.cli.check_kernels import call_of
 from omnimix.errors import UnsupportedShape
 from omnimix.kernels import Draw, linear_recurrence, native
-from omnimix.kernels.check import call_of
 from omnimix.kernels.registry import get_op
 
 from ..laws import checker
@@ -15,7 +15,7 @@ from ..laws import checker
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from omnimix.kernels.linear_recurrence.triton_scan import scan  # noqa: E402
+from omnimix.kernels.common.triton_scan import scan  # noqa: E402
 
 OP = get_op("linear_recurrence")
 BACKENDS = [b.name for b in OP.backends if b.name != "native" or not native.machine_refusal()]
@@ -113,7 +113,6 @@ def test_the_laws_mirror():
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"x": torch.randn(2, 0, 3)}, "x: the sequence is empty"),
         ({"a": torch.rand(2, 5)}, "a: shape"),
         ({"a": torch.rand(3, dtype=torch.complex64)}, "a: torch.complex64 does not go with x's torch.float32"),
         ({"initial_state": torch.randn(3, 3)}, "initial_state: shape"),

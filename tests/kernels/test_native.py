@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from omnimix.errors import BackendUnavailable
+from omnimix.errors import BackendUnavailable, UnsupportedShape
 from omnimix.kernels import explain, linear_recurrence, native, strict
 from omnimix.kernels.native import native_refusal
 from omnimix.kernels.registry import get_op
@@ -85,7 +85,7 @@ def test_a_library_is_compiled_once(afresh, monkeypatch, capfd):
     native._build.cache_clear()
     assert native._build(OP) is None
     assert capfd.readouterr().err == ""
-    (library,) = native.cache_folder().iterdir()
+    (library,) = native.cache_folder("native").iterdir()
     assert library.suffix == ".so"
 
 
@@ -115,6 +115,16 @@ def test_compilations_at_once_leave_one_whole_library(afresh, monkeypatch):
 )
 def test_what_it_does_not_serve(x, reason):
     assert reason in native_refusal(OP)({"x": x})
+
+
+@needs_compiler
+def test_boundaries_are_looked_at_inside_a_compiled_graph(without_shape_checks):
+    """There the call has no door, and C++ would leave its tensors."""
+    compiled = torch.compile(linear_recurrence, fullgraph=True, backend="aot_eager")
+    x, a = torch.ones(1, 5, 2), torch.full((2,), 0.5)
+    assert compiled(x, a, cu_seqlens=torch.tensor([0, 2, 5]), backend="native")[1].shape == (2, 2)
+    with pytest.raises(UnsupportedShape, match="cu_seqlens: .0, 2, 9. must start with 0"):
+        compiled(x, a, cu_seqlens=torch.tensor([0, 2, 9]), backend="native")
 
 
 def test_segments_number_the_chunks():

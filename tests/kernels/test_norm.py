@@ -62,7 +62,7 @@ def test_slices_too_wide_for_triton_are_refused():
         ({"gate": torch.ones(2, 3)}, UnsupportedShape, "gate"),
         ({"groups": 4}, UnsupportedShape, "groups: 4 does not divide"),
         ({"gate_activation": "sigmoids"}, UnknownName, "sigmoid"),
-        ({"x": torch.ones(0, 6)}, UnsupportedShape, "nothing to normalise"),
+        ({"x": torch.ones(2, 0)}, UnsupportedShape, "no channels to normalise"),
     ],
 )
 def test_bad_calls_name_the_argument(change, error, named, without_shape_checks):

@@ -58,7 +58,6 @@ def test_the_last_tap_meets_the_current_step(backend):
     ("change", "error", "named"),
     [
         ({"weight": torch.randn(4, 3)}, UnsupportedShape, "weight"),
-        ({"x": torch.randn(2, 0, 3)}, UnsupportedShape, "x: the sequence is empty"),
         ({"initial_state": torch.randn(2, 3, 4)}, UnsupportedShape, "initial_state"),
         ({"cu_seqlens": torch.tensor([0, 5])}, UnsupportedShape, "batch 1"),
         ({"activation": "sulu"}, UnknownName, "did you mean 'silu'"),

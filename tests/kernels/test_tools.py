@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from omnimix.errors import UnsupportedShape
-from omnimix.kernels import tools
+from omnimix.kernels.common import tools
 
 
 @pytest.mark.parametrize("lengths", [[3], [64], [65], [1] * 9, [3, 64, 1, 64, 130], [128, 127]], ids=str)

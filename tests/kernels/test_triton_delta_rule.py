@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from omnimix.cli.check_kernels import error
 from omnimix.errors import BackendUnavailable
 from omnimix.kernels import Draw, delta_rule
-from omnimix.kernels.check import error
 
 SHAPES = {"scalar": lambda b, t, h, k: (b, t, h), "channel": lambda *s: s}
 

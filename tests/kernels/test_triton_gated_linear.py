@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from omnimix.cli.check_kernels import error
 from omnimix.kernels import Draw, gated_linear
-from omnimix.kernels.check import error
 
 SHAPES = {"head": lambda b, t, h, k: (h,), "scalar": lambda b, t, h, k: (b, t, h), "channel": lambda *s: s}
 

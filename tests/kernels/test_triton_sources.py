@@ -64,7 +64,7 @@ def test_sources_keep_the_rules(path):
 
 
 def test_there_are_sources():
-    assert {p.parent.name for p in SOURCES} >= {"kernels", "gated_linear"}
+    assert {p.parent.name for p in SOURCES} >= {"common", "gated_linear"}
 
 
 @pytest.mark.parametrize(

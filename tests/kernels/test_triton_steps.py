@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from omnimix.cli.check_kernels import error, results
 from omnimix.kernels import Draw, delta_rule, gated_linear
-from omnimix.kernels.check import error, results
 
 
 def arguments(op, dtype=torch.float64):

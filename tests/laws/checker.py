@@ -6,6 +6,8 @@ law says otherwise.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from omnimix.kernels import Case, Draw
-from omnimix.kernels.check import (
+from omnimix.cli.check_kernels import (
     Results,
     arguments_of,
     cast,
@@ -26,6 +27,7 @@ from omnimix.kernels.check import (
     to,
     weights_for,
 )
+from omnimix.kernels import Case, Draw, native
 
 Function = Callable[..., Any]
 Arguments = dict[str, Any]
@@ -63,18 +65,18 @@ def has_true_gradients(reference: Function, arguments: Arguments) -> None:
     assert torch.autograd.gradcheck(call, [arguments[n].detach().requires_grad_() for n in names])
 
 
-def _is_sequence(name: str, arguments: Arguments, sequences: Sequence[str], steps: tuple[int, int]) -> bool:
+def is_sequence(name: str, arguments: Arguments, sequences: Sequence[str], steps: tuple[int, int]) -> bool:
     x = arguments.get(name)
     return name in sequences and isinstance(x, Tensor) and x.ndim >= 2 and tuple(x.shape[:2]) == steps
 
 
-def _steps(arguments: Arguments, sequences: Sequence[str]) -> tuple[int, int]:
+def steps_of(arguments: Arguments, sequences: Sequence[str]) -> tuple[int, int]:
     return tuple(arguments[sequences[0]].shape[:2])
 
 
 def _over_sequences(arguments: Arguments, sequences: Sequence[str], cut: Callable[[Tensor], Tensor]) -> Arguments:
-    steps = _steps(arguments, sequences)
-    return {n: cut(a) if _is_sequence(n, arguments, sequences, steps) else a for n, a in arguments.items()}
+    steps = steps_of(arguments, sequences)
+    return {n: cut(a) if is_sequence(n, arguments, sequences, steps) else a for n, a in arguments.items()}
 
 
 def mirrored(function: Function, sequences: Sequence[str]) -> Function:
@@ -87,8 +89,19 @@ def mirrored(function: Function, sequences: Sequence[str]) -> Function:
     return call
 
 
-def splits(function: Function, arguments: Arguments, sequences: Sequence[str], lengths: Sequence[int]) -> None:
-    """Law 2: pieces of `lengths`, each started with the state of the one before, are the whole, gradients too."""
+def splits(
+    function: Function,
+    arguments: Arguments,
+    sequences: Sequence[str],
+    lengths: Sequence[int],
+    *,
+    backward: bool = True,
+    whole: Function | None = None,
+) -> None:
+    """Law 2: pieces of `lengths`, each started with the state of the one before, are the whole, gradients too.
+
+    `whole` computes the whole where `function` takes pieces only.
+    """
 
     def in_pieces(**whole: Any) -> tuple[Tensor, ...]:
         state, outputs, start = whole.get("initial_state"), [], 0
@@ -99,8 +112,9 @@ def splits(function: Function, arguments: Arguments, sequences: Sequence[str], l
             start += length
         return (*(torch.cat(o, dim=1) for o in zip(*outputs, strict=True)), state)
 
-    assert sum(lengths) == _steps(arguments, sequences)[1]
-    assert_equal(results(in_pieces, arguments), results(function, arguments))
+    assert sum(lengths) == steps_of(arguments, sequences)[1]
+    truth = results(whole or function, arguments, backward=backward)
+    assert_equal(results(in_pieces, arguments, backward=backward), truth)
 
 
 def _alone(function: Function, sequences: Sequence[str], lengths: Sequence[int], has_state: bool) -> Function:
@@ -123,12 +137,19 @@ def _alone(function: Function, sequences: Sequence[str], lengths: Sequence[int],
 
 
 def packs(
-    function: Function, arguments: Arguments, sequences: Sequence[str], lengths: Sequence[int], *, has_state: bool
+    function: Function,
+    arguments: Arguments,
+    sequences: Sequence[str],
+    lengths: Sequence[int],
+    *,
+    has_state: bool,
+    backward: bool = True,
 ) -> None:
     """Law 3: packed sequences give what each gives alone, and no gradient crosses a border."""
-    truth = results(_alone(function, sequences, lengths, has_state), arguments)
-    assert_equal(results(function, arguments), truth)
-    _no_gradient_crosses(function, arguments, sequences, lengths, has_state)
+    truth = results(_alone(function, sequences, lengths, has_state), arguments, backward=backward)
+    assert_equal(results(function, arguments, backward=backward), truth)
+    if backward:
+        _no_gradient_crosses(function, arguments, sequences, lengths, has_state)
 
 
 def _no_gradient_crosses(function, arguments, sequences, lengths, has_state) -> None:
@@ -142,11 +163,11 @@ def _no_gradient_crosses(function, arguments, sequences, lengths, has_state) -> 
         else:
             inside[:, start:stop] = True
         w.masked_fill_(~inside, 0)
-    steps = _steps(arguments, sequences)
+    steps = steps_of(arguments, sequences)
     for name, g in results(function, arguments, weights=weights).gradients.items():
         if name == "initial_state":
             outside = torch.cat([g[:1], g[2:]])
-        elif _is_sequence(name, arguments, sequences, steps):
+        elif is_sequence(name, arguments, sequences, steps):
             outside = torch.cat([g[:, :start], g[:, stop:]], dim=1)
         else:
             continue
@@ -154,9 +175,11 @@ def _no_gradient_crosses(function, arguments, sequences, lengths, has_state) -> 
         assert worst <= BLEED, f"a gradient of {worst:.1e} with respect to {name} crosses a border"
 
 
-def rows_are_independent(function: Function, arguments: Arguments, sequences: Sequence[str]) -> None:
+def rows_are_independent(
+    function: Function, arguments: Arguments, sequences: Sequence[str], *, backward: bool = True
+) -> None:
     """Law 5: each batch row gives what it gives alone."""
-    batch = _steps(arguments, sequences)[0]
+    batch = steps_of(arguments, sequences)[0]
 
     def row_by_row(**whole: Any) -> tuple[Tensor, ...]:
         outputs = []
@@ -168,26 +191,51 @@ def rows_are_independent(function: Function, arguments: Arguments, sequences: Se
             outputs.append(output if isinstance(output, tuple) else (output,))
         return tuple(torch.cat(o) for o in zip(*outputs, strict=True))
 
-    assert_equal(results(function, arguments), results(row_by_row, arguments))
+    truth = results(row_by_row, arguments, backward=backward)
+    assert_equal(results(function, arguments, backward=backward), truth)
 
 
-def repeats(function: Function, arguments: Arguments) -> None:
+def repeats(function: Function, arguments: Arguments, *, backward: bool = True) -> None:
     """Law 5: twice in a row is equal to the bit."""
-    first, second = results(function, arguments).named(), results(function, arguments).named()
+    first, second = (results(function, arguments, backward=backward).named() for _ in range(2))
     for name, x in first.items():
         assert torch.equal(x, second[name]), f"{name} differs from one call to the next"
 
 
+def leaves_the_state(
+    function: Function, arguments: Arguments, *, has_state: bool, counts: int = 0, backward: bool = True
+) -> None:
+    """Without tokens there are no outputs, and the state is the initial one, zeros where there is none.
+
+    Gradients are those of the state, and zeros for all else and for the state's last entries that are `counts`.
+    """
+    state = arguments.get("initial_state")
+    weights = weights_for(results(function, arguments, backward=False).outputs, 0)
+    found = results(function, arguments, weights=weights, backward=backward)
+    outputs = found.outputs[:-1] if has_state else found.outputs
+    for output in outputs:
+        assert output.numel() == 0, f"an output without tokens has shape {tuple(output.shape)}"
+    if has_state:
+        truth = torch.zeros_like(found.outputs[-1]) if state is None else state
+        assert torch.equal(found.outputs[-1], truth), "a call without tokens changes the state"
+    for name, g in found.gradients.items():
+        truth = torch.zeros_like(g)
+        if name == "initial_state":
+            carried = g.shape[-1] - counts
+            truth[..., :carried] = weights[-1].conj()[..., :carried]
+        assert torch.equal(g, truth), f"the gradient of {name} is wrong in a call without tokens"
+
+
 def is_causal(function: Function, arguments: Arguments, sequences: Sequence[str], at: int) -> None:
     """Law 4: the outputs before step `at` have no gradient with respect to the inputs from `at` on."""
-    steps = _steps(arguments, sequences)
+    steps = steps_of(arguments, sequences)
     outputs = results(function, arguments, backward=False).outputs
     weights = [torch.zeros_like(o) for o in outputs]
     for o, w in zip(outputs, weights, strict=True):
         if tuple(o.shape[:2]) == steps:
             w[:, :at] = 1
     for name, g in results(function, arguments, weights=weights).gradients.items():
-        if _is_sequence(name, arguments, sequences, steps):
+        if is_sequence(name, arguments, sequences, steps):
             worst = g[:, at:].abs().max().item()
             assert worst <= BLEED, f"a gradient of {worst:.1e} reaches back from {name} after step {at}"
 
@@ -233,6 +281,64 @@ def compiles(function: Function, arguments: Arguments) -> None:
     """Law 8: torch.compile takes it whole, forward and backward, and changes nothing."""
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert_equal(results(compiled, arguments), results(function, arguments))
+
+
+class Ran:
+    """Records the files of an op's backends whose functions run within it, and its calls of C++ and Triton.
+
+    Everything is seen that runs in Python on this thread: custom ops, and on CPUs their backward passes too.
+
+    Args:
+        op: the op's name.
+    """
+
+    NAMES = frozenset({"reference", "chunked", "native", "triton"})
+
+    def __init__(self, op: str):
+        self._folder, self._native = f"{os.sep}kernels{os.sep}{op}{os.sep}", native.__file__
+        self.backends: set[str] = set()
+        self.cpp_calls = self.launches = 0
+
+    def __enter__(self) -> Ran:
+        from triton.runtime import interpreter
+
+        def launch(executor: Any, *args: Any, **kwargs: Any) -> Any:
+            self.launches += 1
+            # The interpreter runs thousands of functions, none of which decides on anything.
+            sys.setprofile(None)
+            try:
+                return run(executor, *args, **kwargs)
+            finally:
+                sys.setprofile(self._see)
+
+        run, self._grids = interpreter.GridExecutor.__call__, interpreter.GridExecutor
+        self._run = run
+        self._grids.__call__ = launch
+        sys.setprofile(self._see)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        sys.setprofile(None)
+        self._grids.__call__ = self._run
+
+    def _see(self, frame: Any, event: str, _: Any) -> None:
+        if event != "call":
+            return
+        file = frame.f_code.co_filename
+        if file == self._native and frame.f_code.co_name == "call":
+            self.cpp_calls += 1
+        folder, _, name = file.rpartition(self._folder)
+        if folder and name.removesuffix(".py") in self.NAMES and frame.f_code.co_name != "<module>":
+            self.backends.add(name.removesuffix(".py"))
+
+
+def runs(op: str, backend: str, call: Callable[[], Any]) -> None:
+    """Law 10: a call runs the backend that is named, and no other of the op's: C++ and Triton are really called."""
+    with Ran(op) as ran:
+        call()
+    assert ran.backends == {backend}, f"{op}: {sorted(ran.backends)} ran, not {backend!r}"
+    assert bool(ran.cpp_calls) == (backend == "native"), f"{op}: {ran.cpp_calls} calls of C++ by {backend!r}"
+    assert bool(ran.launches) == (backend == "triton"), f"{op}: {ran.launches} launches of Triton by {backend!r}"
 
 
 class _CustomOps(TorchDispatchMode):

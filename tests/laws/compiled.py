@@ -10,7 +10,7 @@ import torch
 
 from omnimix.backbones import BackboneConfig, Layout
 from omnimix.backbones.language import LanguageModel, LanguageModelConfig
-from omnimix.kernels.check import error
+from omnimix.cli.check_kernels import error
 from omnimix.modalities import (
     AudioTokenizer,
     AudioTokenizerConfig,
@@ -18,7 +18,7 @@ from omnimix.modalities import (
     TubeletTokenizerConfig,
     list_fronts,
 )
-from omnimix.modalities.fronts import FRONTS
+from omnimix.modalities.audio.fronts import FRONTS
 
 from .subjects import BOTH, CAUSAL, Subject, both_way_subjects, causal_subjects, floating, subjects, tokens
 

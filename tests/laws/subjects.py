@@ -35,7 +35,11 @@ class Alone(nn.Module):
             out = self.inner(x, Context(layout, **given), state)
             return out.y, out.state
         read = None if state is None else state["read"]
-        out = self.inner(x, Context(layout, positions=layout.positions(x, read), **given), state and state.get("inner"))
+        fits = read is None or len(read) == layout.sequences(len(x))
+        positions = layout.positions(x, read) if fits else None
+        out = self.inner(
+            x, Context(layout, positions=positions, **given), None if state is None else state.get("inner")
+        )
         if not layout.causal:
             return out.y, out.state
         lengths = layout.lengths(x)
@@ -130,7 +134,7 @@ def floating(state: State | None) -> list[Tensor]:
 
 
 def arguments(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Everything that a call depends on, for `omnimix.kernels.check.results`."""
+    """Everything that a call depends on, for `omnimix.cli.check_kernels.results`."""
     return {"x": x} | dict(module.named_parameters())
 
 

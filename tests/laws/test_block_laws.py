@@ -7,8 +7,8 @@ import torch
 from torch.func import functional_call
 
 from omnimix.backbones import Layout
+from omnimix.cli.check_kernels import error, results
 from omnimix.errors import ConfigError, UnsupportedCall
-from omnimix.kernels.check import error, results
 
 from .checker import assert_equal
 from .subjects import (

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 from torch.testing._internal.optests import OpCheckError
 
+from omnimix.cli.check_kernels import arguments_of, call_of, results
 from omnimix.kernels import Draw, get_op
-from omnimix.kernels.check import arguments_of, call_of
 
 from . import checker
 
@@ -179,6 +181,36 @@ def test_a_graph_break_is_caught(without_shape_checks):
 
     with pytest.raises(torch._dynamo.exc.Unsupported):
         checker.compiles(breaks, call(1, 2))
+
+
+@pytest.mark.parametrize("time", [1, 3])
+def test_a_backend_in_another_ones_place_is_caught(time):
+    """Whichever of the four does the work, with gradients or without, only its own name is accepted."""
+    arguments = call(2, time)
+    names = [b.name for b in OP.backends]
+    assert len(names) == 4
+    for runs_really in names:
+        for named in names:
+            for run in (lambda n=runs_really: call_of(OP, n)(**arguments), lambda n=runs_really: gradients_by(n, time)):
+                if named == runs_really:
+                    checker.runs("short_conv", named, run)
+                else:
+                    with pytest.raises(AssertionError, match="ran, not"):
+                        checker.runs("short_conv", named, run)
+
+
+def gradients_by(backend: str, time: int) -> None:
+    results(call_of(OP, backend), call(2, time))
+
+
+def test_a_native_or_triton_backend_that_only_calls_torch_is_caught():
+    for name in ("native", "triton"):
+        module = import_module(f"omnimix.kernels.short_conv.{name}")
+        # The right file runs, and does nothing of its own.
+        source = compile("def empty(call): call()", module.__file__, "exec")
+        exec(source, space := {})
+        with pytest.raises(AssertionError, match="0 calls of C|0 launches"):
+            checker.runs("short_conv", name, lambda empty=space["empty"]: empty(lambda: torch.ones(2) + 1))
 
 
 @torch.library.custom_op("omnimix::test_alias", mutates_args=())

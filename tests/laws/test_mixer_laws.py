@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from omnimix import kernels
 from omnimix.backbones import Layout, list_mixers
 from omnimix.backbones.scan import SCANS
+from omnimix.cli.check_kernels import error, low_precision_excess, results
 from omnimix.errors import UnsupportedCall, UnsupportedShape
-from omnimix.kernels.check import error, low_precision_excess, results
 
 from .checker import assert_equal
 from .subjects import (
@@ -253,6 +253,8 @@ def test_law_7_autocast_stays_near_full_precision(subject: Subject):
         return {"y": y.detach(), "x": x.grad} | {name: p.grad for name, p in module.named_parameters()}
 
     found, wanted, inside = run(True), run(False), run(True, backward=True)
+    with kernels.using("reference"):
+        plain = run(True)
     # Many call `backward` inside autocast too, where torch rounds the factors of its own products.
     for name, gradient in found.items():
         assert (inside[name] - gradient).norm() <= 0.05 * gradient.norm(), name
@@ -261,7 +263,9 @@ def test_law_7_autocast_stays_near_full_precision(subject: Subject):
     assert distance.median() < 0.05
     for name, gradient in wanted.items():
         assert found[name].isfinite().all()
-        assert (found[name] - gradient).norm() < 0.2 * gradient.norm(), name
+        # What rounding in the projections alone costs, however sensitive the mixer is to it.
+        least = (plain[name] - gradient).norm()
+        assert (found[name] - gradient).norm() <= 2 * least + 0.05 * gradient.norm(), name
 
 
 @causal_subjects

@@ -12,7 +12,7 @@ from omnimix.backbones import from_dict, to_dict
 from omnimix.backbones.parameters import no_weight_decay
 from omnimix.errors import OmnimixError
 from omnimix.modalities import build_model, load_model, save_model
-from omnimix.modalities.classifier import Classifier
+from omnimix.modalities.common.classifier import Classifier
 from omnimix.modalities.models import list_classes
 
 CLASSES = [cls for cls in list_classes() if issubclass(cls, Classifier)]

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from omnimix.backbones import Layout, list_mixers
 from omnimix.backbones.mixers import get_mixer
-from omnimix.kernels.check import error, results
+from omnimix.cli.check_kernels import error, results
 
 from .checker import TOLERANCE, assert_equal
 from .subjects import DEPTH, Alone, Subject, arguments, call, capability, mixer_subjects, tokens

@@ -19,8 +19,8 @@ from omnimix.modalities import (
     WaveFrontConfig,
     list_fronts,
 )
-from omnimix.modalities.convolution import sinusoids
-from omnimix.modalities.fronts import FRONTS
+from omnimix.modalities.audio.convolution import sinusoids
+from omnimix.modalities.audio.fronts import FRONTS
 
 EXAMPLES = [(name, config) for name in list_fronts() for config in FRONTS.get(name).examples]
 every_example = pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from omnimix.modalities import (
     model_config,
     save_model,
 )
-from omnimix.modalities.audio_models import AUDIO_MODELS
+from omnimix.modalities.audio.model import AUDIO_MODELS
 
 # Short enough to be quick, long enough for every part of every mixer.
 SMALL = {"classes": 3, "dim": 16, "depth": 2, "bins": 16, "patch": 4, "seconds": 0.5, "rate": 8000}
@@ -60,7 +60,7 @@ def test_published_sizes():
 
 def test_audio_mamba():
     config = model_config("aum_base")
-    assert (config.backbone.depth, config.backbone.dim, config.backbone.channel) == (24, 768, None)
+    assert (config.backbone.depth, config.backbone.dim, config.backbone.ffn) == (24, 768, None)
     assert config.backbone.scan == "both" and config.head.classes == 527
     options = config.audio.options
     assert options.grid(768).grid() == (64, 8) and options.class_token == "middle"

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from omnimix.errors import CheckpointError, ConfigError, MediaError, MissingPackage
-from omnimix.modalities import corpus as corpora
-from omnimix.modalities.chat import TURN
-from omnimix.modalities.corpus import JsonLines, Shards, TextFiles, held_out
-from omnimix.modalities.text import ByteTokenizer
-from omnimix.modalities.token_cache import TokenCache, cached_bpe, cached_tokens, text_cache, write_tokens
+from omnimix.modalities.data import corpus as corpora
+from omnimix.modalities.data.corpus import JsonLines, Shards, TextFiles, held_out
+from omnimix.modalities.data.token_cache import TokenCache, cached_bpe, cached_tokens, text_cache, write_tokens
+from omnimix.modalities.text.chat import TURN
+from omnimix.modalities.text.tokenizer import ByteTokenizer
 
 
 def texts(corpus) -> list[str]:
@@ -337,7 +337,7 @@ def test_sparse_members_are_refused(tmp_path, headers):
 
 
 def test_bpe_learns_a_part_of_each_long_document(tmp_path, monkeypatch):
-    from omnimix.modalities import token_cache
+    from omnimix.modalities.data import token_cache
 
     for i in range(6):
         (tmp_path / f"{i}.txt").write_text(f"some words of file {i} " * 200)

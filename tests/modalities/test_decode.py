@@ -17,7 +17,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from omnimix.errors import ConfigError, MediaError, UnsupportedCall, UnsupportedShape
-from omnimix.modalities import Segments, Uniform, VideoReader, decode, read_clip, write_video
+from omnimix.modalities import Segments, Uniform, VideoReader, read_clip, write_video
+from omnimix.modalities.video import files as decode
 
 from .decoder_stress import barcodes, films, moment, numbers_in, resident
 

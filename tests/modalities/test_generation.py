@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from omnimix import LanguageModel, LanguageModelConfig, TextGenerator
-from omnimix.backbones import BackboneConfig
+from omnimix.backbones import BackboneConfig, State
 from omnimix.backbones.decoding import DiffusionConfig, GenerationConfig, generate
 from omnimix.backbones.heads import list_objectives
 from omnimix.errors import CheckpointError, ConfigError, UnsupportedCall
 from omnimix.modalities import create_model, save_model
-from omnimix.modalities.generation import StopStrings
-from omnimix.modalities.text import ByteTokenizer
+from omnimix.modalities.text.text_generator import StopStrings
+from omnimix.modalities.text.tokenizer import ByteTokenizer
 
 CHATML = ("<|im_start|>", "<|im_end|>")
 
@@ -52,11 +52,11 @@ def scripted(monkeypatch):
 
         def read(model, prompts, chunk=None, state=None):
             place[0] = 0
-            return logits(len(prompts)), ()
+            return logits(len(prompts)), State({})
 
         def advance(model, tokens, state):
             place[0] += 1
-            return logits(len(tokens)), ()
+            return logits(len(tokens)), State({})
 
         for name in ("omnimix.backbones.decoding.generate", "omnimix.backbones.decoding.beam"):
             monkeypatch.setattr(importlib.import_module(name), "advance", advance)

@@ -16,7 +16,7 @@ from omnimix.backbones import Layout
 from omnimix.backbones.heads import ClassificationHead, ClassificationHeadConfig
 from omnimix.errors import ConfigError, MediaError, UnsupportedCall, UnsupportedShape
 from omnimix.modalities import PatchTokenizer, PatchTokenizerConfig, load_image
-from omnimix.modalities.grid import fit_positions, resize_table
+from omnimix.modalities.common.grid import fit_positions, resize_table
 
 
 def tokenizer(**options) -> PatchTokenizer:

@@ -9,7 +9,7 @@ import torch
 
 from omnimix.errors import ConfigError, UnsupportedCall, UnsupportedShape
 from omnimix.modalities import LogMel, MelConfig, SpecAugment, SpecAugmentConfig
-from omnimix.modalities.mel import _constants
+from omnimix.modalities.audio.mel import _constants
 
 
 def waves(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

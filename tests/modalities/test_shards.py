@@ -15,11 +15,13 @@ import pytest
 import webdataset
 from PIL import Image
 
+from omnimix.cli import shard as shard_command
+from omnimix.cli.shard import main, shard_folder, size_of
 from omnimix.errors import ConfigError, MediaError
-from omnimix.modalities import ShardSource, find_source, shard_command, tar
-from omnimix.modalities.shard_command import main, shard_folder, size_of
-from omnimix.modalities.sources import IMAGE_SUFFIXES
-from omnimix.modalities.tar import TarIndex
+from omnimix.modalities import ShardSource, find_source
+from omnimix.modalities.data import tar
+from omnimix.modalities.data.sources import IMAGE_SUFFIXES
+from omnimix.modalities.data.tar import TarIndex
 
 
 def member(name: str, data: bytes = b"x", **changes) -> tuple[tarfile.TarInfo, bytes]:

@@ -8,7 +8,7 @@ import pytest
 
 from omnimix.errors import ConfigError
 from omnimix.modalities import CSVSource, FolderSource, Source, find_source, has_split
-from omnimix.modalities.sources import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Strings, find_splits, read_classes
+from omnimix.modalities.data.sources import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Strings, find_splits, read_classes
 
 
 def put(*files: Path) -> None:

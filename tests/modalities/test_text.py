@@ -8,8 +8,8 @@ import tokenizers
 
 import omnimix
 from omnimix.errors import CheckpointError, ConfigError, UnknownName, UnsupportedShape
-from omnimix.modalities.chat import TURN
-from omnimix.modalities.text import END, BPETokenizer, ByteTokenizer, load_tokenizer, train_bpe
+from omnimix.modalities.text.chat import TURN
+from omnimix.modalities.text.tokenizer import END, BPETokenizer, ByteTokenizer, load_tokenizer, train_bpe
 
 CODE = ["class A:\n    def f(self, x):\n        return x + 12\n\n\n" * 20, "naïve café\t→ 日本語 " * 20]
 MESSAGES = [

@@ -22,9 +22,9 @@ from omnimix.modalities import (
     save_model,
     video_classifier,
 )
-from omnimix.modalities.grid import resize_table
-from omnimix.modalities.reduction import average_cells, merge_tokens
-from omnimix.modalities.video import sinusoids
+from omnimix.modalities.common.grid import resize_table
+from omnimix.modalities.video.reduction import average_cells, merge_tokens
+from omnimix.modalities.video.tokenizer import sinusoids
 
 SMALL = {"dim": 16, "depth": 2, "classes": 3, "size": (4, 16, 16), "tubelet": (2, 8, 8)}
 
@@ -256,7 +256,7 @@ def test_published_sizes(size, millions):
     assert abs(parameters / (millions * 1e6) - 1) < 0.05, parameters
     config = model.config
     assert config.video.class_token == "first" and config.head.pool == "class_token" and config.head.classes == 400
-    assert config.video.grid() == (8, 14, 14) and config.backbone.scan == "both" and config.backbone.channel is None
+    assert config.video.grid() == (8, 14, 14) and config.backbone.scan == "both" and config.backbone.ffn is None
 
 
 @pytest.mark.parametrize("mixer", list_mixers())

@@ -45,7 +45,7 @@ def streamed(model, x: torch.Tensor, lengths: list[int]):
 def test_chunks_are_the_whole(mixer):
     model = model_of(mixer)
     x = torch.randn(2, 3, 9, 16, 8, dtype=torch.float64)
-    if not model.backbone.blocks[0].mixer.streaming:
+    if not model.backbone.capabilities.streaming:
         with pytest.raises(UnsupportedCall, match="state"):
             model.stream(x)
         return
@@ -56,7 +56,7 @@ def test_chunks_are_the_whole(mixer):
     torch.testing.assert_close(now, steps, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(so_far, model.forward_head(tokens, layout), rtol=1e-9, atol=1e-9)
     assert [(s.steps, s.waiting.shape[2]) for s in states] == [(1, 1), (3, 1), (3, 1), (4, 1)]
-    assert (len({state.nbytes for state in states}) == 1) == model.backbone.blocks[0].mixer.constant_state
+    assert (len({state.nbytes for state in states}) == 1) == model.backbone.capabilities.constant_state
 
 
 @torch.no_grad()

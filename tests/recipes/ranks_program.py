@@ -11,10 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 from omnimix.backbones import BackboneConfig, LanguageModel, LanguageModelConfig
 from omnimix.backbones.config import Site
 from omnimix.backbones.ffn.moe import MoE, MoEConfig
-from omnimix.recipes.loading import EpochLoader
-from omnimix.recipes.optimisers import parameter_groups
-from omnimix.recipes.ranks import Agreement, summed
-from omnimix.recipes.strategies import shard, sharded
+from omnimix.recipes.common.loading import EpochLoader
+from omnimix.recipes.common.optimisers import parameter_groups
+from omnimix.recipes.common.ranks import Agreement, summed
+from omnimix.recipes.common.strategies import shard, sharded
 
 ROWS, STEPS = 3, 4
 

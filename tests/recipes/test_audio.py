@@ -16,18 +16,18 @@ from safetensors.torch import load_file
 
 import omnimix
 from omnimix.__main__ import main
+from omnimix.cli.shard import shard_folder
 from omnimix.errors import ConfigError, MediaError
-from omnimix.modalities.encode import write_audio, write_video
-from omnimix.modalities.mel import LogMel, MelConfig
-from omnimix.modalities.shard_command import shard_folder
-from omnimix.modalities.sound import read_audio
-from omnimix.recipes import generated
-from omnimix.recipes.audio_classification import picture
-from omnimix.recipes.audio_data import AudioAugment, AudioFolderData
-from omnimix.recipes.audio_predict import Predictor
-from omnimix.recipes.audio_preprocess import AudioPreprocess
-from omnimix.recipes.sounds import RATE, SECONDS, SOUNDS
-from omnimix.recipes.timeline import Moment, Scene, scenes
+from omnimix.modalities.audio.files import read_audio
+from omnimix.modalities.audio.mel import LogMel, MelConfig
+from omnimix.modalities.common.encode import write_audio, write_video
+from omnimix.recipes.audio.data import AudioAugment, AudioFolderData
+from omnimix.recipes.audio.predict import Predictor
+from omnimix.recipes.audio.preprocess import AudioPreprocess
+from omnimix.recipes.audio.recipe import picture
+from omnimix.recipes.audio.sounds import RATE, SECONDS, SOUNDS
+from omnimix.recipes.common import synthetic
+from omnimix.recipes.common.timeline import Moment, Scene, scenes
 
 # Everything that draws random numbers is on: stochastic depth, masks, augmentation.
 SMALL = ["--model.dim=16", "--model.depth=1", "--model.spectrogram.bins=16", "--model.drop_path=0.3", "--threads=1"]
@@ -43,7 +43,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("audio")
     with pytest.MonkeyPatch.context() as patch:
         # Not XDG_CACHE_HOME, where the kernels are too.
-        patch.setattr(generated, "cache_folder", lambda: folder / "cache" / "native")
+        patch.setattr(synthetic, "cache_folder", lambda name: folder / "cache" / name)
         threads = torch.get_num_threads()
         assert main(["audio", "fit", "--name", "whole", "--runs", str(folder / "runs"), *TINY]) == 0
         yield folder
@@ -95,8 +95,9 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed(place):
     runs = place / "runs"
     code = f"""
 import os, pathlib
-from omnimix.recipes import audio_classification as audio, generated
-generated.cache_folder = lambda: pathlib.Path({str(place / "cache" / "native")!r})
+from omnimix.recipes.audio import recipe as audio
+from omnimix.recipes.common import synthetic
+synthetic.cache_folder = lambda name: pathlib.Path({str(place / "cache")!r}) / name
 step = audio.AudioClassification.training_step
 def dying(self, batch, index):
     if self.global_step == 7:

@@ -1,21 +1,21 @@
 """What recipes make of a command line: defaults, hints, and how to go on after a stop."""
 
 import importlib
-import inspect
 import shlex
 import shutil
 
 import pytest
 import yaml
+from jsonargparse import ArgumentParser
 
 from omnimix.__main__ import main
 from omnimix.recipes import CONFIGS, RECIPES
-from omnimix.recipes.audio_classification import AudioClassification
-from omnimix.recipes.cli import interruptible, run_fit
-from omnimix.recipes.text_generation import TextGeneration
-from omnimix.recipes.training import Interrupted
-from omnimix.recipes.video_understanding import VideoUnderstanding
-from omnimix.recipes.vision_classification import VisionClassification
+from omnimix.recipes.audio.recipe import AudioClassification
+from omnimix.recipes.common.cli import interruptible, run_fit
+from omnimix.recipes.common.training import Interrupted
+from omnimix.recipes.text.recipe import TextGeneration
+from omnimix.recipes.video.recipe import VideoUnderstanding
+from omnimix.recipes.vision.recipe import VisionClassification
 
 MODELS = {
     "vision": VisionClassification,
@@ -23,20 +23,18 @@ MODELS = {
     "audio": AudioClassification,
     "text": TextGeneration,
 }
+# What has no default.
+REQUIRED = {"path", "root"}
 # What the data say a model, and the run its data.
 LINKED = {"classes", "clips", "image_size", "in_channels", "seed", "sounds", "vocabulary"}
 
 
-def values(default):
-    """As YAML holds them."""
-    if hasattr(default, "__dataclass_fields__"):
-        return {name: values(getattr(default, name)) for name in default.__dataclass_fields__}
-    return list(default) if isinstance(default, tuple) else default
-
-
 def of_class(cls: type) -> dict:
-    parameters = inspect.signature(cls).parameters.values()
-    return {p.name: values(p.default) for p in parameters if p.default is not p.empty}
+    """The defaults of a class, those included that it hands on to its base, as YAML holds them."""
+    parser = ArgumentParser()
+    parser.add_class_arguments(cls)
+    defaults = yaml.safe_load(parser.dump(parser.get_defaults(), skip_validation=True, skip_unset=False))
+    return {name: value for name, value in defaults.items() if name not in REQUIRED}
 
 
 def wanted(cls: type, said: dict) -> dict:

@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 
 from omnimix.errors import CheckpointError, ConfigError, MediaError
-from omnimix.recipes.data import DigitsData, Jitter, TensorData, stratified_split
-from omnimix.recipes.folders import Augment, ImageFolderData
-from omnimix.recipes.media import IGNORED
-from omnimix.recipes.preprocess import ImagePreprocess
+from omnimix.recipes.common.media import IGNORED
+from omnimix.recipes.vision.data import DigitsData, Jitter, TensorData, stratified_split
+from omnimix.recipes.vision.folders import Augment, ImageFolderData
+from omnimix.recipes.vision.preprocess import ImagePreprocess
 
 
 def write_image(path, seed: int, shape=(20, 26)) -> None:

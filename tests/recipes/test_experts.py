@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from omnimix.backbones.ffn import expert_loads
 from omnimix.backbones.ffn.moe import MoEConfig
 from omnimix.modalities import ImageClassifier
-from omnimix.recipes.vision_classification import DigitsData, VisionClassification, VisionTrainingConfig
+from omnimix.recipes.vision.recipe import DigitsData, VisionClassification, VisionTrainingConfig
 
 
 def recipe(**options):
@@ -52,6 +52,6 @@ def test_biases_move_by_one_step_with_each_of_the_optimiser():
     )
     trainer.fit(module, datamodule=DigitsData(batch_size=16))
     assert trainer.global_step == 3
-    layers = [block.channel for block in module.model.backbone.blocks]
+    layers = [block.ffn for block in module.model.backbone.blocks]
     assert all(0 < layer.steps.abs().max() <= 3 for layer in layers)
     assert all(load.sum() == 0 for load in expert_loads(module).values())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from omnimix.recipes.lengths import cut, length_at, scored
+from omnimix.recipes.text.lengths import cut, length_at, scored
 
 
 def test_lengths_double_up_to_the_longest():

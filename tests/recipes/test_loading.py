@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from omnimix.errors import ConfigError, MediaError
-from omnimix.recipes.loading import EpochLoader, mix, own_key, uniform
+from omnimix.recipes.common.loading import EpochLoader, mix, own_key, uniform
 
 
 class Keys:

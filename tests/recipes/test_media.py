@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from omnimix.errors import ConfigError, MediaError
-from omnimix.recipes.classification import Predictions
-from omnimix.recipes.media import IGNORED, MediaData, Samples, collate
-from omnimix.recipes.vision_classification import VisionClassification
+from omnimix.recipes.common.classification import Predictions
+from omnimix.recipes.common.media import IGNORED, MediaData, Samples, collate
+from omnimix.recipes.vision.recipe import VisionClassification
 
 
 class Words:

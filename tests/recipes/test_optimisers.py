@@ -9,8 +9,8 @@ from torch import nn
 
 from omnimix.backbones import BackboneConfig, LanguageModel, LanguageModelConfig
 from omnimix.backbones.ffn.moe import MoEConfig
-from omnimix.recipes.optimisers import MuonAdamW, build_optimiser, cosine, hidden_matrices, wsd
-from omnimix.recipes.training import TrainingConfig
+from omnimix.recipes.common.optimisers import MuonAdamW, build_optimiser, cosine, hidden_matrices, wsd
+from omnimix.recipes.common.training import TrainingConfig
 
 
 def model() -> LanguageModel:

@@ -3,7 +3,7 @@
 import pytest
 
 from omnimix.errors import ConfigError
-from omnimix.recipes.prediction import check_counts, make_folder
+from omnimix.recipes.common.prediction import check_counts, make_folder
 
 
 def test_numbers_are_checked():

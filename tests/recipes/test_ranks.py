@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from omnimix.recipes import text_generation, vision_classification
+from omnimix.recipes.text import recipe as text_generation
+from omnimix.recipes.vision import recipe as vision_classification
 
 # A process that hangs is a failure, and the suite goes on.
 LIMIT = 240

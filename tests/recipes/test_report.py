@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from omnimix.recipes.report import Row, Shown, confusion, curves, gallery, text, write_report
+from omnimix.recipes.common.report import Row, Shown, confusion, curves, gallery, text, write_report
 
 
 @pytest.mark.filterwarnings("error:Glyph")

@@ -16,11 +16,11 @@ from PIL import Image
 
 from omnimix.errors import MediaError
 from omnimix.modalities import ShardSource, load_image
-from omnimix.recipes.folders import Augment, LoadImage
-from omnimix.recipes.loading import EpochLoader
-from omnimix.recipes.media import IGNORED, Samples, collate
-from omnimix.recipes.preprocess import ImagePreprocess
-from omnimix.recipes.video_data import usual_duration
+from omnimix.recipes.common.loading import EpochLoader
+from omnimix.recipes.common.media import IGNORED, Samples, collate
+from omnimix.recipes.video.data import usual_duration
+from omnimix.recipes.vision.folders import Augment, LoadImage
+from omnimix.recipes.vision.preprocess import ImagePreprocess
 
 SIZES = (1, 7, 3, 13, 5)
 WORLD, BATCH, EPOCHS = 2, 3, 2

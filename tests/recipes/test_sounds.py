@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from omnimix.modalities.mel import LogMel, MelConfig
-from omnimix.recipes.media import Samples
-from omnimix.recipes.order_blind import FrameBag, order_blind
-from omnimix.recipes.sounds import BLIND, RATE, SECONDS, SOUNDS, Split, draw_sounds
+from omnimix.modalities.audio.mel import LogMel, MelConfig
+from omnimix.recipes.audio.order_blind import FrameBag, order_blind
+from omnimix.recipes.audio.sounds import BLIND, RATE, SECONDS, SOUNDS, Split, draw_sounds
+from omnimix.recipes.common.media import Samples
 
 
 def tone(hertz, seconds, rate=8000):

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from omnimix.__main__ import main
 from omnimix.backbones.decoding import DiffusionConfig, GenerationConfig
-from omnimix.modalities.generation import TextGenerator
-from omnimix.recipes import text_generation as recipe
-from omnimix.recipes.generate import unmasked
+from omnimix.modalities.text.text_generator import TextGenerator
+from omnimix.recipes.text import recipe
+from omnimix.recipes.text.generate import unmasked
 
 WORDS = "the cat sat on a mat and saw two dogs run to it".split()
 
@@ -121,7 +121,7 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed(place):
     code = f"""
 import os, sys, torch
 torch.set_num_threads(1)
-from omnimix.recipes import text_generation as text
+from omnimix.recipes.text import recipe as text
 step = text.TextGeneration.training_step
 def dying(self, batch, index):
     if self.global_step == 11:

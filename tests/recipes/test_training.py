@@ -11,9 +11,9 @@ from torch import nn
 
 from omnimix.backbones import Backbone, BackboneConfig, no_weight_decay
 from omnimix.errors import ConfigError
-from omnimix.recipes.optimisers import cosine, parameter_groups
-from omnimix.recipes.training import AverageWeights, LastCheckpoint, precision
-from omnimix.recipes.vision_classification import VisionTrainingConfig
+from omnimix.recipes.common.optimisers import cosine, parameter_groups
+from omnimix.recipes.common.training import AverageWeights, LastCheckpoint, precision
+from omnimix.recipes.vision.recipe import VisionTrainingConfig
 
 
 def test_cosine_rises_then_falls():
@@ -54,12 +54,12 @@ def test_weights_are_averaged_with_a_decay_that_grows():
 
 
 def test_precision_is_what_was_named_or_what_pays(monkeypatch):
-    monkeypatch.setattr("omnimix.recipes.training.native_bf16", lambda: True)
+    monkeypatch.setattr("omnimix.recipes.common.training.native_bf16", lambda: True)
     assert precision("64-true", "cpu", 10) == "64-true"
     assert precision(None, "cuda", 10) == "bf16-mixed"
     assert precision(None, "cpu", 10) == "32-true"
     assert precision(None, "cpu", 10_000_000) == "bf16-mixed"
-    monkeypatch.setattr("omnimix.recipes.training.native_bf16", lambda: False)
+    monkeypatch.setattr("omnimix.recipes.common.training.native_bf16", lambda: False)
     assert precision(None, "cpu", 10_000_000) == "32-true"
 
 

@@ -17,17 +17,18 @@ from safetensors.torch import load_file
 import omnimix
 from omnimix.__main__ import main
 from omnimix.errors import CheckpointError, ConfigError
-from omnimix.modalities.decode import VideoReader
-from omnimix.modalities.encode import write_video
-from omnimix.modalities.video_models import VideoClassifier
-from omnimix.recipes import generated, moving_digits
-from omnimix.recipes.folders import Augment
-from omnimix.recipes.moving_digits import MOTIONS, RATE, MovingDigitsData, Way, draw_way, render
-from omnimix.recipes.timeline import scenes
-from omnimix.recipes.video_data import VideoFolderData
-from omnimix.recipes.video_preprocess import ClipConfig, VideoPreprocess, strip
-from omnimix.recipes.video_timeline import Timeline
-from omnimix.recipes.video_understanding import VideoUnderstanding
+from omnimix.modalities.common.encode import write_video
+from omnimix.modalities.video.files import VideoReader
+from omnimix.modalities.video.model import VideoClassifier
+from omnimix.recipes.common import synthetic
+from omnimix.recipes.common.timeline import scenes
+from omnimix.recipes.video import moving_digits
+from omnimix.recipes.video.data import VideoFolderData
+from omnimix.recipes.video.film_timeline import Timeline
+from omnimix.recipes.video.moving_digits import MOTIONS, RATE, MovingDigitsData, Way, draw_way, render
+from omnimix.recipes.video.preprocess import ClipConfig, VideoPreprocess, strip
+from omnimix.recipes.video.recipe import VideoUnderstanding
+from omnimix.recipes.vision.folders import Augment
 
 # Everything that draws random numbers is on: stochastic depth, augmentation.
 TINY = [
@@ -45,7 +46,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("video")
     with pytest.MonkeyPatch.context() as patch:
         # Not XDG_CACHE_HOME, where the kernels are too.
-        patch.setattr(generated, "cache_folder", lambda: folder / "cache" / "native")
+        patch.setattr(synthetic, "cache_folder", lambda name: folder / "cache" / name)
         threads = torch.get_num_threads()
         assert main(["video", "fit", "--name", "whole", "--runs", str(folder / "runs"), *TINY]) == 0
         yield folder
@@ -74,8 +75,9 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed(place):
     runs = place / "runs"
     code = f"""
 import os, pathlib
-from omnimix.recipes import generated, video_understanding as video
-generated.cache_folder = lambda: pathlib.Path({str(place / "cache" / "native")!r})
+from omnimix.recipes.common import synthetic
+from omnimix.recipes.video import recipe as video
+synthetic.cache_folder = lambda name: pathlib.Path({str(place / "cache")!r}) / name
 step = video.VideoUnderstanding.training_step
 def dying(self, batch, index):
     if self.global_step == 9:
@@ -155,7 +157,7 @@ def test_predict_names_class_and_probability(place, tmp_path, capsys):
 
 
 def test_only_classifiers_of_clips_predict(tmp_path):
-    from omnimix.recipes.video_predict import Predictor
+    from omnimix.recipes.video.predict import Predictor
 
     model = omnimix.create_model("vit_tiny_gla_patch16_224", dim=16, depth=1, classes=2, size=16)
     omnimix.modalities.save_model(model, tmp_path)

@@ -99,7 +99,7 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed(runs):
     code = f"""
 import os, sys, torch
 torch.set_num_threads(1)
-from omnimix.recipes import vision_classification as vision
+from omnimix.recipes.vision import recipe as vision
 step = vision.VisionClassification.training_step
 def dying(self, batch, index):
     if self.global_step == 11:
@@ -118,7 +118,7 @@ vision.fit(["--name", "killed", "--runs", {str(runs)!r}, *{TINY!r}])
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(runs, capsys, monkeypatch):
-    from omnimix.recipes.vision_classification import VisionClassification
+    from omnimix.recipes.vision.recipe import VisionClassification
 
     step = VisionClassification.training_step
 
@@ -183,7 +183,7 @@ def test_predict_names_class_and_probability(runs, tmp_path, capsys):
     assert [row["file"] for row in rows if row["class"] is None] == [str(tmp_path / "more" / "c.jpg")]
     model = omnimix.modalities.load_model(runs / "whole")
     details = omnimix.modalities.read_details(runs / "whole")
-    from omnimix.recipes.preprocess import ImagePreprocess
+    from omnimix.recipes.vision.preprocess import ImagePreprocess
 
     with torch.no_grad():
         logits = model(ImagePreprocess.from_dict(details["preprocess"]).load(tmp_path / "a.png")[None])
@@ -219,7 +219,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, typed, said):
 
 @pytest.mark.parametrize(("size", "patch"), [(4, 2), (8, 2), (15, 2), (28, 2), (32, 4), (64, 8), (224, 16), (384, 32)])
 def test_patches_fit_the_image(size, patch):
-    from omnimix.recipes.vision_classification import patch_for
+    from omnimix.recipes.vision.recipe import patch_for
 
     assert patch_for(size) == patch
 

@@ -26,7 +26,8 @@ class KVCache:
     positions (`Context.positions`) say where a token stands, and may have gaps.
 
     Args:
-        shapes: of one token's row, by name.
+        shapes: of one token's row, by name; a row called "positions" holds those of the tokens, int64, −1 where a slot
+            is empty.
     """
 
     # Slots of a cache that does not grow.
@@ -39,7 +40,10 @@ class KVCache:
         """The state after zero tokens."""
         slots, kind = self.slots or 0, {"device": device, "dtype": torch.int64}
         rows = {
-            name: torch.zeros(batch, slots, *shape, device=device, dtype=dtype) for name, shape in self.shapes.items()
+            name: torch.full((batch, slots), -1, **kind)
+            if name == "positions"
+            else torch.zeros(batch, slots, *shape, device=device, dtype=dtype)
+            for name, shape in self.shapes.items()
         }
         return State({**rows, "ranks": torch.full((batch, slots), -1, **kind), "count": torch.zeros(batch, **kind)})
 
@@ -55,7 +59,7 @@ class KVCache:
         count = layout.lengths(some)
         ranks = layout.positions(some, None if state is None else state["count"])
         if layout.cu_seqlens is not None:
-            rows = {name: unpack(row, layout.cu_seqlens) for name, row in rows.items()}
+            rows = {name: unpack(row, layout.cu_seqlens, fill=-(name == "positions")) for name, row in rows.items()}
             ranks = unpack(ranks, layout.cu_seqlens, fill=-1)
         if state is None:
             return State({**rows, "ranks": ranks, "count": count})

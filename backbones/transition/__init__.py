@@ -1,0 +1,13 @@
+"""Transitions between stages, by name."""
+
+from __future__ import annotations
+
+from .base import TRANSITIONS, Transition
+
+
+def list_transitions() -> list[str]:
+    """Names of all registered transitions."""
+    return TRANSITIONS.names()
+
+
+__all__ = ["TRANSITIONS", "Transition", "list_transitions"]

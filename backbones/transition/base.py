@@ -1,0 +1,25 @@
+"""What stands at the entrance of a stage, where width, tokens or layout may change."""
+
+from __future__ import annotations
+
+from ..config import TransitionConfig
+from ..layer import SequenceLayer
+from ..registry import Registry
+
+
+class Transition(SequenceLayer):
+    """Tokens of one width to tokens of the stage's width; `Output.context` is that of the new tokens where they differ.
+
+    A subclass is built as `(dim, config, site, dim_out)`. It may also read what earlier stages publish ("stages.1", a
+    `Memory`), which is how long skips and U-shaped backbones are made. Where it changes the tokens, tensors in
+    `Context.shared` must follow them or be left out.
+
+    Attributes:
+        primes: whether it puts tokens of its own before the first one; the initial state is then the state after these.
+    """
+
+    primes: bool = False
+
+
+TRANSITIONS: Registry[Transition] = Registry("transition", base=TransitionConfig)
+register_transition = TRANSITIONS.register

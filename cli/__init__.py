@@ -1,0 +1,1 @@
+"""The commands that inform, check and time; see __main__.py for all of them."""

@@ -1,0 +1,168 @@
+"""Every named image classifier as a timm model, `omnimix_<name>`.
+
+Importing this module (`omnimix.timm_models`) registers them, and those of other media (`timm_media`);
+`timm.create_model("omnimix_vig_tiny_patch16_224")` then works as for timm's own. It stands on top of the modalities and
+is imported on demand only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from jaxtyping import Float
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import generate_default_cfgs
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from ..backbones.heads.classification import split_tokens
+from ..errors import ConfigError
+from ..modalities import ImageClassifier, ImageClassifierConfig
+from .timm_base import TimmModel, checkpoint_filter_fn, chosen, models_of, pool_for, prefix_first, register
+from .timm_media import TimmAudioClassifier, TimmVideoClassifier
+
+__all__ = ["TimmAudioClassifier", "TimmClassifier", "TimmVideoClassifier", "checkpoint_filter_fn"]
+
+
+class TimmClassifier(TimmModel, ImageClassifier):
+    """An image classifier with timm's interface (see `TimmModel`).
+
+    Images of any size are served, whatever `img_size` says.
+
+    Args:
+        cfg: a name from `omnimix.list_models()`.
+        img_size: the size that positions are learned for.
+        global_pool: "avg", "max", "token", or "" for none; by default the named model's.
+        class_token: None, "first" or "middle".
+        embed_dim, depth, patch_size: by default the named model's.
+
+    Raises:
+        UnknownName, ConfigError: as `omnimix.create_model`.
+    """
+
+    def __init__(
+        self,
+        cfg: str,
+        *,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        img_size: int | tuple[int, int] | list[int] = 224,
+        patch_size: int | tuple[int, int] | list[int] | None = None,
+        global_pool: str | None = None,
+        class_token: str | None = None,
+        embed_dim: int | None = None,
+        depth: int | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__(
+            chosen(
+                cfg,
+                classes=num_classes,
+                channels=in_chans,
+                size=img_size,
+                patch=patch_size,
+                pool=pool_for(global_pool),
+                class_token=class_token,
+                dim=embed_dim,
+                depth=depth,
+                dropout=drop_rate,
+                drop_path=drop_path_rate,
+            )
+        )
+        self.in_chans = in_chans
+        self.adopt()
+
+    def adopt(self) -> None:
+        super().adopt()
+        self.feature_info = [
+            {"module": f"backbone.blocks.{i}", "num_chs": self.embed_dim, "reduction": max(self.tokenizer.config.patch)}
+            for i in range(len(self.backbone.blocks))
+        ]
+
+    def forward_intermediates(
+        self,
+        x: Float[Tensor, "b c h w"],
+        indices: int | list[int] | tuple[int, ...] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Outputs of chosen blocks beside the features, `(features, [intermediates])`.
+
+        Args:
+            indices: the last so many blocks, those blocks, or None for all.
+            return_prefix_tokens: pairs (grid, class token and registers) instead of the grid alone.
+            norm: apply the last norm to each.
+            stop_early: compute nothing behind the last block asked for.
+            output_fmt: "NCHW" or "NLC".
+            intermediates_only: return the list alone.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ConfigError(f"output_fmt is {output_fmt!r}; it must be 'NCHW' or 'NLC'")
+        take, last = feature_take_indices(len(self.backbone.blocks), indices)
+        tokens, layout = self.tokenizer(x)
+        taps = [f"blocks.{i}" for i in take]
+        out = self.backbone(tokens, layout, taps=taps, depth=last + 1 if stop_early else None)
+        found: list[Any] = []
+        for tap in (out.shared[name] for name in taps):
+            grid, prefix = split_tokens(self.backbone.norm(tap) if norm else tap, layout)
+            if output_fmt == "NCHW":
+                grid = grid.mT.unflatten(-1, layout.grid[1:]).contiguous()
+            found.append((grid, prefix) if return_prefix_tokens and layout.extra else grid)
+        return found if intermediates_only else (prefix_first(out.y, layout), found)
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | list[int] | tuple[int, ...] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Drop what is not needed for the given intermediates; returns their indices."""
+        take, last = feature_take_indices(len(self.backbone.blocks), indices)
+        self.backbone.blocks = self.backbone.blocks[: last + 1]
+        self.backbone.config = replace(self.backbone.config, depth=last + 1)
+        if prune_norm:
+            self.backbone.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        self.adopt()
+        return take
+
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Resize positions and, with `patch_size`, the patch kernel."""
+        self.tokenizer.resize(size=img_size, patch=patch_size)
+        self.adopt()
+        self.record_size(self.tokenizer.config.size, patch_size=self.tokenizer.config.patch)
+
+
+def _default_cfg(config: ImageClassifierConfig) -> dict[str, Any]:
+    return {
+        "input_size": (config.image.channels, *config.image.size),
+        "num_classes": config.head.classes,
+        "pool_size": None,
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "tokenizer.proj",
+        "classifier": "head.classifier",
+        "fixed_input_size": False,
+    }
+
+
+def _features(depth: int) -> dict[str, Any]:
+    # Four maps, evenly over the depth: what detection and segmentation heads are used to.
+    blocks = dict.fromkeys(max(0, depth * i // 4 - 1) for i in range(1, 5))
+    return {"out_indices": tuple(blocks), "feature_cls": "getter"}
+
+
+_classifiers = models_of(ImageClassifierConfig)
+default_cfgs = generate_default_cfgs({f"omnimix_{name}": _default_cfg(config) for name, config in _classifiers.items()})
+for _name in _classifiers:
+    globals()[f"omnimix_{_name}"] = register(_name, TimmClassifier, __name__, features=_features)

@@ -1,0 +1,41 @@
+"""One step of the recurrence in C++ (native.cpp), as decoding takes it on CPUs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import native
+from ..common.steps import tasks
+from ..common.tools import accumulate_dtype, unit_stride
+
+
+def delta_rule_native(
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    decay: Tensor | None,
+    removal: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: None,
+) -> tuple[Tensor, Tensor]:
+    """See `omnimix.kernels.delta_rule`; t = 1."""
+    (n, _, h, dv), (g, dk) = v.shape, q.shape[2:]
+    dtype = accumulate_dtype(v.dtype)
+    output, final = v.new_empty(n, 1, h, dv, dtype=dtype), v.new_empty(n, h, dk, dv, dtype=dtype)
+    if decay is not None and decay.dim() == 1:
+        decay = decay.expand(n, 1, h)
+    channels = decay is not None and decay.dim() == 4
+    tensors = [
+        *(None if x is None else unit_stride(x[:, 0].to(dtype)) for x in (q, k, v, beta, decay, removal, a, b)),
+        None if initial_state is None else initial_state.to(dtype).contiguous(),
+        output[:, 0],
+        final,
+    ]
+    numbers = [n, g, h, dk, dv, int(channels), tasks(final), native.bits(scale)]
+    native.call("delta_rule", f"delta_rule_step_{native.suffix(dtype)}", tensors, numbers)
+    return output.to(v.dtype), final

@@ -1,0 +1,117 @@
+"""Audio: from waves, of one length or of many, to tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ...backbones.config import check_options, positive
+from ...backbones.layout import Layout
+from ...backbones.registry import build_part
+from ...errors import UnsupportedShape
+from .fronts import FRONTS, FrontConfig, FrontState
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioTokenizerConfig:
+    """How waves become tokens.
+
+    Args:
+        dim: width of the tokens.
+        front: by name: "patches" or "frames" of a log-mel spectrogram, or the "wave" itself.
+        fronts: options by the name of the front; a front without an entry has its defaults.
+        causal: whether a token hears only what came before; then the model streams.
+    """
+
+    dim: int
+    front: str = "patches"
+    fronts: dict[str, FrontConfig] = field(default_factory=dict)
+    causal: bool = False
+
+    def __post_init__(self) -> None:
+        positive(self, "dim")
+        FRONTS.get(self.front)
+        check_options("fronts", self.fronts, {name: FRONTS.get(name).config for name in self.fronts})
+
+    @property
+    def options(self) -> FrontConfig:
+        """The options of the front."""
+        return self.fronts.get(self.front) or FRONTS.get(self.front).config()
+
+    @property
+    def rate(self) -> int:
+        """Samples a second of the waves."""
+        return self.options.sample_rate
+
+
+class AudioTokenizer(nn.Module):
+    """Waves to tokens, with the layout that says where they are."""
+
+    def __init__(self, config: AudioTokenizerConfig):
+        super().__init__()
+        self.config = config
+        self.front = build_part(config.options, config.dim, config.causal)
+
+    def forward(self, waves: Float[Tensor, "b n"] | Sequence[Tensor]) -> tuple[Float[Tensor, "b t d"], Layout]:
+        """Tokens and their layout.
+
+        Args:
+            waves: one channel each, floating point, at the configured rate; clips of one length as `(b, n)`, or a list
+                of clips `(n,)` of any lengths, whose tokens are packed: one row, and `layout.cu_seqlens`.
+
+        Raises:
+            UnsupportedShape: no clip, an empty one, more than one channel, or integers.
+        """
+        if isinstance(waves, Tensor):
+            _check(waves, 2)
+            return self.front(waves)
+        if not waves:
+            raise UnsupportedShape("waves is an empty list; pass at least one clip")
+        for clip in waves:
+            _check(clip, 1)
+        return self._packed(waves)
+
+    def stream(
+        self, waves: Float[Tensor, "b n"], state: FrontState | None = None
+    ) -> tuple[Float[Tensor, "b t d"], Layout, FrontState]:
+        """The tokens that further samples bring, none or more, in causal models; and what to go on from.
+
+        Raises:
+            UnsupportedCall: the front does not stream.
+            UnsupportedShape: the waves are no floating-point (b, n), or not as many rows as the state's.
+        """
+        _check(waves, 2, empty=True)
+        if state is not None and state.kept[0].shape[0] != waves.shape[0]:
+            raise UnsupportedShape(f"waves has {waves.shape[0]} rows, and the state {state.kept[0].shape[0]}")
+        tokens, state = self.front.stream(waves, state)
+        return tokens, Layout(causal=True), state
+
+    def _packed(self, waves: Sequence[Float[Tensor, "_"]]) -> tuple[Float[Tensor, "1 t d"], Layout]:
+        rows: dict[int, tuple[Tensor, Layout]] = {}
+        # Clips of one length go through the front together.
+        for length in dict.fromkeys(clip.shape[0] for clip in waves):
+            which = [i for i, clip in enumerate(waves) if clip.shape[0] == length]
+            tokens, layout = self.front(torch.stack([waves[i] for i in which]))
+            rows |= {i: (row, layout) for i, row in zip(which, tokens, strict=True)}
+        borders, extra = [0], []
+        for i in range(len(waves)):
+            row, layout = rows[i]
+            extra += [borders[-1] + at for at in layout.extra]
+            borders.append(borders[-1] + row.shape[0])
+        packed = torch.cat([rows[i][0] for i in range(len(waves))])[None]
+        cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=packed.device)
+        return packed, Layout(causal=self.config.causal, cu_seqlens=cu_seqlens, extra=tuple(extra))
+
+
+def _check(waves: Tensor, dimensions: int, *, empty: bool = False) -> None:
+    if waves.ndim != dimensions:
+        shape = "(clips, samples)" if dimensions == 2 else "(samples,)"
+        raise UnsupportedShape(f"waves is {tuple(waves.shape)}; it must be {shape}, channels mixed into one")
+    if 0 in waves.shape and not (empty and waves.shape[0]):
+        raise UnsupportedShape(f"waves is {tuple(waves.shape)}; a clip needs at least one sample")
+    if not waves.is_floating_point():
+        raise UnsupportedShape(f"waves is {waves.dtype}; it must be floating point, in -1..1")

@@ -1,0 +1,224 @@
+"""Media files, opened: what video and audio reading share.
+
+FFmpeg (by PyAV) reads the containers. Headers are not believed: a file that was cut, say by a download that broke off,
+often opens and decodes without an error and only ends early.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from ...errors import MediaError, UnsupportedCall, UnsupportedShape
+from ..data.sources import UNNAMED
+
+Media = str | Path | bytes
+Source = str | Path | bytes | BinaryIO | io.IOBase
+
+# Containers of media. Left out are formats that name further files or addresses to open (playlists, concatenations)
+# and text that FFmpeg would draw as a picture.
+_FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,asf,ivf,nut,gif,h264,hevc,av1,"
+    "wav,w64,flac,mp3,aac,ogg,aiff,au,amr,caf,ac3,eac3,dts"
+)
+# Of these the header states the length in time, written when the file was finished; others are estimates.
+_STATED = ("mov", "matroska", "flv", "flac")
+# A part of a file that may be missing: headers round, and a last frame may be left out.
+_SLACK = 0.05
+# To free a decoder joins its threads. Those stayed behind in the process that forked, so that this would never end:
+# what a fork copied is kept.
+_INHERITED: list[Any] = []
+_MICROSECONDS = 1_000_000
+_UNKNOWN = 0x7FFF0000
+_YEARS = Fraction(1 << 31)  # seconds; later than any file ends
+
+
+class Tail(NamedTuple):
+    """Where the packets of a stream end, in seconds of the file's clock.
+
+    Args:
+        last: when the last frame begins.
+        end: when it ends.
+    """
+
+    last: Fraction
+    end: Fraction
+
+
+class Input:
+    """A file that is open for reading, and is closed once.
+
+    Args:
+        source: a path, the bytes of a file, or an open binary file (which is read from its beginning and left open).
+        name: what messages call it; a path names itself.
+        threads: that decode one stream.
+
+    Raises:
+        MediaError: missing, empty, or no media file.
+    """
+
+    def __init__(self, source: Source, name: str | None = None, threads: int = 1):
+        import av
+
+        self._errors = (av.FFmpegError, OSError)
+        self._process = os.getpid()
+        self._source, self._threads = source, threads
+        self._container: Any = None
+        path = isinstance(source, str | Path)
+        self.name = name or (str(source) if path else UNNAMED if isinstance(source, bytes) else "(an open file)")
+        if path and not Path(source).is_file():
+            raise self.error("there is no such file" if not Path(source).exists() else "it is no file")
+        if not path and not isinstance(source, bytes) and not hasattr(source, "read"):
+            raise UnsupportedShape(f"source is a {type(source).__name__}; it must be a path, bytes or an open file")
+        if (path and Path(source).stat().st_size == 0) or source == b"":
+            raise self.error("it is empty")
+        self.open()
+
+    def open(self) -> None:
+        """Open the file (anew)."""
+        import av
+
+        self.close()
+        source = self._source
+        if isinstance(source, bytes):
+            source = io.BytesIO(source)
+        elif isinstance(source, str | Path):
+            # FFmpeg would take what stands before a colon in a name for a protocol.
+            source = f"file:{source}"
+        options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
+        with self.reading():
+            self._check_size(source)
+            self._container = av.open(source, metadata_errors="replace", container_options=options)
+        for stream in self._container.streams:
+            if stream.codec_context is not None:
+                # PyAV takes as many threads as there are processors, in every worker.
+                stream.codec_context.thread_count = self._threads
+                stream.codec_context.thread_type = "AUTO" if self._threads > 1 else "NONE"
+
+    def _check_size(self, source: Any) -> None:
+        """Compares bytes with what headers of wav and avi say: FFmpeg adapts the length of those to what is there."""
+        with open(self._source, "rb") if isinstance(source, str) else nullcontext(source) as file:
+            file.seek(0)
+            head, size = file.read(8), file.seek(0, os.SEEK_END)
+            file.seek(0)
+        stated = int.from_bytes(head[4:], "little") + 8
+        # Who writes into a pipe cannot know the size, and states the largest there is.
+        if head[:4] == b"RIFF" and stated < _UNKNOWN and size < (1 - _SLACK) * stated:
+            raise self.error(f"it was cut: its header says {stated} bytes, but it has {size}")
+
+    def close(self) -> None:
+        container, self._container = self._container, None
+        if container is None:
+            return
+        if os.getpid() == self._process:
+            container.close()
+        else:
+            _INHERITED.append(container)
+
+    def error(self, reason: object) -> MediaError:
+        return MediaError(f"cannot read {self.name!r}: {reason}")
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Turns what FFmpeg and the operating system raise into a MediaError that names the file."""
+        try:
+            yield
+        except MediaError:
+            raise
+        except self._errors as error:
+            raise self.error(getattr(error, "strerror", None) or error) from error
+
+    def check(self) -> None:
+        """Raise UnsupportedCall unless the file is open, and was opened by this process."""
+        if self._container is None:
+            raise UnsupportedCall(f"{self.name!r} has been closed; open it again")
+        if os.getpid() != self._process:
+            # Both processes would move one file position, and the decoder's threads exist in the other one only.
+            raise UnsupportedCall(f"{self.name!r} was opened by another process; open it in the process that reads")
+
+    @property
+    def container(self) -> Any:
+        self.check()
+        return self._container
+
+    def streams(self, kind: str) -> list[int]:
+        """Numbers of the "video" or "audio" streams that FFmpeg can decode, without the pictures of covers."""
+        from av.stream import Disposition
+
+        return [
+            stream.index
+            for stream in getattr(self.container.streams, kind)
+            if stream.codec_context is not None and not stream.disposition & Disposition.attached_pic
+        ]
+
+    def stream(self, index: int) -> Any:
+        """A stream of the file as it is open now: to open it anew makes new ones."""
+        return self.container.streams[index]
+
+    def frames(self, index: int) -> Iterator[Any]:
+        """The decoded frames of a stream from where the file stands."""
+        with self.reading():
+            yield from self.container.decode(self.stream(index))
+
+    def seek(self, index: int, seconds: float | Fraction) -> None:
+        """Go to the last place at or before a time of the file's clock from which the stream decodes."""
+        stream = self.stream(index)
+        with self.reading():
+            self.container.seek(int(seconds / stream.time_base), stream=stream, backward=True)
+
+    def tail(self, index: int) -> Tail:
+        """Where a stream ends, by the file's last packets, read but not decoded; the file's position is lost.
+
+        Raises:
+            MediaError: the file ends well before its header says; it was cut.
+        """
+        try:
+            self.seek(index, _YEARS)
+            tails = self._scan()
+        except MediaError:
+            tails = {}
+        if index not in tails:
+            # No end to seek to, as in a bare stream: from the beginning.
+            self.open()
+            tails = self._scan()
+        if index not in tails:
+            raise self.error("the stream is empty")
+        stated, found = self.stated_end(), max(tail.end for tail in tails.values())
+        if stated is not None and found < stated - slack(stated):
+            raise self.error(f"it was cut: its header says {stated:.2f} s, but it ends at {float(found):.2f} s")
+        return tails[index]
+
+    def _scan(self) -> dict[int, Tail]:
+        last: dict[int, int] = {}
+        ends: dict[int, int] = {}
+        with self.reading():
+            for packet in self.container.demux():
+                when = packet.dts if packet.pts is None else packet.pts
+                if when is None or not packet.size or packet.is_discard:
+                    continue
+                index, end = packet.stream_index, when + (packet.duration or 0)
+                if index not in last or when > last[index]:
+                    last[index] = when
+                if index not in ends or end > ends[index]:
+                    ends[index] = end
+        bases = {index: self.stream(index).time_base for index in last}
+        return {index: Tail(last[index] * base, ends[index] * base) for index, base in bases.items()}
+
+    def stated_end(self) -> float | None:
+        """When the file ends by its header, in seconds of its clock; None where that is a guess."""
+        name, duration = self.container.format.name, self.container.duration
+        if duration is None or not name.startswith(_STATED):
+            return None
+        # Matroska counts from zero of its clock, the others from the first time stamp.
+        start = 0 if name.startswith("matroska") else self.container.start_time or 0
+        return (start + duration) / _MICROSECONDS
+
+
+def slack(seconds: float) -> float:
+    """By how much a whole file of a length that is stated may end before."""
+    return max(0.25, _SLACK * seconds)

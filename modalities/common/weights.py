@@ -1,0 +1,113 @@
+"""Models as folders: `model.safetensors` beside `config.json`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...backbones.serialization import from_dict, to_dict
+from ...errors import CheckpointError, ConfigError
+from ...utils.files import replace_file, replace_tensors
+from .grid import fit_positions
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+# Marks that torch.compile and data parallel wrappers leave in parameter names.
+_WRAPPERS = ("_orig_mod.", "module.")
+
+
+def plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without the marks that torch.compile and data-parallel wrappers leave in its names."""
+    plain = {}
+    for name, tensor in weights.items():
+        name = name.replace(_WRAPPERS[0], "")
+        plain[name.removeprefix(_WRAPPERS[1])] = tensor
+    return plain
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile's and data-parallel wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def save_weights(model: nn.Module, file: str | Path) -> None:
+    """Write a module's state dict as safetensors; the file appears whole or not at all."""
+    weights = {name: t.detach().cpu().contiguous() for name, t in plain_names(unwrap(model).state_dict()).items()}
+    replace_tensors(file, weights, {"format": "pt"})
+
+
+def load_weights(model: nn.Module, file: str | Path, *, resize: bool = False) -> None:
+    """Load a safetensors file into a module, all of it or nothing.
+
+    Args:
+        resize: fit position tables that were made for another image size.
+
+    Raises:
+        CheckpointError: the file is missing or corrupt, or its names or shapes are not the module's.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = plain_names(load_file(file))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}; nothing was loaded") from error
+    model = unwrap(model)
+    if resize:
+        weights = fit_positions(weights, model)
+    own = plain_names(model.state_dict())
+    problems = [f"{name} is missing" for name in own.keys() - weights.keys()]
+    problems += [f"{name} is unknown to the model" for name in weights.keys() - own.keys()]
+    problems += [
+        f"{name} is {tuple(weights[name].shape)}, and in the model {tuple(own[name].shape)}"
+        for name in own.keys() & weights.keys()
+        if own[name].shape != weights[name].shape
+    ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise CheckpointError(f"{file} does not fit the model: {shown}; nothing was loaded")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
+
+
+def write_config(config: Any, kind: str, file: str | Path, details: dict[str, Any] | None = None) -> None:
+    """Write a configuration as JSON with the kind of model that it builds; the file appears whole or not at all."""
+    from ...utils.version import __version__
+
+    text = json.dumps(
+        {"omnimix": __version__, "model": kind, "config": to_dict(config), "details": details or {}}, indent=2
+    )
+    replace_file(file, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+
+
+def read_config(file: str | Path) -> dict[str, Any]:
+    """What `write_config` wrote: "omnimix" (version), "model", "config" (plain) and "details".
+
+    Raises:
+        CheckpointError: the file is missing or is no such JSON.
+    """
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}; nothing was loaded") from error
+    if not isinstance(content, dict) or not {"model", "config"} <= content.keys():
+        raise CheckpointError(f"{file} must hold 'model' and 'config', and does not; nothing was loaded")
+    return {"details": {}} | content
+
+
+def build_config(config_class: type, values: Any, file: str | Path) -> Any:
+    """A configuration from a file's plain values; what is wrong with them is a CheckpointError."""
+    try:
+        return from_dict(config_class, values)
+    except (ConfigError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} does not describe a model: {error}; nothing was loaded") from error

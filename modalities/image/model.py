@@ -1,0 +1,99 @@
+"""Models that begin with images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...backbones import BackboneConfig, list_mixers
+from ...backbones.heads import ClassificationHeadConfig
+from ...errors import ConfigError
+from ..common.classifier import Classifier, plain_backbone
+from .tokenizer import PatchTokenizer, PatchTokenizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageClassifierConfig:
+    """An image classifier: tokenizer, backbone and head, whose widths agree."""
+
+    image: PatchTokenizerConfig
+    backbone: BackboneConfig
+    head: ClassificationHeadConfig
+
+    def __post_init__(self) -> None:
+        if self.image.dim != self.backbone.dim:
+            raise ConfigError(f"image.dim is {self.image.dim} and backbone.dim {self.backbone.dim}; they must be equal")
+        if self.head.pool == "class_token" and self.image.class_token is None:
+            raise ConfigError("head.pool is 'class_token', but image.class_token is None; set 'first' or 'middle'")
+
+    def resized(self, size: int | tuple[int, int]) -> ImageClassifierConfig:
+        """The configuration for images of another size."""
+        return replace(self, image=replace(self.image, size=size))
+
+
+class ImageClassifier(Classifier):
+    """Images of any size to logits.
+
+    `forward` takes images (b, c, h, w), floating point, normalised as the model was trained.
+    """
+
+    config_class = ImageClassifierConfig
+
+    @classmethod
+    def examples(cls) -> list[tuple[ImageClassifierConfig, list[Tensor]]]:
+        small: dict[str, Any] = {"dim": 16, "depth": 2, "classes": 3, "size": 16, "patch": 4}
+        images = [torch.randn(2, 3, 16, 16), torch.randn(3, 3, 9, 23)]
+        options: list[dict[str, Any]] = [
+            {"mixer": "gla"},
+            {"mixer": "attention", "class_token": "middle", "pool": "class_token", "positions": "factorised"},
+            {"mixer": "mamba2,attention", "pool": "max", "positions": "none"},
+        ]
+        return [(image_classifier(**small | option), images) for option in options]
+
+    def __init__(self, config: ImageClassifierConfig):
+        super().__init__(PatchTokenizer(config.image), config.backbone, config.head)
+
+    @property
+    def config(self) -> ImageClassifierConfig:
+        """The configuration that builds this model as it is now, resized or with another head."""
+        return ImageClassifierConfig(image=self.tokenizer.config, backbone=self.backbone.config, head=self.head.config)
+
+
+def image_classifier(
+    *,
+    mixer: str,
+    dim: int,
+    depth: int,
+    classes: int = 1000,
+    size: int | tuple[int, int] = 224,
+    patch: int | tuple[int, int] = 16,
+    channels: int = 3,
+    positions: str = "learned",
+    class_token: str | None = None,
+    pool: str = "mean",
+    dropout: float = 0.0,
+    drop_path: float = 0.0,
+) -> ImageClassifierConfig:
+    """The configuration of a plain, ViT-shaped classifier around one mixer (or several, "attention+gla").
+
+    Mixers that only look backwards run in both directions, the others ignore the scan. Attention has no rotary
+    positions where the tokenizer gives learned ones.
+    """
+    return ImageClassifierConfig(
+        image=PatchTokenizerConfig(
+            dim=dim, patch=patch, channels=channels, size=size, positions=positions, class_token=class_token
+        ),
+        backbone=plain_backbone(mixer=mixer, dim=dim, depth=depth, positions=positions != "none", drop_path=drop_path),
+        head=ClassificationHeadConfig(classes=classes, pool=pool, dropout=dropout),
+    )
+
+
+# ViG, published with 6, 23 and 89 million parameters (arXiv 2405.18425, table 2).
+VISION_MODELS: dict[str, dict[str, Any]] = {
+    "vig_tiny_patch16_224": {"mixer": "gla", "dim": 192, "depth": 12},
+    "vig_small_patch16_224": {"mixer": "gla", "dim": 384, "depth": 12},
+    "vig_base_patch16_224": {"mixer": "gla", "dim": 768, "depth": 12},
+} | {f"vit_tiny_{mixer}_patch16_224": {"mixer": mixer, "dim": 192, "depth": 12} for mixer in list_mixers()}

@@ -1,0 +1,143 @@
+"""Images: from tensors of any size to tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ...backbones.config import positive
+from ...backbones.layout import Layout
+from ...errors import ConfigError, UnsupportedShape
+from ..common.grid import GridTokenizer, check_beside, pad_to_whole, resize_kernel, resize_table, sizes, strided_product
+
+POSITIONS = ("learned", "factorised", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchTokenizerConfig:
+    """How images become tokens.
+
+    Args:
+        dim: width of the tokens.
+        patch: pixels of a patch, one number or (height, width).
+        channels: of the images.
+        size: the image size, one number or (height, width), that positions are learned for. Images of any other size
+            are served too: their positions are interpolated.
+        positions: "learned", one vector a place; "factorised", one a row plus one a column; "none", for mixers that
+            know the order of the tokens by themselves.
+        class_token: None; "first"; or "middle" of the grid tokens (Vision Mamba).
+        registers: learned tokens at the end of the sequence, scratch space that no head reads.
+    """
+
+    dim: int
+    patch: int | tuple[int, int] = 16
+    channels: int = 3
+    size: int | tuple[int, int] = 224
+    positions: Literal["learned", "factorised", "none"] = "learned"
+    class_token: Literal["first", "middle"] | None = None
+    registers: int = 0
+
+    def __post_init__(self) -> None:
+        positive(self, "dim", "channels")
+        for name in ("patch", "size"):
+            object.__setattr__(self, name, sizes(self, name, ("height", "width")))
+        if self.positions not in POSITIONS:
+            raise ConfigError(f"positions is {self.positions!r}; it must be one of {', '.join(POSITIONS)}")
+        check_beside(self)
+
+    def grid(self, size: tuple[int, int] | None = None) -> tuple[int, int]:
+        """Rows and columns of patches in an image of `size` (by default the size that positions are learned for)."""
+        height, width = size or self.size
+        return math.ceil(height / self.patch[0]), math.ceil(width / self.patch[1])
+
+
+class PatchProjection(nn.Conv2d):
+    """A convolution whose stride is its kernel, computed as one matrix product.
+
+    The weights are a convolution's, so that checkpoints and tools that adapt input channels find what they know.
+    """
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b t d"]:
+        return strided_product(images, self.weight, self.bias)
+
+
+class PatchTokenizer(GridTokenizer):
+    """Images to tokens, one a patch, in raster order, with the layout that says where they are.
+
+    Any size and aspect is served: the image is padded with zeros at the bottom and right up to whole patches, and
+    positions are interpolated to its grid. The class token, where there is one, is the first of `layout.extra`.
+    """
+
+    def __init__(self, config: PatchTokenizerConfig):
+        super().__init__()
+        self.config = config
+        self.proj = PatchProjection(config.channels, config.dim, config.patch, stride=config.patch)
+        nn.init.trunc_normal_(self.proj.weight, std=self.proj.weight[0].numel() ** -0.5)
+        nn.init.zeros_(self.proj.bias)
+        rows, columns = config.grid()
+        learned, factorised = config.positions == "learned", config.positions == "factorised"
+        self.positions = self._table(rows, columns) if learned else None
+        self.row_positions = self._table(rows) if factorised else None
+        self.column_positions = self._table(columns) if factorised else None
+        self._make_beside()
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b t d"], Layout]:
+        """Tokens and their layout.
+
+        Args:
+            images: floating point, normalised as the model was trained.
+
+        Raises:
+            UnsupportedShape: an empty image, another number of channels, or integers.
+        """
+        channels, height, width = images.shape[1:]
+        if channels != self.config.channels:
+            raise UnsupportedShape(
+                f"images has {channels} channels, but the tokenizer was built with channels={self.config.channels}"
+            )
+        if height < 1 or width < 1:
+            raise UnsupportedShape(f"images is {height} x {width}; an image needs at least one pixel")
+        if not images.is_floating_point():
+            raise UnsupportedShape(f"images is {images.dtype}; it must be floating point (load_image gives 0..1)")
+        rows, columns = self.config.grid((height, width))
+        tokens = self.proj(pad_to_whole(images, self.config.patch))
+        positions = self.place_vectors(rows, columns)
+        if positions is not None:
+            tokens = tokens + positions.to(tokens.dtype)
+        layout = Layout(causal=False, grid=(1, rows, columns), extra=self.extra(rows * columns))
+        return self._with_beside(tokens), layout
+
+    def place_vectors(self, rows: int, columns: int) -> Float[Tensor, "t d"] | None:
+        """What is added to the patches of a grid of this size, in raster order; None where there are no positions."""
+        if self.positions is not None:
+            return resize_table(self.positions, rows, columns).flatten(0, 1)
+        if self.row_positions is not None:
+            down, across = resize_table(self.row_positions, rows), resize_table(self.column_positions, columns)
+            return (down[:, None] + across).flatten(0, 1)
+        return None
+
+    @torch.no_grad()
+    def resize(self, *, size: int | tuple[int, int] | None = None, patch: int | tuple[int, int] | None = None) -> None:
+        """Rebuild the parameters for another image size or patch, keeping what they mean.
+
+        Positions are interpolated, and the patch kernel is resized (`resize_kernel`).
+        """
+        old_patch = self.config.patch
+        self.config = replace(self.config, size=size or self.config.size, patch=patch or old_patch)
+        if self.config.patch != old_patch:
+            projection = PatchProjection(
+                self.config.channels, self.config.dim, self.config.patch, stride=self.config.patch, device="meta"
+            )
+            kernel = resize_kernel(self.proj.weight, *self.config.patch)
+            projection.weight, projection.bias = nn.Parameter(kernel, self.proj.weight.requires_grad), self.proj.bias
+            self.proj = projection
+        self._resize_tables()
+
+    def _all_tables(self) -> dict[str, tuple[int, ...]]:
+        rows, columns = self.config.grid()
+        return {"positions": (rows, columns), "row_positions": (rows,), "column_positions": (columns,)}

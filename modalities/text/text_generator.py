@@ -1,0 +1,255 @@
+"""Text in, text out, with any language model and its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ...backbones import LanguageModel
+from ...backbones.decoding import DiffusionConfig, GenerationConfig, Prefix, diffuse, generate, read_prefix, stream
+from ...backbones.decoding.diffusion import Watch
+from ...backbones.decoding.generate import Writer
+from ...backbones.decoding.prefill import evaluating
+from ...errors import CheckpointError, ConfigError, UnsupportedCall
+from ..models import load_model
+from .chat import Message
+from .tokenizer import Tokenizer, load_tokenizer
+
+Prompt = str | Sequence[Message] | Sequence[int]
+Config = GenerationConfig | DiffusionConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextResult:
+    """What was written behind one prompt.
+
+    Args:
+        text: up to the end token or stop string, which it does not hold.
+        tokens: as the model wrote them, those of the stop string or the end token included.
+        log_probs: of each token; see `Generation` and `Diffusion`.
+        reason: why it is finished: "end", "stop" or "length".
+    """
+
+    text: str
+    tokens: list[int]
+    log_probs: list[float]
+    reason: Literal["end", "stop", "length"]
+
+
+class StopStrings:
+    """Lets text through that cannot belong to a stop string, and the rest once that is sure.
+
+    Args:
+        stop: the strings, none empty.
+    """
+
+    def __init__(self, stop: Sequence[str]):
+        if isinstance(stop, str) or not all(stop):
+            raise ConfigError(f"stop is {stop!r}; it must be a list of strings of at least one character each")
+        self.stop = tuple(stop)
+        self.held = ""
+        self.hit = False
+
+    def push(self, text: str) -> str:
+        """What of the text so far is sure to stand before any stop string; sets `hit` where there is one."""
+        text, self.held = self.held + text, ""
+        found = [at for at in (text.find(s) for s in self.stop) if at >= 0]
+        if found:
+            self.hit = True
+            return text[: min(found)]
+        longest = max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        self.held = text[len(text) - longest :]
+        return text[: len(text) - longest]
+
+    def flush(self) -> str:
+        """What is left where nothing follows."""
+        text, self.held = self.held, ""
+        return text
+
+
+class _Text:
+    """Text made of tokens one by one, as far as it is sure."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
+        self.stream, self.strings, self.end = tokenizer.stream(), StopStrings(stop), tokenizer.end
+
+    def push(self, token: int, last: bool) -> str:
+        """The text that this token makes sure; all of it where it is the last."""
+        text = self.strings.push("" if last and token == self.end else self.stream.push(token))
+        if last and not self.strings.hit:
+            text += self.strings.push(self.stream.flush())
+            text += "" if self.strings.hit else self.strings.flush()
+        return text
+
+
+class TextGenerator:
+    """Writes with a language model, token by token or by diffusion, whatever it was trained for.
+
+    Example:
+        >>> writer = TextGenerator.load("runs/text/model")
+        >>> for piece in writer.stream("def main(", GenerationConfig(temperature=0.8, top_p=0.95)):
+        ...     print(piece, end="", flush=True)
+
+    Args:
+        model: any `LanguageModel`.
+        tokenizer: that it was trained with.
+
+    Raises:
+        ConfigError: the tokenizer has tokens that the model does not know, or under diffusion lacks some that it does.
+    """
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer):
+        more = tokenizer.vocabulary - model.vocabulary
+        self.diffusion = model.objective.decoder == "diffusion"
+        if more > 0 or (self.diffusion and more):
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocabulary} tokens and the model {model.vocabulary}; take the tokenizer "
+                "that the model was trained with"
+            )
+        self.model, self.tokenizer = model, tokenizer
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> TextGenerator:
+        """The language model and tokenizer that a fit has saved in one folder.
+
+        Raises:
+            CheckpointError: a file is missing or corrupt, or the model is none of language.
+        """
+        model = load_model(folder)
+        if not isinstance(model, LanguageModel):
+            raise CheckpointError(f"{folder} holds a {type(model).__name__}, which writes no text; nothing was loaded")
+        return cls(model.to(device), load_tokenizer(folder))
+
+    def read(self, text: str, *, chunk: int | None = None) -> Prefix:
+        """Read the beginning of many prompts once; see `read_prefix`."""
+        return read_prefix(self.model, self._ids(text, None), chunk=chunk)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        config: Config | None = None,
+        *,
+        stop: Sequence[str] = (),
+        prefix: Prefix | None = None,
+        number: int = 0,
+    ) -> Iterator[str]:
+        """The text that `generate` writes behind one prompt, in pieces as soon as they are sure.
+
+        No piece ends inside a character, and none holds a part of a stop string. What diffusion or a
+        beam search writes comes at once.
+        """
+        config = self._config(config)
+        if isinstance(config, DiffusionConfig) or config.beams > 1:
+            return iter([self.generate([prompt], config, stop=stop, prefix=prefix, numbers=[number])[0].text])
+        text = _Text(self.tokenizer, stop)
+        return self._pieces(stream(self.model, self._ids(prompt, prefix), config, prefix=prefix, number=number), text)
+
+    @staticmethod
+    def _pieces(steps: Iterator, text: _Text) -> Iterator[str]:
+        try:
+            for step in steps:
+                piece = text.push(step.token, step.reason is not None)
+                if piece:
+                    yield piece
+                if text.strings.hit:
+                    return
+        finally:
+            # The model goes back to its mode at once, and not when the memory is cleared.
+            steps.close()
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        config: Config | None = None,
+        *,
+        stop: Sequence[str] = (),
+        prefix: Prefix | None = None,
+        numbers: Sequence[int] | None = None,
+        watch: Watch | None = None,
+    ) -> list[TextResult]:
+        """Go on with each prompt, as it would be alone.
+
+        Args:
+            prompts: texts; conversations as lists of messages with "role" and "content"; or ids, taken as they are.
+            config: a `GenerationConfig`, or a `DiffusionConfig` for models that are decoded by diffusion; their
+                defaults otherwise. Without an `end` it is the tokenizer's.
+            stop: strings before which a text ends, wherever the borders of the tokens are. Under diffusion and in a
+                beam search they are looked for afterwards.
+            prefix: what all prompts are behind (`read`).
+            numbers: by which, with the seed, each prompt draws; its place by default.
+            watch: under diffusion called after every step; see `diffuse`.
+
+        Raises:
+            ConfigError: a config for the other kind of decoding, or an empty stop string.
+            UnsupportedCall: a prefix under diffusion.
+        """
+        config, ids = self._config(config), [self._ids(prompt, prefix) for prompt in prompts]
+        texts = [_Text(self.tokenizer, stop) for _ in prompts]
+        if isinstance(config, GenerationConfig) and config.beams == 1:
+            return self._write(ids, config, texts, prefix, numbers)
+        if isinstance(config, GenerationConfig):
+            found = generate(self.model, ids, config, prefix=prefix)
+        elif prefix is not None:
+            raise UnsupportedCall("prefix: diffusion does not go on from one; write it into the prompts")
+        else:
+            found = diffuse(self.model, ids, config, numbers=numbers, watch=watch)
+        results = []
+        for tokens, log_probs, reason, text in zip(found.tokens, found.log_probs, found.reasons, texts, strict=True):
+            pieces = []
+            for i, token in enumerate(tokens):
+                if not text.strings.hit:
+                    pieces.append(text.push(token, i == len(tokens) - 1))
+            reason = "stop" if text.strings.hit else reason
+            results.append(TextResult(text="".join(pieces), tokens=tokens, log_probs=log_probs, reason=reason))
+        return results
+
+    def _write(
+        self,
+        ids: list[list[int]],
+        config: GenerationConfig,
+        texts: list[_Text],
+        prefix: Prefix | None,
+        numbers: Sequence[int] | None,
+    ) -> list[TextResult]:
+        pieces, log_probs, reasons = [""] * len(ids), [[] for _ in ids], ["length"] * len(ids)
+        with evaluating(self.model), torch.inference_mode():
+            writer = Writer(self.model, ids, config, prefix, numbers)
+            while writer.rows:
+                stopped = set()
+                for row, step in writer.next():
+                    log_probs[row].append(step.log_prob)
+                    pieces[row] += texts[row].push(step.token, step.reason is not None)
+                    if texts[row].strings.hit:
+                        stopped.add(row)
+                    reasons[row] = "stop" if row in stopped else step.reason
+                writer.leave(stopped)
+        return [
+            TextResult(text=text, tokens=tokens, log_probs=own, reason=reason)
+            for text, tokens, own, reason in zip(pieces, writer.written, log_probs, reasons, strict=True)
+        ]
+
+    def _ids(self, prompt: Prompt, prefix: Prefix | None) -> list[int]:
+        """A prompt's ids, behind the end token with which every document begins unless there is a prefix."""
+        if not isinstance(prompt, str) and all(isinstance(part, int) for part in prompt):
+            return list(prompt)
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.encode_chat(prompt)
+        begun = prefix is not None or (not isinstance(prompt, str) and ids[:1] == [self.tokenizer.end])
+        return ids if begun else [self.tokenizer.end, *ids]
+
+    def _config(self, config: Config | None) -> Config:
+        wanted = DiffusionConfig if self.diffusion else GenerationConfig
+        config = wanted() if config is None else config
+        if not isinstance(config, wanted):
+            raise ConfigError(
+                f"config is a {type(config).__name__}, and objective {self.model.config.objective!r} is decoded with a "
+                f"{wanted.__name__}"
+            )
+        config = replace(config, end=self.tokenizer.end) if config.end is None else config
+        if isinstance(config, GenerationConfig) and self.model.vocabulary > self.tokenizer.vocabulary:
+            beyond = range(self.tokenizer.vocabulary, self.model.vocabulary)
+            config = replace(config, forbidden=(*config.forbidden, *beyond))
+        return config

@@ -1,0 +1,1 @@
+"""Videos: files, tokens, models."""

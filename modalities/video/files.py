@@ -1,0 +1,313 @@
+"""Frames of a video at the times asked for.
+
+A frame is chosen by its time stamp, never by counting: rates vary, clocks start anywhere, and headers are wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float64, UInt8
+from torch import Tensor
+
+from ...errors import ConfigError, MediaError, UnsupportedCall
+from ..audio.files import read_audio
+from ..common.container import Input, Source, slack
+from .sampling import Sampling
+
+__all__ = ["Clip", "VideoInfo", "VideoReader", "read_audio", "read_clip"]
+
+
+# By how many seconds a time stamp may be off: webm and mkv count milliseconds.
+_ROUNDED = 5e-4
+# Pixels; twice those of 8K. A damaged header must not take all memory.
+_LARGEST = 1 << 26
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video is.
+
+    Args:
+        duration: seconds from the first frame to the end of the last, by the file's last packets.
+        frames: as the header says, None where it does not (webm, mkv). Nothing here relies on it.
+        rate: frames a second on average, None where it is unknown.
+        size: (height, width) as shown, after rotation.
+        start: seconds on the file's clock when the first frame appears. All other times count from it.
+    """
+
+    duration: float
+    frames: int | None
+    rate: float | None
+    size: tuple[int, int]
+    start: float
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames of a video.
+
+    Args:
+        frames: RGB, as shown.
+        times: when each of them appears, in seconds from the first frame of the video.
+    """
+
+    frames: UInt8[Tensor, "t c h w"]
+    times: Float64[Tensor, "t"]
+
+
+class _Frame(NamedTuple):
+    time: float  # seconds from the first frame of the video
+    picture: Any
+
+
+class VideoReader:
+    """A video, opened where it is read: a reader can be neither pickled nor used after a fork.
+
+    Opening decodes the first frame, whose time is zero from then on, and reads the last packets, which tell the
+    duration and whether the file was cut.
+
+    Args:
+        source: a path, the bytes of a file, or an open binary file.
+        threads: that decode. One is right in a worker of a data loader.
+        name: what messages call the source; a path names itself.
+
+    Raises:
+        MediaError: missing, empty, no media file, no video in it, cut, or its first frame cannot be decoded.
+    """
+
+    info: VideoInfo
+
+    def __init__(self, source: Source, *, threads: int = 1, name: str | None = None):
+        from av.video.reformatter import VideoReformatter
+
+        if threads < 1:
+            raise ConfigError(f"threads is {threads}; it must be at least 1")
+        self._scaler = VideoReformatter()
+        self._decoded: Iterator[_Frame] = iter(())
+        # The frame on the screen, and the one that follows it.
+        self._shown: _Frame | None = None
+        self._ahead: _Frame | None = None
+        self._reads = 0
+        # On the file's clock; exact, so that times do not gather rounding errors.
+        self._start = Fraction(0)
+        self._input = Input(source, name, threads)
+        with ExitStack() as failing:
+            failing.callback(self.close)
+            self.info = self._examine()
+            failing.pop_all()
+
+    def _examine(self) -> VideoInfo:
+        found = self._input.streams("video")
+        if not found:
+            raise self._input.error("it has no video")
+        self._index = found[0]
+        first = next(_timed(self._input, self._index, self._start), None)
+        if first is None:
+            raise self._input.error("it has no frames")
+        if first.picture.pts is not None:
+            self._start = first.picture.pts * first.picture.time_base
+        self._pixels = first.picture.height, first.picture.width
+        if self._pixels[0] * self._pixels[1] > _LARGEST:
+            raise self._input.error(f"its frames are {self._pixels[0]} x {self._pixels[1]}")
+        self._turns = round(first.picture.rotation / 90) % 4
+        self._last, end = self._input.tail(self._index)
+        stream = self._input.stream(self._index)
+        self._tolerance = min(max(0.5 * float(stream.time_base), 1e-6), _ROUNDED)
+        rate = float(stream.average_rate) if stream.average_rate else None
+        if end <= self._last:
+            # Nothing says how long the last frame lasts.
+            end = self._last + 1 / (stream.average_rate or 25)
+        height, width = self._pixels
+        return VideoInfo(
+            duration=max(0.0, float(end - self._start)),
+            frames=stream.frames or None,
+            rate=rate,
+            size=(width, height) if self._turns % 2 else (height, width),
+            start=float(self._start),
+        )
+
+    def __enter__(self) -> VideoReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # PyAV's containers and streams refer to each other: only the cycle collector would close the file.
+        if hasattr(self, "_input"):
+            self.close()
+
+    def __getstate__(self) -> Any:
+        raise UnsupportedCall("a VideoReader cannot be pickled; hand on the path and open it in the process that reads")
+
+    def close(self) -> None:
+        """Close the file; closing again does nothing."""
+        self._decoded, self._shown, self._ahead = iter(()), None, None
+        self._input.close()
+
+    def at(self, times: Sequence[float | int]) -> Clip:
+        """The frames that are on the screen at some times.
+
+        Args:
+            times: seconds from the first frame, in any order, also repeated. Before the first frame it is the first,
+                after the last the last. They are compared to within half a millisecond, to which webm and mkv
+                round.
+
+        Raises:
+            MediaError: the file is corrupt before the last of the times.
+            ConfigError: no times, or one that is not finite.
+        """
+        if not len(times) or not all(math.isfinite(time) for time in times):
+            raise ConfigError(f"times is {list(times)!r}; it must hold at least one time, and finite ones")
+        self._reads += 1
+        # Pixels stay together, as they were decoded: planes would be one more pass, and resizing is faster without.
+        frames = torch.empty(len(times), *self.info.size, 3, dtype=torch.uint8)
+        found = torch.empty(len(times), dtype=torch.float64)
+        done: tuple[_Frame, int] | None = None
+        for place in sorted(range(len(times)), key=times.__getitem__):
+            shown = self._go(times[place])
+            frames[place] = frames[done[1]] if done and done[0] is shown else self._rgb(shown)
+            found[place] = shown.time
+            done = shown, place
+        return Clip(frames.permute(0, 3, 1, 2), found)
+
+    def stream(
+        self, start: float | int = 0.0, stop: float | int | None = None, rate: float | int | None = None
+    ) -> Iterator[tuple[float, UInt8[Tensor, "c h w"]]]:
+        """Frames one by one, in memory that does not depend on the length of the video.
+
+        Args:
+            start: seconds from the first frame.
+            stop: seconds; None is the end.
+            rate: None gives each frame that appears in start <= time < stop, with its time. A number gives so many
+                frames a second: the times start, start + 1 / rate, ... with the frame on the screen at each.
+
+        Raises:
+            MediaError: the file is corrupt; frames before that have been given.
+            UnsupportedCall: another read of this reader began before this one was done.
+            ConfigError: a start or rate out of range.
+        """
+        if rate is not None and not 0 < rate < math.inf:
+            raise ConfigError(f"rate is {rate}; it must be frames a second, above 0, or None")
+        if not 0 <= start < math.inf:
+            raise ConfigError(f"start is {start}; it must be seconds, at least 0")
+        if stop is not None and math.isnan(stop):
+            raise ConfigError("stop is NaN; it must be seconds, or None")
+        stop = self.info.duration if stop is None else min(stop, self.info.duration)
+        return self._stream(float(start), float(stop), rate)
+
+    def _stream(self, start: float, stop: float, rate: float | int | None) -> Iterator[tuple[float, Tensor]]:
+        self._reads += 1
+        read, steps = self._reads, 0
+        shown = self._go(start)
+        while True:
+            if rate is None:
+                due = [shown.time] if start - self._tolerance <= shown.time < stop else []
+            else:
+                until = min(stop, self._ahead.time if self._ahead else math.inf) - self._tolerance
+                due = []
+                while (time := start + (steps + len(due)) / rate) < until:
+                    due.append(time)
+                steps += len(due)
+            for time in due:
+                yield time, self._rgb(shown).permute(2, 0, 1)
+                if read != self._reads:
+                    raise UnsupportedCall("another read of this reader began; open a reader for each of the two")
+            if self._ahead is None or self._ahead.time >= stop:
+                return
+            shown = self._step()
+
+    def _go(self, time: float | int) -> _Frame:
+        """Move to the frame on the screen at a time."""
+        time = min(max(time, 0.0), self.info.duration)
+        if self._shown is None or time + self._tolerance < self._shown.time or self._keyframe_before(time):
+            self._seek(time)
+        while self._ahead is not None and self._ahead.time <= time + self._tolerance:
+            self._step()
+        return self._shown
+
+    def _step(self) -> _Frame:
+        self._input.check()
+        self._shown, self._ahead = self._ahead, next(self._decoded, None)
+        end = float(self._last - self._start) - slack(self.info.duration)
+        if self._ahead is None and self._shown.time < end:
+            raise self._input.error(
+                f"its frames can be decoded up to {self._shown.time:.2f} s only, of {self.info.duration:.2f} s"
+            )
+        return self._shown
+
+    def _keyframe_before(self, time: float | int) -> bool:
+        """Whether decoding can begin later than where the reader stands, and not after `time`."""
+        if self._ahead is None:
+            return False
+        stream = self._input.stream(self._index)
+        place = stream.index_entries.search_timestamp(int((time + float(self._start)) / stream.time_base))
+        if place < 0:
+            return False
+        return stream.index_entries[place].timestamp * stream.time_base - self._start > self._ahead.time
+
+    def _seek(self, time: float | int) -> None:
+        # A seek may land late where the container lists decoding times or guesses from sizes.
+        for back in (0.0, 1.0, 10.0, math.inf):
+            target = max(time - back, 0.0)
+            try:
+                self._input.seek(self._index, float(self._start) + target)
+            except MediaError:
+                break
+            self._load()
+            if self._shown is not None and self._shown.time <= time + self._tolerance:
+                return
+            if target == 0:
+                break
+        self._input.open()
+        self._load()
+        if self._shown is None:
+            raise self._input.error("its frames can no longer be decoded")
+
+    def _load(self) -> None:
+        self._decoded = _timed(self._input, self._index, self._start)
+        self._shown = next(self._decoded, None)
+        self._ahead = next(self._decoded, None) if self._shown else None
+
+    def _rgb(self, frame: _Frame) -> UInt8[Tensor, "h w c"]:
+        if frame.picture.is_corrupt:
+            raise self._input.error(f"the frame at {frame.time:.2f} s is corrupt")
+        height, width = self._pixels
+        # Some files change their size on the way; all frames get the first one's.
+        with self._input.reading():
+            picture = self._scaler.reformat(frame.picture, width=width, height=height, format="rgb24", threads=1)
+        return torch.from_numpy(picture.to_ndarray()).rot90(self._turns)
+
+
+def _timed(file: Input, index: int, start: Fraction) -> Iterator[_Frame]:
+    # No method: a generator that holds the reader that holds the generator would keep the file open.
+    last, rate = None, file.stream(index).average_rate
+    for picture in file.frames(index):
+        if picture.pts is not None:
+            last = picture.pts * picture.time_base
+        else:
+            last = last + 1 / (rate or 25) if last is not None else Fraction(0)
+        yield _Frame(float(last - start), picture)
+
+
+def read_clip(source: Source, sampling: Sampling, seed: int | None = None, *, name: str | None = None) -> Clip:
+    """Some frames of a video file.
+
+    Args:
+        source: a path, the bytes of a file, or an open binary file.
+        sampling: which moments: `Uniform`, `Segments` or `Dense`.
+        seed: of a random choice, a function of the seed alone; None takes the central one.
+        name: what messages call the source; a path names itself.
+
+    Raises:
+        MediaError: missing, empty, no video, cut or corrupt.
+    """
+    with VideoReader(source, name=name) as video:
+        return video.at(sampling.times(video.info.duration, seed))

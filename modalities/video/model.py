@@ -1,0 +1,252 @@
+"""Models that begin with videos, whole or streamed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ...backbones import BackboneConfig, State, list_mixers
+from ...backbones.config import FFNConfig
+from ...backbones.heads import ClassificationHeadConfig
+from ...backbones.scan import needs_rows, scan_orders
+from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
+from ..common.classifier import Classifier, plain_backbone
+from .reduction import Grid
+from .tokenizer import TubeletTokenizer, TubeletTokenizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoClassifierConfig:
+    """A video classifier: tokenizer, backbone and head, whose widths agree."""
+
+    video: TubeletTokenizerConfig
+    backbone: BackboneConfig
+    head: ClassificationHeadConfig
+
+    def __post_init__(self) -> None:
+        video, scan = self.video, self.backbone.scan
+        if video.dim != self.backbone.dim:
+            raise ConfigError(f"video.dim is {video.dim} and backbone.dim {self.backbone.dim}; they must be equal")
+        if self.head.pool == "class_token" and video.class_token is None:
+            raise ConfigError("head.pool is 'class_token', but video.class_token is None; set 'first' or 'middle'")
+        if video.causal and scan_orders(scan) != ("forward",):
+            raise ConfigError(f"backbone.scan is {scan!r} with video.causal; a causal model scans 'forward'")
+        rowed = [order for order in scan_orders(scan) if needs_rows(order)]
+        if video.merge is not None and rowed:
+            raise UnsupportedCall(
+                f"backbone.scan is {scan!r} with video.merge; merged tokens have no rows and columns for the order "
+                f"{rowed[0]!r}; use 'both', 'temporal-first' or 'cross-3d'"
+            )
+
+    def resized(self, size: Grid) -> VideoClassifierConfig:
+        """The configuration for videos of another size (t, h, w)."""
+        return replace(self, video=replace(self.video, size=size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoState:
+    """What a causal classifier remembers of a video that goes on.
+
+    Args:
+        waiting: frames that fill no time step yet, (b, c, n, h, w).
+        total: the sum over the time steps of their mean token, (b, d), in float32 or float64.
+        steps: time steps so far.
+        backbone: of the backbone; None before the first step.
+    """
+
+    waiting: Tensor
+    total: Tensor
+    steps: int
+    backbone: State | None
+
+    def detach(self) -> VideoState:
+        """The same values without their history (truncated backpropagation)."""
+        kept = None if self.backbone is None else self.backbone.detach()
+        return replace(self, waiting=self.waiting.detach(), total=self.total.detach(), backbone=kept)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the tensors hold."""
+        own = sum(t.numel() * t.element_size() for t in (self.waiting, self.total))
+        return own + (0 if self.backbone is None else self.backbone.nbytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoStep:
+    """What a chunk of a video brought.
+
+    Args:
+        now: logits of each time step that it completed, (b, steps, classes), from the mean of the step's tokens.
+        so_far: logits of the video up to here, (b, classes), from the mean of all tokens; None before the first step.
+        state: to go on from.
+    """
+
+    now: Tensor
+    so_far: Tensor | None
+    state: VideoState
+
+
+class VideoClassifier(Classifier):
+    """Videos of any length and size to logits.
+
+    `forward` takes videos (b, c, t, h, w), floating point, normalised as the model was trained. A model whose
+    tokenizer is causal also takes them in pieces:
+
+    Example:
+        >>> state = None
+        >>> for chunk in chunks:                    # (b, c, any number of frames, h, w)
+        ...     step = model.stream(chunk, state)
+        ...     state = step.state
+        >>> logits = model.finish(state).so_far     # those of the whole video at once
+    """
+
+    config_class = VideoClassifierConfig
+
+    def __init__(self, config: VideoClassifierConfig):
+        super().__init__(TubeletTokenizer(config.video), config.backbone, config.head)
+
+    @classmethod
+    def examples(cls) -> list[tuple[VideoClassifierConfig, list[Tensor]]]:
+        small: dict[str, Any] = {"dim": 16, "depth": 2, "classes": 3, "size": (4, 16, 16), "tubelet": (1, 8, 8)}
+        videos = [torch.randn(2, 3, 4, 16, 16), torch.randn(3, 3, 5, 20, 13)]
+        options: list[dict[str, Any]] = [
+            # A class token in front has no past, and the last forward direction no gradient to its decay.
+            _VIDEOMAMBA | {"class_token": "middle"},
+            {"mixer": "mamba2,attention", "scan": "cross-3d", "group": (2, 1, 1), "merge": 3},
+            {"mixer": "gla", "tubelet": (2, 8, 8), "causal": True},
+        ]
+        return [(video_classifier(**small | option), videos) for option in options]
+
+    @property
+    def config(self) -> VideoClassifierConfig:
+        """The configuration that builds this model as it is now, resized or with another head."""
+        return VideoClassifierConfig(video=self.tokenizer.config, backbone=self.backbone.config, head=self.head.config)
+
+    def stream(self, chunk: Float[Tensor, "b c t h w"], state: VideoState | None = None) -> VideoStep:
+        """Go on with the next frames of a video.
+
+        Frames that do not fill a time step (`config.video.step` frames) wait in the state.
+
+        Args:
+            chunk: any number of frames.
+            state: of the call before; None begins.
+
+        Raises:
+            UnsupportedCall: the model is not causal, one of its mixers does not stream, or its head does not pool by
+                the mean.
+            UnsupportedShape: the chunk is not what the tokenizer takes, or does not fit the state.
+        """
+        self.check_streaming()
+        self.tokenizer.check(chunk)
+        if state is not None:
+            # Without the frames, which may be any number.
+            shapes = [(*t.shape[:2], *t.shape[3:]) for t in (chunk, state.waiting)]
+            if shapes[0] != shapes[1]:
+                raise UnsupportedShape(f"chunk is (b, c, h, w) = {shapes[0]}, and the video went by as {shapes[1]}")
+            chunk = torch.cat([state.waiting, chunk], dim=2)
+        whole = chunk.shape[2] - chunk.shape[2] % self.tokenizer.config.step
+        # A copy, lest a few frames keep the memory of the chunk.
+        return self._advance(chunk[:, :, :whole], chunk[:, :, whole:].clone(), state)
+
+    def finish(self, state: VideoState) -> VideoStep:
+        """The end of the video: frames that wait become a last time step, filled up as that of a whole video is."""
+        return self._advance(state.waiting, state.waiting[:, :, :0], state)
+
+    def _advance(self, frames: Tensor, waiting: Tensor, state: VideoState | None) -> VideoStep:
+        """`frames` fill time steps, at the end of a video but for the last; `waiting` do not."""
+        steps, total, memory = (0, 0.0, None) if state is None else (state.steps, state.total, state.backbone)
+        if frames.shape[2]:
+            tokens, layout = self.tokenizer(frames, start=steps * self.tokenizer.config.group[0])
+            tokens, memory = self.backbone(tokens, layout, memory)[:2]
+            means = tokens.unflatten(1, (layout.grid[0], -1)).mean(2)
+            total = total + means.sum(1, dtype=torch.promote_types(means.dtype, torch.float32))
+            steps += layout.grid[0]
+        else:
+            means = frames.new_zeros(frames.shape[0], 0, self.backbone.config.dim)
+            total = means.sum(1, dtype=torch.promote_types(means.dtype, torch.float32)) + total
+        so_far = self.head_of((total / steps).to(means.dtype)) if steps else None
+        state = VideoState(waiting=waiting, total=total, steps=steps, backbone=memory)
+        return VideoStep(now=self.head_of(means), so_far=so_far, state=state)
+
+
+def video_classifier(
+    *,
+    mixer: str,
+    dim: int,
+    depth: int,
+    classes: int = 400,
+    size: int | tuple[int, int, int] = (8, 224, 224),
+    tubelet: int | tuple[int, int, int] = (1, 16, 16),
+    channels: int = 3,
+    positions: str = "factorised",
+    time_positions: str | None = None,
+    class_token: str | None = None,
+    pool: str = "mean",
+    group: int | tuple[int, int, int] = (1, 1, 1),
+    merge: int | None = None,
+    causal: bool = False,
+    scan: str | None = None,
+    ffn: FFNConfig | str | None = "swiglu",
+    dropout: float = 0.0,
+    drop_path: float = 0.0,
+) -> VideoClassifierConfig:
+    """The configuration of a plain, ViT-shaped classifier of videos around one mixer (or several, "attention+gla").
+
+    Args:
+        mixer: see `plain_backbone`.
+        size, tubelet, channels, positions, time_positions, class_token, group, merge, causal: see
+            `TubeletTokenizerConfig`.
+        pool, dropout: of the head.
+        scan: the orders in which mixers that only look backwards run over the tokens; the others ignore it. By default
+            both ways, spatial first, and "forward" where causal.
+        ffn: the feed-forward layer of each block, or None.
+
+    Raises:
+        UnknownName, ConfigError, UnsupportedCall: names that there are not, and parts that do not fit.
+    """
+    return VideoClassifierConfig(
+        video=TubeletTokenizerConfig(
+            dim=dim,
+            tubelet=tubelet,
+            channels=channels,
+            size=size,
+            positions=positions,
+            time_positions=time_positions,
+            class_token=class_token,
+            group=group,
+            merge=merge,
+            causal=causal,
+        ),
+        backbone=plain_backbone(
+            mixer=mixer,
+            dim=dim,
+            depth=depth,
+            positions=positions != "none",
+            scan=scan or ("forward" if causal else "both"),
+            ffn=ffn,
+            drop_path=drop_path,
+        ),
+        head=ClassificationHeadConfig(classes=classes, pool=pool, dropout=dropout),
+    )
+
+
+# VideoMamba, published with 7, 26 and 74 million parameters (arXiv 2403.06977, section 3.2 and table 3).
+_VIDEOMAMBA = {"mixer": "mamba", "ffn": None, "class_token": "first", "pool": "class_token"}
+VIDEO_MODELS: dict[str, dict[str, Any]] = {
+    "videomamba_tiny": _VIDEOMAMBA | {"dim": 192, "depth": 24},
+    "videomamba_small": _VIDEOMAMBA | {"dim": 384, "depth": 24},
+    "videomamba_middle": _VIDEOMAMBA | {"dim": 576, "depth": 32},
+} | {
+    f"vivit_tiny_{mixer}_patch16_224": {
+        "mixer": mixer,
+        "dim": 192,
+        "depth": 12,
+        "size": (16, 224, 224),
+        "tubelet": (2, 16, 16),
+    }
+    for mixer in list_mixers()
+}

@@ -1,0 +1,169 @@
+"""`omnimix audio predict`: the class of sounds, and the timeline of recordings. Nothing of the training stack is
+imported."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ...errors import CheckpointError, MediaError
+from ...modalities import load_model, read_details
+from ...modalities.audio.model import AudioClassifier
+from ...utils.console import emit
+from ...utils.run_folder import RunFolder
+from ..common.prediction import (
+    LONG,
+    add_options,
+    check_counts,
+    make_folder,
+    named_files,
+    ranked,
+    unreadable,
+    write_rows,
+)
+from ..common.timeline import Moment, scenes
+from .preprocess import SUFFIXES, AudioPreprocess
+
+# Sounds, and windows of a recording, that run together.
+_BATCH = 64
+# What a window lasts where the model was trained on whole sounds.
+_WINDOW = 1.0
+
+
+def main(argv: list[str]) -> int:
+    """`omnimix audio predict`."""
+    parser = argparse.ArgumentParser(
+        prog="omnimix audio predict",
+        description="Name the class of sound files, or of videos by their sound; of recordings, what is heard when.",
+    )
+    parser.add_argument("files", nargs="+", help="audio files, video files and folders")
+    add_options(parser, "file")
+    options = parser.parse_args(argv)
+    folder = RunFolder.finished(options.run)
+    check_counts(options.top, options.every)
+    files = named_files(options.files, SUFFIXES, "sounds")
+    predictor = Predictor(folder.path)
+    make_folder("--json", options.json)
+    clips, rows = predictor.heard(files, options.timeline, options.top, options.every, options.policy)
+    for title, some in (("predictions", clips), ("timelines", rows)):
+        if some and options.json != "-":
+            emit(f"{title} of {folder.path}", some)
+    return write_rows(clips + rows, options.json)
+
+
+class Predictor:
+    """What a run's model says of files.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        CheckpointError: the folder holds no model of sounds.
+    """
+
+    def __init__(self, folder: Path):
+        model = load_model(folder)
+        if not isinstance(model, AudioClassifier):
+            raise CheckpointError(
+                f"the model in {str(folder)!r} is of the class {type(model).__name__}, and no classifier of sounds"
+            )
+        self.model = model
+        self.preprocess = AudioPreprocess.from_dict(read_details(folder).get("preprocess", {}))
+
+    def heard(
+        self, files: list[Path], timeline: bool | None = None, top: int = 1, every: int = 4, policy: str = "skip"
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """What is heard in files.
+
+        Args:
+            timeline: of each file; None is of those much longer than the sounds that the model was trained on.
+            top: classes to name of a file without a timeline.
+            every: windows of a timeline to the length of one.
+            policy: "skip" or "raise": what an unreadable file does.
+
+        Returns:
+            One row a file without a timeline and class, the likeliest first, or why it is unreadable; and one row a
+            stretch of one class in each of the others.
+
+        Raises:
+            ConfigError: `top` or `every` is below 1.
+            MediaError: an unreadable file, with `policy="raise"`.
+        """
+        check_counts(top, every)
+        clips: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
+        waves: list[tuple[Path, Tensor]] = []
+        for path in files:
+            try:
+                wave = self.preprocess.read(path)
+            except MediaError as error:
+                if policy == "raise":
+                    raise
+                clips.append(unreadable(path, error))
+                continue
+            if self._is_long(wave) if timeline is None else timeline:
+                rows += self._timeline(path, wave, every)
+                continue
+            # A copy: the part alone would keep the whole wave in memory.
+            waves.append((path, self.preprocess.fit(wave).clone()))
+            if len(waves) == _BATCH:
+                clips += self._classes(waves, top)
+                waves = []
+        return clips + self._classes(waves, top), rows
+
+    def _is_long(self, wave: Float[Tensor, "n"]) -> bool:
+        seconds = self.preprocess.seconds
+        return seconds is not None and wave.shape[0] >= LONG * seconds * self.preprocess.rate
+
+    @torch.inference_mode()
+    def _classes(self, waves: list[tuple[Path, Tensor]], top: int) -> list[dict[str, Any]]:
+        if not waves:
+            return []
+        together = [wave for _, wave in waves]
+        logits = self.model(together if self.preprocess.seconds is None else torch.stack(together))
+        return [
+            row
+            for (path, _), own in zip(waves, logits, strict=True)
+            for row in ranked(path, own, self.preprocess.classes, top)
+        ]
+
+    def _timeline(self, path: Path, wave: Float[Tensor, "n"], every: int) -> list[dict[str, Any]]:
+        return [
+            {
+                "file": str(path),
+                "start": round(scene.start, 3),
+                "stop": round(scene.stop, 3),
+                "rank": 1,
+                "class": self.preprocess.classes[scene.label],
+                "probability": scene.probability,
+                "note": "",
+            }
+            for scene in scenes(self.moments(wave, every))
+        ]
+
+    @torch.inference_mode()
+    def moments(self, wave: Float[Tensor, "n"], every: int) -> Iterator[Moment]:
+        """What windows say, each for the stretch around its middle; the first and the last for the ends too."""
+        rate, length = self.preprocess.rate, wave.shape[0]
+        size = round((self.preprocess.seconds or _WINDOW) * rate)
+        if length <= size:
+            logits = self.model(self.preprocess.fit(wave)[None])[0]
+            yield Moment(start=0.0, stop=length / rate, probabilities=logits.float().softmax(-1))
+            return
+        hop = max(1, size // every)
+        starts = [*range(0, length - size, hop), length - size]
+        begun = 0.0
+        for at in range(0, len(starts), _BATCH):
+            some = starts[at : at + _BATCH]
+            logits = self.model(torch.stack([wave[start : start + size] for start in some]))
+            for start, probabilities in zip(some, logits.float().softmax(-1), strict=True):
+                last = start == starts[-1]
+                stop = length / rate if last else max(begun, (start + 0.5 * (size + hop)) / rate)
+                yield Moment(start=begun, stop=stop, probabilities=probabilities)
+                begun = stop

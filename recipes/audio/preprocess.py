@@ -1,0 +1,56 @@
+"""How sounds are prepared: part of every saved model, so that whoever uses it repeats what training did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from ...modalities.audio.files import read_audio
+from ...modalities.data.sources import AUDIO_SUFFIXES, VIDEO_SUFFIXES
+from ..common.preprocess import Preprocess
+
+# Many sets of sounds are sets of videos, whose pictures nobody needs here.
+SUFFIXES = AUDIO_SUFFIXES | VIDEO_SUFFIXES
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioPreprocess(Preprocess):
+    """How a file with sound becomes what the model was trained on.
+
+    Args:
+        rate: samples a second; every file is resampled to it, and its channels are mixed into one.
+        seconds: that the model hears: of longer clips the middle, and shorter ones with silence around; None is the
+            whole clip, however long.
+    """
+
+    rate: int
+    seconds: float | None
+
+    def read(self, media: Path | str | bytes) -> Float[Tensor, "n"]:
+        """The whole sound of a file.
+
+        Raises:
+            MediaError: the file cannot be read, or has no sound.
+        """
+        return read_audio(media, rate=self.rate)[0][0]
+
+    def load(self, media: Path | str | bytes) -> Float[Tensor, "n"]:
+        """What the model is to hear of a file. Errors: see `read`."""
+        return self.fit(self.read(media))
+
+    def fit(self, wave: Float[Tensor, "n"], place: float = 0.5) -> Float[Tensor, "m"]:
+        """The part of a clip, or the clip in the silence around it, `place` of the way from the first possible place
+        to the last."""
+        if self.seconds is None:
+            return wave
+        length = round(self.seconds * self.rate)
+        spare = length - wave.shape[0]
+        if spare <= 0:
+            start = round(place * -spare)
+            return wave[start : start + length]
+        before = round(place * spare)
+        return F.pad(wave, (before, spare - before))

@@ -1,0 +1,346 @@
+"""The command line of a recipe: Lightning's, in front of one folder a run."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import pickle
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from ...errors import CheckpointError, ConfigError, OmnimixError
+from ...modalities import load_weights
+from ...utils.console import emit
+from ...utils.files import replace_file
+from ...utils.options import add_json, add_threads, set_threads
+from ...utils.run_folder import RunFolder
+from .arguments import argument, configurations, defaults, typed_options, with_run_config
+from .history import History
+from .migration import migrated_files
+from .parser import Parser
+from .ranks import same_again, share_threads, trainer_of_torchrun
+from .training import AverageWeights, Interrupted, LastCheckpoint, SeedEveryStep, precision
+
+_OF_THE_CALL = ("overwrite", "resume", "ckpt_path", "weights_only", "json", "run")
+
+
+def _own_error(error: BaseException | None) -> OmnimixError | None:
+    """The error of ours that a parser has wrapped into its own, if there is one."""
+    while error is not None and not isinstance(error, OmnimixError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI for one subcommand of one recipe, all of whose files lie in the folder of the run.
+
+    Args:
+        command: "fit", "validate" or "test".
+        model: the LightningModule.
+        data: the base class of the data modules; `--data NAME` chooses one of them.
+        recipe: the configuration that holds the defaults.
+        argv: what the user typed after the command.
+        links: (attribute of the data, argument of the model) pairs that the user need not repeat.
+        monitor: the metric by which `best.ckpt` is kept.
+        mode: "max" where larger values of it are better, "min" where smaller ones are.
+        history: keeps the curves.
+        callbacks: more of the recipe's own, for a fit.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        *,
+        model: type[pl.LightningModule],
+        data: type[pl.LightningDataModule],
+        recipe: str,
+        argv: list[str],
+        links: list[tuple[str, str]],
+        monitor: str,
+        mode: Literal["min", "max"],
+        history: History | None = None,
+        callbacks: Sequence[pl.Callback] = (),
+    ):
+        self.command, self.links, self.monitor, self.mode = command, links, monitor, mode
+        self.history = history or History()
+        self.callbacks = callbacks
+        self.task = recipe.split("_")[0]
+        argv, base, self.configuration = configurations(argv, recipe)
+        _quiet()
+        with migrated_files(argv) as argv, defaults(base, argv) as file:
+            self._start(model, data, str(file), argv)
+
+    def _start(
+        self, model: type[pl.LightningModule], data: type[pl.LightningDataModule], file: str, argv: list[str]
+    ) -> None:
+        """Parse with the defaults of a file, and do what is typed."""
+        super().__init__(
+            model,
+            data,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            trainer_defaults={"enable_model_summary": False, "num_sanity_val_steps": 0, "log_every_n_steps": 10},
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={
+                "prog": f"omnimix {self.task}",
+                self.command: {"default_config_files": [file]},
+            },
+            auto_configure_optimizers=False,
+            args=[self.command, *typed_options(argv)],
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        # Lightning complains where both its arguments and those of the process are given. Only while it parses are
+        # the latter away: with several devices it starts the other processes by them.
+        program = sys.argv
+        sys.argv = program[:1]
+        try:
+            super().parse_arguments(parser, args)
+        finally:
+            sys.argv = program
+        if self.options.configuration is None:
+            self.options.configuration = self.configuration
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        return {self.command: LightningCLI.subcommands()[self.command]}
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--seed_everything", type=int, default=0, help="seed of weights, order and augmentation")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        fitting = self.command == "fit"
+
+        def shown(text: str) -> str:
+            return text if fitting else argparse.SUPPRESS
+
+        parser.add_argument("--name", default=self.task, help=shown("of the run: its folder under --runs"))
+        parser.add_argument("--runs", default="runs", help=shown("the folder that holds the runs"))
+        parser.add_argument(
+            "--checkpoint_steps", type=int, default=0, help=shown("save the state within an epoch too, every N steps")
+        )
+        # Kept in the run's own configuration, so that a resumed run still knows where it came from.
+        parser.add_argument(
+            "--configuration",
+            type=str | None,
+            default=None,
+            help=shown("name in metrics.json; default: the file's"),
+        )
+        add_threads(parser, int | None)
+        if fitting:
+            parser.add_argument("--overwrite", action="store_true", help="delete an older run of this name first")
+            parser.add_argument("--resume", action="store_true", help="go on with the run where its state was saved")
+        else:
+            parser.add_argument("--run", required=True, help="folder of the run, or its name under runs/")
+            add_json(parser)
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+        for source, target in self.links:
+            parser.link_arguments(f"data.{source}", f"model.{target}", apply_on="instantiate")
+
+    @property
+    def options(self) -> Any:
+        return self.config[self.command]
+
+    def before_instantiate_classes(self) -> None:
+        if self.options.threads is not None:
+            set_threads(self.options.threads)
+            os.environ["OMP_NUM_THREADS"] = str(self.options.threads)  # of the processes that Lightning starts
+        else:
+            share_threads()
+        if self.command == "fit":
+            self.folder = RunFolder.named(self.options.runs, self.options.name)
+            if rank_zero_only.rank == 0:  # the others start when the first has made the folder
+                self.folder.check(overwrite=self.options.overwrite, resume=self.options.resume)
+        else:
+            self.folder = RunFolder.finished(self.options.run)
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise _own_error(error) or ConfigError(" ".join(str(error).split())) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        config = self.options.trainer
+        accelerator = config.accelerator
+        if accelerator == "auto":
+            accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+        chosen: dict[str, Any] = {
+            "default_root_dir": str(self.folder.path),
+            "precision": precision(config.precision, accelerator, sum(p.numel() for p in self.model.parameters())),
+        }
+        chosen |= trainer_of_torchrun(config)
+        if config.logger is None:
+            chosen["logger"] = self._loggers() if self.command == "fit" else False
+        return super().instantiate_trainer(**chosen, **kwargs)
+
+    def _loggers(self) -> list[Any]:
+        # Of a resumed run each part has its own version, since CSVLogger would replace what the first part wrote.
+        parts = len(list((self.folder.path / "logs").glob("version_*"))) if self.options.resume else 0
+        place = {"save_dir": str(self.folder.path), "name": "logs", "version": parts}
+        return [CSVLogger(**place), TensorBoardLogger(**place)]
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> pl.Trainer:
+        ours = [RichProgressBar(leave=False)] if sys.stdout.isatty() else []
+        if self.command == "fit":
+            self.history.lines = not ours
+            ours += [SeedEveryStep(self.options.seed_everything), self.history, *self.callbacks]
+            ours += [
+                ModelCheckpoint(
+                    self.folder.checkpoints,
+                    filename="best",
+                    monitor=self.monitor,
+                    mode=self.mode,
+                    enable_version_counter=False,
+                    # Within an epoch too, where it is validated there.
+                    save_on_train_epoch_end=False,
+                ),
+                LastCheckpoint(self.folder.checkpoints, self.options.checkpoint_steps),
+            ]
+        config.setdefault("enable_checkpointing", None)
+        if not sys.stdout.isatty():
+            config["enable_progress_bar"] = False
+        return super()._instantiate_trainer(config, [*callbacks, *ours])
+
+    def fit(self, model: pl.LightningModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
+        folder = self.folder
+        if self.options.resume:
+            ckpt_path = str(folder.last) if folder.last.is_file() else None
+            if ckpt_path is None:
+                print(f"no state was saved in {folder.checkpoints} yet: starting from the beginning")
+        if rank_zero_only.rank == 0:
+            folder.create(resume=self.options.resume)
+            self._save_config()
+        try:
+            with interruptible():
+                self.trainer.fit(model, ckpt_path=ckpt_path, **{**kwargs, "weights_only": True})
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = None if ckpt_path is None else _why_not_resumed(error)
+            if reason is None:
+                raise
+            raise CheckpointError(f"cannot go on from {ckpt_path!r}: {reason}") from error
+
+    def validate(self, model: pl.LightningModule, datamodule: pl.LightningDataModule, **kwargs: Any) -> None:
+        self._load(model)
+        self.measured = self.trainer.validate(model, datamodule=datamodule, verbose=False)
+
+    def test(self, model: pl.LightningModule, datamodule: pl.LightningDataModule, **kwargs: Any) -> None:
+        self._load(model)
+        self.measured = self.trainer.test(model, datamodule=datamodule, verbose=False)
+
+    def measure(self) -> dict[str, float]:
+        """What a validation of the trained model says, with its averaged weights where there are any."""
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, AverageWeights):
+                callback.adopt(self.model)
+        return dict(self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)[0])
+
+    def about(self) -> dict[str, Any]:
+        """What the numbers of every recipe's run say of how they came about."""
+        return {
+            "parameters": sum(p.numel() for p in self.model.model.parameters()),
+            "configuration": self.options.configuration,
+            "mixer": self.model.mixer,
+            "seed": self.options.seed_everything,
+            "precision": self.trainer.precision,
+            "threads": torch.get_num_threads(),
+        }
+
+    def _load(self, module: pl.LightningModule) -> None:
+        load_weights(module.model, self.folder.path / "model.safetensors")
+
+    def _save_config(self) -> None:
+        config = self.options.clone()
+        for name in _OF_THE_CALL:
+            config.pop(name, None)
+        parser = self._parser(self.command)
+        options = {"skip_unset": False, "skip_validation": True, "overwrite": True, "multifile": False}
+        # In one step: when a run goes on, other processes read the file at this very time.
+        replace_file(self.folder.config, lambda path: parser.save(config, str(path), **options))
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Within it Ctrl-C stays KeyboardInterrupt, of which Lightning makes an exit without a word."""
+    try:
+        yield
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from stop
+        raise
+
+
+def run_fit(
+    task: str,
+    argv: list[str],
+    make: Callable[[str, list[str]], RecipeCLI],
+    finish: Callable[[RecipeCLI], None],
+) -> int:
+    """Train, and then `finish`; or, where it is stopped from outside, say how to go on.
+
+    Args:
+        task: the command is `omnimix TASK fit`, and the run's name, unless it is given another, TASK.
+        make: parses and trains, from "fit" and the command line.
+    """
+    name, runs = argument(argv, "--name", task), argument(argv, "--runs", "runs")
+    folder = RunFolder.named(runs, name)
+    if "--resume" in argv:
+        argv = with_run_config(argv, folder)
+    cli = None
+    try:
+        cli = make("fit", argv)
+        finish(cli)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        if rank_zero_only.rank != 0:
+            return 0  # a failure of theirs would make whoever started them stop the first before it has spoken
+        if not folder.config.is_file():
+            raise
+        done = "stopped" if cli is None else "stopped behind the training, before the report was done"
+        place = "" if runs == "runs" else f" --runs {shlex.quote(runs)}"
+        again = f"{same_again(f'omnimix {task} fit')} --name {name}{place} --resume"
+        print(f"\n{str(stop) or done}\ngo on with: {again}")
+        return 130
+    return 0
+
+
+def evaluate(command: str, argv: list[str], make: Callable[[str, list[str]], RecipeCLI]) -> int:
+    """Measure the run that `--run` names with its own configuration, and print the numbers."""
+    run = argument(argv, "--run", "")
+    if run:
+        argv = with_run_config(argv, RunFolder.finished(run))
+    cli = make(command, argv)
+    row = {"run": str(cli.folder.path), **{name: float(value) for name, value in cli.measured[0].items()}}
+    if cli.trainer.is_global_zero:
+        emit(f"{command} {run}", [row], cli.options.json)
+    return 0
+
+
+def _why_not_resumed(error: Exception) -> str | None:
+    """What is wrong with the saved state, if that is what `error` says."""
+    text = str(error)
+    if "loading state_dict" in text:
+        return "it is of another model; leave out options that change the model, or start anew with --overwrite"
+    if isinstance(error, EOFError | pickle.UnpicklingError) or "PytorchStreamReader" in text:
+        return "it is damaged; start anew with --overwrite"
+    return None
+
+
+def _quiet() -> None:
+    """Leave out what Lightning says of itself; warnings about the run stay."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # What we do on purpose: a run goes on in its folder, and small sets have short epochs.
+    for message in ("`isinstance.*LeafSpec", "Checkpoint directory .* not empty", "The number of training batches"):
+        warnings.filterwarnings("ignore", message=f".*{message}.*")

@@ -1,0 +1,65 @@
+"""Run configurations of earlier versions in today's terms: the classes that they name have moved."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# A module that configurations of 0.1 name in a `class_path` -> the module that has its classes now.
+MODULES = {
+    "omnimix.modalities.fronts": "omnimix.modalities.audio.fronts",
+    "omnimix.modalities.mel": "omnimix.modalities.audio.mel",
+    "omnimix.recipes.audio_data": "omnimix.recipes.audio.data",
+    "omnimix.recipes.data": "omnimix.recipes.vision.data",
+    "omnimix.recipes.folders": "omnimix.recipes.vision.folders",
+    "omnimix.recipes.moving_digits": "omnimix.recipes.video.moving_digits",
+    "omnimix.recipes.strategies": "omnimix.recipes.common.strategies",
+    "omnimix.recipes.text_data": "omnimix.recipes.text.data",
+    "omnimix.recipes.training": "omnimix.recipes.common.training",
+    "omnimix.recipes.video_data": "omnimix.recipes.video.data",
+    "omnimix.recipes.video_preprocess": "omnimix.recipes.video.preprocess",
+}
+
+
+def current_path(class_path: str) -> str:
+    """Where a class is now."""
+    module, dot, name = class_path.rpartition(".")
+    return f"{MODULES.get(module, module)}{dot}{name}"
+
+
+def migrate(content: Any) -> Any:
+    """The plain values of a configuration, with the class paths of today."""
+    if isinstance(content, dict):
+        return {
+            key: current_path(value) if key == "class_path" and isinstance(value, str) else migrate(value)
+            for key, value in content.items()
+        }
+    return [migrate(value) for value in content] if isinstance(content, list) else content
+
+
+@contextlib.contextmanager
+def migrated_files(argv: list[str]) -> Iterator[list[str]]:
+    """The command line, in which a copy stands for every `--config FILE` that an earlier version has written.
+
+    A file that cannot be read stays: the parser says what is wrong with it.
+    """
+    current = list(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        for i, word in enumerate(argv[:-1]):
+            if word != "--config":
+                continue
+            try:
+                content = yaml.safe_load(Path(argv[i + 1]).read_text(encoding="utf-8"))
+            except (OSError, ValueError, yaml.YAMLError):
+                continue
+            new = migrate(content)
+            if new != content:
+                copy = Path(folder) / f"{i}.yaml"
+                copy.write_text(yaml.safe_dump(new, sort_keys=False), encoding="utf-8")
+                current[i + 1] = str(copy)
+        yield current

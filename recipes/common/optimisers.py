@@ -1,0 +1,163 @@
+"""The optimiser of every recipe, and how its learning rate moves over the steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from ...backbones import Backbone
+from ...backbones.ffn import rebalance
+from ...backbones.parameters import no_weight_decay
+from ...errors import ConfigError
+from .training import TrainingConfig
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for the matrices of hidden layers and AdamW for all else, as one optimiser with one state.
+
+    Muon's steps are orthogonalised and have the size of AdamW's (0.2 · sqrt(max(rows, columns)), arXiv 2502.16982,
+    equation 4), so that one learning rate and one weight decay serve both.
+
+    Args:
+        muon: groups of matrices.
+        adamw: groups of any parameters.
+        lr: of all groups.
+        betas: of AdamW.
+        momentum: of Muon.
+    """
+
+    def __init__(
+        self,
+        muon: list[dict[str, Any]],
+        adamw: list[dict[str, Any]],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        momentum: float,
+    ):
+        self._parts: list[torch.optim.Optimizer] = []
+        if muon:
+            self._parts.append(torch.optim.Muon(muon, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw"))
+        if adamw:
+            self._parts.append(torch.optim.AdamW(adamw, lr=lr, betas=betas, foreach=True))
+        self._sizes = [len(part.param_groups) for part in self._parts]
+        super().__init__([group for part in self._parts for group in part.param_groups], {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        start = 0
+        for part, size in zip(self._parts, self._sizes, strict=True):
+            # Loading a state puts new groups and a new state here; the parts work on what is here now.
+            part.param_groups, part.state = self.param_groups[start : start + size], self.state
+            part.step()
+            start += size
+        return loss
+
+
+def parameter_groups(
+    module: nn.Module, weight_decay: float, only: Callable[[str], bool] = lambda name: True
+) -> list[dict[str, Any]]:
+    """The trainable parameters in two groups: those that decay, and those that declare that they must not."""
+    spared = no_weight_decay(module)
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad and only(name)]
+    groups = [
+        {"params": [p for name, p in named if name not in spared], "weight_decay": weight_decay, "name": "decay"},
+        {"params": [p for name, p in named if name in spared], "weight_decay": 0.0, "name": "no_decay"},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def hidden_matrices(module: nn.Module) -> set[str]:
+    """Names of the weights that Muon serves: of linear layers inside a backbone, unless they declare no decay.
+
+    Embeddings, output matrices, convolutions, stacked experts and what else a mixer owns are AdamW's.
+    """
+    names = {id(p): name for name, p in module.named_parameters()}
+    found = {
+        names[id(layer.weight)]
+        for backbone in module.modules()
+        if isinstance(backbone, Backbone)
+        for layer in backbone.modules()
+        if isinstance(layer, nn.Linear)
+    }
+    return found - no_weight_decay(module)
+
+
+def build_optimiser(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """The optimiser that the configuration names, over the trainable parameters of `module`."""
+    if config.optimizer == "adamw":
+        groups = parameter_groups(module, config.weight_decay)
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, foreach=True)
+    matrices = hidden_matrices(module)
+    return MuonAdamW(
+        parameter_groups(module, config.weight_decay, matrices.__contains__),
+        parameter_groups(module, config.weight_decay, lambda name: name not in matrices),
+        lr=config.lr,
+        betas=config.betas,
+        momentum=config.momentum,
+    )
+
+
+def cosine(step: int, total: int, warmup: float, floor: float) -> float:
+    """The factor on the learning rate at `step` of `total`: a linear rise, then half a cosine down to `floor`."""
+    rise = round(warmup * total)
+    if step < rise:
+        return (step + 1) / rise
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, total - rise))))
+
+
+def wsd(step: int, total: int, warmup: float, floor: float, decay: float) -> float:
+    """Warm-up, stable, decay (arXiv 2404.06395, section 4): the peak is held, and falls over the last part `decay`.
+
+    The fall has the shape 1 − sqrt (arXiv 2405.18392, equation 1). Until it begins nothing depends on `total` but the
+    warm-up, so that one long run can be ended at several lengths.
+    """
+    rise, fall = round(warmup * total), round(decay * total)
+    if step < rise:
+        return (step + 1) / rise
+    if step <= total - fall:
+        return 1.0
+    return floor + (1 - floor) * (1 - math.sqrt(min(1.0, (step - total + fall) / fall)))
+
+
+def planned_steps(trainer: pl.Trainer) -> int:
+    """The optimiser's steps in the whole run.
+
+    `trainer.estimated_stepping_batches` would build the loop's loader before its state is restored, and Lightning
+    then leaves the state out: a run resumed within an epoch would begin the epoch anew.
+
+    Raises:
+        ConfigError: a run without an end, for which there is no schedule.
+    """
+    most = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        most = min(most, math.ceil(batches / trainer.accumulate_grad_batches) * trainer.max_epochs)
+    if most == math.inf:
+        raise ConfigError("trainer.max_epochs is -1; the learning rate's schedule needs an end (or trainer.max_steps)")
+    return int(most)
+
+
+def optimise(module: pl.LightningModule, config: TrainingConfig) -> dict[str, Any]:
+    """What `configure_optimizers` returns: the optimiser, and a schedule with warm-up that moves every step."""
+    total = planned_steps(module.trainer)
+    optimizer = build_optimiser(module, config)
+    optimizer.register_step_post_hook(lambda *_: rebalance(module))
+
+    def factor(step: int) -> float:
+        if config.schedule == "cosine":
+            return cosine(step, total, config.warmup, config.min_lr)
+        return wsd(step, total, config.warmup, config.min_lr, config.decay)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}

@@ -1,0 +1,71 @@
+"""The parser of the recipes' command lines: Lightning's, whose complaints are one line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import re
+
+import lightning.pytorch as pl
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser
+
+from ...backbones.config import FFNConfig, MixerConfig, ObjectiveConfig
+from ...errors import ConfigError, UnknownName
+from ...modalities import FrontConfig
+
+_OPTIONS = [MixerConfig, FFNConfig, ObjectiveConfig, FrontConfig]
+set_parsing_settings(subclasses_enabled=_OPTIONS)
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser, whose complaints are exceptions with the nearest option."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
+        raise ConfigError(self._with_hint(_plain(" ".join(str(message).split())))) from ex
+
+    def _with_hint(self, message: str) -> str:
+        unknown = re.search(r"Expected a dot import path string: (\w+)", message)
+        if unknown is not None:
+            return str(UnknownName("class", unknown[1], [c.__name__ for c in _subclasses(pl.LightningDataModule)]))
+        unknown = re.search(r"Option '(\w+)' is not accepted", message)
+        if unknown is not None:
+            parts = [part for base in _OPTIONS for part in _subclasses(base)]
+            fields = {field.name for part in parts for field in dataclasses.fields(part)} - {unknown[1]}
+            own = {option.lstrip("-") for action in self._options() for option in action.option_strings}
+            within = sorted(name for name in own if name.endswith(f".{unknown[1]}"))
+            if within:
+                return f"no option is called {unknown[1]!r}; did you mean {within[0]!r}?"
+            return str(UnknownName("option", unknown[1], fields | own))
+        unknown = re.search(r"does not accept option '([^']+)'|[Uu]nrecognized arguments: --?([^\s=]+)", message)
+        if unknown is None:
+            return message
+        word = next(group for group in unknown.groups() if group)
+        word = word.removeprefix("fit.").removeprefix("validate.").removeprefix("test.")
+        options = {o.lstrip("-") for action in self._options() for o in action.option_strings}
+        near = difflib.get_close_matches(word, options, n=1)
+        return f"{message}; did you mean '--{near[0]}'?" if near else message
+
+    def _options(self) -> list[argparse.Action]:
+        parsers = [self, *(self._subcommands_action.choices.values() if self._subcommands_action else ())]
+        return [action for parser in parsers for action in parser._actions]
+
+
+def _plain(message: str) -> str:
+    """A complaint of jsonargparse about the option that is meant, without the types that it tried in vain."""
+    tried = re.search(r"Does not validate against any of the Union subtypes .*? Errors: - (.*?) - Expected", message)
+    message = message if tried is None else message[: tried.start()] + tried[1]
+    keys, rest = re.fullmatch(r'((?:Parser key "[^"]+": )*)(.*)', message).groups()
+    option = "--" + ".".join(re.findall(r'"([^"]+)"', keys))
+    required = re.fullmatch(r"the following arguments are required: ([\w.]+)", rest)
+    if keys and required is not None:
+        return f"{option}.{required[1]} is required"
+    # What a class says of its own option comes with that option's name already.
+    return re.sub(r"^(--[\w.]+): --([\w.]+: )", r"\1.\2", f"{option}: {rest}") if keys else rest
+
+
+def _subclasses(cls: type) -> set[type]:
+    """The classes of omnimix that derive from `cls`."""
+    found = {child for direct in cls.__subclasses__() for child in (direct, *_subclasses(direct))}
+    return {child for child in found if child.__module__.split(".")[0] == __package__.split(".")[0]}

@@ -1,0 +1,116 @@
+"""Training with the weights in shards (FSDP2) as a strategy of Lightning's, on any device; and weights made whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from ...backbones import Backbone
+from ...errors import ConfigError
+
+
+class FullySharded(ModelParallelStrategy):
+    """`--trainer.strategy fsdp2`: each process keeps a part of weights, gradients and the optimiser's state.
+
+    The blocks of a backbone are gathered one after the other when they are needed. Checkpoints hold whole tensors, so
+    that they do not depend on the number of processes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_processes * self.num_nodes
+        super().setup_environment()
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        # As Lightning's, which leaves the sharding to a hook of the module; this shards what any recipe has.
+        self.accelerator.setup(trainer)
+        # What parameters say of themselves (`backbones.parameters`) would go with the tensors that shards replace.
+        said = {name: dict(vars(p)) for name, p in self.lightning_module.named_parameters()}
+        shard(self.lightning_module, self.device_mesh["data_parallel"])
+        self.model = self.precision_plugin.convert_module(self.model)
+        self.model_to_device()
+        for name, p in self.lightning_module.named_parameters():
+            vars(p).update(said[name])
+        self.barrier()
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if fitting:
+            _optimizers_to_device(self.optimizers, self.root_device)
+
+
+StrategyRegistry.register("fsdp2", FullySharded, description="weights in shards, on any device")
+
+
+def shard(module: pl.LightningModule, mesh: DeviceMesh) -> None:
+    """Shard each block of every backbone in `module`, and what is left; what is sharded already stays.
+
+    Raises:
+        ConfigError: a parameter without dimensions, which cannot be sharded.
+    """
+    if sharded(module):
+        return
+    for name, p in module.named_parameters():
+        if p.ndim == 0:
+            raise ConfigError(f"trainer.strategy 'fsdp2' cannot shard the scalar {name}; use 'ddp'")
+    for backbone in [part for part in module.modules() if isinstance(part, Backbone)]:
+        for block in backbone.blocks:
+            fully_shard(block, mesh=mesh)
+    # Resharded after each pass: whoever looks at the parameters in between finds all of them in one form.
+    fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    for step in ("training_step", "validation_step", "test_step"):
+        register_fsdp_forward_method(module, step)
+
+
+def sharded(module: nn.Module) -> bool:
+    """Whether the weights lie in shards."""
+    return any(isinstance(p, DTensor) for p in module.parameters())
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process has; without history, over the same memory."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_as(part: Tensor, like: Tensor) -> Tensor:
+    """The whole tensor of which `part` is this process' part, cut as `like` is; all processes must call it."""
+    if not isinstance(like, DTensor):
+        return part
+    parts = DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    return parts.full_tensor().cpu()
+
+
+def load_whole(module: nn.Module, weights: dict[str, Any]) -> None:
+    """Load whole tensors into a module, in shards or not."""
+    if sharded(module):
+        set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True))
+    else:
+        module.load_state_dict(weights)
+
+
+def whole_model(trainer: pl.Trainer, module: pl.LightningModule) -> nn.Module | None:
+    """`module.model` with whole weights on the first process, None on the others; all processes must call it."""
+    if not sharded(module):
+        return module.model if trainer.is_global_zero else None
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(module.model, options=options)
+    if not trainer.is_global_zero:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        model = type(module.model)(module.model.config)
+    model.load_state_dict(weights)
+    return model.train(module.model.training)

@@ -1,0 +1,210 @@
+"""What all text data of the recipes share: a tokenizer, a cache of tokens, what is held out, loaders."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+
+from ...errors import ConfigError
+from ...modalities.data.corpus import Corpus
+from ...modalities.data.token_cache import TokenCache, cached_bpe, cached_tokens
+from ...modalities.text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from ..common.loading import EpochLoader
+from .windows import PackedWindows, Pieces
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """What rarely changes about text data.
+
+    Args:
+        val_part: the part of all documents that is held out, by a hash of their names.
+        val_batch_size: sequences of a batch that is validated; null is twice `batch_size`.
+        val_tokens: about how many held-out tokens each validation during a fit takes, always the same; null takes all,
+            as the measurement at the end does.
+        policy: what an unreadable document does: "skip" leaves it out and names it, "raise" stops.
+        end: name of the token that ends documents, for a tokenizer that is loaded and has none of the usual ones.
+        cache: folder of tokens and tokenizers; null is the user's cache.
+        workers: processes that read ahead; the tokens lie in memory, so 0 is fastest.
+    """
+
+    val_part: float = 0.05
+    val_batch_size: int | None = None
+    val_tokens: int | None = None
+    policy: Literal["skip", "raise"] = "skip"
+    end: str | None = None
+    cache: str | None = None
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.val_part < 1:
+            raise ConfigError(f"val_part is {self.val_part}; it must be between 0 and 1")
+        for name in ("val_batch_size", "val_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1, or null")
+
+
+DEFAULTS = TextOptions()
+
+
+class TextData(pl.LightningDataModule):
+    """Base of the text data sets. A batch is a dict: tokens (b, t), perhaps cu_seqlens, lengths, counted; and bytes.
+
+    A batch follows from (seed, epoch, number of the batch) alone.
+
+    Args:
+        tokenizer: "bpe" learns one from the text that is not held out; "bytes"; or where one lies: a folder or a
+            tokenizer.json.
+        vocabulary: size of a tokenizer that is learnt.
+        length: tokens of a sequence that are scored; one more is given.
+        batch_size: sequences a step, on each device.
+        borders: "packed" runs through all documents, with borders between them; "padded" fills rows up, of which each
+            holds a document or a piece of one.
+        seed: of the order, and of where sequences begin.
+        options: what rarely changes.
+    """
+
+    # Special tokens, beside the end token, that the documents need.
+    _special: tuple[str, ...] = ()
+    # Whether of conversations only the answers are scored.
+    _answers_only = False
+
+    def __init__(
+        self,
+        *,
+        tokenizer: str = "bpe",
+        vocabulary: int = 4096,
+        length: int = 256,
+        batch_size: int = 16,
+        borders: Literal["packed", "padded"] = "packed",
+        seed: int = 0,
+        options: TextOptions = DEFAULTS,
+    ):
+        super().__init__()
+        for name, value, least in (("length", length, 1), ("batch_size", batch_size, 1), ("vocabulary", vocabulary, 1)):
+            if value < least:
+                raise ConfigError(f"data.{name} is {value}; it must be at least {least}")
+        if borders not in ("packed", "padded"):
+            raise ConfigError(f"data.borders is {borders!r}; it must be 'packed' or 'padded'")
+        self._tokenizer, self._vocabulary, self.length = tokenizer, vocabulary, length
+        self.batch_size, self.borders, self.seed, self.options = batch_size, borders, seed, options
+
+    @abstractmethod
+    def corpus(self) -> Corpus:
+        """Where the documents come from."""
+
+    @cached_property
+    def _corpus(self) -> Corpus:
+        return self.corpus()
+
+    @property
+    def _cache_folder(self) -> Path | None:
+        return None if self.options.cache is None else Path(self.options.cache)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, learnt now where it has to be."""
+        if self._tokenizer == "bytes":
+            return ByteTokenizer(self._special)
+        if self._tokenizer != "bpe":
+            return load_tokenizer(self._tokenizer, end=self.options.end)
+        return cached_bpe(
+            self._corpus,
+            self._vocabulary,
+            val_part=self.options.val_part,
+            special=self._special,
+            folder=self._cache_folder,
+        )
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids there are."""
+        return self.tokenizer.vocabulary
+
+    @cached_property
+    def cache(self) -> TokenCache:
+        """The tokens of all documents, encoded now where they have to be."""
+        return cached_tokens(self._corpus, self.tokenizer, folder=self._cache_folder, answers_only=self._answers_only)
+
+    @property
+    def unreadable(self) -> dict[str, str]:
+        """The documents that were left out, by name, with the reason."""
+        return dict(self.cache.problems)
+
+    def prepare_data(self) -> None:
+        # Of several processes on a machine one encodes, and the others find its work.
+        _ = self.cache
+
+    def _documents(self, *, held_out: bool) -> np.ndarray:
+        """Indices of the documents of one side of the split."""
+        found = np.flatnonzero(self.cache.held_out(self.options.val_part) == held_out)
+        if not len(found):
+            what = "none falls into val_part" if held_out else "all fall into val_part"
+            change = "raise" if held_out else "lower"
+            raise ConfigError(
+                f"of {len(self.cache)} documents {what} {self.options.val_part}; {change} it{self._more_documents}"
+            )
+        return found
+
+    # What else could give more documents, for the message above.
+    _more_documents = ""
+
+    @cached_property
+    def train_set(self) -> PackedWindows | Pieces:
+        documents = self._documents(held_out=False)
+        if self.borders == "packed":
+            return PackedWindows(self.cache, documents, self.length, seed=self.seed)
+        return Pieces(self.cache, documents, self.length, fill=self.tokenizer.end)
+
+    def _held_out(self, limit: int | None) -> Pieces:
+        documents = self._documents(held_out=True)
+        return Pieces(self.cache, documents, self.length, fill=self.tokenizer.end, limit=limit, sort=True)
+
+    @cached_property
+    def val_set(self) -> Pieces:
+        return self._held_out(self.options.val_tokens)
+
+    @cached_property
+    def test_set(self) -> Pieces:
+        return self._held_out(None)
+
+    def setup(self, stage: str) -> None:
+        _ = self.val_set if stage == "fit" else self.test_set
+
+    def _loader(self, dataset: Any, batch_size: int, *, shuffle: bool) -> EpochLoader:
+        if self.options.workers:
+            # Workers encode nothing; without this the tokenizers library warns of each that is started.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        return EpochLoader(
+            dataset,
+            batch_size=batch_size,
+            seed=self.seed,
+            shuffle=shuffle,
+            workers=self.options.workers,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world=self.trainer.world_size if self.trainer else 1,
+        )
+
+    def train_dataloader(self) -> EpochLoader:
+        return self._loader(self.train_set, self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> EpochLoader:
+        """The held-out text; during a fit as much of it as `val_tokens` says."""
+        fitting = self.trainer is None or self.trainer.state.fn == "fit"
+        return self._loader(
+            self.val_set if fitting else self.test_set,
+            self.options.val_batch_size or 2 * self.batch_size,
+            shuffle=False,
+        )
+
+    def test_dataloader(self) -> EpochLoader:
+        """All held-out text, whatever `val_tokens` says."""
+        return self._loader(self.test_set, self.options.val_batch_size or 2 * self.batch_size, shuffle=False)

@@ -1,0 +1,116 @@
+"""Text for the recipes: the standard library, files, JSON lines, conversations, parquet, shards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...modalities.data import corpus as corpora
+from ...modalities.data.corpus import Corpus
+from ...modalities.text.chat import TURN
+from .base import TextData, TextOptions
+
+__all__ = ["ChatLines", "JsonLines", "Parquet", "Shards", "StandardLibrary", "TextData", "TextFiles", "TextOptions"]
+
+
+class StandardLibrary(TextData):
+    """The sources of Python's standard library on this machine: real text that is always there."""
+
+    def corpus(self) -> Corpus:
+        return corpora.standard_library(policy=self.options.policy)
+
+
+class TextFiles(TextData):
+    """UTF-8 files, each a document.
+
+    Args:
+        path: a file, or a folder that is searched through.
+        patterns: of the names of the files in a folder.
+        section: characters after which a file is cut at the next line into documents; null cuts nothing.
+        shared: what all text data take; see `TextData`.
+    """
+
+    _more_documents = ", or cut files into documents, for example data.section 20000"
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        patterns: list[str] = ["*.txt", "*.md"],  # noqa: B006 - jsonargparse cannot write a factory's value
+        section: int | None = None,
+        **shared: Any,
+    ):
+        super().__init__(**shared)
+        self.path, self.patterns, self.section = path, patterns, section
+
+    def corpus(self) -> Corpus:
+        return corpora.TextFiles(self.path, patterns=self.patterns, section=self.section, policy=self.options.policy)
+
+
+class TextRows(TextData):
+    """Base of text in tables, of which a field holds a document's text.
+
+    Args:
+        path: a file, or a folder that is searched through.
+        field: that holds the text.
+        shared: what all text data take; see `TextData`.
+    """
+
+    _reader: type[corpora.Rows]
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        field: str = "text",
+        **shared: Any,
+    ):
+        super().__init__(**shared)
+        self.path, self.field = path, field
+
+    def corpus(self) -> Corpus:
+        return self._reader(self.path, field=self.field, policy=self.options.policy)
+
+
+class JsonLines(TextRows):
+    """JSON lines, each object a document: .jsonl, .jsonl.gz or .ndjson files."""
+
+    _reader = corpora.JsonLines
+
+
+class Parquet(TextRows):
+    """Rows of parquet files, as `datasets` writes them, `field` being the column; needs pyarrow."""
+
+    _reader = corpora.Parquet
+
+
+class Shards(TextRows):
+    """webdataset shards: tar files with .txt members, or .json ones with the text in `field`."""
+
+    _reader = corpora.Shards
+
+
+class ChatLines(TextData):
+    """Conversations as JSON lines, written by the tokenizer's chat template; each fills rows of its own.
+
+    Args:
+        path: a .jsonl file (or .jsonl.gz, .ndjson), or a folder of them.
+        field: that holds the messages, each with role and content.
+        answers_only: whether only what the assistant wrote is scored.
+        shared: what all text data take but `borders`; see `TextData`.
+    """
+
+    _special = TURN
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        field: str = "messages",
+        answers_only: bool = True,
+        **shared: Any,
+    ):
+        super().__init__(borders="padded", **shared)
+        self.path, self.field, self._answers_only = path, field, answers_only
+
+    def corpus(self) -> Corpus:
+        return corpora.JsonLines(self.path, field=self.field, chat=True, policy=self.options.policy)

@@ -1,0 +1,278 @@
+"""Language models: `omnimix text fit` and `validate`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+
+from ...backbones import BackboneConfig, LanguageModel, LanguageModelConfig
+from ...backbones.config import FFNConfig, MixerConfig, ObjectiveConfig
+from ...backbones.heads import get_objective
+from ...backbones.serialization import to_dict
+from ...errors import ConfigError
+from ...modalities import save_model
+from ...utils.console import emit
+from ..common.cli import RecipeCLI, evaluate, run_fit
+from ..common.history import StepHistory
+from ..common.loading import mix
+from ..common.optimisers import optimise, planned_steps
+from ..common.ranks import from_all_ranks, summed, world_size
+from ..common.report import Row, curves, text, write_metrics, write_report
+from ..common.strategies import whole_model
+from ..common.training import AverageWeights, TrainingConfig, parts
+from .data import TextData
+from .lengths import cut, length_at, scored
+from .samples import Samples
+
+RECIPE = "text_generation"
+# Of the masks that a diffusion objective draws over the held-out text.
+VALIDATION_SEED = 0x7E57
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTrainingConfig(TrainingConfig):
+    """How the weights of a language model are found; see `TrainingConfig` for the rest.
+
+    Args:
+        length_warmup: the part of all steps over which the training sequences grow, by doubling, from 32 tokens to
+            their full length (arXiv 2108.06084); 0 is full length from the start.
+    """
+
+    optimizer: Literal["adamw", "muon"] = "muon"
+    lr: float = 2e-3
+    weight_decay: float = 0.1
+    length_warmup: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parts(self, "length_warmup")
+
+
+class TextGeneration(pl.LightningModule):
+    """A language model and how it is trained.
+
+    Each scored token of a step weighs the same, whichever process has it and whichever batch it is in with
+    `trainer.accumulate_grad_batches`.
+
+    Args:
+        mixer: the sequence mixer, by name; several, joined by commas, are tiled over the depth ("gla,gla,attention"),
+            and joined by "+" they run in parallel ("attention+gla").
+        dim: width of the tokens.
+        depth: number of blocks.
+        objective: what the model is trained for; "causal" writes from left to right, the others by diffusion.
+        objectives: options by objective name.
+        mixers: options by mixer name.
+        ffn: the feed-forward layer of a block: "swiglu", "mlp", "moe", or null for none.
+        scan: the orders in which mixers that only look backwards run over the tokens; null is "forward" under "causal"
+            and "both" under diffusion.
+        tie: whether the output matrix is the embedding.
+        training: optimiser, schedule, regularisation and averaging.
+        prompts: what the samples over time go on from; "" is the beginning of a document.
+        vocabulary: number of token ids; the data says it.
+    """
+
+    def __init__(
+        self,
+        *,
+        mixer: str = "gated_deltanet,gated_deltanet,attention",
+        dim: int = 256,
+        depth: int = 6,
+        objective: str = "causal",
+        objectives: dict[str, ObjectiveConfig] = {},  # noqa: B006 - jsonargparse cannot write a factory's value
+        mixers: dict[str, MixerConfig] = {},  # noqa: B006
+        ffn: FFNConfig | str | None = "swiglu",
+        scan: str | None = None,
+        tie: bool = True,
+        training: TextTrainingConfig = TextTrainingConfig(),
+        prompts: list[str] = [""],  # noqa: B006
+        vocabulary: int = 257,
+    ):
+        super().__init__()
+        if scan is None:
+            scan = "forward" if get_objective(objective).build.decoder == "autoregressive" else "both"
+        backbone = BackboneConfig(
+            dim=dim,
+            depth=depth,
+            pattern=tuple(part.strip() for part in mixer.split(",")),
+            mixers=mixers,
+            ffn=ffn,
+            scan=scan,
+        )
+        config = LanguageModelConfig(
+            backbone=backbone, vocabulary=vocabulary, objective=objective, objectives=objectives, tie=tie
+        )
+        self.mixer, self.training_config, self.prompts = mixer, training, prompts
+        self.model = LanguageModel(config)
+        self._window: list[Any] = []
+        self._sums = [0.0, 0, 0]
+        self.measured: dict[str, float] = {}
+
+    def on_train_start(self) -> None:
+        self._growing = round(self.training_config.length_warmup * planned_steps(self.trainer))
+
+    def training_step(self, batch: dict[str, Any], index: int) -> dict[str, Any]:
+        batch = {name: value for name, value in batch.items() if name != "bytes"}
+        if self.training_config.length_warmup > 0:
+            batch = cut(batch, length_at(self.trainer.global_step, self._growing, scored(batch)))
+        found = self.model.loss(**batch)
+        nats, count = summed(found.nats, found.count)
+        self.log("train/loss", nats / count, prog_bar=True, batch_size=1)
+        if len(found.parts) > 1:
+            self.log_dict({f"train/{name}": value for name, value in found.parts.items()}, batch_size=1)
+        loss = found.loss * (found.count * world_size() / count)
+        if self.trainer.accumulate_grad_batches > 1:
+            self._window.append(count)
+            loss = loss * (count / self._window[0])
+        return {"loss": loss, "nats": nats, "count": count}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Of several batches a step: make the mean over all their tokens of what Lightning leaves, a mean of means."""
+        if self._window:
+            factor = float(self._window[0] * self.trainer.accumulate_grad_batches / sum(self._window))
+            torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], factor)
+            self._window = []
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums = [0.0, 0, 0]
+
+    def validation_step(self, batch: dict[str, Any], index: int) -> None:
+        size = batch["bytes"]
+        batch = {name: value for name, value in batch.items() if name != "bytes"}
+        # Rows that only fill up a rank's last batch: it takes its step, which ranks take together, and counts nothing.
+        filling = "counted" in batch and not batch["counted"][:, 1:].any()
+        if filling:
+            del batch["counted"]
+        devices = [self.device] if self.device.type == "cuda" else []
+        # The same masks at each validation, and training draws what it would have drawn without.
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(mix(VALIDATION_SEED, index, self.global_rank))
+            found = self.model.loss(**batch)
+        if not filling:
+            self._sums = [self._sums[0] + float(found.nats), self._sums[1] + found.count, self._sums[2] + int(size)]
+
+    def on_validation_epoch_end(self) -> None:
+        nats, tokens, size = map(sum, zip(*from_all_ranks(self.trainer, self._sums), strict=True))
+        if not size:
+            raise ConfigError("the held-out batches count no bytes; bits per byte need text behind the tokens")
+        self.measured = {"val_tokens": tokens, "val_bytes": size}
+        self.log_dict(
+            {
+                "val/loss": nats / tokens,
+                "val/bits_per_byte": nats / math.log(2) / size,
+                "val/perplexity": math.exp(min(700.0, nats / tokens)),
+            },
+            prog_bar=True,
+            # Equal on all ranks already; without it Lightning warns.
+            sync_dist=True,
+        )
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return optimise(self, self.training_config)
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return [AverageWeights(self.training_config.ema)] if self.training_config.ema else []
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["model"] = to_dict(self.model.config)
+
+
+def fit(argv: list[str]) -> int:
+    """`omnimix text fit`."""
+    return run_fit("text", argv, _cli, _finish)
+
+
+def validate(argv: list[str]) -> int:
+    """`omnimix text validate`."""
+    return evaluate("validate", argv, _cli)
+
+
+def _cli(command: str, argv: list[str]) -> RecipeCLI:
+    return RecipeCLI(
+        command,
+        model=TextGeneration,
+        data=TextData,
+        recipe=RECIPE,
+        argv=argv,
+        links=[("vocabulary", "vocabulary")],
+        monitor="val/bits_per_byte",
+        mode="min",
+        history=StepHistory(),
+        callbacks=[Samples()],
+    )
+
+
+def _finish(cli: RecipeCLI) -> None:
+    """Measure the averaged weights once more, and write model, numbers, samples and picture into the run's folder."""
+    model, folder, history = cli.model, cli.folder, cli.history
+    measured = cli.measure()
+    [samples] = cli.callbacks
+    samples.take(cli.trainer, model)
+    whole = whole_model(cli.trainer, model)
+    if whole is None:
+        return
+    save_model(whole, folder.path)
+    metrics = {
+        **{name: round(value, 6) for name, value in measured.items()},
+        **model.measured,
+        "train_seconds": round(history.seconds, 1),
+        "steps": cli.trainer.global_step,
+        "tokens": history.tokens,
+        "tokens_per_second": round(history.tokens / history.busy, 1) if history.busy else None,
+        "objective": model.model.config.objective,
+        "vocabulary": model.model.vocabulary,
+        **cli.about(),
+    }
+    write_metrics(folder.metrics, metrics)
+    _picture(cli, samples, metrics)
+    _say(cli, metrics)
+
+
+def _picture(cli: RecipeCLI, samples: Samples, metrics: dict[str, Any]) -> None:
+    rows, every = cli.history.rows, cli.history.every
+    training = "training" if every == 1 else f"training, each {every} steps"
+    title = f"{metrics['val/bits_per_byte']:.3f} bits per byte of held-out text"
+    subtitle = (
+        f"{metrics['configuration']} · mixer {metrics['mixer']} · {metrics['objective']} · "
+        f"{metrics['parameters']:,} parameters · {metrics['steps']:,} steps, {metrics['tokens']:,} tokens in "
+        f"{metrics['train_seconds']:.0f} s"
+    )
+    over_time = samples.over_time(3)
+    others = samples.of_step(over_time[-1].step)[1:4]
+    picture = [
+        Row(
+            panels=[
+                curves(rows, {training: "train/loss", "held out": "val/loss"}, "nats per token", over="step"),
+                curves(rows, {"held out": "val/bits_per_byte"}, "bits per byte", over="step"),
+                curves(rows, {"rate": "lr"}, "learning rate", over="step"),
+                curves(rows, {training: "tokens_per_second"}, "tokens per second", over="step"),
+            ],
+            height=4.0,
+        ),
+        *(
+            Row(panels=[text(s.prompt + s.text, f"{s.prompt!r} after step {s.step:,}") for s in some], height=3.6)
+            for some in (over_time, others)
+            if some
+        ),
+    ]
+    write_report(cli.folder.report, title, subtitle, picture)
+
+
+def _say(cli: RecipeCLI, metrics: dict[str, Any]) -> None:
+    folder = cli.folder
+    row = {
+        "run": folder.path.name,
+        "mixer": metrics["mixer"],
+        "objective": metrics["objective"],
+        "bits per byte": f"{metrics['val/bits_per_byte']:.3f}",
+        "perplexity": f"{metrics['val/perplexity']:.2f}",
+        "parameters": f"{metrics['parameters']:,}",
+        "seconds": f"{metrics['train_seconds']:.0f}",
+        "tokens / s": f"{metrics['tokens_per_second'] or 0:,.0f}",
+    }
+    emit("on held-out text", [row])
+    print(f"picture: {folder.report}    numbers: {folder.metrics}    samples: {folder.samples}")
+    print(f"write with it: omnimix text generate --run {folder.path}")

@@ -1,0 +1,219 @@
+"""Clips of handwritten digits that move, as real mp4 files: the class is the motion, which no single frame shows."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from ...errors import ConfigError
+from ...modalities.common.encode import write_video
+from ...modalities.data.sources import VIDEO_SUFFIXES, Source, find_splits
+from ..common.loading import mix
+from ..common.synthetic import generated_folder
+from ..vision.data import stratified_split
+from ..vision.folders import Augment
+from .data import VideoData
+from .preprocess import ClipConfig, VideoPreprocess
+
+# By the angle of the way, anticlockwise from the right as one draws it; pixels count downwards.
+DIRECTIONS = ("right", "up-right", "up", "up-left", "left", "down-left", "down", "down-right")
+MOTIONS = (*DIRECTIONS, "zoom-in", "zoom-out", "rotate")
+RATE, FRAMES, SIDE = 16.0, 16, 32
+_HOLDOUT = 0.2
+_CLIP = ClipConfig(size=SIDE, channels=1, frames=FRAMES, crop=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """Where the digit is over the seconds of a clip, as parts of the frame's side and radians.
+
+    Every class draws centre, size and angle from the same distributions: at the middle of a clip they tell nothing of
+    the class.
+    """
+
+    centre: tuple[float, float]
+    velocity: tuple[float, float]
+    size: float
+    growth: float
+    angle: float
+    spin: float
+
+    def at(self, times: Float[Tensor, "t"]) -> tuple[Float[Tensor, "t 2"], Float[Tensor, "t"], Float[Tensor, "t"]]:
+        """Centre (x, y), size and angle at seconds from the middle of the clip."""
+        centre = torch.tensor(self.centre) + times[:, None] * torch.tensor(self.velocity)
+        return centre, self.size * torch.exp(self.growth * times), self.angle + self.spin * times
+
+
+def draw_way(motion: str, seconds: float, generator: torch.Generator) -> Way:
+    """A way of the class `motion`."""
+
+    def between(low: float, high: float) -> float:
+        return low + (high - low) * float(torch.rand((), generator=generator))
+
+    speed, growth, spin = between(0.3, 0.75), between(0.45, 0.75), between(1.6, 4.2)
+    side = 1.0 if between(0.0, 1.0) < 0.5 else -1.0
+    # In the middle of a zoom the size is such that its ends stay within the bounds; so is everybody's.
+    reach = 0.5 * growth * seconds
+    size = math.exp(between(math.log(0.32) + reach, math.log(0.75) - reach))
+    heading = math.pi / 4 * DIRECTIONS.index(motion) if motion in DIRECTIONS else 0.0
+    moves = speed if motion in DIRECTIONS else 0.0
+    return Way(
+        centre=(between(0.0, 1.0), between(0.0, 1.0)),
+        velocity=(moves * math.cos(heading), -moves * math.sin(heading)),
+        size=size,
+        growth={"zoom-in": growth, "zoom-out": -growth}.get(motion, 0.0),
+        angle=between(0.0, 2 * math.pi),
+        # Clockwise where it is positive, since pixels count downwards.
+        spin=spin * side if motion == "rotate" else 0.0,
+    )
+
+
+def render(
+    digit: Float[Tensor, "h w"], way: Way, times: Float[Tensor, "t"], side: int, generator: torch.Generator
+) -> UInt8[Tensor, "t 3 side side"]:
+    """The frames at seconds from the middle of the clip.
+
+    The frame's left and right borders are one, and so are top and bottom: a digit that leaves comes in again, and is
+    everywhere equally likely, whichever way it goes. Digit and background have colours, the background is uneven, and
+    there is noise.
+    """
+    centre, size, angle = way.at(times)
+    place = (torch.arange(side) + 0.5) / side
+    x = torch.remainder(place[None, None, :] - centre[:, 0, None, None] + 0.5, 1) - 0.5
+    y = torch.remainder(place[None, :, None] - centre[:, 1, None, None] + 0.5, 1) - 0.5
+    cos, sin = (f(angle)[:, None, None] for f in (torch.cos, torch.sin))
+    grid = torch.stack([cos * x + sin * y, cos * y - sin * x], dim=-1) * (2 / size[:, None, None, None])
+    pixels = digit.expand(len(times), 1, *digit.shape)
+    shape = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    back, front = _colours(generator)
+    uneven = F.interpolate(
+        torch.rand(1, 3, 4, 4, generator=generator) - 0.5, size=(side, side), mode="bicubic", align_corners=False
+    )
+    ground = back[:, None, None] + 0.25 * uneven
+    frames = ground + shape * (front[:, None, None] - ground)
+    frames = frames + 0.04 * torch.randn(frames.shape, generator=generator)
+    return (frames.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _colours(generator: torch.Generator) -> tuple[Float[Tensor, "3"], Float[Tensor, "3"]]:
+    """Of background and digit, light on dark."""
+    dark, light = 0.05 + 0.3 * torch.rand(3, generator=generator), 0.65 + 0.35 * torch.rand(3, generator=generator)
+    return dark, light
+
+
+def moving_digits_folder(train: int, val: int) -> Path:
+    """The folder with so many clips, `SPLIT/CLASS/NUMBER.mp4`, made now where it is not in the user's cache yet.
+
+    The digits of held-out clips are never those of training clips. What a clip shows depends on its number alone.
+
+    Args:
+        train, val: clips of all classes together.
+    """
+    return generated_folder(f"moving-digits-{train}-{val}-v1", lambda folder: write_clips(folder, train, val))
+
+
+def write_clips(folder: Path, train: int, val: int) -> None:
+    """Write `train` and `val` clips below a folder, on all cores."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).float() / 16
+    halves = stratified_split(torch.from_numpy(digits.target), _HOLDOUT)
+    for split in ("train", "val"):
+        for motion in MOTIONS:
+            (folder / split / motion).mkdir(parents=True)
+    jobs = [("train", halves[0], n) for n in range(train)] + [("val", halves[1], n) for n in range(val)]
+
+    def job(work: tuple[str, Int[Tensor, "n"], int]) -> None:
+        split, members, number = work
+        motion = MOTIONS[number % len(MOTIONS)]
+        generator = torch.Generator().manual_seed(mix(("train", "val").index(split), number))
+        digit = images[members[int(torch.randint(len(members), (), generator=generator))]]
+        write_clip(folder / split / motion / f"{number:05d}.mp4", digit, motion, generator)
+
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in _with_progress(pool.map(job, jobs), len(jobs), f"writing {len(jobs):,} clips as mp4 files, once"):
+            pass
+
+
+def write_clip(path: Path, digit: Float[Tensor, "h w"], motion: str, generator: torch.Generator) -> None:
+    """One clip of a second. Of eight, one has frames that last unequally long, and one a clock that starts late."""
+    steps = torch.arange(FRAMES) + 0.0
+    kind = int(torch.randint(8, (), generator=generator))
+    if kind == 0:
+        steps[1:] += 0.6 * (torch.rand(FRAMES - 1, generator=generator) - 0.5)
+    times = steps / RATE
+    way = draw_way(motion, FRAMES / RATE, generator)
+    frames = render(digit, way, times + 0.5 / RATE - 0.5 * FRAMES / RATE, SIDE, generator)
+    start = 1.5 if kind == 1 else 0.0
+    if kind == 0:
+        write_video(path, frames, times=times.tolist(), start=start)
+    else:
+        write_video(path, frames, rate=RATE, start=start)
+
+
+def _with_progress(steps: Iterable[None], total: int, text: str) -> Iterable[None]:
+    if not sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)
+        return steps
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(steps, description=text, total=total, console=Console(stderr=True), transient=True)
+
+
+class MovingDigitsData(VideoData):
+    """Clips of a second of handwritten digits that move; the class is the motion: eight directions, zoom, rotation.
+
+    The files are made once (see `moving_digits_folder`), and read as anybody's.
+
+    Args:
+        train: clips to train on.
+        val: clips that are held out, of digits that no training clip shows.
+        clip: what the model sees of a file.
+        augment: what happens to training clips; None is nothing.
+        keep: decode each file once, and keep its frames in memory.
+        shared: what all videos take but the policy for unreadable files; see `VideoData`.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: int = 3600,
+        val: int = 600,
+        clip: ClipConfig = _CLIP,
+        augment: Augment | None = None,
+        keep: bool = True,
+        **shared: Any,
+    ):
+        super().__init__(keep=keep, policy="raise", max_unreadable=0.0, **shared)
+        self.augment = augment
+        for name, count in (("train", train), ("val", val)):
+            if count < len(MOTIONS):
+                raise ConfigError(f"data.{name} is {count}; it must be at least {len(MOTIONS)}, a clip of each class")
+        self._counts = train, val
+        self.preprocess = VideoPreprocess(
+            classes=tuple(sorted(MOTIONS)),
+            **asdict(clip),
+            mean=(0.3,) * clip.channels,
+            std=(0.2,) * clip.channels,
+            seconds=clip.frames / clip.rate if clip.sampling == "dense" else FRAMES / RATE,
+        )
+
+    def prepare_data(self) -> None:
+        moving_digits_folder(*self._counts)
+
+    def find(self) -> dict[str, Source]:
+        return find_splits(moving_digits_folder(*self._counts), VIDEO_SUFFIXES)

@@ -1,0 +1,174 @@
+"""`omnimix video predict`: the class of clips, and the timeline of films. Nothing of the training stack is imported."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import CheckpointError, ConfigError, MediaError
+from ...modalities import load_model, read_details
+from ...modalities.data.sources import VIDEO_SUFFIXES
+from ...modalities.video.files import VideoReader
+from ...modalities.video.model import VideoClassifier
+from ...utils.console import emit
+from ...utils.run_folder import RunFolder
+from ..common.prediction import (
+    LONG,
+    add_options,
+    check_counts,
+    make_folder,
+    named_files,
+    ranked,
+    unreadable,
+    write_rows,
+)
+from ..common.timeline import Scene, scenes
+from .film_timeline import FilmMoment, Timeline
+from .preprocess import VideoPreprocess
+
+
+def main(argv: list[str]) -> int:
+    """`omnimix video predict`."""
+    parser = argparse.ArgumentParser(
+        prog="omnimix video predict",
+        description="Name the class of video clips; of films, which are longer, what happens when.",
+    )
+    parser.add_argument("files", nargs="+", help="video files and folders")
+    add_options(parser, "clip")
+    parser.add_argument("--picture", metavar="FILE", help="draw the timeline of a single file as PNG")
+    options = parser.parse_args(argv)
+    folder = RunFolder.finished(options.run)
+    files = named_files(options.files, VIDEO_SUFFIXES, "videos")
+    if options.picture and len(files) != 1:
+        raise ConfigError(f"--picture draws one file, and {len(files)} are named")
+    predictor = Predictor(folder.path, top=options.top, every=options.every, aloud=options.json != "-")
+    make_folder("--picture", options.picture)
+    make_folder("--json", options.json)
+    clips: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    for path in files:
+        try:
+            film = bool(options.picture) or options.timeline
+            film = predictor.is_film(path) if film is None else film
+            if film:
+                rows += predictor.film(path, options.picture)
+            else:
+                clips += predictor.clip(path)
+        except MediaError as error:
+            if options.policy == "raise":
+                raise
+            clips.append(unreadable(path, error))
+    if clips and options.json != "-":
+        emit(f"predictions of {folder.path}", clips)
+    return write_rows(clips + rows, options.json)
+
+
+class Predictor:
+    """What a run's model says of files.
+
+    Args:
+        folder: of the run.
+        top: classes to name of a clip.
+        every: moments of a timeline to the length of a clip.
+        aloud: print timelines while they are found.
+
+    Raises:
+        CheckpointError: the folder holds no model of clips.
+        ConfigError: `top` or `every` is below 1.
+    """
+
+    def __init__(self, folder: Path, *, top: int = 1, every: int = 4, aloud: bool = False):
+        check_counts(top, every)
+        model = load_model(folder)
+        if not isinstance(model, VideoClassifier):
+            raise CheckpointError(
+                f"the model in {str(folder)!r} is of the class {type(model).__name__}, and no classifier of clips"
+            )
+        self.model = model
+        self.preprocess = VideoPreprocess.from_dict(read_details(folder).get("preprocess", {}))
+        self.classes = self.preprocess.classes
+        self.top = top
+        self.timeline = Timeline(model, self.preprocess, every)
+        self.aloud = aloud
+
+    def is_film(self, path: Path) -> bool:
+        """Whether a file is much longer than the clips that the model was trained on."""
+        with VideoReader(path) as video:
+            return video.info.duration >= LONG * self.preprocess.seconds
+
+    @torch.inference_mode()
+    def clip(self, path: Path) -> list[dict[str, Any]]:
+        """One row a class, the likeliest first.
+
+        Raises:
+            MediaError: the file cannot be read.
+        """
+        return ranked(path, self.model(self.preprocess.load(path)[None])[0], self.classes, self.top)
+
+    def film(self, path: Path, picture: str | None = None) -> list[dict[str, Any]]:
+        """One row a scene; they are printed while the film is read.
+
+        Args:
+            picture: the file to draw the timeline into; this alone takes memory that grows with the film.
+
+        Raises:
+            MediaError: the file cannot be read, or only up to some time; what was found before has been printed.
+        """
+        rows: list[dict[str, Any]] = []
+        with VideoReader(path) as video, _progress(path, video.info.duration, self.aloud) as (advance, say):
+            seen: list[FilmMoment] = []
+            say(f"{path}, {video.info.duration:.1f} s")
+            for scene in scenes(_watched(self.timeline.moments(video), advance, seen if picture else None)):
+                rows.append(self._row(path, scene))
+                say(f"{scene.start:9.2f} – {scene.stop:9.2f} s  {scene.probability:4.0%}  {self.classes[scene.label]}")
+        if picture:
+            from .timeline_picture import draw_timeline
+
+            draw_timeline(Path(picture), path.name, self.classes, seen)
+            say(f"picture: {picture}")
+        return rows
+
+    def _row(self, path: Path, scene: Scene) -> dict[str, Any]:
+        return {
+            "file": str(path),
+            "start": round(scene.start, 3),
+            "stop": round(scene.stop, 3),
+            "rank": 1,
+            "class": self.classes[scene.label],
+            "probability": scene.probability,
+            "note": "",
+        }
+
+
+def _watched(moments: Iterable[FilmMoment], advance: Any, seen: list[FilmMoment] | None) -> Iterator[FilmMoment]:
+    for moment in moments:
+        advance(moment.stop)
+        if seen is not None:
+            seen.append(moment)
+        yield moment
+
+
+@contextmanager
+def _progress(path: Path, duration: float, aloud: bool) -> Iterator[tuple[Any, Any]]:
+    """Two functions: one moves a bar to a time, where there is a terminal, and one prints a line above it."""
+    if not aloud:
+        yield lambda time: None, lambda line: None
+        return
+    if not sys.stdout.isatty():
+        yield lambda time: None, lambda line: print(line, flush=True)
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), TextColumn("{task.completed:.1f} of {task.total:.1f} s"), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task(path.name, total=duration)
+        # Plainly: a name may hold brackets, which are markup, and lines are as long as they are.
+        plain = partial(bar.console.print, markup=False, highlight=False, soft_wrap=True)
+        yield lambda time: bar.update(task, completed=time), plain

@@ -1,0 +1,148 @@
+"""How video files are prepared: part of every saved model, so that whoever uses it repeats what training did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from ...backbones.config import positive
+from ...errors import ConfigError, UnknownName
+from ...modalities.video.files import VideoReader
+from ...modalities.video.sampling import Dense, Sampling, Segments, Uniform, views
+from ..common.preprocess import Preprocess
+
+SAMPLINGS = ("uniform", "segments", "dense")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    """What a model sees of a video file.
+
+    Args:
+        size: side of the square that frames are cut to, in pixels.
+        channels: 3, or 1 for grey.
+        frames: of a clip.
+        sampling: "uniform", evenly over the whole file; "segments", one frame out of each of equal parts of the file,
+            at a random place in training; "dense", `frames` at `rate` from a random place in training, and from the
+            middle otherwise.
+        rate: frames a second of "dense".
+        crop: the part of the shorter side that is kept of held-out clips.
+    """
+
+    size: int = 112
+    channels: Literal[1, 3] = 3
+    frames: int = 8
+    sampling: Literal["uniform", "segments", "dense"] = "uniform"
+    rate: float = 8.0
+    crop: float = 0.9
+
+    def __post_init__(self) -> None:
+        positive(self, "size", "frames")
+        if self.channels not in (1, 3):
+            raise ConfigError(f"clip.channels is {self.channels}; it must be 1 (grey) or 3")
+        if self.sampling not in SAMPLINGS:
+            raise UnknownName("clip.sampling", self.sampling, SAMPLINGS)
+        if not self.rate > 0:
+            raise ConfigError(f"clip.rate is {self.rate}; it must be above 0")
+        if not 0 < self.crop <= 1:
+            raise ConfigError(f"clip.crop is {self.crop}; it must be a part above 0, at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoPreprocess(Preprocess):
+    """How a video file becomes what the model was trained on; for the rest see `ClipConfig`.
+
+    Args:
+        mean: of each channel, subtracted.
+        std: of each channel, divided by.
+        seconds: that a clip lasts: what a model sees of a longer film at a time.
+    """
+
+    size: int
+    channels: int
+    frames: int
+    sampling: str
+    rate: float
+    crop: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    seconds: float
+
+    @property
+    def sampler(self) -> Sampling:
+        if self.sampling == "dense":
+            return Dense(self.frames, self.rate)
+        return {"uniform": Uniform, "segments": Segments}[self.sampling](self.frames)
+
+    def load(self, media: Path | str | bytes) -> Float[Tensor, "c t h w"]:
+        """The central view of a file: its frames resized by the shorter side, cut out of the centre, normalised.
+
+        Raises:
+            MediaError: the file cannot be read.
+        """
+        return self.load_views(media, 1, 1)[0]
+
+    def load_views(self, media: Path | str | bytes, times: int, crops: int) -> Float[Tensor, "v c t h w"]:
+        """All views of a file: at several times, and of each several squares along the longer side."""
+        with VideoReader(media) as video:
+            moments = views(video.info.duration, self.sampler, times)
+            clips = [video.at(moment).frames for moment in moments]
+        return torch.stack([self.finish(square) for clip in clips for square in self.squares(clip, crops)])
+
+    def read(self, media: Path | str | bytes, seed: int | None) -> UInt8[Tensor, "t c h w"]:
+        """The frames as they are in the file, from a random place where there is a seed."""
+        with VideoReader(media) as video:
+            return video.at(self.sampler.times(video.info.duration, seed)).frames
+
+    def central(self, media: Path | str | bytes) -> UInt8[Tensor, "t k h w"]:
+        """The central frames of the file, in the model's channels, as planes."""
+        # Decoded frames come in another order of memory.
+        return self.coloured(self.read(media, None)).contiguous()
+
+    def squares(self, frames: UInt8[Tensor, "t c h w"], crops: int = 1) -> list[Float[Tensor, "t k s s"]]:
+        """The frames in 0..1, resized by the shorter side and cut to squares; one is the centre."""
+        from torchvision.transforms.v2 import functional as tv
+
+        frames = tv.resize(self.tinted(frames), [round(self.size / self.crop)], antialias=True)
+        height, width = frames.shape[-2:]
+        parts = [index / (crops - 1) if crops > 1 else 0.5 for index in range(crops)]
+        # Across the longer side the squares go from edge to edge; across the shorter one they are central.
+        tall, wide = height > width, width > height
+        corners = [
+            (round((height - self.size) * (p if tall else 0.5)), round((width - self.size) * (p if wide else 0.5)))
+            for p in parts
+        ]
+        return [frames[..., top : top + self.size, left : left + self.size] for top, left in corners]
+
+    def tinted(self, frames: UInt8[Tensor, "t c h w"]) -> Float[Tensor, "t k h w"]:
+        """The frames in 0..1 in the model's channels."""
+        return self.coloured(frames).float() / 255
+
+    def coloured(self, frames: UInt8[Tensor, "t c h w"]) -> UInt8[Tensor, "t k h w"]:
+        """The frames in the model's channels."""
+        from torchvision.transforms.v2 import functional as tv
+
+        return frames if frames.shape[1] == self.channels else tv.rgb_to_grayscale(frames)
+
+    def finish(self, frames: Float[Tensor, "t c h w"]) -> Float[Tensor, "c t h w"]:
+        """Frames in 0..1 as the model takes them."""
+        mean, std = (frames.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
+        return ((frames - mean) / std).transpose(0, 1)
+
+    def restore(self, clip: Float[Tensor, "c t h w"]) -> Float[Tensor, "t c h w"]:
+        """The inverse of `finish`, in 0..1, to look at."""
+        mean, std = (clip.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
+        return (clip.transpose(0, 1) * std + mean).clamp(0, 1)
+
+
+def strip(frames: Float[Tensor, "t c h w"], count: int) -> Float[Tensor, "c h wide"]:
+    """Some frames side by side, evenly from the first to the last."""
+    shown = [round(i * (len(frames) - 1) / max(1, count - 1)) for i in range(min(count, len(frames)))]
+    gap = frames.new_ones(*frames.shape[1:3], 1)
+    parts: list[Any] = [part for i in shown for part in (frames[i], gap)]
+    return torch.cat(parts[:-1], dim=2)

@@ -1,0 +1,222 @@
+"""Video understanding: `omnimix video fit`, `validate` and `test`."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass, replace
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from torch import Tensor
+
+from ...backbones.config import FFNConfig, MixerConfig
+from ...errors import ConfigError
+from ...modalities.video.model import VideoClassifier, video_classifier
+from ..common.classification import Baseline, Classification, ClassificationTrainingConfig, Look, finish
+from ..common.cli import RecipeCLI, evaluate, interruptible, run_fit
+from ..common.training import AverageWeights, SeedEveryStep
+from .data import VideoData, VideoFolderData
+from .moving_digits import MovingDigitsData
+from .preprocess import strip
+
+RECIPE = "video_understanding"
+__all__ = ["MovingDigitsData", "VideoFolderData", "VideoUnderstanding"]
+
+_TRAINING = ClassificationTrainingConfig()
+# Frames of a clip that the report shows.
+_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipTokens:
+    """What becomes a token of a clip.
+
+    Args:
+        tubelet: its frames, and its pixels down and across, [t, h, w].
+        group: tubelets in time, down and across whose mean becomes one token, [t, h, w]: for long videos.
+        merge: tokens that are left of each time step, the others merged into those most like them (ToMe, arXiv
+            2210.09461); null merges none.
+    """
+
+    tubelet: tuple[int, int, int] = (2, 8, 8)
+    group: tuple[int, int, int] = (1, 1, 1)
+    merge: int | None = None
+
+    def of_one_frame(self) -> ClipTokens:
+        """The same for clips of one frame."""
+        return replace(self, tubelet=(1, *tuple(self.tubelet)[1:]), group=(1, *tuple(self.group)[1:]))
+
+
+_TOKENS = ClipTokens()
+
+
+class VideoUnderstanding(Classification):
+    """A classifier of clips and how it is trained.
+
+    Args:
+        mixer: the sequence mixer, by name; several, joined by commas, are tiled over the depth ("gla,gla,attention"),
+            and joined by "+" they run in parallel ("attention+gla").
+        dim: width of the tokens.
+        depth: number of blocks.
+        tokens: what becomes a token.
+        scan: the orders in which mixers that only look backwards run over the tokens; null is "temporal-first", and
+            "forward" where `causal`.
+        ffn: the feed-forward layer of a block: "swiglu", "mlp", "moe", or null for none.
+        mixers: options by mixer name.
+        causal: see the past only, so that a film can be streamed.
+        drop_path: stochastic depth in the last block.
+        training: optimiser, schedule, regularisation and averaging.
+        one_frame_epochs: for so many epochs another model is trained that sees one frame of each clip, to compare with;
+            null is as many as this one's, 0 leaves it out.
+        clips: channels, frames, height and width of a clip, and the number of classes; the data says it.
+    """
+
+    def __init__(
+        self,
+        *,
+        mixer: str = "gla",
+        dim: int = 64,
+        depth: int = 2,
+        tokens: ClipTokens = _TOKENS,
+        scan: str | None = None,
+        ffn: FFNConfig | str | None = "swiglu",
+        mixers: dict[str, MixerConfig] = {},  # noqa: B006 - jsonargparse cannot write a factory's value
+        causal: bool = False,
+        drop_path: float = 0.0,
+        training: ClassificationTrainingConfig = _TRAINING,
+        one_frame_epochs: int | None = None,
+        clips: tuple[int, int, int, int, int] = (1, 16, 32, 32, 11),
+    ):
+        if one_frame_epochs is not None and one_frame_epochs < 0:
+            raise ConfigError(f"model.one_frame_epochs is {one_frame_epochs}; it must be at least 0, or null")
+        channels, *size, classes = clips
+        plain = video_classifier(
+            mixer=mixer,
+            dim=dim,
+            depth=depth,
+            classes=classes,
+            size=tuple(size),
+            tubelet=tuple(tokens.tubelet),
+            group=tuple(tokens.group),
+            merge=tokens.merge,
+            channels=channels,
+            # Those of steps that no clip has reached would mean nothing where a film goes on.
+            time_positions="none" if causal else None,
+            causal=causal,
+            scan=scan or ("forward" if causal else "temporal-first"),
+            ffn=ffn,
+            drop_path=drop_path,
+        )
+        backbone = replace(plain.backbone, mixers=plain.backbone.mixers | mixers)
+        model = VideoClassifier(replace(plain, backbone=backbone))
+        # Nearly as large as the tubelets: from 0.02, a small data set needs many epochs to find out where things are.
+        for table in (model.tokenizer.positions, model.tokenizer.time_positions):
+            if table is not None:
+                torch.nn.init.trunc_normal_(table, std=0.3)
+        super().__init__(model, medium="video", mixer=mixer, training=training, classes=classes)
+        self.one_frame_epochs = one_frame_epochs
+        self._options = {
+            "mixer": mixer,
+            "dim": dim,
+            "depth": depth,
+            "tokens": tokens.of_one_frame(),
+            "scan": scan,
+            "ffn": ffn,
+            "mixers": mixers,
+            "causal": causal,
+            "drop_path": drop_path,
+            "training": training,
+            "clips": (channels, 1, *size[1:], classes),
+        }
+
+    def forward(self, media: Tensor) -> Tensor:
+        """Logits of clips (b, c, t, h, w), or the mean of the logits of several views (b, v, c, t, h, w)."""
+        if media.ndim == 5:
+            return self.model(media)
+        return self.model(media.flatten(0, 1)).unflatten(0, media.shape[:2]).mean(1)
+
+    def of_one_frame(self) -> VideoUnderstanding:
+        """A new one of the same build for clips of one frame."""
+        return VideoUnderstanding(**self._options)
+
+
+def fit(argv: list[str]) -> int:
+    """`omnimix video fit`."""
+    return run_fit("video", argv, _cli, _finish)
+
+
+def _cli(command: str, argv: list[str]) -> RecipeCLI:
+    return RecipeCLI(
+        command,
+        model=VideoUnderstanding,
+        data=VideoData,
+        recipe=RECIPE,
+        argv=argv,
+        links=[("clips", "clips")],
+        monitor="val/acc1",
+        mode="max",
+    )
+
+
+def _finish(cli: RecipeCLI) -> None:
+    restore = cli.datamodule.preprocess.restore
+    look = Look(noun="clips", picture=lambda clip: strip(restore(clip), _SHOWN), columns=4, rows=5, height=5.6)
+    finish(cli, look, one_frame_baseline)
+
+
+def one_frame_baseline(cli: RecipeCLI) -> Baseline | None:
+    """What a model of the same build reaches that sees a random frame of each clip, and the middle one in the end."""
+    module: VideoUnderstanding = cli.model
+    epochs = len(cli.history.rows) if module.one_frame_epochs is None else module.one_frame_epochs
+    if not epochs:
+        return None
+    print(f"training a model that sees one frame of each clip, epochs: {epochs}", flush=True)
+    begun = time.monotonic()
+    torch.manual_seed(cli.options.seed_everything)
+    single = module.of_one_frame()
+    data = cli.datamodule.single_frames()
+    trainer = pl.Trainer(
+        accelerator=cli.trainer.strategy.root_device.type,
+        devices=1,
+        # Alone, also where this is one of several processes.
+        plugins=LightningEnvironment(),
+        max_epochs=epochs,
+        limit_train_batches=cli.trainer.limit_train_batches,
+        precision=cli.trainer.precision,
+        gradient_clip_val=cli.trainer.gradient_clip_val,
+        limit_val_batches=0,
+        log_every_n_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[SeedEveryStep(cli.options.seed_everything)],
+    )
+    with warnings.catch_warnings():
+        # Of several processes, to which this does not belong.
+        warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
+        with interruptible():
+            trainer.fit(single, datamodule=data)
+    for callback in trainer.callbacks:
+        if isinstance(callback, AverageWeights):
+            callback.adopt(single)
+    single.eval()
+    # Not by a validation: its metrics are those of all processes, and the others take no part in this.
+    right, seen = 0, 0
+    with torch.inference_mode():
+        for batch in data.val_dataloader():
+            said = single(batch["video"].to(single.device)).argmax(-1).cpu()
+            right, seen = right + int((said == batch["label"]).sum()), seen + len(said)
+    return Baseline(name="one frame", acc1=right / max(1, seen), seconds=time.monotonic() - begun)
+
+
+def validate(argv: list[str]) -> int:
+    """`omnimix video validate`."""
+    return evaluate("validate", argv, _cli)
+
+
+def test(argv: list[str]) -> int:
+    """`omnimix video test`."""
+    return evaluate("test", argv, _cli)

@@ -1,0 +1,110 @@
+"""Image data from folders of files, one folder a class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ...modalities.data.sources import IMAGE_SUFFIXES, find_splits
+from ...modalities.image.files import load_image
+from ..common.media import Samples
+from .data import ImageData
+from .preprocess import ImagePreprocess
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """What happens to a training image from a file, or alike to all frames of a clip.
+
+    Args:
+        scale: the smallest part of the area that a random crop keeps.
+        flip: whether to mirror every other image.
+        colour: strength of random brightness, contrast and saturation.
+    """
+
+    scale: float = 0.35
+    flip: bool = True
+    colour: float = 0.0
+
+    def __call__(self, image: Float[Tensor, "*t c h w"], size: int, seed: int) -> Float[Tensor, "*t c s s"]:
+        from torchvision.transforms import v2
+
+        steps: list[Any] = [v2.RandomResizedCrop(size, scale=(self.scale, 1.0), antialias=True)]
+        if self.flip:
+            steps.append(v2.RandomHorizontalFlip())
+        if self.colour > 0:
+            steps.append(v2.ColorJitter(self.colour, self.colour, self.colour))
+        # torchvision draws from the global generator; it is lent to this image only.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return v2.Compose(steps)(image)
+
+
+class LoadImage:
+    """A sample from an image file: `image` (c, h, w).
+
+    Args:
+        preprocess: of held-out images, and the normalisation of all.
+        augment: what happens to training images.
+    """
+
+    def __init__(self, preprocess: ImagePreprocess, augment: Augment | None = None):
+        self.preprocess, self.augment = preprocess, augment
+
+    def __call__(self, media: Path | bytes, seed: int | None) -> dict[str, Float[Tensor, "c h w"]]:
+        if self.augment is None or seed is None:
+            return {"image": self.preprocess.load(media)}
+        raw = load_image(media, "L" if self.preprocess.channels == 1 else "RGB")
+        return {"image": self.preprocess.normalise(self.augment(raw, self.preprocess.size, seed))}
+
+
+class ImageFolderData(ImageData):
+    """Your own images, in any of the layouts of `find_source`: one folder a class (`root/train/CLASS/*.jpg`), tables
+    (`root/train.csv`) or tar shards (`root/train-*.tar`); the same with `val`, and perhaps `test`.
+
+    Classes are those of the training images.
+
+    Args:
+        root: the folder.
+        size: side of the square that the model sees.
+        channels: 3, or 1 for grey.
+        augment: what happens to training images.
+        crop: the part of the shorter side that is kept of held-out images.
+        workers: processes that decode.
+        shared: what all data sets take but `keep`; see `MediaData`.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        size: int = 64,
+        channels: Literal[1, 3] = 3,
+        augment: Augment = Augment(),
+        crop: float = 0.9,
+        workers: int = 2,
+        **shared: Any,
+    ):
+        super().__init__(workers=workers, keep=False, **shared)
+        self.root, self.augment = Path(root), augment
+        self.sources = find_splits(self.root, IMAGE_SUFFIXES)
+        self.preprocess = ImagePreprocess(
+            classes=self.sources["train"].classes,
+            size=size,
+            channels=channels,
+            # ImageNet's statistics, which every public image model uses.
+            mean=(0.485, 0.456, 0.406) if channels == 3 else (0.449,),
+            std=(0.229, 0.224, 0.225) if channels == 3 else (0.226,),
+            crop=crop,
+        )
+
+    def setup(self, stage: str) -> None:
+        for split, source in self.sources.items():
+            augmented = split == "train"
+            load = LoadImage(self.preprocess, self.augment if augmented else None)
+            setattr(self, f"{split}_set", Samples(source, load, seed=self.seed if augmented else None))

@@ -1,0 +1,66 @@
+"""`omnimix vision predict`: the class of image files. Nothing of the training stack is imported."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import MediaError
+from ...modalities import load_model, read_details
+from ...modalities.data.sources import IMAGE_SUFFIXES
+from ...utils.console import emit
+from ...utils.options import add_json
+from ...utils.run_folder import RunFolder
+from ..common.prediction import named_files, ranked, unreadable
+from .preprocess import ImagePreprocess
+
+
+def main(argv: list[str]) -> int:
+    """`omnimix vision predict`."""
+    parser = argparse.ArgumentParser(
+        prog="omnimix vision predict", description="Name the class of image files, or of all images in folders."
+    )
+    parser.add_argument("files", nargs="+", help="image files and folders")
+    parser.add_argument("--run", required=True, help="folder of the run, or its name under runs/")
+    parser.add_argument("--top", type=int, default=1, help="classes to name for each image")
+    parser.add_argument("--policy", choices=("skip", "raise"), default="skip", help="what an unreadable file does")
+    add_json(parser)
+    options = parser.parse_args(argv)
+    folder = RunFolder.finished(options.run)
+    files = named_files(options.files, IMAGE_SUFFIXES, "images")
+    rows = predict_files(folder.path, files, top=options.top, policy=options.policy)
+    emit(f"predictions of {folder.path}", rows, options.json)
+    return 0 if any(row["class"] for row in rows) else 1
+
+
+@torch.inference_mode()
+def predict_files(
+    folder: Path, files: list[Path], *, top: int = 1, policy: str = "skip", batch_size: int = 64
+) -> list[dict[str, Any]]:
+    """One row a file and class, the likeliest first: file, rank, class, probability, and why where it is unreadable.
+
+    Raises:
+        CheckpointError: the folder holds no model of this recipe.
+        MediaError: an unreadable file, with `policy="raise"`.
+    """
+    model = load_model(folder)
+    preprocess = ImagePreprocess.from_dict(read_details(folder).get("preprocess", {}))
+    rows: list[dict[str, Any]] = []
+    for at in range(0, len(files), batch_size):
+        images, readable = [], []
+        for path in files[at : at + batch_size]:
+            try:
+                images.append(preprocess.load(path))
+                readable.append(path)
+            except MediaError as error:
+                if policy == "raise":
+                    raise
+                rows.append(unreadable(path, error))
+        if not images:
+            continue
+        for path, logits in zip(readable, model(torch.stack(images)), strict=True):
+            rows += ranked(path, logits, preprocess.classes, top)
+    return rows

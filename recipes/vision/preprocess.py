@@ -1,0 +1,51 @@
+"""How images are prepared: part of every saved model, so that whoever uses it repeats what training did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ...modalities.image.files import load_image
+from ..common.preprocess import Preprocess
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePreprocess(Preprocess):
+    """How an image file becomes what the model was trained on.
+
+    Args:
+        size: side of the square that the model sees.
+        channels: 1 (grey) or 3.
+        mean: of each channel, subtracted.
+        std: of each channel, divided by.
+        crop: the part of the shorter side that is kept.
+    """
+
+    size: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop: float = 1.0
+
+    def load(self, source: object) -> Float[Tensor, "c h w"]:
+        """Read, resize the shorter side, cut out the centre, normalise.
+
+        Raises:
+            MediaError: the file cannot be read.
+        """
+        from torchvision.transforms.v2 import functional as tv
+
+        image = load_image(source, "L" if self.channels == 1 else "RGB")
+        image = tv.resize(image, [round(self.size / self.crop)], antialias=True)
+        return self.normalise(tv.center_crop(image, [self.size, self.size]))
+
+    def normalise(self, images: Float[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
+        mean, std = (images.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
+        return (images - mean) / std
+
+    def restore(self, images: Float[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
+        """The inverse of `normalise`, in 0..1, to look at."""
+        mean, std = (images.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
+        return (images * std + mean).clamp(0, 1)

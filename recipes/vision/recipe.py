@@ -1,0 +1,153 @@
+"""Image classification: `omnimix vision fit`, `validate` and `test`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...backbones.config import FFNConfig, MixerConfig
+from ...modalities import ImageClassifier
+from ...modalities.image.model import image_classifier
+from ..common.classification import Classification, ClassificationTrainingConfig, Look, finish
+from ..common.cli import RecipeCLI, evaluate, run_fit
+from ..common.training import not_negative, parts
+from .data import DigitsData, ImageData, TensorData
+from .folders import ImageFolderData
+
+RECIPE = "vision_classification"
+__all__ = ["DigitsData", "ImageFolderData", "TensorData", "VisionClassification"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionTrainingConfig(ClassificationTrainingConfig):
+    """How the weights of an image classifier are found; see `ClassificationTrainingConfig` for the rest.
+
+    Args:
+        mixup: strength (alpha) of mixing pairs of samples; 0 is never.
+        cutmix: strength (alpha) of pasting one sample into another; 0 is never.
+        mix_probability: the part of the steps that mix at all.
+    """
+
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parts(self, "mix_probability")
+        not_negative(self, "mixup", "cutmix")
+
+
+class VisionClassification(Classification):
+    """An image classifier and how it is trained.
+
+    Args:
+        mixer: the sequence mixer, by name; several, joined by commas, are tiled over the depth ("gla,gla,attention"),
+            and joined by "+" they run in parallel ("attention+gla").
+        dim: width of the tokens.
+        depth: number of blocks.
+        patch: side of a patch in pixels; null gives 8 to 15 patches along a side, and small images fewer.
+        scan: the orders in which mixers that only look backwards run over the patches.
+        ffn: the feed-forward layer of a block: "swiglu", "mlp", "moe", or null for none.
+        mixers: options by mixer name.
+        drop_path: stochastic depth in the last block.
+        training: optimiser, schedule, regularisation and averaging.
+        classes: number of classes; the data says it.
+        in_channels: 1 or 3; the data says it.
+        image_size: side of the images; the data says it.
+    """
+
+    def __init__(
+        self,
+        *,
+        mixer: str = "gla",
+        dim: int = 64,
+        depth: int = 4,
+        patch: int | None = None,
+        scan: str = "both",
+        ffn: FFNConfig | str | None = "swiglu",
+        mixers: dict[str, MixerConfig] = {},  # noqa: B006 - jsonargparse cannot write a factory's value
+        drop_path: float = 0.0,
+        training: VisionTrainingConfig = VisionTrainingConfig(),
+        classes: int = 10,
+        in_channels: int = 1,
+        image_size: int = 8,
+    ):
+        plain = image_classifier(
+            mixer=mixer,
+            dim=dim,
+            depth=depth,
+            classes=classes,
+            size=image_size,
+            patch=patch_for(image_size) if patch is None else patch,
+            channels=in_channels,
+            drop_path=drop_path,
+        )
+        options = plain.backbone.mixers | mixers
+        backbone = replace(plain.backbone, scan=scan, ffn=ffn, mixers=options)
+        model = ImageClassifier(replace(plain, backbone=backbone))
+        # As large as the patches: starting at 0.02, a small data set needs many epochs to find out where things are.
+        torch.nn.init.trunc_normal_(model.tokenizer.positions, std=1.0)
+        super().__init__(model, medium="image", mixer=mixer, training=training, classes=classes)
+        self._mixing = mixing(training, classes)
+
+    def varied(self, media: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return (media, labels) if self._mixing is None else self._mixing(media, labels)
+
+
+def patch_for(size: int) -> int:
+    """The power of two, at least 2, that gives 8 to 15 patches along a side; fewer where the image is small."""
+    patch = 2
+    while size // (2 * patch) >= 8:
+        patch *= 2
+    return patch
+
+
+def mixing(training: VisionTrainingConfig, classes: int) -> Any:
+    """Mixup and CutMix of torchvision as configured, or None; they draw from the global generator."""
+    from torchvision.transforms import v2
+
+    ways: list[Any] = []
+    if training.mixup > 0:
+        ways.append(v2.MixUp(alpha=training.mixup, num_classes=classes))
+    if training.cutmix > 0:
+        ways.append(v2.CutMix(alpha=training.cutmix, num_classes=classes))
+    if not ways:
+        return None
+    share = training.mix_probability
+    return v2.RandomChoice([*ways, v2.Identity()], p=[*(share / len(ways) for _ in ways), 1 - share])
+
+
+def fit(argv: list[str]) -> int:
+    """`omnimix vision fit`."""
+    return run_fit("vision", argv, _cli, _finish)
+
+
+def _cli(command: str, argv: list[str]) -> RecipeCLI:
+    return RecipeCLI(
+        command,
+        model=VisionClassification,
+        data=ImageData,
+        recipe=RECIPE,
+        argv=argv,
+        links=[("classes", "classes"), ("in_channels", "in_channels"), ("image_size", "image_size")],
+        monitor="val/acc1",
+        mode="max",
+    )
+
+
+def _finish(cli: RecipeCLI) -> None:
+    finish(cli, Look(noun="images", picture=cli.datamodule.preprocess.restore))
+
+
+def validate(argv: list[str]) -> int:
+    """`omnimix vision validate`."""
+    return evaluate("validate", argv, _cli)
+
+
+def test(argv: list[str]) -> int:
+    """`omnimix vision test`."""
+    return evaluate("test", argv, _cli)

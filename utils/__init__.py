@@ -1,0 +1,1 @@
+"""Helpers that stand below everything: files, caches, the console, devices."""

@@ -1,0 +1,42 @@
+"""What torch has active around a call: compilation, modes, autocast."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def constant_in_graphs(function: F) -> F:
+    """Let torch.compile call the function while it traces, with constant arguments, and keep the result.
+
+    torch.compiler.assume_constant_result sets the same mark, but imports torch._dynamo and with it triton.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@contextlib.contextmanager
+def outliving_modes() -> Iterator[None]:
+    """What is made inside is a plain tensor on the CPU that may be kept.
+
+    Whatever is active now (a device context, inference mode, an export's fake tensors) need not be when it is used.
+    """
+    with torch.inference_mode(False), _disable_current_modes(), torch.device("cpu"):
+        yield
+
+
+def autocast_enabled(device: str) -> bool:
+    """Whether autocast is on for a device type; it is not where torch has none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def own_precision(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Switches off autocast, which would round the factors of single products inside an algorithm that decides on its
+    precision itself."""
+    return torch.autocast(device, enabled=False) if autocast_enabled(device) else contextlib.nullcontext()
