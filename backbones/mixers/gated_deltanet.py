@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import MixerConfig, Site, positive
 from ..context import Context
 from ..linear import Linear
 from ..norm import RMSNorm
-from ..parameters import mark
 from .base import heads_for
-from .deltanet import DeltaDirection, DeltaMixer
+from .parts.delta import DeltaDirection, DeltaMixer
+from .parts.step_decay import StepDecay
 from .reference.gated_deltanet import reference
 from .registry import register_mixer
 
@@ -39,28 +36,6 @@ class GatedDeltaNetConfig(MixerConfig):
 
     def __post_init__(self) -> None:
         positive(self, "heads", "conv_size")
-
-
-class StepDecay(nn.Module):
-    """Mamba-2's decay (arXiv 2405.21060): log α = −A softplus(x + bias), with A uniform and the steps log-uniform.
-
-    Args:
-        heads: each has its A.
-        channels: each has its bias; a multiple of the heads.
-    """
-
-    def __init__(self, heads: int, channels: int):
-        super().__init__()
-        steps = torch.exp(torch.empty(channels).uniform_(math.log(1e-3), math.log(0.1)))
-        # What softplus turns into these steps.
-        self.bias = mark(nn.Parameter(steps.expm1().log()), decay=False)
-        self.log_rate = mark(nn.Parameter(torch.empty(heads).uniform_(1, 16).log()), decay=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(b, t, channels)` -> `(b, t, h, channels / h)`"""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        steps = F.softplus(x.to(wide) + self.bias).unflatten(-1, (self.log_rate.shape[0], -1))
-        return steps * -self.log_rate.to(wide).exp()[:, None]
 
 
 class _Direction(DeltaDirection):

@@ -10,8 +10,8 @@ from ..config import MixerConfig, Site, positive
 from ..context import Context
 from ..norm import RMSNorm
 from .base import heads_for
-from .deltanet import DeltaDirection, DeltaMixer
-from .gated_deltanet import StepDecay
+from .parts.delta import DeltaDirection, DeltaMixer
+from .parts.step_decay import StepDecay
 from .reference.kda import reference
 from .registry import register_mixer
 

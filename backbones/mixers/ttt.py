@@ -19,7 +19,7 @@ from ..parameters import mark
 from ..rotary import rotary
 from ..state import State
 from .base import ScanMixer, heads_for
-from .gla import log_sigmoid
+from .parts.log_sigmoid import log_sigmoid
 from .reference.ttt import reference
 from .registry import register_mixer
 
