@@ -24,7 +24,7 @@ def reference_of(subject: Subject, module: Alone, causal: bool):
     """The subject's reference as a function of `arguments`."""
     reference = get_mixer(subject.mixer).reference
     assert reference is not None, f"{subject.mixer} is registered without reference=; law 12 needs one"
-    wrapped = _Reference(module, partial(reference, causal=causal))
+    wrapped = _Reference(module, partial(reference, config=subject.config, causal=causal))
     return lambda *, x, **parameters: (functional_call(wrapped, parameters, (x,)),)
 
 
@@ -36,7 +36,7 @@ class _Reference(torch.nn.Module):
         self.inner, self.function = module.inner, function
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(self.inner, x)
+        return self.function(self.inner, x=x)
 
 
 def equals_its_reference(subject: Subject, causal: bool) -> None:

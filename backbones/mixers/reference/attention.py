@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .common import affine, attend, heads_of, rms_norm, rotate
 
 
-def reference(mixer: nn.Module, x: Tensor, causal: bool) -> Tensor:
+def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
     """Mix `x` (b, t, d) by the paper's equations.
 
     softmax(q kᵀ / √d) v, under a mask of the earlier tokens (arXiv 1706.03762, section 3.2, eq. 1), with rotary
@@ -16,25 +18,27 @@ def reference(mixer: nn.Module, x: Tensor, causal: bool) -> Tensor:
 
     Not of these papers: RMSNorm of queries and keys by head (`qk_norm`), and the gate σ(W x) on the output (`gate`).
     """
-    q, k, v, gate = projected(mixer, x)
+    q, k, v, gate = projected(mixer, config, x)
     place = torch.arange(x.shape[1])
     seen = place[:, None] >= place if causal else torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
-    return finished(mixer, attend(q, k, v, seen), gate)
+    return finished(mixer, config, attend(q, k, v, seen), gate)
 
 
-def projected(mixer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def projected(mixer: nn.Module, config: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k and v by heads, normalised and rotated as configured, and the gate's logits, which may have no channels."""
-    q, k, v, gate = affine(x, mixer.in_proj).split(mixer.sizes, dim=-1)
-    q, k, v = (heads_of(s, s.shape[-1] // mixer.size) for s in (q, k, v))
-    if not isinstance(mixer.q_norm, nn.Identity):
+    dim, kv_heads = x.shape[-1], config.kv_heads or config.heads
+    shared = dim // config.heads * kv_heads
+    q, k, v, gate = affine(x, mixer.in_proj).split((dim, shared, shared, dim if config.gate else 0), dim=-1)
+    q, k, v = heads_of(q, config.heads), heads_of(k, kv_heads), heads_of(v, kv_heads)
+    if config.qk_norm:
         q, k = rms_norm(q, mixer.q_norm), rms_norm(k, mixer.k_norm)
-    if mixer.rope_base is not None:
+    if config.rope:
         place = torch.arange(x.shape[1])
-        q, k = rotate(q, place, mixer.rope_base), rotate(k, place, mixer.rope_base)
+        q, k = rotate(q, place, config.rope_base), rotate(k, place, config.rope_base)
     return q, k, v, gate
 
 
-def finished(mixer: nn.Module, o: Tensor, gate: Tensor) -> Tensor:
+def finished(mixer: nn.Module, config: Any, o: Tensor, gate: Tensor) -> Tensor:
     """The heads concatenated, gated where configured, and projected."""
     o = o.flatten(-2)
-    return affine(o * torch.sigmoid(gate) if gate.shape[-1] else o, mixer.out_proj)
+    return affine(o * torch.sigmoid(gate) if config.gate else o, mixer.out_proj)

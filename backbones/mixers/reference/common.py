@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+# Of every normalisation, where a backbone does not configure another.
+EPS = 1e-5
+
 
 def directions(mixer: nn.Module, streams: Sequence[Tensor], causal: bool, run: Callable[..., Tensor]) -> Tensor:
     """The mean of `run(branch, *streams)` over the branches, of which a backward one runs from the last token on.
@@ -36,9 +39,9 @@ def heads_of(x: Tensor, heads: int) -> Tensor:
 
 
 def rms_norm(x: Tensor, layer: nn.Module, groups: int = 1) -> Tensor:
-    """x / √(mean x² + ε) · weight, the mean over each of `groups` equal slices of the channels (arXiv 1910.07467)."""
+    """x / √(mean x² + EPS) · weight, the mean over each of `groups` equal slices of the channels (arXiv 1910.07467)."""
     slices = heads_of(x, groups)
-    scale = (slices.pow(2).mean(-1, keepdim=True) + layer.eps).sqrt()
+    scale = (slices.pow(2).mean(-1, keepdim=True) + EPS).sqrt()
     return (slices / scale).reshape(x.shape) * layer.weight
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from .common import affine, directions, short_convolution
 
 
-def reference(mixer: nn.Module, x: Tensor, causal: bool) -> Tensor:
+def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
     """Mix `x` (b, t, d) by the paper's equations.
 
     z¹ = v, zⁿ⁺¹ = xⁿ ⊙ (hⁿ * zⁿ), y = zᴺ⁺¹ (Hyena, arXiv 2302.10866, definition 3.1), of projections after a short
@@ -20,14 +22,14 @@ def reference(mixer: nn.Module, x: Tensor, causal: bool) -> Tensor:
     last gate after all, and each filter has a skip. The projections are x⁰ (last gate), the other gates, and v. Lags
     of `length` and more have no tap, and `length` is the unit of positions. Both ways: the mean of two directions.
     """
-    return affine(directions(mixer, (affine(x, mixer.in_proj),), causal, _run), mixer.out_proj)
+    return affine(directions(mixer, (affine(x, mixer.in_proj),), causal, partial(_run, config)), mixer.out_proj)
 
 
-def _run(branch: nn.Module, x: Tensor) -> Tensor:
-    order = branch.config.order
+def _run(config: Any, branch: nn.Module, x: Tensor) -> Tensor:
+    order = config.order
     x = short_convolution(x, branch.conv_weight, branch.conv_bias)
     last, *gates, z = x.chunk(order + 1, dim=-1)
-    h = _filters(branch.filters, min(x.shape[1], branch.config.length)).chunk(order - 1, dim=-1)
+    h = _filters(config, branch.filters, min(x.shape[1], config.length)).chunk(order - 1, dim=-1)
     for gate, taps, skip in zip(gates, h, branch.skip, strict=True):
         u, outputs = z * gate, []
         for t in range(x.shape[1]):
@@ -39,13 +41,13 @@ def _run(branch: nn.Module, x: Tensor) -> Tensor:
     return last * z
 
 
-def _filters(network: nn.Module, taps: int) -> Tensor:
+def _filters(config: Any, network: nn.Module, taps: int) -> Tensor:
     """The filters by lag, (taps, channels)."""
-    bands, rows = network.bands, []
+    bands, rows = config.features // 2, []
     frequencies = [1e-4 + i * (bands - 1 - 1e-4) / (bands - 1) if bands > 1 else 1e-4 for i in range(bands)]
-    channels = network.last.weight.shape[0]
+    channels = len(network.last.weight)
     for lag in range(taps):
-        t = lag / network.length
+        t = lag / config.length
         encoded = [t]
         encoded += [math.cos(2 * math.pi * f * t) for f in frequencies]
         encoded += [-math.sin(2 * math.pi * f * t) for f in frequencies]

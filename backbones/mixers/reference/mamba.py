@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .common import affine, directions, short_convolution, silu, softplus
 
 
-def reference(mixer: nn.Module, x: Tensor, causal: bool) -> Tensor:
+def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
     """Mix `x` (b, t, d) by the paper's equations.
 
     h_t = Ā h_{t−1} + B̄ x_t, y_t = C h_t + D x_t (Mamba, arXiv 2312.00752, eq. 2 and algorithm 2), Ā = e^{ΔA}, B, C
@@ -17,12 +20,14 @@ def reference(mixer: nn.Module, x: Tensor, causal: bool) -> Tensor:
     As in the published code B̄ is ΔB (Euler) where eq. 4 has zero-order hold, A = −e^{A_log}. In both directions: Vim
     (arXiv 2401.09417, algorithm 1), the mean instead of the sum.
     """
-    return affine(directions(mixer, affine(x, mixer.in_proj).chunk(2, dim=-1), causal, _run), mixer.out_proj)
+    return affine(
+        directions(mixer, affine(x, mixer.in_proj).chunk(2, dim=-1), causal, partial(_run, config)), mixer.out_proj
+    )
 
 
-def _run(branch: nn.Module, x: Tensor, z: Tensor) -> Tensor:
+def _run(config: Any, branch: nn.Module, x: Tensor, z: Tensor) -> Tensor:
     x = silu(short_convolution(x, branch.conv_weight, branch.conv_bias))
-    n = branch.A_log.shape[1]
+    n = config.state_size
     made = affine(x, branch.x_proj)
     dt, b, c = made[..., : -2 * n], made[..., -2 * n : -n], made[..., -n:]
     delta, a = softplus(affine(dt, branch.dt_proj)), -torch.exp(branch.A_log)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .common import affine, attend, gelu, heads_of, rotate
 
 
-def reference(mixer: nn.Module, x: Tensor, causal: bool) -> Tensor:
+def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
     """Mix `x` (b, t, d) by the paper's equations.
 
     Σ_c g_c Attn(q, K^c, V^c), c: compressed, selected, window (NSA, arXiv 2502.11089, eq. 5), g = σ(W x) by head.
@@ -21,12 +23,13 @@ def reference(mixer: nn.Module, x: Tensor, causal: bool) -> Tensor:
     Left open by the paper: φ is the mean plus an MLP of the tokens with embeddings of their places; the compressed
     branch has no rotary positions, the others have. Both ways, which the paper does not have, nothing is hidden.
     """
-    config = mixer.config
-    q, *pairs, gates = affine(x, mixer.in_proj).split(mixer.sizes, dim=-1)
-    q, kc, vc, ks, vs, kw, vw = (heads_of(s, s.shape[-1] // mixer.size) for s in (q, *pairs))
+    dim, heads, kv_heads = x.shape[-1], config.heads, config.kv_heads
+    sizes = (dim, *[dim // heads * kv_heads] * 6, 3 * heads)
+    q, *pairs, gates = affine(x, mixer.in_proj).split(sizes, dim=-1)
+    q, (kc, vc, ks, vs, kw, vw) = heads_of(q, heads), (heads_of(s, kv_heads) for s in pairs)
     place = torch.arange(x.shape[1])
     turned, ks, kw = (rotate(s, place, config.rope_base) for s in (q, ks, kw))
-    coarse, probabilities = _compressed(mixer, q, kc, vc, causal)
+    coarse, probabilities = _compressed(mixer, config, q, kc, vc, causal)
     past = place[:, None] >= place if causal else torch.ones(len(place), len(place), dtype=torch.bool)
     chosen = _selected(config, probabilities, len(place), causal)
     chosen = chosen.repeat_interleave(q.shape[2] // kc.shape[2], 1) & past
@@ -36,9 +39,9 @@ def reference(mixer: nn.Module, x: Tensor, causal: bool) -> Tensor:
     return affine(sum(gates[:, :, :, i] * branch for i, branch in enumerate(branches)).flatten(-2), mixer.out_proj)
 
 
-def _compressed(mixer: nn.Module, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+def _compressed(mixer: nn.Module, config: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     """The compressed branch's output, and its attention probabilities (b, h, t, m)."""
-    size, stride, t = mixer.config.size, mixer.config.stride, q.shape[1]
+    size, stride, t = config.size, config.stride, q.shape[1]
     starts = range(0, t - size + 1, stride)
     if not starts:
         return torch.zeros_like(q), q.new_zeros(q.shape[0], q.shape[2], t, 0)
@@ -54,7 +57,7 @@ def _compressed(mixer: nn.Module, q: Tensor, k: Tensor, v: Tensor, causal: bool)
     return attend(q, *made, seen), attend(q, made[0], named, seen).transpose(1, 2)
 
 
-def _selected(config, probabilities: Tensor, t: int, causal: bool) -> Tensor:
+def _selected(config: Any, probabilities: Tensor, t: int, causal: bool) -> Tensor:
     """Which keys the selected blocks of each query and group hold, (b, g, t, t)."""
     b, h, _, m = probabilities.shape
     groups, size, stride = config.kv_heads, config.block_size, config.stride

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .common import affine, directions, heads_of, unit
+from .common import EPS, affine, directions, heads_of, unit
 
 
-def reference(mixer: nn.Module, x: Tensor, causal: bool) -> Tensor:
+def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
     """Mix `x` (b, t, d) by the paper's equations.
 
     The time mixing of RWKV-7 (arXiv 2503.14456, section 4).
@@ -22,7 +24,7 @@ def reference(mixer: nn.Module, x: Tensor, causal: bool) -> Tensor:
     The values are the layer's own: the published mix with the first layer's values is not part of the mixer.
     The paper has one direction; in two, each owns all but the output projection.
     """
-    return affine(directions(mixer, (x,), causal, _run), mixer.out_proj)
+    return affine(directions(mixer, (x,), causal, partial(_run, config)), mixer.out_proj)
 
 
 def _low_rank(x: Tensor, layer: nn.Module, act=lambda x: x) -> Tensor:
@@ -31,8 +33,8 @@ def _low_rank(x: Tensor, layer: nn.Module, act=lambda x: x) -> Tensor:
     return y if layer.bias is None else y + layer.bias
 
 
-def _run(branch: nn.Module, x: Tensor) -> Tensor:
-    h = branch.heads
+def _run(config: Any, branch: nn.Module, x: Tensor) -> Tensor:
+    h = config.heads
     before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
     xr, xw, xk, xv, xa, xg = (x + (before - x) * mu for mu in branch.shift)
     r, k, v = affine(xr, branch.r_proj), affine(xk, branch.k_proj), affine(xv, branch.v_proj)
@@ -42,13 +44,15 @@ def _run(branch: nn.Module, x: Tensor) -> Tensor:
     kappa = unit(heads_of(k * branch.removal, h))
     k = k * (1 + (a - 1) * branch.replace)
     r, w, k, v, a = (heads_of(s, h) for s in (r, w, k, v, a))
+    # 64e-5 for heads of 64 channels.
+    eps = EPS * x.shape[-1] / h
     state, outputs = x.new_zeros(x.shape[0], h, v.shape[-1], k.shape[-1]), []
     for t in range(x.shape[1]):
         removed = (state * kappa[:, t, :, None]).sum(-1, keepdim=True) * (a * kappa)[:, t, :, None]
         state = state * w[:, t, :, None] - removed + v[:, t, :, :, None] * k[:, t, :, None]
         read = (state * r[:, t, :, None]).sum(-1)
         centred = read - read.mean(-1, keepdim=True)
-        read = centred / (centred.pow(2).mean(-1, keepdim=True) + branch.norm.eps).sqrt()
+        read = centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt()
         read = read * branch.norm.weight.view(h, -1) + branch.norm.bias.view(h, -1)
         outputs.append(read + (r * branch.bonus * k)[:, t].sum(-1, keepdim=True) * v[:, t])
     return torch.stack(outputs, 1).flatten(-2) * g

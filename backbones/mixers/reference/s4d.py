@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .common import affine, directions, gelu
 
 
-def reference(mixer: nn.Module, x: Tensor, causal: bool) -> Tensor:
+def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
     """Mix `x` (b, t, d) by the paper's equations.
 
     h_t = Ā h_{t−1} + B̄ u_t, y_t = 2 Re(C h_t) + D u_t with a diagonal complex A (S4D, arXiv 2206.11893,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ from .attention import finished, projected
 from .common import attend
 
 
-def reference(mixer: nn.Module, x: Tensor, causal: bool) -> Tensor:
+def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
     """Mix `x` (b, t, d) by the paper's equations.
 
     Attention of token i to the tokens j with i − window < j ≤ i (Longformer, arXiv 2004.05150, section 3.1; causal
@@ -17,10 +19,10 @@ def reference(mixer: nn.Module, x: Tensor, causal: bool) -> Tensor:
 
     Both ways |i − j| < window. StreamingLLM counts rotary positions within its cache; here, as in the sequence.
     """
-    q, k, v, gate = projected(mixer, x)
+    q, k, v, gate = projected(mixer, config, x)
     place = torch.arange(x.shape[1])
     apart = place[:, None] - place
-    seen = (apart.abs() < mixer.window) | (place < mixer.sinks)
+    seen = (apart.abs() < config.window) | (place < config.sinks)
     if causal:
         seen = seen & (apart >= 0)
-    return finished(mixer, attend(q, k, v, seen), gate)
+    return finished(mixer, config, attend(q, k, v, seen), gate)
