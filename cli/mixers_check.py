@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import os
 import subprocess
 import sys
@@ -65,7 +64,7 @@ def main(argv: list[str]) -> int:
 
 
 def _lint(entry: Any) -> bool:
-    files = {inspect.getsourcefile(part) for part in (entry.build, entry.reference) if part is not None}
+    files = {sys.modules[part.__module__].__file__ for part in (entry.build, entry.reference) if part is not None}
     commands = (["check", "--quiet"], ["format", "--check", "--quiet"])
     runs = [subprocess.run([sys.executable, "-m", "ruff", *words, *sorted(files)], cwd=ROOT) for words in commands]
     if runs[1].returncode:
