@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from omnimix.backbones import Layout, list_mixers
-from omnimix.backbones.mixers import get_mixer
+from omnimix.backbones.mixers import MIXERS, get_mixer
 from omnimix.cli.check_kernels import error, results
 
 from .checker import TOLERANCE, assert_equal
@@ -78,6 +79,10 @@ def test_law_12_a_mixer_is_its_paper_both_ways(subject: Subject):
     equals_its_reference(subject, causal=False)
 
 
-def test_every_mixer_is_covered():
+def test_a_mixer_without_a_reference_breaks_law_12(monkeypatch: pytest.MonkeyPatch):
     covered = {subject.mixer for subject in mixer_subjects("forward", ENDS)}
     assert covered == set(list_mixers())
+    subject = next(s for s in mixer_subjects() if s.mixer == "gla")
+    monkeypatch.setitem(MIXERS._entries, "gla", dataclasses.replace(get_mixer("gla"), reference=None))
+    with pytest.raises(AssertionError, match="without reference="):
+        equals_its_reference(subject, causal=True)
