@@ -14,6 +14,7 @@ def backends(
     *names: str,
     triton: Callable[[Arguments], str | None] = triton_refusal,
     native: Callable[[Arguments], str | None] | None = None,
+    triton_limits: Callable[[Arguments], str | None] = serves_everything,
 ) -> tuple[Backend, ...]:
     """Backends by name, in `auto`'s order: `<op>_<name>` in `kernels/<op>/<name>.py`, each on the devices it is for.
 
@@ -21,6 +22,7 @@ def backends(
         op: the op's name.
         names: of "native" (C++ on CPUs), "triton" (GPUs), "chunked" (any device) and "reference" (only when named).
         triton: the `refuse` of the Triton backend, where it has reasons of its own.
+        triton_limits: the `limits` of the Triton backend, where it is for some calls only.
         native: the `limits` of the native backend, `direct_limits` among them, where it is for some calls only.
     """
     kinds = {
@@ -29,12 +31,13 @@ def backends(
         "chunked": (serves_everything, None),
         "reference": (serves_everything, frozenset()),
     }
+    limits = {"native": native or serves_everything, "triton": triton_limits}
     return tuple(
         Backend(
             name=name,
             module=f".{op}.{name}",
             function=f"{op}_{name}",
-            limits=native if name == "native" and native is not None else serves_everything,
+            limits=limits.get(name, serves_everything),
             refuse=kinds[name][0],
             devices=kinds[name][1],
         )

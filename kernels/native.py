@@ -67,7 +67,7 @@ def native_refusal(op: str) -> Callable[[Mapping[str, Any]], str | None]:
 
 def step_refusal(op: str) -> Callable[[Mapping[str, Any]], str | None]:
     """The `refuse` of a native backend whose `limits` are `direct_limits`, which have seen to devices."""
-    return lambda arguments: _failure(op)
+    return lambda arguments: None if op in _libraries else _failure(op)
 
 
 @constant_in_graphs
@@ -76,12 +76,12 @@ def _failure(op: str) -> str | None:
     return None if op in _libraries else machine_refusal() or _build(op)
 
 
-def direct_limits(arguments: Iterable[Any]) -> str | None:
-    """Why C++ may not be called on these tensors at once, without torch's dispatcher; None where it may.
+def direct_limits(arguments: Iterable[Any], *, cpu: bool = True) -> str | None:
+    """Why a kernel may not be called on these tensors at once, without torch's dispatcher; None where it may.
 
     A custom op takes longer than the work of a decoding step. Without it no gradient is computed, and nobody is served
     who listens to the dispatcher: no compiler or tracer, no mode, no transform of torch.func, no forward derivative, no
-    autocast, no class of tensors.
+    autocast, no class of tensors. `cpu`: whether it takes tensors on CPUs only.
     """
     if torch.compiler.is_compiling():
         return "it cannot be traced by torch.compile"
@@ -91,7 +91,7 @@ def direct_limits(arguments: Iterable[Any]) -> str | None:
         if kind is not Tensor and kind is not torch.nn.Parameter:
             if isinstance(x, Tensor):
                 return f"it takes plain tensors, and one is a {kind.__name__}"
-        elif not x.is_cpu:
+        elif cpu and not x.is_cpu:
             return f"it serves CPUs, and a tensor is on {x.device.type}"
         elif gradients and x.requires_grad:
             return "it computes no gradients, and a tensor requires one"

@@ -211,7 +211,7 @@ class Op:
         """
         if backend != "auto":
             return self._named(self.backend(backend), arguments)
-        if (used := self._used(arguments)) is not None:
+        if _using.get() is not None and (used := self._used(arguments)) is not None:
             return self._named(used, arguments)
         passed: list[str] = []
         for candidate in self.backends:
@@ -250,12 +250,9 @@ class Op:
 
     def dispatch(self, backend: str, **arguments: Any) -> Any:
         device = device_of(arguments)
-        if self.follows_autocast or not autocast_enabled(device):
-            return self._serve(backend, arguments, device)
-        with torch.autocast(device, enabled=False):
-            return self._serve(backend, arguments, device)
-
-    def _serve(self, backend: str, arguments: Arguments, device: str) -> Any:
+        if not self.follows_autocast and autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self.dispatch(backend, **arguments)
         chosen = self.choose(backend, arguments, device)
         if self.empty is not None and (nothing := self.empty(arguments)) is not None:
             return _connected(nothing, arguments)
@@ -315,8 +312,7 @@ def _connected(outputs: Any, arguments: Arguments) -> Any:
     """The outputs of a call without tokens, from which zeros flow back into every argument that asks for a gradient."""
     if not torch.is_grad_enabled():
         return outputs
-    leaves = [a for a in arguments.values() if isinstance(a, Tensor) and a.requires_grad]
-    nothing = [leaf.flatten()[:0].sum() for leaf in leaves]
+    nothing = [a.flatten()[:0].sum() for a in arguments.values() if isinstance(a, Tensor) and a.requires_grad]
 
     def join(output: Tensor) -> Tensor:
         for zero in nothing:

@@ -165,6 +165,9 @@ class MoE(FFN):
 
     def _losses(self, logits: Tensor, probability: Tensor, counts: Tensor) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}
+        if not logits.shape[0]:
+            # A mean over no tokens is no number.
+            return losses
         if self.config.router == "softmax" and self.config.balance:
             share = counts.to(logits.dtype) / (logits.shape[0] * self.config.active)
             even = self.config.experts * (share * probability.mean(0)).sum()

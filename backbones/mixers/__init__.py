@@ -9,6 +9,7 @@ from ..config import Site
 from ..registry import Entry
 from . import (  # noqa: F401
     attention,
+    cross_attention,
     deltanet,
     gated_deltanet,
     gla,

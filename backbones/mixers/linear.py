@@ -15,7 +15,8 @@ from ...utils.modes import own_precision
 from ..config import MixerConfig, Site, positive
 from ..context import Context
 from ..layer import Capabilities, Output
-from ..layout import Layout, repack, unpack
+from ..layout import Layout
+from ..scan import permute, restore
 from ..state import State
 from .base import Mixer, heads_for
 from .reference.linear import reference
@@ -97,28 +98,17 @@ class Linear(Mixer):
     def _by_segments(
         self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, memory: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """`_by_blocks` for blocks, or sequences that are one block, of any lengths."""
+        """`_by_blocks` for blocks, or packed sequences that are one block each, of any lengths: what is not after a
+        token, and what is not before it in its block, without the token itself, which is in both."""
         (b, t), wide = v.shape[:2], torch.promote_types(v.dtype, torch.float32)
-        borders = layout.cu_seqlens if layout.block is None else layout.block_boundaries(v)
-        # A segment is a row; `owner` is the sequence that it belongs to.
-        rows = [unpack(s.to(wide).reshape(1, b * t, *s.shape[2:]), borders) for s in (q, k, v)]
-        sequences = layout.sequences(b)
-        ends = layout.cu_seqlens if layout.cu_seqlens is not None else torch.arange(b + 1, device=v.device) * t
-        owner = torch.arange(sequences, device=v.device)
-        if layout.block is not None:
-            owner = torch.searchsorted(ends.long(), borders[:-1].long(), right=True) - 1
-        with own_precision(v.device.type):
-            sums = torch.einsum("nthk,nthv->nhkv", rows[1], rows[2])
-            final = sums.new_zeros(sequences, *sums.shape[1:]).index_add(0, owner, sums)
-            final = final if memory is None else final + memory
-            if layout.block is not None:
-                # Sums of the sequence's earlier blocks: those of the whole row, less what came before the sequence.
-                total = F.pad(sums.cumsum(0), (0, 0, 0, 0, 0, 0, 1, 0))
-                first = torch.searchsorted(borders[:-1].long(), ends[:-1].long())
-                sums = total[1:] - total[first][owner]
-            sums = sums if memory is None else sums + memory[owner]
-            o = torch.einsum("nthk,nhkv->nthv", rows[0], sums)
-        return repack(o, borders).view(b, t, *o.shape[2:]), final
+        q, k, v = (s.to(wide) for s in (q, k, v))
+        forward, memory = gated_linear(q, k, v, scale=1.0, initial_state=memory, cu_seqlens=layout.cu_seqlens)
+        inside = layout.cu_seqlens if layout.block is None else layout.block_boundaries(v)
+        inside = Layout(causal=False, cu_seqlens=inside)
+        rows = (permute(s.reshape(1, b * t, *s.shape[2:]), "backward", inside) for s in (q, k, v))
+        backward, _ = gated_linear(*rows, scale=1.0, cu_seqlens=inside.cu_seqlens)
+        backward = restore(backward, "backward", inside).view_as(forward)
+        return forward + backward - (q * k).sum(-1, keepdim=True) * v, memory
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:
         wide = torch.promote_types(dtype, torch.float32)

@@ -69,7 +69,7 @@ class _Direction(nn.Module):
         self, streams: tuple[Tensor, ...], context: Context, state: State | None
     ) -> tuple[Tensor, State | None]:
         xbc, dt = streams
-        if state is not None and context.layout.cu_seqlens is None and xbc.shape[1] == 1 and xbc.device.type == "cpu":
+        if state is not None and context.layout.cu_seqlens is None and xbc.shape[1] == 1:
             return self._step(xbc, dt, state)
         xbc, window = short_conv(
             xbc,
@@ -96,7 +96,7 @@ class _Direction(nn.Module):
         return y.flatten(-2), State({"conv": window, "memory": memory})
 
     def _step(self, xbc: Tensor, dt: Tensor, state: State) -> tuple[Tensor, State]:
-        """What `forward` returns for a decoding step on a CPU, where a call takes longer than its work."""
+        """What `forward` returns for a decoding step, where a call takes longer than its work."""
         own = (self.conv_weight, self.conv_bias, self.dt_bias, self.A_log, self.D)
         y, window, memory = mamba2_step(xbc[:, 0], dt[:, 0], *own, state["conv"], state["memory"])
         return y[:, None], State({"conv": window, "memory": memory})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import norms  # noqa: F401
+from . import adaln, hyper, norms  # noqa: F401
 from .base import RESIDUALS, Residual
 
 

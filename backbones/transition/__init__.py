@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import kv, merge, meta, skip  # noqa: F401
 from .base import TRANSITIONS, Transition
 
 

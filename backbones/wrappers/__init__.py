@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import parallel  # noqa: F401
+from . import add_before, fold, low_rank, mixture_of_depths, parallel  # noqa: F401
 from .base import WRAPPERS
 
 

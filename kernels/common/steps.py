@@ -22,8 +22,9 @@ def one_step(sequence: str) -> Callable[[Arguments], str | None]:
     """
 
     def limits(arguments: Arguments) -> str | None:
-        if (steps := arguments[sequence].shape[1]) != 1:
-            return f"it takes one step at a time, and there are {steps}"
+        if arguments[sequence].shape[1] != 1:
+            # Without the number: to write it down, torch.compile would fix the length.
+            return "it takes one step at a time, and there are several"
         if arguments["cu_seqlens"] is not None:
             return "it takes no packed sequences"
         return direct_limits(arguments.values())

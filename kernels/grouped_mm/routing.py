@@ -52,13 +52,13 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, order, place):
         ctx.save_for_backward(place)
-        ctx.tokens = x.shape[0]
-        return x.index_select(0, order // (order.shape[0] // max(1, x.shape[0])))
+        ctx.tokens, ctx.choices = x.shape[0], max(1, order.shape[0] // max(1, x.shape[0]))
+        return x.index_select(0, order // ctx.choices)
 
     @staticmethod
     def backward(ctx, rows):
         (place,) = ctx.saved_tensors
-        choices = place.view(ctx.tokens, -1).unbind(1)
+        choices = place.view(ctx.tokens, ctx.choices).unbind(1)
         dx = rows.index_select(0, choices[0]).to(_wide(rows))
         for choice in choices[1:]:
             dx += rows.index_select(0, choice)
@@ -105,7 +105,7 @@ def combine(rows: Float[Tensor, "m d"], weight: Float[Tensor, "n k"], to: Route)
     Raises:
         UnsupportedShape: there is not one row per weight.
     """
-    if not weight.numel() or rows.shape[0] != weight.numel() or to.place.shape[0] != weight.numel():
+    if rows.shape[0] != weight.numel() or to.place.shape[0] != weight.numel():
         raise UnsupportedShape(f"weight: {tuple(weight.shape)} is not one weight for each of {rows.shape[0]} rows")
     return _Combine.apply(rows, weight, to.order, to.place)
 

@@ -14,6 +14,9 @@ from ..backends import backends
 from ..native import direct_limits
 from ..registry import Case, Draw, Op, register_op
 
+# Channels of the keys that a Triton program holds.
+WIDEST = 256
+
 
 def mamba2_step(
     xbc: Float[Tensor, "b c"],
@@ -40,7 +43,7 @@ def mamba2_step(
         dt_bias, A_log, D: per head.
         window: the convolution's state, the w - 1 inputs before this one.
         memory: the recurrence's state S.
-        backend: "auto", "reference", "chunked" or "native".
+        backend: "auto", "reference", "chunked", "native" or "triton"; the last two without gradients.
 
     Returns:
         y in xbc's dtype, and the next window and memory, in the dtypes of `short_conv`'s and `gated_linear`'s states:
@@ -96,6 +99,21 @@ def _limits(arguments: Mapping[str, Any]) -> str | None:
     return direct_limits(arguments.values())
 
 
+def _triton_limits(arguments: Mapping[str, Any]) -> str | None:
+    if (width := arguments["memory"].shape[2]) > WIDEST:
+        return f"its kernel holds keys of at most {WIDEST} channels, not {width}"
+    return direct_limits(arguments.values(), cpu=False)
+
+
+def _empty(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor] | None:
+    xbc, window, memory = (arguments[name] for name in ("xbc", "window", "memory"))
+    if xbc.shape[0]:
+        return None
+    wide = torch.promote_types(xbc.dtype, torch.float32)
+    y = xbc.new_zeros(0, memory.shape[1] * memory.shape[3])
+    return y, window.to(xbc.dtype), memory.to(wide)
+
+
 def _case(name: str, groups: int, taps: int, heads: int = 4) -> Case:
     def make(draw: Draw, b: int, t: int) -> dict[str, Any]:
         rows, k, v = b * t, 3, 5
@@ -122,10 +140,13 @@ def _cases() -> tuple[Case, ...]:
 OP = register_op(
     Op(
         name="mamba2_step",
-        backends=backends("mamba2_step", "native", "chunked", "reference", native=_limits),
+        backends=backends(
+            "mamba2_step", "triton", "native", "chunked", "reference", native=_limits, triton_limits=_triton_limits
+        ),
         sequences=(),
         cases=_cases,
         causal=False,
+        empty=_empty,
         summary="S' = e^{-dt A} S + dt B x^T, y = S'^T C + D x after the short convolution, one step",
     )
 )

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.export import Dim, export
 
+from omnimix.cli.check_kernels import arguments_of
 from omnimix.kernels import Draw, ops
-from omnimix.kernels.check import arguments_of
 
 # Their shapes are looked at in several ways; of the other ops the first case is enough.
 ALL_CASES = {"gated_linear", "delta_rule", "linear_recurrence"}

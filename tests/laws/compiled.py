@@ -21,6 +21,9 @@ from omnimix.modalities import (
 from omnimix.modalities.audio.fronts import FRONTS
 
 from .subjects import BOTH, CAUSAL, Subject, both_way_subjects, causal_subjects, floating, subjects, tokens
+from .systems import systems
+
+SYSTEMS = systems()
 
 
 @pytest.fixture(autouse=True)
@@ -102,3 +105,37 @@ def test_a_video_tokenizer_compiles_whole(options: dict):
     videos = tokens(6, 15 * 9).reshape(2, 3, 15, 9, -1)
     compiled = torch.compile(lambda videos: tokenizer(videos)[0], fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(videos), tokenizer(videos)[0])
+
+
+@pytest.mark.parametrize("name", [name for name, system in SYSTEMS.items() if system.compiles])
+def test_a_system_compiles_whole_at_any_length(name: str):
+    system = SYSTEMS[name]
+    net = system.backbone()
+
+    def function(x, context, state):
+        out = net(x, context, state)
+        return out.y, out.losses, out.state
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    streams = net.capabilities.causal and net.capabilities.streaming and not system.train and system.layout is None
+    state = None
+    for batch, time in ((3, 9), (4, 9)) if system.grids else ((2, 9), (2, 6), (2, 7)):
+        x = system.tokens(batch, time)
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        # A grid has the size that it has; what may change then is the batch.
+        torch._dynamo.mark_dynamic(leaves[0], 0 if system.grids else 1)
+        contexts = [system.context(leaf) for leaf in leaves]
+        for given in torch.utils._pytree.tree_leaves(contexts[0]):
+            if isinstance(given, torch.Tensor) and given.shape[1:2] == (time,) and not system.grids:
+                torch._dynamo.mark_dynamic(given, 1)
+        (y, losses, after), (z, wanted, truth) = (
+            call(leaf, context, state)
+            for call, leaf, context in zip((compiled, function), leaves, contexts, strict=True)
+        )
+        assert error(y, z) < 1e-10
+        assert losses.keys() == wanted.keys() and all(error(losses[n], wanted[n]) < 1e-10 for n in wanted)
+        assert all(error(a, b) < 1e-10 for a, b in zip(floating(after), floating(truth), strict=True))
+        for result in (y, z):
+            result.square().sum().backward()
+        assert error(leaves[0].grad, leaves[1].grad) < 1e-10
+        state = truth.detach() if streams else None

@@ -190,6 +190,12 @@ def test_without_rows_agrees_with_the_definition(subject):
     checker.agrees(subject.call, subject.reference, subject.draw(2, 0))
 
 
+@inferring(lambda s: is_optimised(s) and not s.op.sequences, lambda s, rows: s.draw(2, rows), [0])
+def test_without_rows_agrees_with_the_definition_in_inference_mode(subject, value):
+    with torch.inference_mode():
+        checker.agrees(subject.call, subject.reference, subject.draw(2, value), backward=False)
+
+
 BROKEN = ([1, 5], [0, 6], [0, 4], [0, 3, 2, 5], [0, -1, 5], [0, 2**31 - 1, 5], [[0, 5]], [0.0, 5.0])
 
 
@@ -305,7 +311,7 @@ def test_a_step_kernel_says_what_it_is_not_for(subject):
     step = subject.draw(1, 1)
     assert subject.serves(step, backward=False) and not subject.serves(step, backward=True)
     if subject.op.sequences:
-        with pytest.raises(BackendUnavailable, match=f"{subject.op.name}: backend 'native' cannot serve this call"):
+        with pytest.raises(BackendUnavailable, match=f"backend '{subject.backend}' cannot serve this call"):
             subject.call(**subject.draw(2, 18))
     with pytest.raises(BackendUnavailable, match="no gradients"):
         results(subject.call, step)

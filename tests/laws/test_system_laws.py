@@ -12,7 +12,7 @@ from torch.func import functional_call
 from omnimix import kernels
 from omnimix.backbones import Backbone, BackboneConfig, Context, Layout, State, from_dict, to_dict
 from omnimix.backbones.layout import offsets
-from omnimix.kernels.check import error, results
+from omnimix.cli.check_kernels import error, results
 
 from .checker import assert_equal
 from .systems import System, systems

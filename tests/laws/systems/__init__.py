@@ -31,6 +31,8 @@ class System:
         grids: of images that it takes; empty where it takes sequences of any length.
         layout: how sequences lie where they are not plainly causal.
         train: whether it is in training mode.
+        compiles: whether torch.compile takes it whole; not where the number of tokens that a layer sees depends on
+            their values.
         checks: further tests, `(system, backbone) -> None`.
     """
 
@@ -39,6 +41,7 @@ class System:
     grids: tuple[Grid, ...] = ()
     layout: Callable[[Tensor], Layout] | None = None
     train: bool = False
+    compiles: bool = True
     checks: tuple[Callable[[Backbone], None], ...] = field(default=())
 
     def backbone(self, dtype: torch.dtype = torch.float64) -> Backbone:
