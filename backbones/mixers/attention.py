@@ -20,6 +20,7 @@ from ..rotary import rotary
 from ..state import State
 from .base import Mixer, heads_for
 from .parts.kv_cache import KVCache, known_filled
+from .reference.attention import reference
 from .registry import register_mixer
 
 
@@ -53,6 +54,7 @@ class AttentionConfig(MixerConfig):
     summary="softmax attention, grouped heads, rotary positions",
     source="arXiv 1706.03762",
     examples=(AttentionConfig(heads=4), AttentionConfig(heads=4, kv_heads=2, rope=False, qk_norm=True, gate=True)),
+    reference=reference,
 )
 class Attention(Mixer):
     """softmax(q kᵀ / √d) v. Its state holds every key and value that was read, so it grows.

@@ -19,6 +19,7 @@ from ..context import Context
 from ..parameters import mark
 from ..state import State
 from .base import ScanMixer
+from .reference.hyena import reference
 from .registry import register_mixer
 
 
@@ -127,6 +128,7 @@ class _Direction(nn.Module):
     summary="long convolutions with implicit filters, between gates",
     source="arXiv 2302.10866",
     examples=(HyenaConfig(length=40, filter_dim=8), HyenaConfig(order=3, length=6, filter_dim=8, filter_depth=1)),
+    reference=reference,
 )
 class Hyena(ScanMixer):
     """y = x⁰ ⊙ (h * (x¹ ⊙ v)) at order 2, of projections after a short convolution; each call makes new filters."""

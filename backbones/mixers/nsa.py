@@ -18,6 +18,7 @@ from ..state import State
 from .base import Mixer, heads_for
 from .parts.compress import Compress, compressed
 from .parts.kv_cache import DenseCache, WindowCache, last
+from .reference.nsa import reference
 from .registry import register_mixer
 
 # Compressed keys and queries that are taken together, where all are seen.
@@ -64,6 +65,7 @@ class NSAConfig(MixerConfig):
         NSAConfig(heads=1, size=4, stride=2, block_size=4, blocks=3, local=1, reach=3),
         NSAConfig(heads=2, kv_heads=1, size=4, stride=4, block_size=4, blocks=2, local=1, reach=2),
     ),
+    reference=reference,
 )
 class NSA(Mixer):
     """Σ gate · attention over three sets of keys, each with projections of its own (eq. 5): blocks compressed by an

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...kernels import delta_rule, short_conv
+from ...kernels import delta_rule
 from ..config import MixerConfig, Site, positive
 from ..context import Context
 from ..parameters import mark
 from ..state import State
 from .base import ScanMixer, heads_for
-from .deltanet import unit
+from .parts.low_rank import LowRank
+from .parts.token_shift import token_shift
+from .parts.unit import unit
+from .reference.rwkv7 import reference
 from .registry import register_mixer
 
 # Decays are exp(-e^{-1/2} σ(·)): at least 0.545 a step.
@@ -41,20 +44,9 @@ class RWKV7Config(MixerConfig):
         positive(self, "heads", "decay_rank", "rate_rank", "gate_rank")
 
 
-class _LowRank(nn.Module):
-    """An up-projection of act(down-projection), which starts as zero, plus a bias."""
-
-    def __init__(self, dim: int, rank: int | None, published: float, bias: Tensor | None, act: nn.Module):
-        super().__init__()
-        rank = max(32, round(published / 32) * 32) if rank is None else rank
-        self.down, self.act, self.up = nn.Linear(dim, rank, bias=False), act, nn.Linear(rank, dim, bias=False)
-        nn.init.zeros_(mark(self.down.weight, initialised=True))
-        nn.init.orthogonal_(mark(self.up.weight, initialised=True), gain=0.1)
-        self.bias = None if bias is None else mark(nn.Parameter(bias), decay=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.up(self.act(self.down(x)))
-        return x if self.bias is None else x.to(torch.promote_types(x.dtype, torch.float32)) + self.bias
+def _rank(configured: int | None, published: float) -> int:
+    """The configured rank, or the published one in steps of 32."""
+    return max(32, round(published / 32) * 32) if configured is None else configured
 
 
 class _Direction(nn.Module):
@@ -70,9 +62,9 @@ class _Direction(nn.Module):
         self.shift = mark(nn.Parameter(1 - place ** powers[:, None]), decay=False)
         self.r_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         slow = -6.5 + 5 * (torch.arange(dim) / max(1, dim - 1)) ** (0.85 + depth**0.5)
-        self.decay = _LowRank(dim, config.decay_rank, 1.8 * dim**0.5, slow, nn.Tanh())
-        self.rate = _LowRank(dim, config.rate_rank, 1.8 * dim**0.5, torch.zeros(dim), nn.Identity())
-        self.gate = _LowRank(dim, config.gate_rank, 0.6 * dim**0.8, None, nn.Sigmoid())
+        self.decay = LowRank(dim, _rank(config.decay_rank, 1.8 * dim**0.5), slow, nn.Tanh())
+        self.rate = LowRank(dim, _rank(config.rate_rank, 1.8 * dim**0.5), torch.zeros(dim), nn.Identity())
+        self.gate = LowRank(dim, _rank(config.gate_rank, 0.6 * dim**0.8), None, nn.Sigmoid())
         self.removal = mark(nn.Parameter(torch.full((dim,), 0.85)), decay=False)
         self.replace = mark(nn.Parameter(torch.ones(dim)), decay=False)
         self.bonus = mark(nn.Parameter(torch.zeros(heads, dim // heads)), decay=False)
@@ -83,13 +75,7 @@ class _Direction(nn.Module):
         self, streams: tuple[Tensor, ...], context: Context, state: State | None
     ) -> tuple[Tensor, State | None]:
         (x,) = streams
-        # A convolution of two taps whose second is zero shifts by one token, across pieces and within packed sequences.
-        before, last = short_conv(
-            x,
-            x.new_tensor([1.0, 0.0]).expand(x.shape[-1], 2),
-            initial_state=None if state is None else state["last"],
-            cu_seqlens=context.layout.cu_seqlens,
-        )
+        before, last = token_shift(x, None if state is None else state["last"], context.layout.cu_seqlens)
         change = before - x
         xr, xw, xk, xv, xa, xg = (torch.addcmul(x, change, mix) for mix in self.shift)
         r, k, v = self.r_proj(xr), self.k_proj(xk), self.v_proj(xv)
@@ -119,6 +105,7 @@ class _Direction(nn.Module):
     summary="the delta rule with a decay and a learning rate per channel, and token shift",
     source="arXiv 2503.14456",
     examples=(RWKV7Config(heads=2, decay_rank=4, rate_rank=3, gate_rank=5), RWKV7Config(heads=4)),
+    reference=reference,
 )
 class RWKV7(ScanMixer):
     """S_t = diag(w_t) S_{t-1} − (a_t ⊙ κ̂_t)(κ̂_tᵀ S_{t-1}) + k̃_t v_tᵀ (eq. 16-17, transposed), read by r_t.
