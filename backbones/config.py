@@ -240,6 +240,9 @@ class BackboneConfig:
         # What was said of mixers that the pattern does not name had no effect.
         named = {name for entry in values.get("pattern", ("gla",)) for name in entry.split("+")}
         values["mixers"] = {name: v for name, v in (values.get("mixers") or {}).items() if name in named}
+        if "rwkv7" in named:
+            # Values were each layer's own.
+            values["mixers"]["rwkv7"] = {**to_plain(values["mixers"].get("rwkv7") or {}), "value_residual": False}
         return values
 
 
