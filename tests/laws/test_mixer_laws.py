@@ -17,7 +17,7 @@ from omnimix.backbones.scan import SCANS
 from omnimix.cli.check_kernels import error, low_precision_excess, results
 from omnimix.errors import UnsupportedCall, UnsupportedShape
 
-from .checker import assert_equal
+from .checker import assert_equal, runs_on_triton
 from .subjects import (
     BOTH,
     CAUSAL,
@@ -37,6 +37,8 @@ from .subjects import (
 
 LENGTHS = (1, 5, 3)
 BORDERS = torch.tensor([0, 1, 6, 9], dtype=torch.int32)
+# One sequence without tokens in the middle, one at the end.
+WITH_EMPTY = torch.tensor([0, 1, 1, 6, 9, 9], dtype=torch.int32)
 
 
 def on_backend(name: str, function):
@@ -73,6 +75,41 @@ def test_law_2_pieces_are_the_whole(subject: Subject, lengths: tuple[int, ...]):
 
 
 @causal_subjects
+def test_law_2_in_inference_mode(subject: Subject):
+    """Where fast paths serve that gradients would keep from serving: prefill, then single tokens, and none."""
+    module = subject.module()
+    x = tokens(2, 9)
+    with torch.inference_mode():
+        whole, final = module(x, CAUSAL)
+        outputs, state = [], None
+        for piece in x.split([5, 0, 1, 1, 2], dim=1):
+            y, state = module(piece, CAUSAL, state)
+            outputs.append(y)
+        assert error(torch.cat(outputs, dim=1), whole) < 1e-9
+        assert all(error(a, b) < 1e-9 for a, b in zip(floating(state), floating(final), strict=True))
+        # In float32 too, whose kernels are others.
+        single = subject.module(torch.float32)
+        narrow = x.float()
+        with kernels.using("reference"):
+            wanted, _ = single(narrow, CAUSAL)
+        _, state = single(narrow[:, :8], CAUSAL)
+        y, _ = single(narrow[:, 8:], CAUSAL, state)
+        assert error(y, wanted[:, 8:]) < 1e-3
+
+
+@causal_subjects
+def test_law_2_no_tokens_leave_the_state_as_it_is(subject: Subject):
+    module = subject.module()
+    _, state = module(tokens(2, 5), CAUSAL)
+    y, after = module(tokens(2, 0), CAUSAL, state)
+    assert y.shape == (2, 0, tokens(1, 1).shape[-1])
+    assert all(torch.equal(a, b) for a, b in zip(leaves(state), leaves(after), strict=True))
+    _, fresh = module(tokens(2, 0), CAUSAL)
+    initial = module.init_state(2, device=torch.device("cpu"), dtype=torch.float64)
+    assert all(torch.equal(a, b) for a, b in zip(leaves(fresh), leaves(initial), strict=True))
+
+
+@causal_subjects
 def test_law_2_the_initial_state_is_no_state(subject: Subject):
     module = subject.module()
     x = tokens(2, 5)
@@ -101,6 +138,20 @@ def test_law_3_packed_is_each_alone(subject: Subject):
 
     given = arguments(module, tokens(1, 18))
     assert_equal(results(together, given), results(each_alone, given))
+
+
+@causal_subjects
+def test_law_3_in_inference_mode_and_with_empty_sequences(subject: Subject):
+    module = subject.module()
+    x, rest = tokens(1, 9), tokens(1, 5, seed=1)
+    with torch.inference_mode():
+        y, state = module(x, Layout(cu_seqlens=WITH_EMPTY))
+        z, _ = module(rest, Layout(cu_seqlens=torch.arange(6, dtype=torch.int32)), state)
+        lengths = WITH_EMPTY.diff().tolist()
+        for i, (row, own) in enumerate(zip(x.split(lengths, 1), y.split(lengths, 1), strict=True)):
+            alone, before = module(row, CAUSAL)
+            assert error(own, alone) < 1e-9
+            assert error(z[:, i : i + 1], module(rest[:, i : i + 1], CAUSAL, before)[0]) < 1e-9
 
 
 @causal_subjects
@@ -184,6 +235,20 @@ def test_law_5_rows_are_independent_and_runs_repeat(subject: Subject):
     assert_equal(once, results(row_by_row, given))
     again = results(call(module, CAUSAL), given).named()
     assert all(torch.equal(x, again[name]) for name, x in once.named().items())
+
+
+@causal_subjects
+def test_law_5_in_inference_mode(subject: Subject):
+    module = subject.module()
+    x, new = tokens(3, 9), tokens(3, 1, seed=1)
+    with torch.inference_mode():
+        y, state = module(x, CAUSAL)
+        once, again = module(new, CAUSAL, state)[0], module(new, CAUSAL, state)[0]
+        assert torch.equal(once, again) and torch.equal(module(x, CAUSAL)[0], y)
+        for i in range(3):
+            assert error(module(x[i : i + 1], CAUSAL)[0], y[i : i + 1]) < 1e-9
+            row = state.select(torch.tensor([i]))
+            assert error(module(new[i : i + 1], CAUSAL, row)[0], once[i : i + 1]) < 1e-9
 
 
 @causal_subjects
@@ -309,6 +374,15 @@ def test_law_10_triton_is_the_reference(subject: Subject):
     module = subject.module()
     function, given = call(module, CAUSAL), arguments(module, tokens(1, 19))
     assert_equal(results(on_backend("triton", function), given), results(on_backend("reference", function), given))
+
+    def decode() -> torch.Tensor:
+        with torch.inference_mode(), kernels.using("triton"):
+            y, state = module(tokens(1, 3), CAUSAL)
+            return torch.cat([y, module(tokens(1, 1, seed=1), CAUSAL, state)[0]], dim=1)
+
+    runs_on_triton(decode)
+    wanted = module(torch.cat([tokens(1, 3), tokens(1, 1, seed=1)], dim=1), CAUSAL)[0]
+    assert error(decode(), wanted) < 1e-9
 
 
 @causal_subjects
