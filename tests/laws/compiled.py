@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from omnimix.backbones import BackboneConfig, Layout
+from omnimix.backbones import BackboneConfig, Context, Layout, list_ffns
+from omnimix.backbones.config import Site
+from omnimix.backbones.ffn import FFNS
 from omnimix.backbones.language import LanguageModel, LanguageModelConfig
 from omnimix.cli.check_kernels import error
 from omnimix.modalities import (
@@ -139,3 +142,28 @@ def test_a_system_compiles_whole_at_any_length(name: str):
             result.square().sum().backward()
         assert error(leaves[0].grad, leaves[1].grad) < 1e-10
         state = truth.detach() if streams else None
+
+
+@pytest.mark.parametrize("name", list_ffns())
+def test_a_feed_forward_layer_compiles_whole_and_checkpointed(name: str):
+    torch.manual_seed(1)
+    for config in FFNS.get(name).examples:
+        module = FFNS.get(name).build(32, config, Site()).double()
+        x = torch.randn(2, 7, 32, dtype=torch.float64)
+
+        def plain(x, module=module):
+            out = module(x, Context())
+            return out.y, out.losses
+
+        def checkpointed(x, plain=plain):
+            return checkpoint(plain, x, use_reentrant=False)
+
+        for function in (plain, checkpointed):
+            torch.compiler.reset()
+            leaves = [x.clone().requires_grad_() for _ in range(2)]
+            compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+            (y, losses), (z, wanted) = compiled(leaves[0]), plain(leaves[1])
+            assert error(y, z) < 1e-12 and all(error(losses[n], wanted[n]) < 1e-12 for n in wanted)
+            for result in (y, z):
+                result.square().sum().backward()
+            assert error(leaves[0].grad, leaves[1].grad) < 1e-12
