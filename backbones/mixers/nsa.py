@@ -12,12 +12,12 @@ from ...kernels.block_sparse.lists import by_compressed_attention
 from ..config import MixerConfig, Site, divides, positive
 from ..context import Context
 from ..layer import Capabilities, Output
-from ..layout import Layout, repack, unpack
+from ..layout import repack, unpack
 from ..rotary import rotary
 from ..state import State
 from .base import Mixer, heads_for
-from .parts.compress import Compress, compressed
-from .parts.kv_cache import DenseCache, WindowCache, last
+from .parts.compress import Compress, compressed_rows
+from .parts.kv_cache import DenseCache, WindowCache
 from .reference.nsa import reference
 from .registry import register_mixer
 
@@ -106,7 +106,9 @@ class NSA(Mixer):
         if old is None:
             old = self.init_state(len(queries), device=x.device, dtype=q.dtype)
         blocks_of = self.chosen.grown(chosen, layout, old["chosen"])
-        compressed = self._compressed(coarse, layout, old, blocks_of)
+        # One at least, if only to keep the compression within the graph: parameters without gradients halt DDP.
+        capacity = max(1, (blocks_of["k"].shape[1] - config.size) // config.stride + 1)
+        compressed = compressed_rows(self.compress, coarse, layout, old, config.stride, capacity)
         o_coarse, blocks = self._coarse(rows, queries, compressed, blocks_of, causal)
         window = self.near.grown(near, layout, old["near"])
         rows_of_one = {"block_size": config.block_size, "query_block": 1}
@@ -125,21 +127,6 @@ class NSA(Mixer):
         o = sum(gates[:, :, :, i] * branch for i, branch in enumerate((o_coarse, o_chosen, o_near)))
         after = State({"chosen": blocks_of, "near": self.near.kept(window), **compressed}) if causal else None
         return Output(self.out_proj(o.to(x.dtype).flatten(-2)), after)
-
-    def _compressed(self, new: dict[str, Tensor], layout: Layout, old: State, blocks_of: State) -> dict[str, Tensor]:
-        """Compressed keys and values after the new tokens, and the last tokens, which further ones complete."""
-        (size, stride), count, parts = (self.config.size, self.config.stride), old["chosen"]["count"], {}
-        # One at least, if only to keep the compression within the graph: parameters without gradients halt DDP.
-        capacity = max(1, (blocks_of["k"].shape[1] - size) // stride + 1)
-        for (name, tokens), compress in zip(new.items(), self.compress, strict=True):
-            lengths = layout.lengths(tokens)
-            tokens = tokens if layout.cu_seqlens is None else unpack(tokens, layout.cu_seqlens)
-            joined = torch.cat([old[f"{name}_tail"], tokens], dim=1)
-            parts[f"{name}_coarse"] = compressed(
-                compress, old[f"{name}_coarse"], joined, count, lengths, stride, capacity
-            )
-            parts[f"{name}_tail"] = last(joined, lengths, size - 1)
-        return parts
 
     def _coarse(
         self, q: Tensor, queries: Tensor, compressed: dict[str, Tensor], blocks_of: State, causal: bool

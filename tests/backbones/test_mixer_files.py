@@ -30,6 +30,12 @@ def test_mixers_import_only_base_classes_from_each_other(name: str):
             assert not taken, f"{name}.py imports {sorted(taken)} from {node.module}.py; move it to parts/"
 
 
+@pytest.mark.parametrize("name", sorted(OWN))
+def test_a_mixer_is_a_small_file(name: str):
+    lines = (FOLDER / f"{name}.py").read_text(encoding="utf-8").count("\n")
+    assert lines <= 150, f"{name}.py has {lines} lines; 150 are allowed, so move a piece to parts/"
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in (FOLDER / "reference").glob("*.py")))
 def test_references_stand_on_torch_alone(name: str):
     path, allowed = FOLDER / "reference" / f"{name}.py", {"torch", *sys.stdlib_module_names}

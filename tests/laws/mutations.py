@@ -299,8 +299,8 @@ LONG = [
         "hyena",
         ("hyena:_Direction.forward", "skip dropped", "skip=skip", "skip=None"),
         ("hyena:_Direction.forward", "gates in another order", "out_gate, *gates, z =", "*gates, out_gate, z ="),
-        ("hyena:_Filters.forward", "another window", "math.log(0.01)", "math.log(0.1)"),
-        ("hyena:_Filters.forward", "sines of the wrong sign", "-angle.sin()", "angle.sin()"),
+        ("parts.implicit_filters:ImplicitFilters.forward", "another window", "math.log(0.01)", "math.log(0.1)"),
+        ("parts.implicit_filters:ImplicitFilters.forward", "sines of the wrong sign", "-angle.sin()", "angle.sin()"),
         (
             "hyena:_Direction.forward",
             "past inputs not carried",

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ...layout import Layout, unpack
 from ...parameters import mark
+from ...state import State
+from .kv_cache import last
 
 
 class Compress(nn.Module):
@@ -59,3 +64,27 @@ def compressed(
     dtype = torch.promote_types(cache.dtype, made.dtype)
     grown = F.pad(cache.to(dtype), (0, 0, 0, 0, 0, room + 1 - cache.shape[1]))
     return grown.scatter(1, number, made.to(dtype))[:, :room]
+
+
+def compressed_rows(
+    compress: Iterable[Compress], new: dict[str, Tensor], layout: Layout, old: State, stride: int, capacity: int
+) -> dict[str, Tensor]:
+    """The compressed rows after new tokens, "<name>_coarse", and the last tokens, "<name>_tail", which further ones
+    complete.
+
+    Args:
+        compress: one for each name.
+        new: the new tokens' rows by name, (b, t, g, d).
+        layout: of the new tokens.
+        old: rows of these names before them, and under "chosen" how many tokens there were ("count").
+        stride: from one block to the next.
+        capacity: compressed tokens after the new ones.
+    """
+    parts = {}
+    for (name, tokens), one in zip(new.items(), compress, strict=True):
+        lengths, before = layout.lengths(tokens), one.places.shape[0] - 1
+        tokens = tokens if layout.cu_seqlens is None else unpack(tokens, layout.cu_seqlens)
+        joined, count = torch.cat([old[f"{name}_tail"], tokens], dim=1), old["chosen"]["count"]
+        parts[f"{name}_coarse"] = compressed(one, old[f"{name}_coarse"], joined, count, lengths, stride, capacity)
+        parts[f"{name}_tail"] = last(joined, lengths, before)
+    return parts
