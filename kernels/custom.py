@@ -50,8 +50,14 @@ class CustomOp:
             with own_precision(device):
                 return backward(ctx, *gradients)
 
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = self._function(*arguments)
+            setup(ctx, arguments, output)
+            return output
+
         self._op.register_autograd(outside, setup_context=setup)
-        members = {"forward": self._function, "setup_context": setup, "backward": outside}
+        # With `setup_context` of its own, torch would look up the function's signature at every call.
+        members = {"forward": forward, "backward": outside}
         name = f"{self._packet}".replace(".", "_")
         self._eager = type(name, (torch.autograd.Function,), {n: staticmethod(f) for n, f in members.items()})
 
