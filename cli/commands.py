@@ -40,7 +40,9 @@ def mixer_rows() -> list[dict[str, Any]]:
     rows = []
     for name in names():
         entry = get_mixer(name)
-        forward, both = (entry.build(32, entry.examples[0], Site(scan=scan_orders(s))) for s in ("forward", "both"))
+        forward, both = (
+            entry.build(48, entry.examples[0], Site(scan=scan_orders(scan))).capabilities for scan in ("forward", "both")
+        )
         streams = f"streams, {'constant state' if forward.constant_state else 'growing cache'}"
         diffusion = {"masked": both.bidirectional, "block": both.blockwise and both.streaming}
         whole = "both ways" if forward.bidirectional else "by scans" if both.bidirectional else "no"
