@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from typing import Any, TypeVar
@@ -13,6 +14,19 @@ from ..errors import ConfigError, UnknownName
 from .registry import OPTIONS, REGISTRIES, lookup
 
 T = TypeVar("T")
+
+# What version 0.1 called the parts of a block.
+RENAMED = {"mixer_norm": "mixer_residual.norm", "channel_norm": "ffn_residual.norm", "channel": "ffn"}
+
+
+def current_name(name: str, inside: str = r"(?:.*\.)?blocks\.\d+\.") -> str:
+    """A parameter's name, from the one that an earlier version gave it.
+
+    Args:
+        inside: a pattern of what precedes the names inside a block; by default those of the blocks of any model.
+    """
+    found = re.match(rf"({inside})({'|'.join(RENAMED)})\.", name)
+    return name if found is None else f"{found[1]}{RENAMED[found[2]]}.{name[found.end() :]}"
 
 
 def to_dict(config: Any) -> Any:
