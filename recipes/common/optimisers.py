@@ -74,7 +74,11 @@ def parameter_groups(
     spared = no_weight_decay(module)
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad and only(name)]
     groups = [
-        {"params": [(name, p) for name, p in named if name not in spared], "weight_decay": weight_decay, "name": "decay"},
+        {
+            "params": [(name, p) for name, p in named if name not in spared],
+            "weight_decay": weight_decay,
+            "name": "decay",
+        },
         {"params": [(name, p) for name, p in named if name in spared], "weight_decay": 0.0, "name": "no_decay"},
     ]
     return [group for group in groups if group["params"]]
@@ -137,7 +141,9 @@ def match_by_name(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> di
     if other := sorted(saved.keys() ^ {name for names in own for name in names}):
         raise CheckpointError(f"the optimiser's state is of another model: only one of them has {other[0]!r}")
     if len(groups) != len(own):
-        raise CheckpointError(f"the optimiser's state has {len(groups)} groups of parameters, and the optimiser {len(own)}")
+        raise CheckpointError(
+            f"the optimiser's state has {len(groups)} groups of parameters, and the optimiser {len(own)}"
+        )
     groups = [
         group | {"params": [saved[name] for name in names], "param_names": list(names)}
         for group, names in zip(groups, own, strict=True)

@@ -6,21 +6,33 @@ import argparse
 import dataclasses
 import difflib
 import re
+from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
-from ...backbones.config import FFNConfig, MixerConfig, ObjectiveConfig
 from ...errors import ConfigError, UnknownName
 from ...modalities import FrontConfig
+from .trees import SHORT, tree_defaults
 
-_OPTIONS = [MixerConfig, FFNConfig, ObjectiveConfig, FrontConfig]
-set_parsing_settings(subclasses_enabled=_OPTIONS)
+set_parsing_settings(subclasses_enabled=[FrontConfig])
 
 
 class Parser(LightningArgumentParser):
-    """Lightning's parser, whose complaints are exceptions with the nearest option."""
+    """Lightning's parser, whose complaints are exceptions with the nearest option.
+
+    What recipes take as trees (see trees.py) it holds as plain values.
+    """
+
+    def add_class_arguments(self, theclass: type, nested_key: str | None = None, **options: Any) -> list[str]:
+        """Those of a class, its trees as plain values."""
+        trees = tree_defaults(theclass) if issubclass(theclass, pl.LightningModule) else {}
+        added = super().add_class_arguments(theclass, nested_key, **options, **({"skip": {*trees}} if trees else {}))
+        for name, value in trees.items():
+            text = "a tree; see below" if name == "backbone" else f"options by name: --model.{name}.NAME.OPTION"
+            self.add_argument(f"--{nested_key}.{name}", type=Any, default=value, help=text)
+        return added
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         raise ConfigError(self._with_hint(_plain(" ".join(str(message).split())))) from ex
@@ -31,8 +43,9 @@ class Parser(LightningArgumentParser):
             return str(UnknownName("class", unknown[1], [c.__name__ for c in _subclasses(pl.LightningDataModule)]))
         unknown = re.search(r"Option '(\w+)' is not accepted", message)
         if unknown is not None:
-            parts = [part for base in _OPTIONS for part in _subclasses(base)]
-            fields = {field.name for part in parts for field in dataclasses.fields(part)} - {unknown[1]}
+            fields = {field.name for part in _subclasses(FrontConfig) for field in dataclasses.fields(part)} - {
+                unknown[1]
+            }
             own = {option.lstrip("-") for action in self._options() for option in action.option_strings}
             within = sorted(name for name in own if name.endswith(f".{unknown[1]}"))
             if within:
@@ -44,6 +57,7 @@ class Parser(LightningArgumentParser):
         word = next(group for group in unknown.groups() if group)
         word = word.removeprefix("fit.").removeprefix("validate.").removeprefix("test.")
         options = {o.lstrip("-") for action in self._options() for o in action.option_strings}
+        options |= {f"model.{name}" for name in SHORT}
         near = difflib.get_close_matches(word, options, n=1)
         return f"{message}; did you mean '--{near[0]}'?" if near else message
 
