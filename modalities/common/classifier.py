@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...backbones import Backbone, BackboneConfig, BlockConfig, Layout
 from ...backbones.heads import ClassificationHead, ClassificationHeadConfig
-from ...backbones.layer import unfit
+from ...backbones.layer import Output, unfit
 from ...backbones.mixers import get_mixer
 from ...backbones.parameters import remember_marks
 from ...errors import ConfigError, UnsupportedCall
@@ -31,7 +31,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer
         self.backbone = Backbone(backbone)
-        self.head = ClassificationHead(backbone.dim, head)
+        self.head = ClassificationHead(self.backbone.stages[-1].dim, head)
         remember_marks(self)
 
     @classmethod
@@ -51,12 +51,13 @@ class Classifier(nn.Module):
         """Logits, and by name the losses of the backbone's routed experts, weighted: add them to the training loss."""
         tokens, layout = self.tokenizer(media)
         out = self.backbone(tokens, layout)
-        return self.head(out.y, layout), out.losses
+        return self.head(out.y, _layout(out, layout)), out.losses
 
     def forward_features(self, media: Any) -> tuple[Float[Tensor, "b t d"], Layout]:
         """The backbone's tokens after its last norm, and where they are."""
         tokens, layout = self.tokenizer(media)
-        return self.backbone(tokens, layout).y, layout
+        out = self.backbone(tokens, layout)
+        return out.y, _layout(out, layout)
 
     def forward_head(self, tokens: Float[Tensor, "b t d"], layout: Layout) -> Float[Tensor, "n *t classes"]:
         """Logits from what `forward_features` returned."""
@@ -74,6 +75,11 @@ class Classifier(nn.Module):
             raise UnsupportedCall(f"the head pools by {self.head.config.pool!r}; streaming needs 'mean'")
         if name := unfit(self.backbone, lambda can: can.streaming):
             raise UnsupportedCall(f"{name} does not resume from a state; use another layer")
+
+
+def _layout(out: Output, before: Layout) -> Layout:
+    """Where the tokens of an output are; transitions between stages may have moved them."""
+    return before if out.context is None else out.context.layout
 
 
 # The short form of a backbone: what is most often said of one.

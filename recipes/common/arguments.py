@@ -98,7 +98,9 @@ def prepared(argv: list[str], base: Path, model: type) -> Iterator[tuple[list[st
             option, equals, value = word.partition("=")
             place = trees.place(option.split(".")[1:]) if option.startswith("--model.") else None
             if place is not None:
-                trees.flag(option, place, value if equals else next(words, ""))
+                if not equals and (value := next(words, None)) is None:
+                    raise ConfigError(f"{option} needs a value")
+                trees.flag(option, place, value)
             elif option == "--config" and isinstance(content := _read(value or next(words, "")), dict):
                 rest += ["--config", copied(trees.take(content), f"{len(rest)}.yaml")]
             else:

@@ -176,8 +176,9 @@ class RecipeCLI(LightningCLI):
             raise _own_error(error) or ConfigError(" ".join(str(error).split())) from error
 
     def _add_instantiators(self) -> None:
-        # Lightning dumps the configuration here; then the trees become what the model takes.
         super()._add_instantiators()
+        # Of plain values Lightning keeps a dump; then the trees become what the model takes.
+        self._dump_config()
         model = self.options.model
         for name in tree_defaults(self.model_class):
             model[name] = build(name, model[name])

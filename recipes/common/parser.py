@@ -66,6 +66,9 @@ class Parser(LightningArgumentParser):
         return [action for parser in parsers for action in parser._actions]
 
 
+_TYPES = {"bool": "true or false", "int": "an integer", "float": "a number", "str": "text"}
+
+
 def _plain(message: str) -> str:
     """A complaint of jsonargparse about the option that is meant, without the types that it tried in vain."""
     tried = re.search(r"Does not validate against any of the Union subtypes .*? Errors: - (.*?) - Expected", message)
@@ -75,6 +78,9 @@ def _plain(message: str) -> str:
     required = re.fullmatch(r"the following arguments are required: ([\w.]+)", rest)
     if keys and required is not None:
         return f"{option}.{required[1]} is required"
+    wrong = re.fullmatch(r"Expected an? <class '(\w+)'>\. Got value: (.*)", rest)
+    if keys and wrong is not None:
+        return f"{option} is {wrong[2]!r}; it must be {_TYPES.get(wrong[1], f'a {wrong[1]}')}"
     # What a class says of its own option comes with that option's name already.
     return re.sub(r"^(--[\w.]+): --([\w.]+: )", r"\1.\2", f"{option}: {rest}") if keys else rest
 

@@ -111,7 +111,8 @@ class Trees:
         Raises:
             ConfigError, UnknownName: one cannot, with the nearest name.
         """
-        _check_ffn(self.values["backbone"].get("ffn"))
+        if isinstance(self.values["backbone"], dict):
+            _check_ffn(self.values["backbone"].get("ffn"))
         return {name: to_dict(build(name, value)) for name, value in self.values.items()}
 
 
@@ -123,12 +124,11 @@ def _check_ffn(ffn: Any) -> None:
     for option in (ffn or {}).keys() - {"type", *known}:
         near = difflib.get_close_matches(option, [f for entry in entries for f in fields_of(entry.config)], n=1)
         having = [entry.name for entry in entries if near and near[0] in fields_of(entry.config)]
-        chosen = "there is no feed-forward layer" if kind is None else f"the feed-forward layer is {kind!r}"
         if kind in having or not having:
             return  # its own configuration says what is wrong
+        chosen = "there is no feed-forward layer" if kind is None else f"ffn {kind!r} has no option {option!r}"
         raise ConfigError(
-            f"{chosen}, without an option {option!r}; {near[0]!r} is one of {' and '.join(map(repr, having))}: add "
-            f"--model.ffn {having[0]}"
+            f"{chosen}; {near[0]!r} is one of {' and '.join(map(repr, having))}: add --model.ffn {having[0]}"
         )
 
 
@@ -173,7 +173,8 @@ def _plain(place: list[str], value: Any) -> Any:
     if isinstance(value, dict):
         value = {name: _plain([*place, name], inner) for name, inner in value.items()}
         return value | {"type": part_name(value["type"])} if isinstance(value.get("type"), str) else value
-    if isinstance(value, str) and place in (["backbone", "ffn"], ["backbone", "residual"]):
-        base = FFNConfig if key == "ffn" else ResidualConfig
-        return {"type": lookup(base, part_name(value)).name}
-    return value
+    if not isinstance(value, str) or key not in ("mixer", "ffn", "residual", "transition"):
+        return value
+    if place in (["backbone", "ffn"], ["backbone", "residual"]):
+        return {"type": lookup(FFNConfig if key == "ffn" else ResidualConfig, part_name(value)).name}
+    return part_name(value)
