@@ -13,6 +13,7 @@ from .context import Context
 from .layer import Capabilities, Output, SequenceLayer
 from .layout import Layout
 from .registry import build_part
+from .serialization import current_name
 from .state import State
 
 
@@ -82,14 +83,9 @@ class Block(SequenceLayer):
         return [output for _, _, layer in self.parts() for output in layer.residual_outputs()]
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest, **options) -> None:
-        # What version 0.1 called the norms and the feed-forward layer.
-        for old, new in RENAMED.items():
-            for name in [name for name in state_dict if name.startswith(prefix + old)]:
-                state_dict[prefix + new + name[len(prefix + old) :]] = state_dict.pop(name)
+        for name in [name for name in state_dict if name.startswith(prefix)]:
+            state_dict[prefix + current_name(name.removeprefix(prefix), inside="")] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *rest, **options)
-
-
-RENAMED = {"mixer_norm.": "mixer_residual.norm.", "channel_norm.": "ffn_residual.norm.", "channel.": "ffn."}
 
 
 def added(losses: dict[str, Tensor], more: dict[str, Tensor]) -> dict[str, Tensor]:

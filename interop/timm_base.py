@@ -56,7 +56,7 @@ class TimmModel(Classifier):
 
     def adopt(self) -> None:
         """Set the attributes that timm reads and that follow from the parts."""
-        self.num_features = self.head_hidden_size = self.embed_dim = self.backbone.config.dim
+        self.num_features = self.head_hidden_size = self.embed_dim = self.backbone.stages[-1].dim
         self.num_classes = self.head.config.classes
         self.global_pool = next(name for name, pool in _POOLS.items() if pool == self.head.config.pool)
 

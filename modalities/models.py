@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +12,7 @@ from torch import nn
 from ..backbones import LanguageModel
 from ..errors import CheckpointError, ConfigError, UnknownName
 from .audio.model import AUDIO_MODELS, AudioClassifier, audio_classifier
+from .common.classifier import SHORT
 from .common.weights import CONFIG, WEIGHTS, build_config, load_weights, read_config, save_weights, unwrap, write_config
 from .image.model import VISION_MODELS, ImageClassifier, image_classifier
 from .video.model import VIDEO_MODELS, VideoClassifier, video_classifier
@@ -27,8 +26,8 @@ def register_model(name: str, factory: Callable[..., Any]) -> None:
 
     Args:
         name: what users write.
-        factory: returns the configuration of a registered class; its keyword arguments, all with defaults, are what
-            `create_model` lets users override.
+        factory: returns the configuration of a registered class; its keyword arguments, none of them required, are
+            what `create_model` lets users override.
 
     Raises:
         ValueError: the name is taken.
@@ -61,8 +60,9 @@ def model_config(name: str, **overrides: Any) -> Any:
     """The configuration of a named model.
 
     Args:
-        overrides: what to change, by the names of the factory's arguments; for image classifiers: classes, size, patch,
-            channels, positions, class_token, pool, dropout, drop_path, depth, dim, mixer.
+        overrides: what to change: `backbone`, the whole configuration, or its short form (mixer, dim, depth, ffn,
+            mixers, scan, drop_path); and the other options of `image_classifier`, `video_classifier` or
+            `audio_classifier`.
 
     Raises:
         UnknownName: no such model.
@@ -70,13 +70,12 @@ def model_config(name: str, **overrides: Any) -> Any:
     """
     if name not in _factories:
         raise UnknownName("model", name, _factories)
-    known = list(inspect.signature(_factories[name]).parameters)
-    for override in overrides:
-        if override not in known:
-            near = difflib.get_close_matches(override, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(known)}"
-            raise ConfigError(f"{name} has no option {override!r}; {hint}")
-    return _factories[name](**overrides)
+    factory = _factories[name]
+    if "backbone" in overrides and isinstance(factory, partial):
+        # A whole backbone replaces the named model's, of which it takes nothing.
+        kept = {option: value for option, value in factory.keywords.items() if option not in SHORT}
+        factory = partial(factory.func, **kept)
+    return factory(**overrides)
 
 
 def create_model(name: str, **overrides: Any) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,11 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...backbones import BackboneConfig, State, list_mixers
-from ...backbones.config import FFNConfig
 from ...backbones.heads import ClassificationHeadConfig
 from ...backbones.scan import scan_orders
 from ...errors import ConfigError
-from ..common.classifier import Classifier, plain_backbone
+from ..common.classifier import Classifier, parted, plain_backbone
 from .fronts import (
     FRONTS,
     FrameFrontConfig,
@@ -184,7 +184,19 @@ def audio_front(
     causal: bool = False,
     augment: SpecAugmentConfig | None = None,
 ) -> FrontConfig:
-    """The usual options of a front; see `audio_classifier` for the arguments.
+    """The usual options of a front.
+
+    Args:
+        front: "patches", "frames" or "wave".
+        rate: samples a second of the waves.
+        seconds: length of the clips for which positions are learned, where the front learns them. Clips of any other
+            length are served too: their positions are interpolated.
+        patch: frames and bins of a patch, one number or (time, frequency).
+        bins: mel filters; 128 for patches and 80 for frames by default.
+        positions: "factorised", "learned" or "none" for patches; "sinusoidal" or "none" for the others.
+        class_token: None, "first" or "middle", for patches.
+        causal: whether a token hears only what came before.
+        augment: masks of the spectrogram in training; not for waves.
 
     Raises:
         UnknownName: no such front.
@@ -213,70 +225,40 @@ def audio_front(
 
 
 def audio_classifier(
+    backbone: BackboneConfig | None = None,
     *,
-    mixer: str,
-    dim: int,
-    depth: int,
     classes: int = 527,
     front: str = "patches",
-    rate: int = 16_000,
-    seconds: float = 10.24,
-    patch: int | tuple[int, int] = 16,
-    bins: int | None = None,
-    positions: str | None = None,
-    class_token: str | None = None,
-    pool: str = "mean",
-    ffn: FFNConfig | str | None = "swiglu",
-    causal: bool = False,
-    scan: str | None = None,
-    augment: SpecAugmentConfig | None = None,
-    dropout: float = 0.0,
-    drop_path: float = 0.0,
     fronts: dict[str, FrontConfig] | None = None,
+    causal: bool = False,
+    pool: str = "mean",
+    dropout: float = 0.0,
+    **options: Any,
 ) -> AudioClassifierConfig:
-    """The configuration of a plain classifier around one mixer (or several, "attention+gla").
+    """The configuration of a classifier of sounds around any backbone; plain and ViT-shaped from its short form.
 
     Args:
-        mixer: see `plain_backbone`.
+        backbone: the whole configuration, or None for the short form, which scans "both" ways, or "forward" where
+            `causal`. Packed clips are served by these two.
         front: "patches", "frames" or "wave".
-        rate: samples a second of the waves.
-        seconds: length of the clips for which positions are learned, where the front learns them. Clips of any other
-            length are served too: their positions are interpolated.
-        patch: frames and bins of a patch, one number or (time, frequency).
-        bins: mel filters; 128 for patches and 80 for frames by default.
-        positions: "factorised", "learned" or "none" for patches; "sinusoidal" or "none" for the others.
-        class_token: None, "first" or "middle", for patches.
+        fronts: options by front; those of this front replace what `options` say of it.
         causal: a token hears only what came before, so that the model streams; not for patches.
-        scan: the orders in which mixers that only look backwards run over the tokens; the others ignore it. By default
-            both ways, and "forward" where causal. Packed clips are served both ways and forward alone.
-        augment: masks of the spectrogram in training; not for waves.
-        fronts: options by front; those of this front replace the ones that the arguments above describe.
+        options: those of `audio_front`, and the short form of the backbone: see `plain_backbone`.
+
+    Raises:
+        UnknownName, ConfigError: names that there are not, and parts that do not fit.
     """
-    options = dict(fronts or {})
-    if front not in options:
-        options[front] = audio_front(
-            front,
-            rate=rate,
-            seconds=seconds,
-            patch=patch,
-            bins=bins,
-            positions=positions,
-            class_token=class_token,
-            causal=causal,
-            augment=augment,
-        )
-    audio = AudioTokenizerConfig(dim=dim, front=front, fronts=options, causal=causal)
+    own, short = parted(options, inspect.signature(audio_front).parameters.keys() - {"front", "causal"})
+    given = dict(fronts or {})
+    if front not in given:
+        given[front] = audio_front(front, causal=causal, **own)
+    if backbone is None and short.get("scan") is None:
+        short["scan"] = "forward" if causal else "both"
+    has_positions = given[front].has_positions
+    backbone = plain_backbone(backbone, positions=has_positions, **short)
     return AudioClassifierConfig(
-        audio=audio,
-        backbone=plain_backbone(
-            mixer=mixer,
-            dim=dim,
-            depth=depth,
-            positions=audio.options.has_positions,
-            scan=scan or ("forward" if causal else "both"),
-            ffn=ffn,
-            drop_path=drop_path,
-        ),
+        audio=AudioTokenizerConfig(dim=backbone.dim, front=front, fronts=given, causal=causal),
+        backbone=backbone,
         head=ClassificationHeadConfig(classes=classes, pool=pool, dropout=dropout),
     )
 

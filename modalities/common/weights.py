@@ -9,22 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...backbones.serialization import from_dict, to_dict
+from ...backbones.serialization import current_name, from_dict, to_dict
 from ...errors import CheckpointError, ConfigError
 from ...utils.files import replace_file, replace_tensors
 from .grid import fit_positions
 
+# Of what `write_config` writes. Version 0.1 wrote none, which is 1.
+FORMAT = 2
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # Marks that torch.compile and data parallel wrappers leave in parameter names.
 _WRAPPERS = ("_orig_mod.", "module.")
 
 
 def plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without the marks that torch.compile and data-parallel wrappers leave in its names."""
+    """A state dict in today's names, without the marks that torch.compile and data-parallel wrappers leave in them."""
     plain = {}
     for name, tensor in weights.items():
         name = name.replace(_WRAPPERS[0], "")
-        plain[name.removeprefix(_WRAPPERS[1])] = tensor
+        plain[current_name(name.removeprefix(_WRAPPERS[1]))] = tensor
     return plain
 
 
@@ -85,16 +87,23 @@ def write_config(config: Any, kind: str, file: str | Path, details: dict[str, An
     from ...utils.version import __version__
 
     text = json.dumps(
-        {"omnimix": __version__, "model": kind, "config": to_dict(config), "details": details or {}}, indent=2
+        {
+            "omnimix": __version__,
+            "format": FORMAT,
+            "model": kind,
+            "config": to_dict(config),
+            "details": details or {},
+        },
+        indent=2,
     )
     replace_file(file, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
 
 def read_config(file: str | Path) -> dict[str, Any]:
-    """What `write_config` wrote: "omnimix" (version), "model", "config" (plain) and "details".
+    """What `write_config` wrote: "omnimix" (version), "format", "model", "config" (plain) and "details".
 
     Raises:
-        CheckpointError: the file is missing or is no such JSON.
+        CheckpointError: the file is missing, is no such JSON, or was written in a newer format.
     """
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -102,7 +111,13 @@ def read_config(file: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read {file}: {error}; nothing was loaded") from error
     if not isinstance(content, dict) or not {"model", "config"} <= content.keys():
         raise CheckpointError(f"{file} must hold 'model' and 'config', and does not; nothing was loaded")
-    return {"details": {}} | content
+    content = {"details": {}, "format": 1} | content
+    if content["format"] not in range(1, FORMAT + 1):
+        raise CheckpointError(
+            f"{file} has format {content['format']!r}, written by omnimix {content.get('omnimix', '?')}; this version "
+            f"reads formats 1 to {FORMAT}: upgrade omnimix; nothing was loaded"
+        )
+    return content
 
 
 def build_config(config_class: type, values: Any, file: str | Path) -> Any:

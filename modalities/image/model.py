@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from ...backbones import BackboneConfig, list_mixers
 from ...backbones.heads import ClassificationHeadConfig
 from ...errors import ConfigError
-from ..common.classifier import Classifier, plain_backbone
+from ..common.classifier import Classifier, parted, plain_backbone
 from .tokenizer import PatchTokenizer, PatchTokenizerConfig
 
 
@@ -63,30 +63,31 @@ class ImageClassifier(Classifier):
 
 
 def image_classifier(
+    backbone: BackboneConfig | None = None,
     *,
-    mixer: str,
-    dim: int,
-    depth: int,
     classes: int = 1000,
-    size: int | tuple[int, int] = 224,
-    patch: int | tuple[int, int] = 16,
-    channels: int = 3,
-    positions: str = "learned",
-    class_token: str | None = None,
     pool: str = "mean",
     dropout: float = 0.0,
-    drop_path: float = 0.0,
+    **options: Any,
 ) -> ImageClassifierConfig:
-    """The configuration of a plain, ViT-shaped classifier around one mixer (or several, "attention+gla").
+    """The configuration of a classifier around any backbone; plain and ViT-shaped from its short form.
 
-    Mixers that only look backwards run in both directions, the others ignore the scan. Attention has no rotary
-    positions where the tokenizer gives learned ones.
+    Attention has no rotary positions where the tokenizer gives learned ones.
+
+    Args:
+        backbone: the whole configuration, or None for the short form.
+        options: fields of `PatchTokenizerConfig` (size, patch, channels, positions, class_token, registers), and the
+            short form of the backbone: see `plain_backbone`.
+
+    Raises:
+        UnknownName, ConfigError: names that there are not, and parts that do not fit.
     """
+    image, short = parted(options, {field.name for field in fields(PatchTokenizerConfig)} - {"dim"})
+    positions = image.get("positions", PatchTokenizerConfig.positions) != "none"
+    backbone = plain_backbone(backbone, positions=positions, **short)
     return ImageClassifierConfig(
-        image=PatchTokenizerConfig(
-            dim=dim, patch=patch, channels=channels, size=size, positions=positions, class_token=class_token
-        ),
-        backbone=plain_backbone(mixer=mixer, dim=dim, depth=depth, positions=positions != "none", drop_path=drop_path),
+        image=PatchTokenizerConfig(dim=backbone.dim, **image),
+        backbone=backbone,
         head=ClassificationHeadConfig(classes=classes, pool=pool, dropout=dropout),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -10,11 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...backbones import BackboneConfig, State, list_mixers
-from ...backbones.config import FFNConfig
 from ...backbones.heads import ClassificationHeadConfig
 from ...backbones.scan import needs_rows, scan_orders
 from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
-from ..common.classifier import Classifier, plain_backbone
+from ..common.classifier import Classifier, parted, plain_backbone
 from .reduction import Grid
 from .tokenizer import TubeletTokenizer, TubeletTokenizerConfig
 
@@ -174,62 +173,32 @@ class VideoClassifier(Classifier):
 
 
 def video_classifier(
+    backbone: BackboneConfig | None = None,
     *,
-    mixer: str,
-    dim: int,
-    depth: int,
     classes: int = 400,
-    size: int | tuple[int, int, int] = (8, 224, 224),
-    tubelet: int | tuple[int, int, int] = (1, 16, 16),
-    channels: int = 3,
-    positions: str = "factorised",
-    time_positions: str | None = None,
-    class_token: str | None = None,
     pool: str = "mean",
-    group: int | tuple[int, int, int] = (1, 1, 1),
-    merge: int | None = None,
-    causal: bool = False,
-    scan: str | None = None,
-    ffn: FFNConfig | str | None = "swiglu",
     dropout: float = 0.0,
-    drop_path: float = 0.0,
+    **options: Any,
 ) -> VideoClassifierConfig:
-    """The configuration of a plain, ViT-shaped classifier of videos around one mixer (or several, "attention+gla").
+    """The configuration of a classifier of videos around any backbone; plain and ViT-shaped from its short form.
 
     Args:
-        mixer: see `plain_backbone`.
-        size, tubelet, channels, positions, time_positions, class_token, group, merge, causal: see
-            `TubeletTokenizerConfig`.
-        pool, dropout: of the head.
-        scan: the orders in which mixers that only look backwards run over the tokens; the others ignore it. By default
-            both ways, spatial first, and "forward" where causal.
-        ffn: the feed-forward layer of each block, or None.
+        backbone: the whole configuration, or None for the short form, which scans "both" ways, spatial first, or
+            "forward" where `causal`.
+        options: fields of `TubeletTokenizerConfig` (size, tubelet, channels, positions, time_positions, class_token,
+            registers, group, merge, causal), and the short form of the backbone: see `plain_backbone`.
 
     Raises:
         UnknownName, ConfigError, UnsupportedCall: names that there are not, and parts that do not fit.
     """
+    video, short = parted(options, {field.name for field in fields(TubeletTokenizerConfig)} - {"dim"})
+    if backbone is None and short.get("scan") is None:
+        short["scan"] = "forward" if video.get("causal") else "both"
+    positions = video.get("positions", TubeletTokenizerConfig.positions) != "none"
+    backbone = plain_backbone(backbone, positions=positions, **short)
     return VideoClassifierConfig(
-        video=TubeletTokenizerConfig(
-            dim=dim,
-            tubelet=tubelet,
-            channels=channels,
-            size=size,
-            positions=positions,
-            time_positions=time_positions,
-            class_token=class_token,
-            group=group,
-            merge=merge,
-            causal=causal,
-        ),
-        backbone=plain_backbone(
-            mixer=mixer,
-            dim=dim,
-            depth=depth,
-            positions=positions != "none",
-            scan=scan or ("forward" if causal else "both"),
-            ffn=ffn,
-            drop_path=drop_path,
-        ),
+        video=TubeletTokenizerConfig(dim=backbone.dim, **video),
+        backbone=backbone,
         head=ClassificationHeadConfig(classes=classes, pool=pool, dropout=dropout),
     )
 

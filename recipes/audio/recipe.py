@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...backbones.config import FFNConfig, MixerConfig
+from ...backbones import BackboneConfig
 from ...errors import ConfigError
 from ...modalities.audio.fronts import FrameFrontConfig, FrontConfig, PatchFrontConfig
 from ...modalities.audio.mel import LogMel, MelConfig, SpecAugmentConfig
@@ -24,6 +24,7 @@ __all__ = ["AudioClassification", "AudioFolderData", "SoundsData"]
 # Whisper's logarithms lie between -1 and 1.5 or so; the tokens of other media have about this deviation.
 _MEAN, _STD = 0.2, 0.4
 _TRAINING = ClassificationTrainingConfig()
+_BACKBONE = BackboneConfig(dim=64, depth=2, pattern=("gated_deltanet",), scan="both")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,16 +76,9 @@ class AudioClassification(Classification):
     """A classifier of sounds and how it is trained.
 
     Args:
-        mixer: the sequence mixer, by name; several, joined by commas, are tiled over the depth ("gla,gla,attention"),
-            and joined by "+" they run in parallel ("attention+gla").
-        dim: width of the tokens.
-        depth: number of blocks.
+        backbone: the configuration of the blocks; see `BackboneConfig`.
         front: how waves become tokens: "frames" or "patches" of a spectrogram, or the "wave" itself.
         spectrogram: what the first two see.
-        scan: the orders in which mixers that only look backwards run over the tokens.
-        ffn: the feed-forward layer of a block: "swiglu", "mlp", "moe", or null for none.
-        mixers: options by mixer name.
-        drop_path: stochastic depth in the last block.
         training: optimiser, schedule, regularisation and averaging.
         order_blind_epochs: for so many epochs another model is trained that hears all moments of a sound but not their
             order, to compare with; 0 leaves it out.
@@ -94,15 +88,9 @@ class AudioClassification(Classification):
     def __init__(
         self,
         *,
-        mixer: str = "gated_deltanet",
-        dim: int = 64,
-        depth: int = 2,
+        backbone: BackboneConfig = _BACKBONE,
         front: str = "frames",
         spectrogram: SpectrogramConfig = SpectrogramConfig(),
-        scan: str = "both",
-        ffn: FFNConfig | str | None = "swiglu",
-        mixers: dict[str, MixerConfig] = {},  # noqa: B006 - jsonargparse cannot write a factory's value
-        drop_path: float = 0.0,
         training: ClassificationTrainingConfig = _TRAINING,
         order_blind_epochs: int = 12,
         sounds: tuple[int, float | None, int] = (16_000, 1.2, 12),
@@ -111,20 +99,9 @@ class AudioClassification(Classification):
             raise ConfigError(f"model.order_blind_epochs is {order_blind_epochs}; it must be at least 0")
         rate, seconds, classes = sounds
         fronts = spectrogram.fronts(rate, seconds)
-        plain = audio_classifier(
-            mixer=mixer,
-            dim=dim,
-            depth=depth,
-            classes=classes,
-            front=front,
-            rate=rate,
-            ffn=ffn,
-            drop_path=drop_path,
-            fronts={front: fronts[front]} if front in fronts else None,
-        )
-        backbone = replace(plain.backbone, scan=scan, mixers=plain.backbone.mixers | mixers)
-        model = AudioClassifier(replace(plain, backbone=backbone))
-        super().__init__(model, medium="audio", mixer=mixer, training=training, classes=classes)
+        options = {"fronts": {front: fronts[front]}} if front in fronts else {"rate": rate}
+        model = AudioClassifier(audio_classifier(backbone, classes=classes, front=front, **options))
+        super().__init__(model, medium="audio", training=training, classes=classes)
         self.spectrogram, self.rate, self.order_blind_epochs = spectrogram, rate, order_blind_epochs
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
-from ...backbones.registry import OPTIONS
 from ...errors import ConfigError
 from ...utils.run_folder import RunFolder
 from .. import CONFIGS, RECIPES
+from .trees import Trees
 
 
 def argument(argv: list[str], name: str, default: str) -> str:
@@ -34,21 +34,6 @@ def with_run_config(argv: list[str], folder: RunFolder) -> list[str]:
     """
     own = ["--config", str(folder.config)] if folder.config.is_file() else []
     return [*own, *([f"--data.tokenizer={folder.path}"] if folder.tokenizer.is_file() else []), *argv]
-
-
-def typed_options(argv: list[str]) -> list[str]:
-    """Before the first `--model.mixers.NAME.OPTION`, say which class the options of that mixer are; and so on."""
-    typed: list[str] = []
-    seen: set[str] = set()
-    for word in argv:
-        found = re.match(rf"--model\.({'|'.join(OPTIONS)})\.(\w+)(\.)?", word)
-        if found is not None and (place := f"--model.{found[1]}.{found[2]}") not in seen:
-            seen.add(place)
-            if found[3]:
-                config = OPTIONS[found[1]].get(found[2]).config
-                typed.append(f"{place}={config.__module__}.{config.__name__}")
-        typed.append(word)
-    return typed
 
 
 def configurations(argv: list[str], recipe: str) -> tuple[list[str], Path, str]:
@@ -87,27 +72,63 @@ def configurations(argv: list[str], recipe: str) -> tuple[list[str], Path, str]:
 
 
 @contextlib.contextmanager
-def defaults(base: Path, argv: list[str]) -> Iterator[Path]:
-    """The file with the defaults: `base`, without its data set where the user names another.
+def prepared(argv: list[str], base: Path, model: type) -> Iterator[tuple[list[str], Path]]:
+    """What the parser is given: a command line and a file of defaults, with the trees of both in a file of their own.
 
-    jsonargparse would hand on to a class whatever values of another one it can take, its defaults too.
+    Args:
+        argv: the command line, with files that this version reads.
+        base: the defaults of the recipe, or of the packaged configuration that is named.
+        model: the recipe's module.
 
     Raises:
-        ConfigError: an option of one's own files, and the data set is a generated one.
+        ConfigError: an option of one's own files, and the data set is a generated one; or what is wrong with a tree.
+    """
+    trees = Trees(model)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def copied(content: Any, name: str) -> str:
+            file = Path(folder) / name
+            file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+            return str(file)
+
+        file = Path(copied(trees.take(_defaults(base, argv)), base.name))
+        rest: list[str] = []
+        words = iter(argv)
+        for word in words:
+            option, equals, value = word.partition("=")
+            place = trees.place(option.split(".")[1:]) if option.startswith("--model.") else None
+            if place is not None:
+                if not equals and (value := next(words, None)) is None:
+                    raise ConfigError(f"{option} needs a value")
+                trees.flag(option, place, value)
+            elif option == "--config" and isinstance(content := _read(value or next(words, "")), dict):
+                rest += ["--config", copied(trees.take(content), f"{len(rest)}.yaml")]
+            else:
+                rest.append(word)
+        yield [*rest, "--config", copied({"model": trees.checked()}, "trees.yaml")], file
+
+
+def _read(file: str) -> Any:
+    """The content of a YAML file; None where it cannot be read: the parser says what is wrong with it."""
+    try:
+        return yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+
+
+def _defaults(base: Path, argv: list[str]) -> dict[str, Any]:
+    """The defaults in `base`, without its data set where the user names another.
+
+    jsonargparse would hand on to a class whatever values of another one it can take, its defaults too.
     """
     content = yaml.safe_load(base.read_text(encoding="utf-8"))
     own = _class_name(content["data"])
     named = _data_classes(argv)
     if not named:
         _check_root(argv, base, own)
-    if all(name == own for name in named):
-        yield base
-        return
-    del content["data"]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / base.name
-        file.write_text(yaml.safe_dump(content), encoding="utf-8")
-        yield file
+    if any(name != own for name in named):
+        del content["data"]
+    return content
 
 
 def _data_classes(argv: list[str]) -> list[str]:
@@ -115,11 +136,7 @@ def _data_classes(argv: list[str]) -> list[str]:
     named = [argument(argv, name, "") for name in ("--data", "--data.class_path")]
     for i, word in enumerate(argv[:-1]):
         if word == "--config":
-            try:
-                content = yaml.safe_load(Path(argv[i + 1]).read_text(encoding="utf-8"))
-            except (OSError, ValueError, yaml.YAMLError):
-                # The parser says what is wrong with it.
-                continue
+            content = _read(argv[i + 1])
             if isinstance(content, dict):
                 named.append(content.get("data") or "")
     return [_class_name(value) for value in named if value]

@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from ...backbones.serialization import to_dict
 from ...modalities import save_model
-from ...modalities.common.classifier import Classifier
+from ...modalities.common.classifier import Classifier, pattern_name
 from ...utils.console import emit
 from .cli import RecipeCLI
 from .media import IGNORED
@@ -47,16 +47,14 @@ class Classification(pl.LightningModule):
     Args:
         model: media to logits.
         medium: the name in a batch of what the model takes.
-        mixer: as the user wrote it.
         training: optimiser, schedule, regularisation and averaging.
         classes: number of classes.
     """
 
-    def __init__(
-        self, model: Classifier, *, medium: str, mixer: str, training: ClassificationTrainingConfig, classes: int
-    ):
+    def __init__(self, model: Classifier, *, medium: str, training: ClassificationTrainingConfig, classes: int):
         super().__init__()
-        self.model, self.medium, self.mixer, self.training_config = model, medium, mixer, training
+        self.model, self.medium, self.training_config = model, medium, training
+        self.mixer = pattern_name(model.config.backbone)
         self.acc1 = MulticlassAccuracy(classes, top_k=1, average="micro", ignore_index=IGNORED)
         self.acc5 = MulticlassAccuracy(classes, top_k=min(5, classes), average="micro", ignore_index=IGNORED)
         # Lightning's own mean over ranks rounds the number of samples.

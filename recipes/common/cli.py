@@ -20,18 +20,20 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from ...backbones.serialization import to_dict
 from ...errors import CheckpointError, ConfigError, OmnimixError
 from ...modalities import load_weights
 from ...utils.console import emit
 from ...utils.files import replace_file
 from ...utils.options import add_json, add_threads, set_threads
 from ...utils.run_folder import RunFolder
-from .arguments import argument, configurations, defaults, typed_options, with_run_config
+from .arguments import argument, configurations, prepared, with_run_config
 from .history import History
 from .migration import migrated_files
 from .parser import Parser
 from .ranks import same_again, share_threads, trainer_of_torchrun
 from .training import AverageWeights, Interrupted, LastCheckpoint, SeedEveryStep, precision
+from .trees import EPILOG, build, tree_defaults
 
 _OF_THE_CALL = ("overwrite", "resume", "ckpt_path", "weights_only", "json", "run")
 
@@ -79,7 +81,7 @@ class RecipeCLI(LightningCLI):
         self.task = recipe.split("_")[0]
         argv, base, self.configuration = configurations(argv, recipe)
         _quiet()
-        with migrated_files(argv) as argv, defaults(base, argv) as file:
+        with migrated_files(argv) as argv, prepared(argv, base, model) as (argv, file):
             self._start(model, data, str(file), argv)
 
     def _start(
@@ -99,7 +101,7 @@ class RecipeCLI(LightningCLI):
                 self.command: {"default_config_files": [file]},
             },
             auto_configure_optimizers=False,
-            args=[self.command, *typed_options(argv)],
+            args=[self.command, *argv],
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -145,6 +147,7 @@ class RecipeCLI(LightningCLI):
         else:
             parser.add_argument("--run", required=True, help="folder of the run, or its name under runs/")
             add_json(parser)
+        parser.epilog = EPILOG
         parser.link_arguments("seed_everything", "data.init_args.seed")
         for source, target in self.links:
             parser.link_arguments(f"data.{source}", f"model.{target}", apply_on="instantiate")
@@ -171,6 +174,14 @@ class RecipeCLI(LightningCLI):
             super().instantiate_classes()
         except ValueError as error:
             raise _own_error(error) or ConfigError(" ".join(str(error).split())) from error
+
+    def _add_instantiators(self) -> None:
+        super()._add_instantiators()
+        # Of plain values Lightning keeps a dump; then the trees become what the model takes.
+        self._dump_config()
+        model = self.options.model
+        for name in tree_defaults(self.model_class):
+            model[name] = build(name, model[name])
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self.options.trainer
@@ -265,6 +276,8 @@ class RecipeCLI(LightningCLI):
         config = self.options.clone()
         for name in _OF_THE_CALL:
             config.pop(name, None)
+        for name in tree_defaults(self.model_class):
+            config.model[name] = to_dict(config.model[name])
         parser = self._parser(self.command)
         options = {"skip_unset": False, "skip_validation": True, "overwrite": True, "multifile": False}
         # In one step: when a run goes on, other processes read the file at this very time.

@@ -1,8 +1,9 @@
-"""Run configurations of earlier versions in today's terms: the classes that they name have moved."""
+"""Run configurations of earlier versions in today's terms: classes have moved, and options have other names."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,13 +34,39 @@ def current_path(class_path: str) -> str:
 
 
 def migrate(content: Any) -> Any:
+    """The plain values of a configuration in today's terms."""
+    content = _with_paths(content)
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        content["model"] = _model(content["model"])
+    return content
+
+
+def _model(values: dict[str, Any]) -> dict[str, Any]:
+    """The options of a recipe's model; version 0.1 called the feed-forward layer `channel`."""
+    if not {"channel", "channels"} & values.keys():
+        return values
+    values = dict(values)
+    kind, options = values.pop("channel", "swiglu"), values.pop("channels", None) or {}
+    if kind is None:
+        values["ffn"] = None
+    else:
+        chosen = options.get(kind) or {}
+        values["ffn"] = {"type": kind, **chosen.get("init_args", chosen)}
+    # What was said of mixers that the pattern does not name had no effect.
+    if "mixer" in values:
+        named = re.split(r"[,+\s]+", values["mixer"])
+        values["mixers"] = {name: v for name, v in (values.get("mixers") or {}).items() if name in named}
+    return values
+
+
+def _with_paths(content: Any) -> Any:
     """The plain values of a configuration, with the class paths of today."""
     if isinstance(content, dict):
         return {
-            key: current_path(value) if key == "class_path" and isinstance(value, str) else migrate(value)
+            key: current_path(value) if key == "class_path" and isinstance(value, str) else _with_paths(value)
             for key, value in content.items()
         }
-    return [migrate(value) for value in content] if isinstance(content, list) else content
+    return [_with_paths(value) for value in content] if isinstance(content, list) else content
 
 
 @contextlib.contextmanager

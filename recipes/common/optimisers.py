@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ...backbones import Backbone
 from ...backbones.ffn import rebalance
 from ...backbones.parameters import no_weight_decay
-from ...errors import ConfigError
+from ...backbones.serialization import current_name
+from ...errors import CheckpointError, ConfigError
 from .training import TrainingConfig
 
 
@@ -24,8 +25,8 @@ class MuonAdamW(torch.optim.Optimizer):
     equation 4), so that one learning rate and one weight decay serve both.
 
     Args:
-        muon: groups of matrices.
-        adamw: groups of any parameters.
+        muon: groups of matrices, as (name, parameter) pairs.
+        adamw: groups of any parameters, as pairs too.
         lr: of all groups.
         betas: of AdamW.
         momentum: of Muon.
@@ -46,7 +47,10 @@ class MuonAdamW(torch.optim.Optimizer):
         if adamw:
             self._parts.append(torch.optim.AdamW(adamw, lr=lr, betas=betas, foreach=True))
         self._sizes = [len(part.param_groups) for part in self._parts]
-        super().__init__([group for part in self._parts for group in part.param_groups], {"lr": lr})
+        groups = [group for part in self._parts for group in part.param_groups]
+        # The parts have taken the names away from the parameters; torch wants them as they are given.
+        groups = [g | {"params": [*zip(g["param_names"], g["params"], strict=True)]} for g in groups]
+        super().__init__(groups, {"lr": lr})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -66,12 +70,16 @@ class MuonAdamW(torch.optim.Optimizer):
 def parameter_groups(
     module: nn.Module, weight_decay: float, only: Callable[[str], bool] = lambda name: True
 ) -> list[dict[str, Any]]:
-    """The trainable parameters in two groups: those that decay, and those that declare that they must not."""
+    """The trainable parameters, with their names, in two groups: those that decay, and those that must not."""
     spared = no_weight_decay(module)
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad and only(name)]
     groups = [
-        {"params": [p for name, p in named if name not in spared], "weight_decay": weight_decay, "name": "decay"},
-        {"params": [p for name, p in named if name in spared], "weight_decay": 0.0, "name": "no_decay"},
+        {
+            "params": [(name, p) for name, p in named if name not in spared],
+            "weight_decay": weight_decay,
+            "name": "decay",
+        },
+        {"params": [(name, p) for name, p in named if name in spared], "weight_decay": 0.0, "name": "no_decay"},
     ]
     return [group for group in groups if group["params"]]
 
@@ -93,18 +101,54 @@ def hidden_matrices(module: nn.Module) -> set[str]:
 
 
 def build_optimiser(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """The optimiser that the configuration names, over the trainable parameters of `module`."""
+    """The optimiser that the configuration names, over the trainable parameters of `module`.
+
+    Its state has the names of the parameters, and is loaded by them.
+    """
     if config.optimizer == "adamw":
         groups = parameter_groups(module, config.weight_decay)
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, foreach=True)
-    matrices = hidden_matrices(module)
-    return MuonAdamW(
-        parameter_groups(module, config.weight_decay, matrices.__contains__),
-        parameter_groups(module, config.weight_decay, lambda name: name not in matrices),
-        lr=config.lr,
-        betas=config.betas,
-        momentum=config.momentum,
-    )
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, foreach=True)
+    else:
+        matrices = hidden_matrices(module)
+        optimizer = MuonAdamW(
+            parameter_groups(module, config.weight_decay, matrices.__contains__),
+            parameter_groups(module, config.weight_decay, lambda name: name not in matrices),
+            lr=config.lr,
+            betas=config.betas,
+            momentum=config.momentum,
+        )
+    optimizer.register_load_state_dict_pre_hook(match_by_name)
+    return optimizer
+
+
+def match_by_name(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
+    """A saved state whose parameters are in the optimiser's order, whatever theirs was.
+
+    Version 0.1 wrote no names; its parameters are in today's order.
+
+    Raises:
+        CheckpointError: the state is of other parameters.
+    """
+    groups = state["param_groups"]
+    if not all("param_names" in group for group in groups):
+        return None
+    saved = {
+        current_name(name): key
+        for group in groups
+        for name, key in zip(group["param_names"], group["params"], strict=True)
+    }
+    own = [group["param_names"] for group in optimizer.param_groups]
+    if other := sorted(saved.keys() ^ {name for names in own for name in names}):
+        raise CheckpointError(f"the optimiser's state is of another model: only one of them has {other[0]!r}")
+    if len(groups) != len(own):
+        raise CheckpointError(
+            f"the optimiser's state has {len(groups)} groups of parameters, and the optimiser {len(own)}"
+        )
+    groups = [
+        group | {"params": [saved[name] for name in names], "param_names": list(names)}
+        for group, names in zip(groups, own, strict=True)
+    ]
+    return state | {"param_groups": groups}
 
 
 def cosine(step: int, total: int, warmup: float, floor: float) -> float:

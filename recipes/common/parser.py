@@ -6,21 +6,33 @@ import argparse
 import dataclasses
 import difflib
 import re
+from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
-from ...backbones.config import FFNConfig, MixerConfig, ObjectiveConfig
 from ...errors import ConfigError, UnknownName
 from ...modalities import FrontConfig
+from .trees import SHORT, tree_defaults
 
-_OPTIONS = [MixerConfig, FFNConfig, ObjectiveConfig, FrontConfig]
-set_parsing_settings(subclasses_enabled=_OPTIONS)
+set_parsing_settings(subclasses_enabled=[FrontConfig])
 
 
 class Parser(LightningArgumentParser):
-    """Lightning's parser, whose complaints are exceptions with the nearest option."""
+    """Lightning's parser, whose complaints are exceptions with the nearest option.
+
+    What recipes take as trees (see trees.py) it holds as plain values.
+    """
+
+    def add_class_arguments(self, theclass: type, nested_key: str | None = None, **options: Any) -> list[str]:
+        """Those of a class, its trees as plain values."""
+        trees = tree_defaults(theclass) if issubclass(theclass, pl.LightningModule) else {}
+        added = super().add_class_arguments(theclass, nested_key, **options, **({"skip": {*trees}} if trees else {}))
+        for name, value in trees.items():
+            text = "a tree; see below" if name == "backbone" else f"options by name: --model.{name}.NAME.OPTION"
+            self.add_argument(f"--{nested_key}.{name}", type=Any, default=value, help=text)
+        return added
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         raise ConfigError(self._with_hint(_plain(" ".join(str(message).split())))) from ex
@@ -31,8 +43,9 @@ class Parser(LightningArgumentParser):
             return str(UnknownName("class", unknown[1], [c.__name__ for c in _subclasses(pl.LightningDataModule)]))
         unknown = re.search(r"Option '(\w+)' is not accepted", message)
         if unknown is not None:
-            parts = [part for base in _OPTIONS for part in _subclasses(base)]
-            fields = {field.name for part in parts for field in dataclasses.fields(part)} - {unknown[1]}
+            fields = {field.name for part in _subclasses(FrontConfig) for field in dataclasses.fields(part)} - {
+                unknown[1]
+            }
             own = {option.lstrip("-") for action in self._options() for option in action.option_strings}
             within = sorted(name for name in own if name.endswith(f".{unknown[1]}"))
             if within:
@@ -44,12 +57,16 @@ class Parser(LightningArgumentParser):
         word = next(group for group in unknown.groups() if group)
         word = word.removeprefix("fit.").removeprefix("validate.").removeprefix("test.")
         options = {o.lstrip("-") for action in self._options() for o in action.option_strings}
+        options |= {f"model.{name}" for name in SHORT}
         near = difflib.get_close_matches(word, options, n=1)
         return f"{message}; did you mean '--{near[0]}'?" if near else message
 
     def _options(self) -> list[argparse.Action]:
         parsers = [self, *(self._subcommands_action.choices.values() if self._subcommands_action else ())]
         return [action for parser in parsers for action in parser._actions]
+
+
+_TYPES = {"bool": "true or false", "int": "an integer", "float": "a number", "str": "text"}
 
 
 def _plain(message: str) -> str:
@@ -61,6 +78,9 @@ def _plain(message: str) -> str:
     required = re.fullmatch(r"the following arguments are required: ([\w.]+)", rest)
     if keys and required is not None:
         return f"{option}.{required[1]} is required"
+    wrong = re.fullmatch(r"Expected an? <class '(\w+)'>\. Got value: (.*)", rest)
+    if keys and wrong is not None:
+        return f"{option} is {wrong[2]!r}; it must be {_TYPES.get(wrong[1], f'a {wrong[1]}')}"
     # What a class says of its own option comes with that option's name already.
     return re.sub(r"^(--[\w.]+): --([\w.]+: )", r"\1.\2", f"{option}: {rest}") if keys else rest
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 
 from ...backbones import BackboneConfig, LanguageModel, LanguageModelConfig
-from ...backbones.config import FFNConfig, MixerConfig, ObjectiveConfig
+from ...backbones.config import ObjectiveConfig
 from ...backbones.heads import get_objective
 from ...backbones.serialization import to_dict
 from ...errors import ConfigError
 from ...modalities import save_model
+from ...modalities.common.classifier import pattern_name
 from ...utils.console import emit
 from ..common.cli import RecipeCLI, evaluate, run_fit
 from ..common.history import StepHistory
@@ -52,6 +53,9 @@ class TextTrainingConfig(TrainingConfig):
         parts(self, "length_warmup")
 
 
+_BACKBONE = BackboneConfig(dim=256, depth=6, pattern=("gated_deltanet", "gated_deltanet", "attention"))
+
+
 class TextGeneration(pl.LightningModule):
     """A language model and how it is trained.
 
@@ -59,16 +63,10 @@ class TextGeneration(pl.LightningModule):
     `trainer.accumulate_grad_batches`.
 
     Args:
-        mixer: the sequence mixer, by name; several, joined by commas, are tiled over the depth ("gla,gla,attention"),
-            and joined by "+" they run in parallel ("attention+gla").
-        dim: width of the tokens.
-        depth: number of blocks.
+        backbone: the configuration of the blocks; see `BackboneConfig`. Under diffusion the scan "forward" stands for
+            "both".
         objective: what the model is trained for; "causal" writes from left to right, the others by diffusion.
         objectives: options by objective name.
-        mixers: options by mixer name.
-        ffn: the feed-forward layer of a block: "swiglu", "mlp", "moe", or null for none.
-        scan: the orders in which mixers that only look backwards run over the tokens; null is "forward" under "causal"
-            and "both" under diffusion.
         tie: whether the output matrix is the embedding.
         training: optimiser, schedule, regularisation and averaging.
         prompts: what the samples over time go on from; "" is the beginning of a document.
@@ -78,34 +76,22 @@ class TextGeneration(pl.LightningModule):
     def __init__(
         self,
         *,
-        mixer: str = "gated_deltanet,gated_deltanet,attention",
-        dim: int = 256,
-        depth: int = 6,
+        backbone: BackboneConfig = _BACKBONE,
         objective: str = "causal",
         objectives: dict[str, ObjectiveConfig] = {},  # noqa: B006 - jsonargparse cannot write a factory's value
-        mixers: dict[str, MixerConfig] = {},  # noqa: B006
-        ffn: FFNConfig | str | None = "swiglu",
-        scan: str | None = None,
         tie: bool = True,
         training: TextTrainingConfig = TextTrainingConfig(),
         prompts: list[str] = [""],  # noqa: B006
         vocabulary: int = 257,
     ):
         super().__init__()
-        if scan is None:
-            scan = "forward" if get_objective(objective).build.decoder == "autoregressive" else "both"
-        backbone = BackboneConfig(
-            dim=dim,
-            depth=depth,
-            pattern=tuple(part.strip() for part in mixer.split(",")),
-            mixers=mixers,
-            ffn=ffn,
-            scan=scan,
-        )
+        diffusion = get_objective(objective).build.decoder != "autoregressive"
+        if diffusion and backbone.scan == "forward":
+            backbone = replace(backbone, scan="both")
         config = LanguageModelConfig(
             backbone=backbone, vocabulary=vocabulary, objective=objective, objectives=objectives, tie=tie
         )
-        self.mixer, self.training_config, self.prompts = mixer, training, prompts
+        self.mixer, self.training_config, self.prompts = pattern_name(backbone), training, prompts
         self.model = LanguageModel(config)
         self._window: list[Any] = []
         self._sums = [0.0, 0, 0]

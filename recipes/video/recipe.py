@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor
 
-from ...backbones.config import FFNConfig, MixerConfig
+from ...backbones import BackboneConfig
 from ...errors import ConfigError
 from ...modalities.video.model import VideoClassifier, video_classifier
 from ..common.classification import Baseline, Classification, ClassificationTrainingConfig, Look, finish
@@ -50,23 +50,17 @@ class ClipTokens:
 
 
 _TOKENS = ClipTokens()
+_BACKBONE = BackboneConfig(dim=64, depth=2, pattern=("gla",), scan="temporal-first")
 
 
 class VideoUnderstanding(Classification):
     """A classifier of clips and how it is trained.
 
     Args:
-        mixer: the sequence mixer, by name; several, joined by commas, are tiled over the depth ("gla,gla,attention"),
-            and joined by "+" they run in parallel ("attention+gla").
-        dim: width of the tokens.
-        depth: number of blocks.
+        backbone: the configuration of the blocks; see `BackboneConfig`. Where `causal`, the scan "temporal-first"
+            stands for "forward".
         tokens: what becomes a token.
-        scan: the orders in which mixers that only look backwards run over the tokens; null is "temporal-first", and
-            "forward" where `causal`.
-        ffn: the feed-forward layer of a block: "swiglu", "mlp", "moe", or null for none.
-        mixers: options by mixer name.
         causal: see the past only, so that a film can be streamed.
-        drop_path: stochastic depth in the last block.
         training: optimiser, schedule, regularisation and averaging.
         one_frame_epochs: for so many epochs another model is trained that sees one frame of each clip, to compare with;
             null is as many as this one's, 0 leaves it out.
@@ -76,15 +70,9 @@ class VideoUnderstanding(Classification):
     def __init__(
         self,
         *,
-        mixer: str = "gla",
-        dim: int = 64,
-        depth: int = 2,
+        backbone: BackboneConfig = _BACKBONE,
         tokens: ClipTokens = _TOKENS,
-        scan: str | None = None,
-        ffn: FFNConfig | str | None = "swiglu",
-        mixers: dict[str, MixerConfig] = {},  # noqa: B006 - jsonargparse cannot write a factory's value
         causal: bool = False,
-        drop_path: float = 0.0,
         training: ClassificationTrainingConfig = _TRAINING,
         one_frame_epochs: int | None = None,
         clips: tuple[int, int, int, int, int] = (1, 16, 32, 32, 11),
@@ -92,10 +80,10 @@ class VideoUnderstanding(Classification):
         if one_frame_epochs is not None and one_frame_epochs < 0:
             raise ConfigError(f"model.one_frame_epochs is {one_frame_epochs}; it must be at least 0, or null")
         channels, *size, classes = clips
-        plain = video_classifier(
-            mixer=mixer,
-            dim=dim,
-            depth=depth,
+        if causal and backbone.scan == _BACKBONE.scan:
+            backbone = replace(backbone, scan="forward")
+        config = video_classifier(
+            backbone,
             classes=classes,
             size=tuple(size),
             tubelet=tuple(tokens.tubelet),
@@ -105,28 +93,18 @@ class VideoUnderstanding(Classification):
             # Those of steps that no clip has reached would mean nothing where a film goes on.
             time_positions="none" if causal else None,
             causal=causal,
-            scan=scan or ("forward" if causal else "temporal-first"),
-            ffn=ffn,
-            drop_path=drop_path,
         )
-        backbone = replace(plain.backbone, mixers=plain.backbone.mixers | mixers)
-        model = VideoClassifier(replace(plain, backbone=backbone))
+        model = VideoClassifier(config)
         # Nearly as large as the tubelets: from 0.02, a small data set needs many epochs to find out where things are.
         for table in (model.tokenizer.positions, model.tokenizer.time_positions):
             if table is not None:
                 torch.nn.init.trunc_normal_(table, std=0.3)
-        super().__init__(model, medium="video", mixer=mixer, training=training, classes=classes)
+        super().__init__(model, medium="video", training=training, classes=classes)
         self.one_frame_epochs = one_frame_epochs
         self._options = {
-            "mixer": mixer,
-            "dim": dim,
-            "depth": depth,
+            "backbone": backbone,
             "tokens": tokens.of_one_frame(),
-            "scan": scan,
-            "ffn": ffn,
-            "mixers": mixers,
             "causal": causal,
-            "drop_path": drop_path,
             "training": training,
             "clips": (channels, 1, *size[1:], classes),
         }

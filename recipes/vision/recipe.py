@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...backbones.config import FFNConfig, MixerConfig
+from ...backbones import BackboneConfig
 from ...modalities import ImageClassifier
 from ...modalities.image.model import image_classifier
 from ..common.classification import Classification, ClassificationTrainingConfig, Look, finish
@@ -41,19 +41,15 @@ class VisionTrainingConfig(ClassificationTrainingConfig):
         not_negative(self, "mixup", "cutmix")
 
 
+_BACKBONE = BackboneConfig(dim=64, depth=4, pattern=("gla",), scan="both")
+
+
 class VisionClassification(Classification):
     """An image classifier and how it is trained.
 
     Args:
-        mixer: the sequence mixer, by name; several, joined by commas, are tiled over the depth ("gla,gla,attention"),
-            and joined by "+" they run in parallel ("attention+gla").
-        dim: width of the tokens.
-        depth: number of blocks.
+        backbone: the configuration of the blocks; see `BackboneConfig`.
         patch: side of a patch in pixels; null gives 8 to 15 patches along a side, and small images fewer.
-        scan: the orders in which mixers that only look backwards run over the patches.
-        ffn: the feed-forward layer of a block: "swiglu", "mlp", "moe", or null for none.
-        mixers: options by mixer name.
-        drop_path: stochastic depth in the last block.
         training: optimiser, schedule, regularisation and averaging.
         classes: number of classes; the data says it.
         in_channels: 1 or 3; the data says it.
@@ -63,35 +59,24 @@ class VisionClassification(Classification):
     def __init__(
         self,
         *,
-        mixer: str = "gla",
-        dim: int = 64,
-        depth: int = 4,
+        backbone: BackboneConfig = _BACKBONE,
         patch: int | None = None,
-        scan: str = "both",
-        ffn: FFNConfig | str | None = "swiglu",
-        mixers: dict[str, MixerConfig] = {},  # noqa: B006 - jsonargparse cannot write a factory's value
-        drop_path: float = 0.0,
         training: VisionTrainingConfig = VisionTrainingConfig(),
         classes: int = 10,
         in_channels: int = 1,
         image_size: int = 8,
     ):
-        plain = image_classifier(
-            mixer=mixer,
-            dim=dim,
-            depth=depth,
+        config = image_classifier(
+            backbone,
             classes=classes,
             size=image_size,
             patch=patch_for(image_size) if patch is None else patch,
             channels=in_channels,
-            drop_path=drop_path,
         )
-        options = plain.backbone.mixers | mixers
-        backbone = replace(plain.backbone, scan=scan, ffn=ffn, mixers=options)
-        model = ImageClassifier(replace(plain, backbone=backbone))
+        model = ImageClassifier(config)
         # As large as the patches: starting at 0.02, a small data set needs many epochs to find out where things are.
         torch.nn.init.trunc_normal_(model.tokenizer.positions, std=1.0)
-        super().__init__(model, medium="image", mixer=mixer, training=training, classes=classes)
+        super().__init__(model, medium="image", training=training, classes=classes)
         self._mixing = mixing(training, classes)
 
     def varied(self, media: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,13 +6,14 @@ import shutil
 
 import pytest
 import yaml
-from jsonargparse import ArgumentParser
 
 from omnimix.__main__ import main
 from omnimix.recipes import CONFIGS, RECIPES
 from omnimix.recipes.audio.recipe import AudioClassification
 from omnimix.recipes.common.cli import interruptible, run_fit
+from omnimix.recipes.common.parser import Parser
 from omnimix.recipes.common.training import Interrupted
+from omnimix.recipes.common.trees import Trees
 from omnimix.recipes.text.recipe import TextGeneration
 from omnimix.recipes.video.recipe import VideoUnderstanding
 from omnimix.recipes.vision.recipe import VisionClassification
@@ -31,9 +32,9 @@ LINKED = {"classes", "clips", "image_size", "in_channels", "seed", "sounds", "vo
 
 def of_class(cls: type) -> dict:
     """The defaults of a class, those included that it hands on to its base, as YAML holds them."""
-    parser = ArgumentParser()
-    parser.add_class_arguments(cls)
-    defaults = yaml.safe_load(parser.dump(parser.get_defaults(), skip_validation=True, skip_unset=False))
+    parser = Parser()
+    parser.add_class_arguments(cls, "its")
+    defaults = yaml.safe_load(parser.dump(parser.get_defaults(), skip_validation=True, skip_unset=False))["its"]
     return {name: value for name, value in defaults.items() if name not in REQUIRED}
 
 
@@ -67,7 +68,9 @@ def test_a_configuration_alone_and_the_data_set_itself_say_what_holds(name, tmp_
     module, _, cls = found["data"]["class_path"].rpartition(".")
     data = getattr(importlib.import_module(module), cls)
     hold(wanted(data, said["data"].get("init_args", {})), found["data"]["init_args"])
-    hold(wanted(MODELS[command[0]], said["model"]), found["model"])
+    trees = Trees(MODELS[command[0]])
+    rest = trees.take(said)["model"]
+    hold(wanted(MODELS[command[0]], rest | trees.checked()), found["model"])
 
 
 def test_another_data_set_takes_nothing_from_the_recipe_s(tmp_path, capsys):

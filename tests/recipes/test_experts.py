@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
 
+from omnimix.backbones import BackboneConfig
 from omnimix.backbones.ffn import expert_loads
 from omnimix.backbones.ffn.moe import MoEConfig
-from omnimix.modalities import ImageClassifier
 from omnimix.recipes.vision.recipe import DigitsData, VisionClassification, VisionTrainingConfig
 
 
 def recipe(**options):
     torch.manual_seed(0)
     training = VisionTrainingConfig(ema=0.0, label_smoothing=0.0)
-    module = VisionClassification(dim=16, depth=2, patch=4, ffn="moe", training=training)
-    config = module.model.config
-    backbone = replace(config.backbone, channels={"moe": MoEConfig(experts=4, **options)})
-    module.model = ImageClassifier(replace(config, backbone=backbone))
-    return module
+    backbone = BackboneConfig(dim=16, depth=2, scan="both", ffn=MoEConfig(experts=4, **options))
+    return VisionClassification(backbone=backbone, patch=4, training=training)
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")

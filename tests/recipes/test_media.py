@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from omnimix.backbones import BackboneConfig
 from omnimix.errors import ConfigError, MediaError
 from omnimix.recipes.common.classification import Predictions
 from omnimix.recipes.common.media import IGNORED, MediaData, Samples, collate
@@ -90,7 +91,7 @@ def test_a_batch_of_unreadable_files_counts_nothing_and_leaves_no_rank_waiting()
     found = run(data, data.val_dataloader())
     assert [batch["label"].tolist() for batch in found] == [[0, 1, 0, 1], [0, 1, 0, 1], [IGNORED]]
     assert found[-1]["word"].shape == (1, 2) and data.unreadable == {"word 8": "cannot read word 8"}
-    module = VisionClassification(dim=8, depth=1)
+    module = VisionClassification(backbone=BackboneConfig(dim=8, depth=1, scan="both"))
     with torch.no_grad():
         module.model.head.classifier.weight.fill_(1.0)
     loss = module.training_step({"image": torch.randn(1, 1, 8, 8), "label": torch.tensor([IGNORED])}, 0)
@@ -121,7 +122,11 @@ def test_the_first_unreadable_file_stops_where_told():
 
 
 def test_predictions_keep_samples_of_the_whole_pass_and_leave_out_what_fills_up():
-    seen, trainer, module = Predictions(shown=4), pl.Trainer(barebones=True), VisionClassification(dim=8, depth=1)
+    seen, trainer, module = (
+        Predictions(shown=4),
+        pl.Trainer(barebones=True),
+        VisionClassification(backbone=BackboneConfig(dim=8, depth=1, scan="both")),
+    )
     for start in range(0, 40, 4):
         labels = torch.tensor([0, 0, 1, IGNORED])
         logits = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 2.0], [2.0, 0.0]])

@@ -9,6 +9,7 @@ from torch import nn
 
 from omnimix.backbones import BackboneConfig, LanguageModel, LanguageModelConfig
 from omnimix.backbones.ffn.moe import MoEConfig
+from omnimix.errors import CheckpointError
 from omnimix.recipes.common.optimisers import MuonAdamW, build_optimiser, cosine, hidden_matrices, wsd
 from omnimix.recipes.common.training import TrainingConfig
 
@@ -20,7 +21,8 @@ def model() -> LanguageModel:
 
 def muon(*parameters: nn.Parameter, **options) -> MuonAdamW:
     options = {"lr": 0.1, "betas": (0.9, 0.95), "momentum": 0.95} | options
-    return MuonAdamW([{"params": list(parameters), "weight_decay": 0.0}], [], **options)
+    named = [(str(i), p) for i, p in enumerate(parameters)]
+    return MuonAdamW([{"params": named, "weight_decay": 0.0}], [], **options)
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (48, 16), (16, 48)])
@@ -85,6 +87,34 @@ def test_the_state_goes_on_where_it_was_saved():
         step(net, optimizer, some)
         step(other, resumed, some)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_state_is_matched_by_name_not_by_order(kind):
+    class Turned(nn.Module):
+        """The same layers, registered from the last to the first."""
+
+        def __init__(self, net):
+            super().__init__()
+            for name, child in reversed(list(net.named_children())):
+                self.add_module(name, child)
+
+    net, config = model(), TrainingConfig(optimizer=kind)
+    optimizer = build_optimiser(net, config)
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    turned = Turned(deepcopy(net))
+    assert [n for n, _ in turned.named_parameters()] != [n for n, _ in net.named_parameters()]
+    resumed = build_optimiser(turned, config)
+    saved = deepcopy(optimizer.state_dict())
+    resumed.load_state_dict(saved)
+    for name, p in net.named_parameters():
+        own, other = optimizer.state[p], resumed.state[turned.get_parameter(name)]
+        assert own.keys() == other.keys() and all(torch.equal(own[key], other[key]) for key in own)
+    saved["param_groups"][0]["param_names"][0] = "backbone.blocks.7.mixer.out_proj.weight"
+    with pytest.raises(CheckpointError, match=r"another model: only one of them has 'backbone.blocks"):
+        resumed.load_state_dict(saved)
 
 
 def test_a_closure_is_called_once_with_gradients():

@@ -14,6 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from omnimix.__main__ import main
+from omnimix.backbones import BackboneConfig
 from omnimix.backbones.decoding import DiffusionConfig, GenerationConfig
 from omnimix.modalities.text.text_generator import TextGenerator
 from omnimix.recipes.text import recipe
@@ -177,7 +178,7 @@ def test_a_diffusion_model_is_measured_by_the_same_masks(place, capsys):
     [row] = json.loads(capsys.readouterr().out)
     assert row["val/bits_per_byte"] == pytest.approx(numbers(place, "masked")["val/bits_per_byte"], abs=1e-6)
     state = torch.get_rng_state()
-    module = recipe.TextGeneration(mixer="attention", dim=16, depth=1, objective="masked")
+    module = recipe.TextGeneration(backbone=BackboneConfig(dim=16, depth=1, pattern=("attention",)), objective="masked")
     assert module.model.config.backbone.scan == "both"
     torch.set_rng_state(state)
     module.validation_step({"tokens": torch.randint(257, (2, 8)), "bytes": 3}, 0)
@@ -293,7 +294,7 @@ def test_mistakes_are_one_line(place, capsys, wrong, said):
 
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 def test_accumulated_batches_weigh_by_their_tokens():
-    module = recipe.TextGeneration(mixer="gla", dim=16, depth=1)
+    module = recipe.TextGeneration(backbone=BackboneConfig(dim=16, depth=1))
     tokens = torch.randint(257, (3, 21))
     whole = module.model.loss(tokens, lengths=torch.tensor([21, 4, 9]))
     whole.loss.backward()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
+from omnimix.backbones import BackboneConfig
 from omnimix.backbones.heads.noise import scored_tokens
 from omnimix.errors import CheckpointError, ConfigError, UnknownName
 from omnimix.modalities.data.token_cache import TokenCache
@@ -299,7 +300,9 @@ def test_rows_that_only_fill_up_count_nothing(folder, kind):
     assert scored(both).sum() == scored(alone).sum()
     width = alone["tokens"].shape[1]
     assert both["counted"].flatten()[:width].any() and not both["counted"].flatten()[-width:].any()
-    model = TextGeneration(mixer="attention", dim=16, depth=1, vocabulary=module.vocabulary)
+    model = TextGeneration(
+        backbone=BackboneConfig(dim=16, depth=1, pattern=("attention",)), vocabulary=module.vocabulary
+    )
     model.on_validation_epoch_start()
     model.validation_step(module.train_set[0, -1 - 5], 0)
     assert model._sums == [0.0, 0, 0]

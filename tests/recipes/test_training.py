@@ -32,9 +32,9 @@ def test_parameters_that_say_so_do_not_decay():
     groups = {group["name"]: group for group in parameter_groups(model, 0.3)}
     assert groups["decay"]["weight_decay"] == 0.3 and groups["no_decay"]["weight_decay"] == 0.0
     names = {id(p): name for name, p in model.named_parameters()}
-    spared = {names[id(p)] for p in groups["no_decay"]["params"]}
+    spared = {names[id(p)] for _, p in groups["no_decay"]["params"]}
     assert spared == no_weight_decay(model) - {names[id(frozen)]}
-    kept = {names[id(p)] for p in groups["decay"]["params"]}
+    kept = {names[id(p)] for _, p in groups["decay"]["params"]}
     assert kept and all(model.get_parameter(name).ndim > 1 for name in kept)
     assert len(spared) + len(kept) + 1 == len(names)
 

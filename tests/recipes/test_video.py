@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import omnimix
 from omnimix.__main__ import main
+from omnimix.backbones import BackboneConfig
 from omnimix.errors import CheckpointError, ConfigError
 from omnimix.modalities.common.encode import write_video
 from omnimix.modalities.video.files import VideoReader
@@ -123,7 +124,7 @@ def test_views_are_other_times_and_squares(place):
 
 
 def test_several_views_are_averaged():
-    module = VideoUnderstanding(dim=16, depth=1, clips=(1, 4, 16, 16, 3)).eval()
+    module = VideoUnderstanding(backbone=BackboneConfig(dim=16, depth=1, scan="both"), clips=(1, 4, 16, 16, 3)).eval()
     views = torch.randn(2, 5, 1, 4, 16, 16)
     with torch.no_grad():
         alone = torch.stack([module(views[:, i]) for i in range(5)])

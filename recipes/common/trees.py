@@ -1,0 +1,180 @@
+"""Configuration trees on the command line: `--model.backbone…`, `--model.objectives…`, and the short forms of both.
+
+jsonargparse sees such a tree as plain values. It is put together here from the defaults, the files and the flags, in
+their order, and checked as a whole by the configurations themselves, which name what is wrong and the nearest option.
+In files and in config.yaml a part says by `type` which one it is (`ffn: {type: moe, experts: 16}`); wherever a part is
+named, its name ("moe") and that of its class ("MoEConfig") are the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import re
+from typing import Any
+
+import yaml
+
+from ...backbones.config import BackboneConfig, FFNConfig, ResidualConfig, register_parts
+from ...backbones.registry import OPTIONS, REGISTRIES, lookup
+from ...backbones.serialization import from_dict, to_dict
+from ...errors import ConfigError
+
+# What is short for what: `--model.dim 64` is `--model.backbone.dim 64`.
+SHORT = {
+    "mixer": ("backbone", "pattern"),
+    **{name: ("backbone", name) for name in ("dim", "depth", "ffn", "mixers", "scan", "drop_path")},
+}
+EPILOG = """The backbone is a tree: --model.backbone.FIELD sets a field of BackboneConfig, and PART.OPTION an option
+of a part: --model.backbone.residual sandwich, --model.backbone.pattern '[gla, {mixer: {type: gla, heads: 2}}]'.
+Short forms: --model.mixer gla,attention (its pattern), --model.dim, --model.depth, --model.ffn moe,
+--model.ffn.experts 16 (an option of the chosen ffn), --model.mixers.gla.heads 2, --model.scan, --model.drop_path.
+In files: ffn: {type: moe, experts: 16}."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-3 as a number, which YAML 1.1 does not."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def tree_defaults(model: type) -> dict[str, Any]:
+    """The arguments of a recipe that are trees, with their defaults as plain values."""
+    register_parts()
+    parameters = inspect.signature(model).parameters
+    return {name: to_dict(parameters[name].default) for name in ("backbone", *OPTIONS) if name in parameters}
+
+
+class Trees:
+    """The trees of one command line, while they are put together.
+
+    Args:
+        model: the recipe's module.
+    """
+
+    def __init__(self, model: type):
+        self.values = tree_defaults(model)
+        self._scan = self.values["backbone"]["scan"]
+
+    def place(self, path: list[str]) -> list[str] | None:
+        """Where in a tree an option of the model belongs, short forms written out; None where it belongs to none."""
+        if path[0] in SHORT:
+            return [*SHORT[path[0]], *path[1:]]
+        return path if path[0] in self.values else None
+
+    def take(self, content: Any) -> Any:
+        """Merge what a file says of the trees, and return the rest of it."""
+        if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+            return content
+        rest = {}
+        for key, value in content["model"].items():
+            place = self.place([key])
+            if place is None:
+                rest[key] = value
+            else:
+                self.merge(place, value)
+        return content | {"model": rest}
+
+    def flag(self, word: str, place: list[str], value: str) -> None:
+        """Merge `--model.PATH value`."""
+        try:
+            content = yaml.load(value, Loader=_Loader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{word}: cannot read {value!r}: {' '.join(str(error).split())}") from error
+        self.merge(place, content)
+
+    def merge(self, place: list[str], value: Any) -> None:
+        """Set what is at a place; a mapping changes only what it names, unless it is one of another `type`."""
+        if place == ["backbone", "scan"] and value is None:
+            value = self._scan
+        node = self.values
+        for key in place[:-1]:
+            if not isinstance(node.get(key), dict):
+                node[key] = {}
+            node = node[key]
+        key, value = place[-1], _plain(place, value)
+        before = node.get(key)
+        if isinstance(value, dict) and value and isinstance(before, dict):
+            if value.get("type", before.get("type")) == before.get("type"):
+                for name, inner in value.items():
+                    self.merge([*place, name], inner)
+                return
+        node[key] = value
+
+    def checked(self) -> dict[str, Any]:
+        """All trees, as plain values of which the configurations can be made.
+
+        Raises:
+            ConfigError, UnknownName: one cannot, with the nearest name.
+        """
+        if isinstance(self.values["backbone"], dict):
+            _check_ffn(self.values["backbone"].get("ffn"))
+        return {name: to_dict(build(name, value)) for name, value in self.values.items()}
+
+
+def _check_ffn(ffn: Any) -> None:
+    """Options of a feed-forward layer that was not chosen: say which one has them."""
+    kind = ffn.get("type") if isinstance(ffn, dict) else None
+    known = set() if kind is None else fields_of(lookup(FFNConfig, kind).config)
+    entries = [REGISTRIES[FFNConfig].get(name) for name in REGISTRIES[FFNConfig].names()]
+    for option in (ffn or {}).keys() - {"type", *known}:
+        near = difflib.get_close_matches(option, [f for entry in entries for f in fields_of(entry.config)], n=1)
+        having = [entry.name for entry in entries if near and near[0] in fields_of(entry.config)]
+        if kind in having or not having:
+            return  # its own configuration says what is wrong
+        chosen = "there is no feed-forward layer" if kind is None else f"ffn {kind!r} has no option {option!r}"
+        raise ConfigError(
+            f"{chosen}; {near[0]!r} is one of {' and '.join(map(repr, having))}: add --model.ffn {having[0]}"
+        )
+
+
+def fields_of(config: type) -> set[str]:
+    """The names of a configuration's fields."""
+    return {field.name for field in dataclasses.fields(config)}
+
+
+def build(name: str, value: Any) -> Any:
+    """The object that the recipe's argument `name` takes, from its plain values."""
+    if name == "backbone":
+        return from_dict(BackboneConfig, value)
+    if not isinstance(value, dict):
+        raise ConfigError(f"model.{name} is {value!r}; it must be a mapping of options by name")
+    get = OPTIONS[name].get
+    return {part: from_dict(get(part).config, options or {}) for part, options in value.items()}
+
+
+def part_name(name: str) -> str:
+    """The name of the part that is named, or whose configuration's class or class path is."""
+    found = {c.__name__: c.type for c in all_parts()}
+    return found.get(name.rpartition(".")[2], name)
+
+
+def all_parts() -> list[type]:
+    """The classes of all registered parts' configurations."""
+    register_parts()
+    return [registry.get(name).config for registry in REGISTRIES.values() for name in registry.names()]
+
+
+def _plain(place: list[str], value: Any) -> Any:
+    """A value as a tree holds it: what names a part does so by its `type`."""
+    key = place[-1]
+    if isinstance(value, dict) and "class_path" in value:
+        value = {"type": value["class_path"], **(value.get("init_args") or {})}
+    if key in ("ffn", "mixer") and value == "none":
+        return None
+    if key == "pattern" and isinstance(value, str):
+        value = [part.strip() for part in value.split(",")]
+    if isinstance(value, list):
+        return [_plain([key, ""], entry) for entry in value]
+    if isinstance(value, dict):
+        value = {name: _plain([*place, name], inner) for name, inner in value.items()}
+        return value | {"type": part_name(value["type"])} if isinstance(value.get("type"), str) else value
+    if not isinstance(value, str) or key not in ("mixer", "ffn", "residual", "transition"):
+        return value
+    if place in (["backbone", "ffn"], ["backbone", "residual"]):
+        return {"type": lookup(FFNConfig if key == "ffn" else ResidualConfig, part_name(value)).name}
+    return part_name(value)
