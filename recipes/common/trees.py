@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from ...backbones.config import BackboneConfig, FFNConfig, ResidualConfig, register_parts
+from ...backbones.config import BackboneConfig, FFNConfig, ResidualConfig
 from ...backbones.registry import OPTIONS, REGISTRIES, lookup
 from ...backbones.serialization import from_dict, to_dict
 from ...errors import ConfigError
@@ -44,7 +44,6 @@ _Loader.add_implicit_resolver(
 
 def tree_defaults(model: type) -> dict[str, Any]:
     """The arguments of a recipe that are trees, with their defaults as plain values."""
-    register_parts()
     parameters = inspect.signature(model).parameters
     return {name: to_dict(parameters[name].default) for name in ("backbone", *OPTIONS) if name in parameters}
 
@@ -155,7 +154,6 @@ def part_name(name: str) -> str:
 
 def all_parts() -> list[type]:
     """The classes of all registered parts' configurations."""
-    register_parts()
     return [registry.get(name).config for registry in REGISTRIES.values() for name in registry.names()]
 
 
