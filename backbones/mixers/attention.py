@@ -113,7 +113,7 @@ class Attention(Mixer):
             return self.attend_cached(q, rows, layout, state)
         options = {"window": self.window, "sinks": self.sinks, "cu_seqlens": layout.cu_seqlens}
         o = attention(q, rows["k"], rows["v"], causal=layout.causal is True, **options)
-        return o, self.cache.kept(self.cache.grown(rows, layout, None)) if layout.causal else None
+        return o, self.cache.fresh(rows, layout) if layout.causal else None
 
     def attend_cached(
         self, q: Tensor, rows: dict[str, Tensor], layout: Layout, state: State | None

@@ -16,13 +16,10 @@ from ..layout import repack, unpack
 from ..rotary import rotary
 from ..state import State
 from .base import Mixer, heads_for
-from .parts.compress import Compress, compressed_rows
+from .parts.compress import Compress, compressed_rows, over_all
 from .parts.kv_cache import DenseCache, WindowCache
 from .reference.nsa import reference
 from .registry import register_mixer
-
-# Compressed keys and queries that are taken together, where all are seen.
-DENSE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,14 +107,16 @@ class NSA(Mixer):
         capacity = max(1, (blocks_of["k"].shape[1] - config.size) // config.stride + 1)
         compressed = compressed_rows(self.compress, coarse, layout, old, config.stride, capacity)
         o_coarse, blocks = self._coarse(rows, queries, compressed, blocks_of, causal)
-        window = self.near.grown(near, layout, old["near"])
         rows_of_one = {"block_size": config.block_size, "query_block": 1}
         if state is None:
             blocks, packed = blocks if borders is None else repack(blocks, borders), {"cu_seqlens": borders}
             o_chosen = block_sparse(rotated, *chosen.values(), blocks, causal=causal, **rows_of_one, **packed)
             o_near = attention(rotated, *near.values(), causal=causal, window=config.reach, **packed)
+            kept = self.near.fresh(near, layout) if causal else None
         else:
             o_chosen = block_sparse(turned, blocks_of["k"], blocks_of["v"], blocks, q_positions=queries, **rows_of_one)
+            window = self.near.grown(near, layout, old["near"])
+            kept = self.near.kept(window)
             given = {"q_positions": queries, "k_positions": window["ranks"]}
             o_near = attention(turned, window["k"], window["v"], window=config.reach, **given)
         if borders is not None:
@@ -125,7 +124,7 @@ class NSA(Mixer):
             o_chosen, o_near = (s if state is None else repack(s, borders) for s in (o_chosen, o_near))
         gates = gates.to(torch.promote_types(x.dtype, torch.float32)).sigmoid().unflatten(-1, (-1, 3))[..., None]
         o = sum(gates[:, :, :, i] * branch for i, branch in enumerate((o_coarse, o_chosen, o_near)))
-        after = State({"chosen": blocks_of, "near": self.near.kept(window), **compressed}) if causal else None
+        after = State({"chosen": blocks_of, "near": kept, **compressed}) if causal else None
         return Output(self.out_proj(o.to(x.dtype).flatten(-2)), after)
 
     def _coarse(
@@ -139,8 +138,7 @@ class NSA(Mixer):
         blocks = by_compressed_attention(q, k, queries, causal=causal, lengths=lengths, **choice)
         # The last compressed key that is seen: the queries' positions among these.
         seen = ((queries if causal else (lengths - 1)[:, None].expand_as(queries)) - config.size + 1) // config.stride
-        every = torch.arange(-(-k.shape[1] // DENSE), device=q.device).expand(1, -(-q.shape[1] // DENSE), 1, -1)
-        return block_sparse(q, k, v, every, block_size=DENSE, q_positions=seen), blocks
+        return over_all(q, k, v, seen), blocks
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:
         kind, shape = {"device": device, "dtype": dtype}, (self.config.kv_heads, self.size)

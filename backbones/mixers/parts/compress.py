@@ -9,10 +9,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ....kernels import attention, block_sparse
 from ...layout import Layout, unpack
 from ...parameters import mark
 from ...state import State
 from .kv_cache import last
+
+# Compressed keys and queries that are taken together, where all are seen.
+DENSE = 64
+# Queries times keys up to which a mask of them all is quicker than lists of blocks.
+MASKED = 1 << 20
 
 
 class Compress(nn.Module):
@@ -88,3 +94,12 @@ def compressed_rows(
         parts[f"{name}_coarse"] = compressed(one, old[f"{name}_coarse"], joined, count, lengths, stride, capacity)
         parts[f"{name}_tail"] = last(joined, lengths, before)
     return parts
+
+
+def over_all(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """Attention to all compressed keys up to each query's last one, `seen` (n, t); zeros for queries that see none."""
+    if q.shape[1] * k.shape[1] <= MASKED:
+        keys = torch.arange(k.shape[1], device=k.device).expand(len(k), -1)
+        return attention(q, k, v, q_positions=seen, k_positions=keys)
+    every = torch.arange(-(-k.shape[1] // DENSE), device=q.device).expand(1, -(-q.shape[1] // DENSE), 1, -1)
+    return block_sparse(q, k, v, every, block_size=DENSE, q_positions=seen)
