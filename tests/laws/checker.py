@@ -6,9 +6,10 @@ law says otherwise.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,9 +47,29 @@ def assert_equal(found: Results, truth: Results, tolerance: float = TOLERANCE) -
         assert (e := error(x, names[name])) <= tolerance, f"{name}: relative error {e:.2e} exceeds {tolerance:.0e}"
 
 
-def agrees(function: Function, reference: Function, arguments: Arguments, *, backward: bool = True) -> None:
-    """Laws 1 and 10: outputs, final state and every gradient are the definition's."""
-    truth = results(reference, arguments, backward=backward)
+@contextlib.contextmanager
+def told(*words: object) -> Iterator[None]:
+    """Say in a failure for which of a test's calls it happened."""
+    try:
+        yield
+    except Exception as problem:
+        problem.add_note(f"in the call: {', '.join(str(word) for word in words)}")
+        raise
+
+
+def agrees(
+    function: Function,
+    reference: Function,
+    arguments: Arguments,
+    *,
+    backward: bool = True,
+    truth: Results | None = None,
+) -> None:
+    """Laws 1 and 10: outputs, final state and every gradient are the definition's.
+
+    `truth` is what `reference` gives, where that is known already.
+    """
+    truth = results(reference, arguments, backward=backward) if truth is None else truth
     assert_equal(results(function, arguments, backward=backward), truth)
 
 
