@@ -16,6 +16,7 @@ from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from ..backbones import BackboneConfig
 from ..backbones.heads.classification import split_tokens
 from ..errors import ConfigError
 from ..modalities import ImageClassifier, ImageClassifierConfig
@@ -35,7 +36,9 @@ class TimmClassifier(TimmModel, ImageClassifier):
         img_size: the size that positions are learned for.
         global_pool: "avg", "max", "token", or "" for none; by default the named model's.
         class_token: None, "first" or "middle".
-        embed_dim, depth, patch_size: by default the named model's.
+        patch_size: by default the named model's.
+        backbone: a whole configuration in place of the named model's, or what JSON has of one.
+        short: what differs from the named model's backbone: embed_dim, depth, drop_path_rate, mixer, ffn, mixers, scan.
 
     Raises:
         UnknownName, ConfigError: as `omnimix.create_model`.
@@ -51,24 +54,22 @@ class TimmClassifier(TimmModel, ImageClassifier):
         patch_size: int | tuple[int, int] | list[int] | None = None,
         global_pool: str | None = None,
         class_token: str | None = None,
-        embed_dim: int | None = None,
-        depth: int | None = None,
         drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        backbone: BackboneConfig | dict[str, Any] | None = None,
+        **short: Any,
     ):
         super().__init__(
             chosen(
                 cfg,
+                backbone,
+                short,
                 classes=num_classes,
                 channels=in_chans,
                 size=img_size,
                 patch=patch_size,
                 pool=pool_for(global_pool),
                 class_token=class_token,
-                dim=embed_dim,
-                depth=depth,
                 dropout=drop_rate,
-                drop_path=drop_path_rate,
             )
         )
         self.in_chans = in_chans

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 
+from ..backbones import BackboneConfig, from_dict
 from ..backbones.heads import ClassificationHead
 from ..backbones.heads.classification import split_tokens
 from ..backbones.layout import Layout
@@ -42,8 +43,20 @@ def plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def chosen(cfg: str, **options: Any) -> Any:
-    """The configuration of a named model with those options that are not None."""
+# timm's names of a backbone's short form.
+_SHORT = {"embed_dim": "dim", "drop_path_rate": "drop_path"}
+
+
+def chosen(cfg: str, backbone: BackboneConfig | dict[str, Any] | None, short: dict[str, Any], **options: Any) -> Any:
+    """The configuration of a named model with those options that are not None.
+
+    Args:
+        backbone: replaces that of the named model; a mapping is what JSON has of it.
+        short: the short form of a backbone (see `plain_backbone`), in timm's names.
+    """
+    if isinstance(backbone, dict):
+        backbone = from_dict(BackboneConfig, backbone)
+    options |= {_SHORT.get(name, name): value for name, value in short.items()} | {"backbone": backbone}
     return model_config(cfg, **{name: plain(value) for name, value in options.items() if value is not None})
 
 
@@ -140,6 +153,13 @@ def models_of(config_class: type) -> dict[str, Any]:
     return {name: config for name, config in named.items() if isinstance(config, config_class)}
 
 
+def _depth(name: str, given: dict[str, Any]) -> int:
+    """The number of blocks of a named model that is built with these arguments."""
+    backbone = given.get("backbone")
+    own = backbone.get("depth") if isinstance(backbone, dict) else getattr(backbone, "depth", None)
+    return given.get("depth") or own or model_config(name).backbone.depth
+
+
 def register(
     name: str,
     model_class: type[TimmModel],
@@ -165,7 +185,7 @@ def register(
             build.__name__,
             pretrained,
             model_cfg=name,
-            feature_cfg={} if features is None else features(kwargs.get("depth") or model_config(name).backbone.depth),
+            feature_cfg={} if features is None else features(_depth(name, kwargs)),
             pretrained_filter_fn=weights,
             **kwargs,
         )

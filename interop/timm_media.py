@@ -14,6 +14,7 @@ from timm.models import generate_default_cfgs
 from timm.models._manipulate import adapt_input_conv
 from torch import Tensor
 
+from ..backbones import BackboneConfig
 from ..errors import ConfigError, UnsupportedCall
 from ..modalities import AudioClassifier, AudioClassifierConfig, VideoClassifier, VideoClassifierConfig, model_config
 from .timm_base import TimmModel, checkpoint_filter_fn, chosen, models_of, plain, pool_for, register
@@ -34,7 +35,9 @@ class TimmVideoClassifier(TimmModel, VideoClassifier):
         patch_size: frames, and pixels down and across, of a tubelet.
         global_pool: "avg", "max", "token", or "" for none.
         class_token: "first" or "middle".
-        num_frames, img_size, patch_size, global_pool, class_token, embed_dim, depth: by default the named model's.
+        num_frames, img_size, patch_size, global_pool, class_token: by default the named model's.
+        backbone: a whole configuration in place of the named model's, or what JSON has of one.
+        short: what differs from the named model's backbone: embed_dim, depth, drop_path_rate, mixer, ffn, mixers, scan.
 
     Raises:
         UnknownName, ConfigError: as `omnimix.create_model`.
@@ -51,10 +54,9 @@ class TimmVideoClassifier(TimmModel, VideoClassifier):
         patch_size: tuple[int, int, int] | list[int] | None = None,
         global_pool: str | None = None,
         class_token: str | None = None,
-        embed_dim: int | None = None,
-        depth: int | None = None,
         drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        backbone: BackboneConfig | dict[str, Any] | None = None,
+        **short: Any,
     ):
         frames, *size = model_config(cfg).video.size
         if img_size is not None:
@@ -62,16 +64,15 @@ class TimmVideoClassifier(TimmModel, VideoClassifier):
         super().__init__(
             chosen(
                 cfg,
+                backbone,
+                short,
                 classes=num_classes,
                 channels=in_chans,
                 size=(frames if num_frames is None else num_frames, *size),
                 tubelet=patch_size,
                 pool=pool_for(global_pool),
                 class_token=class_token,
-                dim=embed_dim,
-                depth=depth,
                 dropout=drop_rate,
-                drop_path=drop_path_rate,
             )
         )
         self.in_chans = in_chans
@@ -103,7 +104,9 @@ class TimmAudioClassifier(TimmModel, AudioClassifier):
         in_chans: 1; the channels of a recording are mixed into one before.
         global_pool: "avg", "max", "token", or "" for none.
         class_token: "first" or "middle".
-        global_pool, class_token, embed_dim, depth: by default the named model's.
+        global_pool, class_token: by default the named model's.
+        backbone: a whole configuration in place of the named model's, or what JSON has of one.
+        short: what differs from the named model's backbone: embed_dim, depth, drop_path_rate, mixer, ffn, mixers, scan.
 
     Raises:
         UnknownName, ConfigError: as `omnimix.create_model`; another number of channels.
@@ -117,23 +120,21 @@ class TimmAudioClassifier(TimmModel, AudioClassifier):
         in_chans: int = 1,
         global_pool: str | None = None,
         class_token: str | None = None,
-        embed_dim: int | None = None,
-        depth: int | None = None,
         drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        backbone: BackboneConfig | dict[str, Any] | None = None,
+        **short: Any,
     ):
         if in_chans != 1:
             raise ConfigError(f"in_chans is {in_chans}; audio models take one channel, so mix the others into it")
         super().__init__(
             chosen(
                 cfg,
+                backbone,
+                short,
                 classes=num_classes,
                 pool=pool_for(global_pool),
                 class_token=class_token,
-                dim=embed_dim,
-                depth=depth,
                 dropout=drop_rate,
-                drop_path=drop_path_rate,
             )
         )
         self.in_chans = in_chans

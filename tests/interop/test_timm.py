@@ -11,6 +11,7 @@ from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 import omnimix
+from omnimix.backbones import to_dict
 from omnimix.errors import ConfigError
 from omnimix.modalities import create_model, load_model, model_config, save_model
 
@@ -308,3 +309,15 @@ def test_models_are_copied_and_moved():
     model = tiny(NAMES[0]).double().eval()
     model.reset_classifier(4)
     assert copy.deepcopy(model)(images(32, 32).double()).dtype == torch.float64
+
+
+def test_a_backbone_replaces_the_named_one_whole_or_in_short():
+    name = "omnimix_vit_tiny_gla_patch16_224"
+    small = {"img_size": 32, "patch_size": 8, "num_classes": 3}
+    backbone = omnimix.BackboneConfig(dim=16, depth=2, pattern=["mamba2"], scan="cross", residual="sandwich")
+    for given in (backbone, to_dict(backbone)):
+        assert timm.create_model(name, backbone=given, **small).config.backbone == backbone
+    short = timm.create_model(name, embed_dim=16, depth=2, mixer="mamba2", ffn="mlp", scan="cross", **small)
+    assert short.config.backbone.pattern == ("mamba2",) and short.config.backbone.ffn.type == "mlp"
+    with pytest.raises(ConfigError, match="did you mean 'depth'"):
+        timm.create_model(name, dpth=2, **small)
