@@ -93,6 +93,7 @@ def prepared(argv: list[str], base: Path, model: type) -> Iterator[tuple[list[st
 
         file = Path(copied(trees.take(_defaults(base, argv)), base.name))
         rest: list[str] = []
+        flags: list[tuple[str, list[str], str]] = []
         words = iter(argv)
         for word in words:
             option, equals, value = word.partition("=")
@@ -100,11 +101,14 @@ def prepared(argv: list[str], base: Path, model: type) -> Iterator[tuple[list[st
             if place is not None:
                 if not equals and (value := next(words, None)) is None:
                     raise ConfigError(f"{option} needs a value")
-                trees.flag(option, place, value)
+                flags.append((option, place, value))
             elif option == "--config" and isinstance(content := _read(value or next(words, "")), dict):
                 rest += ["--config", copied(trees.take(content), f"{len(rest)}.yaml")]
             else:
                 rest.append(word)
+        # A part is named before its options are set, in whatever order they were typed; and flags win over files.
+        for flag in sorted(flags, key=lambda flag: len(flag[1])):
+            trees.flag(*flag)
         yield [*rest, "--config", copied({"model": trees.checked()}, "trees.yaml")], file
 
 

@@ -30,6 +30,7 @@ def shown(capsys, typed: str, kind: str = "vision") -> dict:
     ("typed", "field", "held"),
     [
         ("--model.ffn moe", "ffn", {"type": "moe", "experts": 8}),
+        ("--model.ffn.experts 16 --model.ffn moe", "ffn", {"type": "moe", "experts": 16}),
         ("--model.ffn moe --model.ffn.experts 16", "ffn", {"type": "moe", "experts": 16, "active": 2}),
         ("--model.ffn=moe --model.ffn.experts=16 --model.backbone.ffn.active 4", "ffn", {"experts": 16, "active": 4}),
         ("--model.ffn MoEConfig", "ffn", {"type": "moe"}),
