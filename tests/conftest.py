@@ -1,5 +1,6 @@
 """What every test runs under."""
 
+import functools
 import importlib.abc
 import importlib.machinery
 import os
@@ -69,6 +70,7 @@ SLOW = (
 )
 
 
+@functools.cache
 def _is_slow(path):
     folder = Path(__file__).parent
     return path.is_relative_to(folder) and any(path.relative_to(folder).match(pattern) for pattern in SLOW)
