@@ -1,9 +1,11 @@
 """What every test runs under."""
 
+import functools
 import importlib.abc
 import importlib.machinery
 import os
 import sys
+from pathlib import Path
 
 # Read when a kernel is decorated, hence before any triton.py of ours is imported.
 os.environ["TRITON_INTERPRET"] = "1"
@@ -46,6 +48,45 @@ interpreter._patch_lang = _prepare_once
 
 # The variable above comes too late where a plugin has loaded torch.
 torch.set_num_threads(1)
+
+
+# What `make test-fast` leaves out by file, relative to this folder: whole runs, other packages' models, processes,
+# compilers and interpreted kernels. In the other files single tests are marked.
+SLOW = (
+    "cli/test_bench_*.py",
+    "cli/test_compile_kernels.py",
+    "cli/test_mixers_check.py",
+    "interop/*",
+    "kernels/test_triton_*.py",
+    "laws/test_examples.py",
+    "laws/test_law_8.py",
+    "laws/test_low_precision.py",
+    "laws/test_mixer_mutations.py",
+    "laws/test_sharding.py",
+    "recipes/*",
+    "test_contributing.py",
+    "test_package.py",
+    "test_readme.py",
+)
+
+
+@functools.cache
+def _is_slow(path):
+    folder = Path(__file__).parent
+    return path.is_relative_to(folder) and any(path.relative_to(folder).match(pattern) for pattern in SLOW)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Skip slow files as a whole where no slow test is wanted, since what they import takes long too."""
+    if config.option.markexpr == "not slow" and _is_slow(collection_path):
+        return True
+    return None
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if _is_slow(item.path):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

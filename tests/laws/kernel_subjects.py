@@ -78,11 +78,17 @@ def defined(op: str, case: Case, asked: Asked, backward: bool) -> Results:
 
 @dataclass(frozen=True)
 class Subject:
-    """One backend of one op on one case."""
+    """One backend of one op on one case.
+
+    Args:
+        op, case, backend: these.
+        first: whether the case is the op's first, on which laws run that cost much and depend little on the case.
+    """
 
     op: Op
     case: Case
     backend: str
+    first: bool
 
     def __str__(self) -> str:
         return f"{self.op.name}-{self.case.name}-{self.backend}".replace(" ", "_")
@@ -105,11 +111,6 @@ class Subject:
     @property
     def stateful(self) -> bool:
         return self.case.state is not None
-
-    @property
-    def first(self) -> bool:
-        """Whether the case is the op's first, on which laws run that cost much and depend little on the case."""
-        return self.case.name == self.op.cases()[0].name
 
     @property
     def limited(self) -> bool:
@@ -145,7 +146,13 @@ def served_backends(op: Op) -> list[str]:
     return [b.name for b in op.backends if b.name != "native" or machine_refusal() is None]
 
 
-EVERY = [Subject(op, case, name) for op in ops() for case in op.cases() for name in served_backends(op)]
+# Cases are made anew, and their functions checked anew, each time that an op is asked for them.
+EVERY = [
+    Subject(op, case, name, first=i == 0)
+    for op in ops()
+    for i, case in enumerate(op.cases())
+    for name in served_backends(op)
+]
 
 
 def of(keep: Callable[[Subject], bool] = lambda subject: True) -> pytest.MarkDecorator:

@@ -154,5 +154,11 @@ def tokens(batch: int, time: int, dtype: torch.dtype = torch.float64, seed: int 
     return torch.randn(batch, time, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-causal_subjects = pytest.mark.parametrize("subject", subjects(), ids=lambda s: s.name)
-both_way_subjects = pytest.mark.parametrize("subject", subjects("both"), ids=lambda s: s.name)
+def parametrised(chosen: list[Subject]) -> pytest.MarkDecorator:
+    """A test of each; `make test-fast` has the first example of every mixer."""
+    marked = [pytest.param(s, marks=[] if s.name == f"{s.mixer}-0" else pytest.mark.slow) for s in chosen]
+    return pytest.mark.parametrize("subject", marked, ids=lambda s: s.name)
+
+
+causal_subjects = parametrised(subjects())
+both_way_subjects = parametrised(subjects("both"))

@@ -21,6 +21,7 @@ from .subjects import (
     causal_subjects,
     floating,
     leaves,
+    parametrised,
     subjects,
     tokens,
 )
@@ -31,9 +32,10 @@ BLOCKS = Layout(causal="block", block=SIZE)
 LENGTHS = (1, 5, 3)
 PACKED = Layout(causal="block", block=SIZE, cu_seqlens=torch.tensor([0, 1, 6, 9], dtype=torch.int32))
 
-blockwise_subjects = pytest.mark.parametrize(
-    "subject", [s for s in subjects("both") if capability(s.build(), "blockwise")], ids=lambda s: s.name
-)
+
+with torch.device("meta"):
+    BLOCKWISE = [s for s in subjects("both") if capability(s.build(), "blockwise")]
+blockwise_subjects = parametrised(BLOCKWISE)
 
 
 @blockwise_subjects

@@ -188,6 +188,7 @@ def test_stays_finite(subject):
     checker.stays_finite(subject.call, subject.case, 16384, torch.bfloat16, backward=False)
 
 
+@pytest.mark.slow
 @subjects(lambda s: is_optimised(s) and s.first)
 def test_custom_ops_are_sound(subject, without_shape_checks):
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
@@ -196,6 +197,7 @@ def test_custom_ops_are_sound(subject, without_shape_checks):
         checker.custom_ops_are_sound(subject.call, packed(2, 5, state=False).of(subject.case), checks)
 
 
+@pytest.mark.slow
 @subjects(lambda s: is_optimised(s) and s.first)
 def test_compiles_whole(subject, without_shape_checks):
     checker.compiles(subject.call, subject.draw(2, 17))

@@ -349,6 +349,7 @@ def test_law_7_autocast_stays_near_full_precision(subject: Subject):
         assert (found[name] - gradient).norm() <= 2 * least + 0.05 * gradient.norm(), name
 
 
+@pytest.mark.slow
 @causal_subjects
 def test_law_7_long_and_large_inputs_stay_finite(subject: Subject):
     module = subject.module(torch.bfloat16)
@@ -385,6 +386,7 @@ def test_law_9_the_state_stays_as_small_as_declared(subject: Subject):
         assert sizes[0] < sizes[1] < sizes[2]
 
 
+@pytest.mark.slow
 @causal_subjects
 def test_law_10_triton_is_the_reference(subject: Subject):
     module = subject.module()

@@ -68,13 +68,22 @@ def equals_its_reference_token_by_token(subject: Subject) -> None:
 ENDS = (0, DEPTH - 1)
 
 
-@pytest.mark.parametrize("subject", mixer_subjects("forward", ENDS), ids=lambda s: s.name)
+def ends(scan: str) -> pytest.MarkDecorator:
+    """A test of each mixer, example and layer; `make test-fast` has the last layer of the first example."""
+    last = f"-0-layer-{DEPTH - 1}"
+    marked = [
+        pytest.param(s, marks=[] if s.name.endswith(last) else pytest.mark.slow) for s in mixer_subjects(scan, ENDS)
+    ]
+    return pytest.mark.parametrize("subject", marked, ids=lambda s: s.name)
+
+
+@ends("forward")
 def test_law_12_a_mixer_is_its_paper(subject: Subject):
     equals_its_reference(subject, causal=True)
     equals_its_reference_token_by_token(subject)
 
 
-@pytest.mark.parametrize("subject", mixer_subjects("both", ENDS), ids=lambda s: s.name)
+@ends("both")
 def test_law_12_a_mixer_is_its_paper_both_ways(subject: Subject):
     equals_its_reference(subject, causal=False)
 
