@@ -155,7 +155,8 @@ class Backbone(SequenceLayer):
             last = blocks.start
             for last in blocks[: None if depth is None else depth - blocks.start]:
                 x = run(f"blocks.{last}", self.blocks[last], x)
-                run.publish(f"blocks.{last}", partial(self.blocks[last].last.close, x))
+                if run.wanted:
+                    run.publish(f"blocks.{last}", partial(self.blocks[last].last.close, x))
             x = self.blocks[last].last.close(x)
             run.publish(f"stages.{i}", partial(as_memory, x, run.context))
         x, context = self.norm(x), run.context

@@ -53,8 +53,9 @@ class Block(SequenceLayer):
 
     def parts(self) -> list[tuple[str, nn.Module, SequenceLayer]]:
         """The name, the residual form and the layer of each part that the block has."""
-        both = (("mixer", self.mixer_residual, self.mixer), ("ffn", self.ffn_residual, self.ffn))
-        return [part for part in both if part[2] is not None]
+        mixer, ffn = self.mixer, self.ffn
+        parts = [] if mixer is None else [("mixer", self.mixer_residual, mixer)]
+        return parts if ffn is None else [*parts, ("ffn", self.ffn_residual, ffn)]
 
     def forward(self, x: Float[Tensor, "b t *n d"], context: Context | Layout, state: State | None = None) -> Output:
         """The stream after the block; its state holds those of its parts, by "mixer" and "ffn"."""

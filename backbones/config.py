@@ -168,7 +168,6 @@ class BackboneConfig:
     inputs: tuple[str, ...] | list[str] = ()
 
     def __post_init__(self) -> None:
-        register_parts()
         positive(self, "dim", "depth", "norm_eps")
         fraction(self, "drop_path")
         object.__setattr__(self, "pattern", checked_pattern(self.pattern))
@@ -241,12 +240,10 @@ class BackboneConfig:
         # What was said of mixers that the pattern does not name had no effect.
         named = {name for entry in values.get("pattern", ("gla",)) for name in entry.split("+")}
         values["mixers"] = {name: v for name, v in (values.get("mixers") or {}).items() if name in named}
+        if "rwkv7" in named:
+            # Values were each layer's own.
+            values["mixers"]["rwkv7"] = {**to_plain(values["mixers"].get("rwkv7") or {}), "value_residual": False}
         return values
-
-
-def register_parts() -> None:
-    """Import what registers the parts that names may stand for; they import this module."""
-    from . import ffn, mixers, residual, transition, wrappers  # noqa: F401
 
 
 def to_plain(value: Any) -> Any:

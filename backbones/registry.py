@@ -31,7 +31,8 @@ class Entry(Generic[M]):
         summary: one line.
         source: the paper.
         examples: small configurations, for a width of 48, on which the laws run; together they reach every branch.
-        reference: of mixers, the definition that law 12 holds them to; see `mixers/reference`.
+        reference: of mixers, `(mixer, config, x, causal) -> y`, the definition that law 12 holds them to; see
+            `mixers/reference`.
     """
 
     name: str

@@ -68,7 +68,12 @@ def rotary(
         raise UnsupportedShape(f"channels: {channels} of x's {x.shape[-1]}; at least 2 are turned")
     wide = torch.promote_types(x.dtype, torch.float32)
     frequency = frequencies(channels // 2, base, scaling=scaling, device=x.device, dtype=wide)
-    turned = kernels.rotary(x, positions.to(wide)[..., None] * frequency, interleaved=interleaved)
+    if positions.stride(0) == 0:
+        # Rows of a batch mostly share their positions, and then their angles.
+        angle = (positions[:1].to(wide)[..., None] * frequency).expand(len(x), -1, -1)
+    else:
+        angle = positions.to(wide)[..., None] * frequency
+    turned = kernels.rotary(x, angle, interleaved=interleaved)
     # YaRN's temperature: on both queries and keys, hence its root on each (arXiv 2309.00071, eq. 22).
     sharper = scaling is not None and scaling.kind == "yarn"
     return turned * (0.1 * math.log(scaling.factor) + 1) if sharper else turned

@@ -41,8 +41,7 @@ def mixer_rows() -> list[dict[str, Any]]:
     for name in names():
         entry = get_mixer(name)
         forward, both = (
-            entry.build(48, entry.examples[0], Site(scan=scan_orders(scan))).capabilities
-            for scan in ("forward", "both")
+            entry.build(48, entry.examples[0], Site(scan=scan_orders(s))).capabilities for s in ("forward", "both")
         )
         streams = f"streams, {'constant state' if forward.constant_state else 'growing cache'}"
         diffusion = {"masked": both.bidirectional, "block": both.blockwise and both.streaming}

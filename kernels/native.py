@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..utils.cache import cache_folder
-from ..utils.modes import constant_in_graphs
+from ..utils.modes import constant_in_graphs, outliving_modes
 from .common.checks import check_edges
 
 # No -ffast-math: what is not a number must stay none.
@@ -200,15 +200,21 @@ def suffix(dtype: torch.dtype) -> str:
     }[dtype]
 
 
+@functools.lru_cache(maxsize=256)
+def _rows(batch: int, length: int, chunks: int) -> Tensor:
+    """`segments` of a batch; decoding asks for the same ones at every step."""
+    with outliving_modes():
+        row = torch.arange(batch)
+        return torch.stack([row, torch.zeros_like(row), torch.full_like(row, length), row * chunks], dim=1)
+
+
 def segments(batch: int, length: int, cu_seqlens: Tensor | None, chunk: int) -> Tensor:
     """The sequences of a call: rows (batch row, first step, end, number of the sequence's first chunk), int64.
 
     Packed sequences may leave numbers of chunks unused; there are at most length // chunk + sequences of them.
     """
     if cu_seqlens is None:
-        row = torch.arange(batch)
-        each = -(-length // chunk)
-        return torch.stack([row, torch.zeros_like(row), torch.full_like(row, length), row * each], dim=1)
+        return _rows(batch, length, -(-length // chunk))
     # Looked at once more: a compiled graph has no door.
     check_edges(cu_seqlens.tolist(), length)
     edges = cu_seqlens.to(torch.int64)

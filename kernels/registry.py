@@ -322,17 +322,6 @@ def _connected(outputs: Any, arguments: Arguments) -> Any:
     return tuple(map(join, outputs)) if isinstance(outputs, tuple) else join(outputs)
 
 
-def register_gradients(op: Any, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
-    """Give a custom op its backward pass, which runs outside autocast as the op does, wherever it is called."""
-
-    def outside(ctx: Any, *gradients: Tensor | None) -> Any:
-        device = next((g.device.type for g in gradients if g is not None), "cpu")
-        with own_precision(device):
-            return backward(ctx, *gradients)
-
-    op.register_autograd(outside, setup_context=setup)
-
-
 def device_of(arguments: Arguments) -> str:
     for a in arguments.values():
         if isinstance(a, Tensor):

@@ -7,6 +7,9 @@ import sys
 
 # Read when a kernel is decorated, hence before any triton.py of ours is imported.
 os.environ["TRITON_INTERPRET"] = "1"
+# One thread for each test process and for each process that a test starts. More of them only get in each other's way:
+# shapes are small, and tests run side by side. Read when torch is loaded.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import jaxtyping
 import pytest
@@ -41,8 +44,8 @@ def _prepare_once(fn):
 
 interpreter._patch_lang = _prepare_once
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+# The variable above comes too late where a plugin has loaded torch.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -126,12 +126,7 @@ def test_imports_go_down_only(files, edges):
     assert not upward
 
 
-FINDS_ITS_PARTS = pytest.mark.xfail(strict=True, reason="the configuration of a backbone imports the mixers it names")
-
-
-@pytest.mark.parametrize(
-    "floor", [pytest.param(name, marks=FINDS_ITS_PARTS if name == "backbones" else ()) for name in FOLDERS]
-)
+@pytest.mark.parametrize("floor", FOLDERS)
 def test_files_of_different_folders_form_no_circle(floor, files, run):
     """Between floors there can be none, since imports go down."""
     own = {name: [t for t in targets if t.split(".")[0] == floor] for name, targets in run.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import mlp  # noqa: F401
+from . import mlp, rwkv  # noqa: F401
 from .base import FFN, FFNS
 from .moe import expert_loads, rebalance
 

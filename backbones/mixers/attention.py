@@ -20,6 +20,7 @@ from ..rotary import rotary
 from ..state import State
 from .base import Mixer, heads_for
 from .parts.kv_cache import KVCache, known_filled
+from .reference.attention import reference
 from .registry import register_mixer
 
 
@@ -53,6 +54,7 @@ class AttentionConfig(MixerConfig):
     summary="softmax attention, grouped heads, rotary positions",
     source="arXiv 1706.03762",
     examples=(AttentionConfig(heads=4), AttentionConfig(heads=4, kv_heads=2, rope=False, qk_norm=True, gate=True)),
+    reference=reference,
 )
 class Attention(Mixer):
     """softmax(q kᵀ / √d) v. Its state holds every key and value that was read, so it grows.
@@ -73,6 +75,7 @@ class Attention(Mixer):
         self.size, self.rope_base = dim // heads, config.rope_base if config.rope else None
         self.sizes = (dim, kv_heads * self.size, kv_heads * self.size, dim if config.gate else 0)
         self.in_proj = Linear(dim, sum(self.sizes), bias=False)
+        self.qk_norm = config.qk_norm
         self.q_norm = RMSNorm(self.size, eps=site.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.size, eps=site.norm_eps) if config.qk_norm else nn.Identity()
         self.out_proj = Linear(dim, dim, bias=False)
@@ -85,12 +88,18 @@ class Attention(Mixer):
         return KVCache(shapes)
 
     def mix(self, x: Tensor, context: Context, state: State | None) -> Output:
-        q, k, v, gate = self.in_proj(x).split(self.sizes, dim=-1)
-        q, k, v = (s.unflatten(-1, (-1, self.size)) for s in (q, k, v))
-        q, k = self.q_norm(q), self.k_norm(k)
+        qk, v, gate = self.in_proj(x).split((sum(self.sizes[:2]), *self.sizes[2:]), dim=-1)
+        qk, v = (s.unflatten(-1, (-1, self.size)) for s in (qk, v))
+        heads = self.sizes[0] // self.size
+        if self.qk_norm:
+            qk = torch.cat([self.q_norm(qk[:, :, :heads]), self.k_norm(qk[:, :, heads:])], dim=2)
         if self.rope_base is not None:
-            positions = context.positions_of(x)
-            q, k = rotary(q, positions, self.rope_base), rotary(k, positions, self.rope_base)
+            # Queries and keys in one call.
+            qk = rotary(qk, context.positions_of(x), self.rope_base)
+        q, k = qk[:, :, :heads], qk[:, :, heads:]
+        if not torch.is_grad_enabled():
+            # A cache must not keep the queries' memory.
+            k, v = k.contiguous(), v.contiguous()
         o, state = self.attend(q, {"k": k, "v": v}, context.layout, state)
         o = o.flatten(-2)
         return Output(self.out_proj(o * gate.sigmoid() if self.sizes[-1] else o), state)
@@ -104,7 +113,7 @@ class Attention(Mixer):
             return self.attend_cached(q, rows, layout, state)
         options = {"window": self.window, "sinks": self.sinks, "cu_seqlens": layout.cu_seqlens}
         o = attention(q, rows["k"], rows["v"], causal=layout.causal is True, **options)
-        return o, self.cache.kept(self.cache.grown(rows, layout, None)) if layout.causal else None
+        return o, self.cache.fresh(rows, layout) if layout.causal else None
 
     def attend_cached(
         self, q: Tensor, rows: dict[str, Tensor], layout: Layout, state: State | None

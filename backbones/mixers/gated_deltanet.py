@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import MixerConfig, Site, positive
 from ..context import Context
 from ..linear import Linear
 from ..norm import RMSNorm
-from ..parameters import mark
 from .base import heads_for
-from .deltanet import DeltaDirection, DeltaMixer
+from .parts.delta import DeltaDirection, DeltaMixer
+from .parts.step_decay import StepDecay
+from .reference.gated_deltanet import reference
 from .registry import register_mixer
 
 
@@ -40,28 +38,6 @@ class GatedDeltaNetConfig(MixerConfig):
         positive(self, "heads", "conv_size")
 
 
-class StepDecay(nn.Module):
-    """Mamba-2's decay (arXiv 2405.21060): log α = −A softplus(x + bias), with A uniform and the steps log-uniform.
-
-    Args:
-        heads: each has its A.
-        channels: each has its bias; a multiple of the heads.
-    """
-
-    def __init__(self, heads: int, channels: int):
-        super().__init__()
-        steps = torch.exp(torch.empty(channels).uniform_(math.log(1e-3), math.log(0.1)))
-        # What softplus turns into these steps.
-        self.bias = mark(nn.Parameter(steps.expm1().log()), decay=False)
-        self.log_rate = mark(nn.Parameter(torch.empty(heads).uniform_(1, 16).log()), decay=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(b, t, channels)` -> `(b, t, h, channels / h)`"""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        steps = F.softplus(x.to(wide) + self.bias).unflatten(-1, (self.log_rate.shape[0], -1))
-        return steps * -self.log_rate.to(wide).exp()[:, None]
-
-
 class _Direction(DeltaDirection):
     """One direction, with its decay: a scalar per step and head."""
 
@@ -79,6 +55,7 @@ class _Direction(DeltaDirection):
     summary="the delta rule with a scalar decay per head that depends on the input",
     source="arXiv 2412.06464",
     examples=(GatedDeltaNetConfig(heads=2), GatedDeltaNetConfig(heads=4, conv_size=2, negative=True)),
+    reference=reference,
 )
 class GatedDeltaNet(DeltaMixer):
     """S_t = α_t (I − β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ, α_t as in Mamba-2; normalised by head, with a swish gate."""

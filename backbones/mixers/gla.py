@@ -14,6 +14,8 @@ from ..linear import Linear
 from ..norm import RMSNorm
 from ..state import State
 from .base import ScanMixer, heads_for
+from .parts.log_sigmoid import log_sigmoid
+from .reference.gla import reference
 from .registry import register_mixer
 
 
@@ -35,13 +37,6 @@ class GLAConfig(MixerConfig):
 
     def __post_init__(self) -> None:
         positive(self, "heads", "gate_rank", "gate_temperature")
-
-
-def log_sigmoid(x: Tensor) -> Tensor:
-    """log σ(x) in float32 or wider; several times as fast as torch's, whose log1p is not vectorised on CPUs."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    # Below -80 it is x to the last bit, and σ(x) would underflow.
-    return x.clamp(min=-80).sigmoid().log() + (x + 80).clamp(max=0)
 
 
 class _Direction(nn.Module):
@@ -75,6 +70,7 @@ class _Direction(nn.Module):
     summary="linear attention with a gate per channel",
     source="arXiv 2312.06635",
     examples=(GLAConfig(heads=2),),
+    reference=reference,
 )
 class GLA(ScanMixer):
     """S_t = diag(α_t) S_{t-1} + k_t v_tᵀ with α_t = σ(W x_t)^(1/16); normalised by head, with a swish output gate.

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...kernels import long_conv, short_conv
-from ...utils.modes import own_precision
 from ..config import MixerConfig, Site, positive
 from ..context import Context
 from ..parameters import mark
 from ..state import State
 from .base import ScanMixer
+from .parts.implicit_filters import ImplicitFilters
+from .reference.hyena import reference
 from .registry import register_mixer
 
 
@@ -52,36 +50,6 @@ class HyenaConfig(MixerConfig):
             raise ConfigError(f"features is {self.features}; it must be even, a sine and a cosine each")
 
 
-class _Filters(nn.Module):
-    """Filters by lag: a network with sine activations of the position, times an exponential window (section 3.3)."""
-
-    def __init__(self, channels: int, config: HyenaConfig):
-        super().__init__()
-        self.length, self.bands = config.length, config.features // 2
-        sizes = [1 + config.features, *[config.filter_dim] * config.filter_depth]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
-        self.last = nn.Linear(config.filter_dim, channels, bias=False)
-        for layer in (*self.layers, self.last):
-            # The width that torch gives them spreads the filters over many frequencies.
-            for p in layer.parameters():
-                mark(p, decay=False, initialised=True)
-        self.frequency = mark(nn.Parameter(torch.full((config.filter_dim,), config.frequency)), decay=False)
-
-    def forward(self, taps: int, wide: torch.dtype) -> Float[Tensor, "c taps"]:
-        device = self.frequency.device
-        place = torch.arange(taps, device=device, dtype=wide)[:, None] / self.length
-        bands = torch.linspace(1e-4, max(self.bands - 1, 1e-4), self.bands, device=device, dtype=wide)
-        angle = 2 * math.pi * place * bands
-        z = torch.cat([place, angle.cos(), -angle.sin()], dim=-1)
-        with own_precision(device.type):
-            for layer in self.layers:
-                z = (self.frequency.to(wide) * F.linear(z, layer.weight.to(wide), layer.bias.to(wide))).sin()
-            filters = F.linear(z, self.last.weight.to(wide)).t()
-        # From channel to channel the window falls to a hundredth after 0.3 to 1.5 times the length.
-        reach = torch.linspace(1 / 0.3, 1 / 1.5, filters.shape[0], device=device, dtype=wide)
-        return filters * torch.exp(math.log(0.01) * reach[:, None] * place.t())
-
-
 class _Direction(nn.Module):
     """What each direction owns: the short convolution, the long filters, and the skips beside them."""
 
@@ -90,7 +58,14 @@ class _Direction(nn.Module):
         self.config, taps, channels = config, config.conv_size, dim * (config.order + 1)
         self.conv_weight = nn.Parameter(torch.empty(channels, taps).uniform_(-(taps**-0.5), taps**-0.5))
         self.conv_bias = nn.Parameter(torch.zeros(channels))
-        self.filters = _Filters(dim * (config.order - 1), config)
+        self.filters = ImplicitFilters(
+            dim * (config.order - 1),
+            length=config.length,
+            features=config.features,
+            width=config.filter_dim,
+            depth=config.filter_depth,
+            frequency=config.frequency,
+        )
         self.skip = mark(nn.Parameter(torch.randn(config.order - 1, dim)), decay=False)
 
     def forward(
@@ -127,6 +102,7 @@ class _Direction(nn.Module):
     summary="long convolutions with implicit filters, between gates",
     source="arXiv 2302.10866",
     examples=(HyenaConfig(length=40, filter_dim=8), HyenaConfig(order=3, length=6, filter_dim=8, filter_depth=1)),
+    reference=reference,
 )
 class Hyena(ScanMixer):
     """y = x⁰ ⊙ (h * (x¹ ⊙ v)) at order 2, of projections after a short convolution; each call makes new filters."""

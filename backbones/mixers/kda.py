@@ -10,8 +10,9 @@ from ..config import MixerConfig, Site, positive
 from ..context import Context
 from ..norm import RMSNorm
 from .base import heads_for
-from .deltanet import DeltaDirection, DeltaMixer
-from .gated_deltanet import StepDecay
+from .parts.delta import DeltaDirection, DeltaMixer
+from .parts.step_decay import StepDecay
+from .reference.kda import reference
 from .registry import register_mixer
 
 
@@ -54,6 +55,7 @@ class _Direction(DeltaDirection):
     summary="the delta rule with a decay per channel",
     source="arXiv 2510.26692",
     examples=(KDAConfig(heads=2), KDAConfig(heads=4, conv_size=2, gate_rank=3, negative=True)),
+    reference=reference,
 )
 class KDA(DeltaMixer):
     """S_t = (I − β_t k_t k_tᵀ) diag(α_t) S_{t-1} + β_t k_t v_tᵀ; normalised by head, with a gate of low rank."""

@@ -19,6 +19,7 @@ from ..layout import Layout
 from ..scan import permute, restore
 from ..state import State
 from .base import Mixer, heads_for
+from .reference.linear import reference
 from .registry import register_mixer
 
 
@@ -48,6 +49,7 @@ class LinearConfig(MixerConfig):
     summary="linear attention, normalised, φ = elu + 1 or ReLU",
     source="arXiv 2006.16236",
     examples=(LinearConfig(heads=4), LinearConfig(heads=2, feature_map="relu")),
+    reference=reference,
 )
 class Linear(Mixer):
     """φ(q)ᵀ Σ φ(k) vᵀ / φ(q)ᵀ Σ φ(k); bidirectional, the sums run over the whole sequence, under blocks to a

@@ -16,6 +16,7 @@ from ..context import Context
 from ..parameters import mark
 from ..state import State
 from .base import ScanMixer
+from .reference.mamba import reference
 from .registry import register_mixer
 
 # The smallest step size at the start, as in the published code.
@@ -106,6 +107,7 @@ class _Direction(nn.Module):
     summary="selective state space: step size, input and output depend on the input",
     source="arXiv 2312.00752",
     examples=(MambaConfig(state_size=4), MambaConfig(expand=1, state_size=3, conv_size=1, dt_rank=5)),
+    reference=reference,
 )
 class Mamba(ScanMixer):
     """h_t = e^{Δ_t A} h_{t-1} + Δ_t B_t x_t, y_t = (C_t h_t + D x_t) silu(z_t), behind a short convolution.

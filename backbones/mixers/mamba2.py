@@ -18,6 +18,7 @@ from ..norm import RMSNorm
 from ..parameters import mark
 from ..state import State
 from .base import ScanMixer, heads_for
+from .reference.mamba2 import reference
 from .registry import register_mixer
 
 
@@ -107,6 +108,7 @@ class _Direction(nn.Module):
     summary="state space duality: a scalar decay per head that depends on the input",
     source="arXiv 2405.21060",
     examples=(Mamba2Config(heads=4, state_size=8), Mamba2Config(heads=2, state_size=8, groups=2, conv_size=1)),
+    reference=reference,
 )
 class Mamba2(ScanMixer):
     """S_t = e^{-Δ_t A} S_{t-1} + Δ_t B_t x_tᵀ, y_t = S_tᵀ C_t + D x_t; a norm gated by z before it, as published."""

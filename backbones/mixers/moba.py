@@ -16,6 +16,7 @@ from ..layout import Layout, repack, unpack
 from ..state import State
 from .attention import Attention, AttentionConfig
 from .parts.kv_cache import DenseCache
+from .reference.moba import reference
 from .registry import register_mixer
 
 
@@ -45,6 +46,7 @@ class MoBAConfig(AttentionConfig):
         MoBAConfig(heads=2, block_size=4, top_k=3),
         MoBAConfig(heads=2, kv_heads=1, rope=False, qk_norm=True, gate=True, block_size=3, top_k=2),
     ),
+    reference=reference,
 )
 class MoBA(Attention):
     """Attention to a query's own block and to the `top_k` - 1 blocks with the highest q · mean(k) (eq. 5 to 7).

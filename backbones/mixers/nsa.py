@@ -12,16 +12,14 @@ from ...kernels.block_sparse.lists import by_compressed_attention
 from ..config import MixerConfig, Site, divides, positive
 from ..context import Context
 from ..layer import Capabilities, Output
-from ..layout import Layout, repack, unpack
+from ..layout import repack, unpack
 from ..rotary import rotary
 from ..state import State
 from .base import Mixer, heads_for
-from .parts.compress import Compress, compressed
-from .parts.kv_cache import DenseCache, WindowCache, last
+from .parts.compress import Compress, compressed_rows, over_all
+from .parts.kv_cache import DenseCache, WindowCache
+from .reference.nsa import reference
 from .registry import register_mixer
-
-# Compressed keys and queries that are taken together, where all are seen.
-DENSE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +62,7 @@ class NSAConfig(MixerConfig):
         NSAConfig(heads=1, size=4, stride=2, block_size=4, blocks=3, local=1, reach=3),
         NSAConfig(heads=2, kv_heads=1, size=4, stride=4, block_size=4, blocks=2, local=1, reach=2),
     ),
+    reference=reference,
 )
 class NSA(Mixer):
     """Σ gate · attention over three sets of keys, each with projections of its own (eq. 5): blocks compressed by an
@@ -104,16 +103,20 @@ class NSA(Mixer):
         if old is None:
             old = self.init_state(len(queries), device=x.device, dtype=q.dtype)
         blocks_of = self.chosen.grown(chosen, layout, old["chosen"])
-        compressed = self._compressed(coarse, layout, old, blocks_of)
+        # One at least, if only to keep the compression within the graph: parameters without gradients halt DDP.
+        capacity = max(1, (blocks_of["k"].shape[1] - config.size) // config.stride + 1)
+        compressed = compressed_rows(self.compress, coarse, layout, old, config.stride, capacity)
         o_coarse, blocks = self._coarse(rows, queries, compressed, blocks_of, causal)
-        window = self.near.grown(near, layout, old["near"])
         rows_of_one = {"block_size": config.block_size, "query_block": 1}
         if state is None:
             blocks, packed = blocks if borders is None else repack(blocks, borders), {"cu_seqlens": borders}
             o_chosen = block_sparse(rotated, *chosen.values(), blocks, causal=causal, **rows_of_one, **packed)
             o_near = attention(rotated, *near.values(), causal=causal, window=config.reach, **packed)
+            kept = self.near.fresh(near, layout) if causal else None
         else:
             o_chosen = block_sparse(turned, blocks_of["k"], blocks_of["v"], blocks, q_positions=queries, **rows_of_one)
+            window = self.near.grown(near, layout, old["near"])
+            kept = self.near.kept(window)
             given = {"q_positions": queries, "k_positions": window["ranks"]}
             o_near = attention(turned, window["k"], window["v"], window=config.reach, **given)
         if borders is not None:
@@ -121,23 +124,8 @@ class NSA(Mixer):
             o_chosen, o_near = (s if state is None else repack(s, borders) for s in (o_chosen, o_near))
         gates = gates.to(torch.promote_types(x.dtype, torch.float32)).sigmoid().unflatten(-1, (-1, 3))[..., None]
         o = sum(gates[:, :, :, i] * branch for i, branch in enumerate((o_coarse, o_chosen, o_near)))
-        after = State({"chosen": blocks_of, "near": self.near.kept(window), **compressed}) if causal else None
+        after = State({"chosen": blocks_of, "near": kept, **compressed}) if causal else None
         return Output(self.out_proj(o.to(x.dtype).flatten(-2)), after)
-
-    def _compressed(self, new: dict[str, Tensor], layout: Layout, old: State, blocks_of: State) -> dict[str, Tensor]:
-        """Compressed keys and values after the new tokens, and the last tokens, which further ones complete."""
-        (size, stride), count, parts = (self.config.size, self.config.stride), old["chosen"]["count"], {}
-        # One at least, if only to keep the compression within the graph: parameters without gradients halt DDP.
-        capacity = max(1, (blocks_of["k"].shape[1] - size) // stride + 1)
-        for (name, tokens), compress in zip(new.items(), self.compress, strict=True):
-            lengths = layout.lengths(tokens)
-            tokens = tokens if layout.cu_seqlens is None else unpack(tokens, layout.cu_seqlens)
-            joined = torch.cat([old[f"{name}_tail"], tokens], dim=1)
-            parts[f"{name}_coarse"] = compressed(
-                compress, old[f"{name}_coarse"], joined, count, lengths, stride, capacity
-            )
-            parts[f"{name}_tail"] = last(joined, lengths, size - 1)
-        return parts
 
     def _coarse(
         self, q: Tensor, queries: Tensor, compressed: dict[str, Tensor], blocks_of: State, causal: bool
@@ -150,8 +138,7 @@ class NSA(Mixer):
         blocks = by_compressed_attention(q, k, queries, causal=causal, lengths=lengths, **choice)
         # The last compressed key that is seen: the queries' positions among these.
         seen = ((queries if causal else (lengths - 1)[:, None].expand_as(queries)) - config.size + 1) // config.stride
-        every = torch.arange(-(-k.shape[1] // DENSE), device=q.device).expand(1, -(-q.shape[1] // DENSE), 1, -1)
-        return block_sparse(q, k, v, every, block_size=DENSE, q_positions=seen), blocks
+        return over_all(q, k, v, seen), blocks
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:
         kind, shape = {"device": device, "dtype": dtype}, (self.config.kv_heads, self.size)

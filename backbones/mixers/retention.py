@@ -16,6 +16,7 @@ from ..norm import RMSNorm
 from ..rotary import rotary
 from ..state import State
 from .base import ScanMixer, heads_for
+from .reference.retention import reference
 from .registry import register_mixer
 
 
@@ -68,6 +69,7 @@ class _Direction(nn.Module):
     summary="linear attention with a constant decay per head",
     source="arXiv 2307.08621",
     examples=(RetentionConfig(heads=2),),
+    reference=reference,
 )
 class Retention(ScanMixer):
     """S_t = γ_h S_{t-1} + k_t v_tᵀ with γ_h = 1 − 2^(−5−h) and rotary positions; normalised by head, swish gate."""

@@ -15,6 +15,7 @@ from ..context import Context
 from ..parameters import mark
 from ..state import State
 from .base import ScanMixer
+from .reference.rglru import reference
 from .registry import register_mixer
 
 # Keeps the gradient of the input's scale finite where nothing is forgotten.
@@ -89,6 +90,7 @@ class _Direction(nn.Module):
     summary="Griffin's gated linear recurrent unit: a state of one number a channel",
     source="arXiv 2402.19427",
     examples=(RGLRUConfig(blocks=4), RGLRUConfig(expand=1.0, blocks=2, conv_size=1)),
+    reference=reference,
 )
 class RGLRU(ScanMixer):
     """h_t = a_t h_{t-1} + sqrt(1 - a_t²) (i_t x_t) with a_t = σ(Λ)^(c r_t); times gelu of a branch beside it.

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ...kernels import delta_rule, short_conv
+from ...kernels import delta_rule
 from ..config import MixerConfig, Site, positive
 from ..context import Context
 from ..parameters import mark
 from ..state import State
 from .base import ScanMixer, heads_for
-from .deltanet import unit
+from .parts.low_rank import LowRank
+from .parts.token_shift import token_shift
+from .parts.unit import unit
+from .reference.rwkv7 import reference
 from .registry import register_mixer
 
 # Decays are exp(-e^{-1/2} σ(·)): at least 0.545 a step.
@@ -30,49 +34,44 @@ class RWKV7Config(MixerConfig):
         decay_rank, rate_rank: ranks of the projections that make the decay and the in-context rate; about 1.8 √dim in
             steps of 32 by default, as published.
         gate_rank: of the output gate's; about 0.6 dim^0.8 in steps of 32 by default.
+        value_residual: whether all layers but the first of its kind mix the first one's values into theirs.
+        value_rank: of the projection that says by how much; about 1.3 √dim in steps of 32 by default.
     """
 
     heads: int | None = None
     decay_rank: int | None = None
     rate_rank: int | None = None
     gate_rank: int | None = None
+    value_residual: bool = True
+    value_rank: int | None = None
 
     def __post_init__(self) -> None:
-        positive(self, "heads", "decay_rank", "rate_rank", "gate_rank")
+        positive(self, "heads", "decay_rank", "rate_rank", "gate_rank", "value_rank")
 
 
-class _LowRank(nn.Module):
-    """An up-projection of act(down-projection), which starts as zero, plus a bias."""
-
-    def __init__(self, dim: int, rank: int | None, published: float, bias: Tensor | None, act: nn.Module):
-        super().__init__()
-        rank = max(32, round(published / 32) * 32) if rank is None else rank
-        self.down, self.act, self.up = nn.Linear(dim, rank, bias=False), act, nn.Linear(rank, dim, bias=False)
-        nn.init.zeros_(mark(self.down.weight, initialised=True))
-        nn.init.orthogonal_(mark(self.up.weight, initialised=True), gain=0.1)
-        self.bias = None if bias is None else mark(nn.Parameter(bias), decay=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.up(self.act(self.down(x)))
-        return x if self.bias is None else x.to(torch.promote_types(x.dtype, torch.float32)) + self.bias
+def _rank(configured: int | None, published: float) -> int:
+    """The configured rank, or the published one in steps of 32."""
+    return configured or max(32, round(published / 32) * 32)
 
 
 class _Direction(nn.Module):
     """All but the output projection: the token shift, which looks back, stands before every other one."""
 
-    def __init__(self, dim: int, heads: int, config: RWKV7Config, site: Site):
+    def __init__(self, dim: int, heads: int, config: RWKV7Config, site: Site, index: int):
         super().__init__()
-        self.heads = heads
-        place, depth = torch.arange(dim) / dim, site.layer / max(1, site.depth - 1)
-        rest = 1 - site.layer / site.depth
+        self.heads, self.index = heads, index
+        place, depth, rest = torch.arange(dim) / dim, site.layer / max(1, site.depth - 1), 1 - site.layer / site.depth
         # How much of the token before is mixed into what makes r, w, k, v, a and g.
         powers = torch.tensor([0.2, 0.9, 0.7, 0.7, 0.9, 0.2]) * rest
         self.shift = mark(nn.Parameter(1 - place ** powers[:, None]), decay=False)
         self.r_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         slow = -6.5 + 5 * (torch.arange(dim) / max(1, dim - 1)) ** (0.85 + depth**0.5)
-        self.decay = _LowRank(dim, config.decay_rank, 1.8 * dim**0.5, slow, nn.Tanh())
-        self.rate = _LowRank(dim, config.rate_rank, 1.8 * dim**0.5, torch.zeros(dim), nn.Identity())
-        self.gate = _LowRank(dim, config.gate_rank, 0.6 * dim**0.8, None, nn.Sigmoid())
+        self.decay = LowRank(dim, _rank(config.decay_rank, 1.8 * dim**0.5), slow, nn.Tanh())
+        self.rate = LowRank(dim, _rank(config.rate_rank, 1.8 * dim**0.5), torch.zeros(dim), nn.Identity())
+        self.gate = LowRank(dim, _rank(config.gate_rank, 0.6 * dim**0.8), None, nn.Sigmoid())
+        self.value = None
+        if config.value_residual and "rwkv7" in site.earlier:
+            self.value = LowRank(dim, _rank(config.value_rank, 1.3 * dim**0.5), torch.ones(dim), nn.Identity())
         self.removal = mark(nn.Parameter(torch.full((dim,), 0.85)), decay=False)
         self.replace = mark(nn.Parameter(torch.ones(dim)), decay=False)
         self.bonus = mark(nn.Parameter(torch.zeros(heads, dim // heads)), decay=False)
@@ -81,19 +80,15 @@ class _Direction(nn.Module):
 
     def forward(
         self, streams: tuple[Tensor, ...], context: Context, state: State | None
-    ) -> tuple[Tensor, State | None]:
-        (x,) = streams
-        # A convolution of two taps whose second is zero shifts by one token, across pieces and within packed sequences.
-        before, last = short_conv(
-            x,
-            x.new_tensor([1.0, 0.0]).expand(x.shape[-1], 2),
-            initial_state=None if state is None else state["last"],
-            cu_seqlens=context.layout.cu_seqlens,
-        )
+    ) -> tuple[tuple[Tensor, Tensor], State | None]:
+        x, *first = streams
+        before, last = token_shift(x, None if state is None else state["last"], context.layout.cu_seqlens)
         change = before - x
         xr, xw, xk, xv, xa, xg = (torch.addcmul(x, change, mix) for mix in self.shift)
         r, k, v = self.r_proj(xr), self.k_proj(xk), self.v_proj(xv)
-        rate = self.rate(xa).sigmoid()
+        if self.value is not None:
+            v = torch.lerp(v, first[self.index].to(v.dtype), self.value(xv).sigmoid().to(v.dtype))
+        own, rate = v, self.rate(xa).sigmoid()
         removal = unit(k * self.removal, self.heads)
         k = (k * (1 + (rate - 1) * self.replace)).to(v.dtype)
         r, k, v, rate = (s.unflatten(-1, (self.heads, -1)) for s in (r, k, v, rate))
@@ -110,7 +105,7 @@ class _Direction(nn.Module):
         )
         o = self.norm(o.flatten(0, 1).flatten(1)).view_as(x)
         o = o + ((r * k * self.bonus).sum(-1, keepdim=True) * v).flatten(-2)
-        return o * self.gate(xg), State({"last": last, "memory": memory})
+        return (o * self.gate(xg), own), State({"last": last, "memory": memory})
 
 
 @register_mixer(
@@ -119,23 +114,31 @@ class _Direction(nn.Module):
     summary="the delta rule with a decay and a learning rate per channel, and token shift",
     source="arXiv 2503.14456",
     examples=(RWKV7Config(heads=2, decay_rank=4, rate_rank=3, gate_rank=5), RWKV7Config(heads=4)),
+    reference=reference,
 )
 class RWKV7(ScanMixer):
     """S_t = diag(w_t) S_{t-1} − (a_t ⊙ κ̂_t)(κ̂_tᵀ S_{t-1}) + k̃_t v_tᵀ (eq. 16-17, transposed), read by r_t.
 
-    Normalised by head, with the bonus (r_t · ρ ⊙ k̃_t) v_t and a gate. The values are the layer's own: the published
-    mix with the first layer's values (value residual) goes across layers, and a mixer sees one. In several directions
-    each owns everything but the output projection.
+    Normalised by head, with the bonus (r_t · ρ ⊙ k̃_t) v_t and a gate. The first layer shares its values, and later ones
+    move theirs towards these by a gate of the token (value residual, section 4). In several directions each owns
+    everything but the output projection, and has values of its own.
     """
 
     def __init__(self, dim: int, config: RWKV7Config, site: Site):
         super().__init__(site)
         self.heads = heads_for(dim, config.heads)
-        self.branches = nn.ModuleList(_Direction(dim, self.heads, config, site) for _ in site.scan)
+        self.branches = nn.ModuleList(_Direction(dim, self.heads, config, site, i) for i in range(len(site.scan)))
         self.out_proj = nn.Linear(dim, dim, bias=False)
+        self.names = [f"first_value/{i}" for i in range(len(site.scan) * config.value_residual)]
+        self.first = "rwkv7" not in site.earlier
+        shared = {"writes" if self.first else "reads": frozenset(self.names)}
+        self.capabilities = dataclasses.replace(self.capabilities, **shared)
 
     def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], None]:
-        return (x,), None
+        return (x, *(context.read(name, "RWKV7") for name in self.names if not self.first)), None
+
+    def publish(self, more: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        return {name: value for name, (value,) in zip(self.names, more, strict=False)} if self.first else {}
 
     def finish(self, mixed: Tensor, kept: None) -> Tensor:
         return self.out_proj(mixed)
@@ -143,9 +146,5 @@ class RWKV7(ScanMixer):
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:
         dim = self.out_proj.in_features
         size, wide = dim // self.heads, torch.promote_types(dtype, torch.float32)
-        return State(
-            {
-                "last": torch.zeros(batch, dim, 1, device=device, dtype=dtype),
-                "memory": torch.zeros(batch, self.heads, size, size, device=device, dtype=wide),
-            }
-        )
+        memory = torch.zeros(batch, self.heads, size, size, device=device, dtype=wide)
+        return State({"last": torch.zeros(batch, dim, 1, device=device, dtype=dtype), "memory": memory})

@@ -19,6 +19,7 @@ from ..layout import Layout
 from ..parameters import mark
 from ..state import State
 from .base import ScanMixer
+from .reference.s4d import reference
 from .registry import register_mixer
 
 
@@ -119,6 +120,7 @@ def _mirrored(u: Tensor, layout: Layout, lengths: Tensor, longest: int) -> Tenso
     summary="diagonal state space model with fixed dynamics, run as a long convolution",
     source="arXiv 2206.11893",
     examples=(S4DConfig(state_size=4), S4DConfig(state_size=6, init="inv")),
+    reference=reference,
 )
 class S4D(ScanMixer):
     """h_t = e^{ΔA} h_{t-1} + B̄ u_t, y_t = 2 Re C h_t + D u_t per channel; then GELU and a gated linear layer."""

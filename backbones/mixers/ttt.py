@@ -19,7 +19,8 @@ from ..parameters import mark
 from ..rotary import rotary
 from ..state import State
 from .base import ScanMixer, heads_for
-from .gla import log_sigmoid
+from .parts.log_sigmoid import log_sigmoid
+from .reference.ttt import reference
 from .registry import register_mixer
 
 
@@ -118,6 +119,7 @@ class _Direction(nn.Module):
         TTTConfig(heads=2, chunk=4),
         TTTConfig(heads=4, model="mlp", hidden_ratio=1, chunk=7, momentum=True, forget=True, rotary=False),
     ),
+    reference=reference,
 )
 class TTT(ScanMixer):
     """W_t = W° − Σ η_i ∇ℓ(W°; k_i, v_i) over the mini-batch so far, o_t = f(q_t; W_t); normalised, with a swish gate.

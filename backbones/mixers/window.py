@@ -16,6 +16,7 @@ from ..layout import Layout
 from ..state import State
 from .attention import Attention, AttentionConfig
 from .parts.kv_cache import WindowCache
+from .reference.window import reference
 from .registry import register_mixer
 
 
@@ -42,6 +43,7 @@ class WindowConfig(AttentionConfig):
     summary="sliding-window attention with sinks, a constant cache",
     source="arXiv 2309.17453",
     examples=(WindowConfig(heads=4, window=4), WindowConfig(heads=4, kv_heads=2, window=3, sinks=2)),
+    reference=reference,
 )
 class Window(Attention):
     """Attention to the last `window` tokens and the first `sinks`; the state holds just these.

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ..block import added
-from ..config import FFNConfig, MixerConfig, Site
+from ..config import FFNConfig, MixerConfig, Site, configured
 from ..context import Context
+from ..ffn import FFNS
 from ..layer import Capabilities, Output, SequenceLayer
-from ..mixers import MIXERS
 from ..norm import RMSNorm
 from ..registry import build_part
 from ..state import State
@@ -45,11 +45,9 @@ class ParallelConfig(WrapperConfig):
 
 
 def _part(part: MixerConfig | FFNConfig | str) -> MixerConfig | FFNConfig:
-    from ..ffn import FFNS
-
     if not isinstance(part, str):
         return part
-    return (FFNS if part in FFNS.names() else MIXERS).get(part).config()
+    return configured(FFNConfig if part in FFNS.names() else MixerConfig, part)
 
 
 @register_wrapper(

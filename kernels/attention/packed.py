@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..registry import register_gradients
+from ..custom import custom_op
 from .visible import Rule, visible_keys
 
 # Queries whose scores the backward pass holds at once.
@@ -16,7 +16,7 @@ def _rule(causal: bool, window: int, sinks: int) -> Rule:
     return Rule(causal=causal, window=None if window < 0 else window, sinks=sinks)
 
 
-@torch.library.custom_op("omnimix::attention_packed", mutates_args=())
+@custom_op("omnimix::attention_packed")
 def attention_packed(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, window: int, sinks: int, scale: float
 ) -> Tensor:
@@ -36,7 +36,7 @@ def _(q, k, v, cu_seqlens, causal, window, sinks, scale):
     return v.new_empty(*q.shape[:3], v.shape[3])
 
 
-@torch.library.custom_op("omnimix::attention_packed_backward", mutates_args=())
+@custom_op("omnimix::attention_packed_backward")
 def attention_packed_backward(
     do: Tensor,
     q: Tensor,
@@ -120,4 +120,4 @@ def _backward(ctx, do):
     return *gradients, None, None, None, None, None
 
 
-register_gradients(attention_packed, _backward, _save)
+attention_packed.register_gradients(_backward, _save)

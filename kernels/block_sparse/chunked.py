@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..registry import register_gradients
+from ..custom import custom_op
 from .tables import Tables, distinct, tables
 
 # Queries times heads in a tile: few, so that causality and padding hide little of one; enough for a matrix product.
@@ -223,7 +223,7 @@ def _add(total: Tensor, rows: Tensor, found: Tensor) -> None:
     total.index_copy_(0, rows, total.index_select(0, rows).add_(found.flatten(1)))
 
 
-@torch.library.custom_op("omnimix::block_sparse_chunked", mutates_args=())
+@custom_op("omnimix::block_sparse_chunked")
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, cu_seqlens: Tensor | None, q_positions: Tensor | None,
     block_size: int, query_block: int, causal: bool, scale: float,
@@ -275,7 +275,7 @@ def _(q, k, v, blocks, cu_seqlens, q_positions, block_size, query_block, causal,
     return v.new_empty(*q.shape[:3], v.shape[3]), lse
 
 
-@torch.library.custom_op("omnimix::block_sparse_chunked_backward", mutates_args=())
+@custom_op("omnimix::block_sparse_chunked_backward")
 def _backward(
     do: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, cu_seqlens: Tensor | None,
     q_positions: Tensor | None, block_size: int, query_block: int, causal: bool, scale: float,
@@ -330,7 +330,7 @@ def _differentiate(ctx, do, dlse):
     return *_backward(do.contiguous(), *ctx.saved_tensors, *options), *(None,) * 7
 
 
-register_gradients(_forward, _differentiate, _save)
+_forward.register_gradients(_differentiate, _save)
 
 
 def block_sparse_chunked(

@@ -29,7 +29,7 @@ from ..common.tools import (
     unit_stride,
 )
 from ..common.triton_tools import dot
-from ..registry import register_gradients
+from ..custom import custom_op
 from .tables import distinct, tables
 
 
@@ -317,8 +317,8 @@ def _launch_backward(
     return dq, dk, dv
 
 
-_forward = torch.library.custom_op("omnimix::block_sparse_triton", _launch_forward, mutates_args=())
-_backward = torch.library.custom_op("omnimix::block_sparse_triton_backward", _launch_backward, mutates_args=())
+_forward = custom_op("omnimix::block_sparse_triton", _launch_forward)
+_backward = custom_op("omnimix::block_sparse_triton_backward", _launch_backward)
 
 
 @_forward.register_fake
@@ -344,7 +344,7 @@ def _differentiate(ctx, do, dnorms):
     return *gradients, *(None,) * 7
 
 
-register_gradients(_forward, _differentiate, _save)
+_forward.register_gradients(_differentiate, _save)
 
 
 def block_sparse_triton(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedShape
 from ..common.tools import accumulate_dtype, launches
-from ..registry import register_gradients
+from ..custom import custom_op
 
 # Logits in a chunk: enough rows for the products to run at full speed, few enough to be a small part of the memory.
 ELEMENTS = {"cpu": 2**23}
@@ -115,7 +115,7 @@ def _share(x: Tensor, target: Tensor, ignore_index: int) -> Tensor:
 
 
 def _op(name: str, function: Callable[..., Any], shapes: Callable[..., Any]) -> Any:
-    op = torch.library.custom_op(f"omnimix::cross_entropy_{name}", function, mutates_args=())
+    op = custom_op(f"omnimix::cross_entropy_{name}", function)
     op.register_fake(launches(function)(shapes))
     return op
 
@@ -151,7 +151,7 @@ def _reduced_op(name: str, softmax: Softmax) -> Any:
         return x.new_empty((), dtype=wide), x.new_empty((), dtype=wide), dx, dweight.to(wide), dbias.to(wide)
 
     op = _op(name, reduce, shapes)
-    register_gradients(op, _scale, _save_gradients)
+    op.register_gradients(_scale, _save_gradients)
     return op
 
 
@@ -197,7 +197,7 @@ def _rows_op(name: str, softmax: Softmax) -> Any:
 
     op = _op(f"{name}_rows", rows, shapes)
     backward_op = _op(f"{name}_rows_backward", backward, backward_shapes)
-    register_gradients(op, partial(_differentiate_rows, backward_op), _save_inputs)
+    op.register_gradients(partial(_differentiate_rows, backward_op), _save_inputs)
     return op
 
 

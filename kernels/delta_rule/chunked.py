@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..common.chunked_plan import CHUNK, Block, Packing, batch_blocks, saved_states
-from ..registry import register_gradients
+from ..custom import custom_op
 from .chunked_block import Blocks
 from .chunked_inputs import Inputs, Sequences
 
@@ -93,7 +93,7 @@ def _start(final: Tensor, initial_state: Tensor | None, packing: Packing | None)
     return torch.empty_like(final).copy_(state)
 
 
-@torch.library.custom_op("omnimix::delta_rule_chunked", mutates_args=())
+@custom_op("omnimix::delta_rule_chunked")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -146,7 +146,7 @@ def _outputs(q, k, v, beta, decay, removal, a, b, initial_state, cu_seqlens, sca
     )
 
 
-@torch.library.custom_op("omnimix::delta_rule_chunked_backward", mutates_args=())
+@custom_op("omnimix::delta_rule_chunked_backward")
 def _backward(
     doutput: Tensor | None,
     dfinal: Tensor | None,
@@ -231,4 +231,4 @@ def _gradients(ctx, doutput: Tensor | None, dfinal: Tensor | None, _: Tensor | N
     )
 
 
-register_gradients(_forward, _gradients, _setup)
+_forward.register_gradients(_gradients, _setup)

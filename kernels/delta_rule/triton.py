@@ -29,7 +29,7 @@ from ..common.triton_chunks import CHANNEL, NONE, _chunk_at, _decays, _load, _of
 from ..common.triton_launches import Chunks, chunking, largest, shared, stored, strides
 from ..common.triton_steps import serves, shapes, step
 from ..common.triton_tools import dot, unit_lower_inverse
-from ..registry import register_gradients
+from ..custom import custom_op
 
 
 @tuned([{"num_warps": 4}], key=["C"])
@@ -187,8 +187,8 @@ def _launch_backward(
     return shared(dq, q), shared(dk, k), dv.to(v.dtype), da, shared(db, b), dd, into_initial
 
 
-_forward = torch.library.custom_op("omnimix::delta_rule_triton", _launch_forward, mutates_args=())
-_backward = torch.library.custom_op("omnimix::delta_rule_triton_backward", _launch_backward, mutates_args=())
+_forward = custom_op("omnimix::delta_rule_triton", _launch_forward)
+_backward = custom_op("omnimix::delta_rule_triton_backward", _launch_backward)
 
 
 @_forward.register_fake
@@ -221,7 +221,7 @@ def _differentiate(ctx, do, dfinal, du, dkept):
     return (*wanted, None, None)
 
 
-register_gradients(_forward, _differentiate, _save)
+_forward.register_gradients(_differentiate, _save)
 
 
 def _launch_step(
@@ -231,7 +231,7 @@ def _launch_step(
     return step(q, k, v, a, b, decay, None, initial_state, scale)
 
 
-_step = torch.library.custom_op("omnimix::delta_rule_triton_step", _launch_step, mutates_args=())
+_step = custom_op("omnimix::delta_rule_triton_step", _launch_step)
 
 
 @_step.register_fake
@@ -253,7 +253,7 @@ def _differentiate_step(ctx, do, dstate):
     return (*wanted, None)
 
 
-register_gradients(_step, _differentiate_step, _save_step)
+_step.register_gradients(_differentiate_step, _save_step)
 
 
 def delta_rule_triton(

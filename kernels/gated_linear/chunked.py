@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..common.chunked_plan import Block, Packing, batch_blocks, saved_states
-from ..registry import register_gradients
+from ..custom import custom_op
 from .chunked_channel import ChannelForm
 from .chunked_forms import Adjoint, Form
 from .chunked_scalar import ScalarForm
@@ -102,7 +102,7 @@ def _blocks(v: Tensor, packing: Packing | None, chunk_bytes: int) -> list[Block]
     return packing.blocks if packing else list(batch_blocks(v.shape[0], v.shape[1], chunk_bytes))
 
 
-@torch.library.custom_op("omnimix::gated_linear_chunked", mutates_args=())
+@custom_op("omnimix::gated_linear_chunked")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -154,7 +154,7 @@ def _outputs(q, k, v, decay, initial_state, cu_seqlens, scale, exclusive, train)
     )
 
 
-@torch.library.custom_op("omnimix::gated_linear_chunked_backward", mutates_args=())
+@custom_op("omnimix::gated_linear_chunked_backward")
 def _backward(
     doutput: Tensor,
     dfinal: Tensor | None,
@@ -264,4 +264,4 @@ def _gradients(ctx, doutput: Tensor | None, dfinal: Tensor | None, _: Tensor | N
     )
 
 
-register_gradients(_forward, _gradients, _setup)
+_forward.register_gradients(_gradients, _setup)

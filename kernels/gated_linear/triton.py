@@ -9,7 +9,7 @@ from torch import Tensor
 from ..common.tools import accumulate_dtype, launches, on_device_of, unit_stride
 from ..common.triton_launches import Chunks, chunking, largest, shared, stored
 from ..common.triton_steps import serves, shapes, step
-from ..registry import register_gradients
+from ..custom import custom_op
 
 
 def _prepared(q, k, v, bonus, initial_state):
@@ -58,8 +58,8 @@ def _launch_backward(
     return dq, dk, dv, dd, du, call.new(0) if initial_state is None else into_initial
 
 
-_forward = torch.library.custom_op("omnimix::gated_linear_triton", _launch_forward, mutates_args=())
-_backward = torch.library.custom_op("omnimix::gated_linear_triton_backward", _launch_backward, mutates_args=())
+_forward = custom_op("omnimix::gated_linear_triton", _launch_forward)
+_backward = custom_op("omnimix::gated_linear_triton_backward", _launch_backward)
 
 
 @_forward.register_fake
@@ -90,7 +90,7 @@ def _differentiate(ctx, do, dfinal, dscores):
     return (*wanted, None, None)
 
 
-register_gradients(_forward, _differentiate, _save)
+_forward.register_gradients(_differentiate, _save)
 
 
 def _launch_step(
@@ -100,7 +100,7 @@ def _launch_step(
     return step(q, k, v, None, None, decay, bonus, initial_state, scale)
 
 
-_step = torch.library.custom_op("omnimix::gated_linear_triton_step", _launch_step, mutates_args=())
+_step = custom_op("omnimix::gated_linear_triton_step", _launch_step)
 
 
 @_step.register_fake
@@ -122,7 +122,7 @@ def _differentiate_step(ctx, do, dstate):
     return (*wanted, None)
 
 
-register_gradients(_step, _differentiate_step, _save_step)
+_step.register_gradients(_differentiate_step, _save_step)
 
 
 def gated_linear_triton(

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from ..common.tools import launches
-from ..registry import register_gradients
+from ..custom import custom_op
 
 # (x, weight, counts) -> x W, row by row of its expert.
 Rows = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -38,11 +37,11 @@ def backend_of(name: str, rows: Rows, weights: Weights) -> Callable[..., Tensor]
         dx, dweight = backward_op(dy.contiguous(), x, weight, counts, into_x, into_weight)
         return dx if into_x else None, dweight if into_weight else None, None
 
-    op = torch.library.custom_op(f"omnimix::grouped_mm_{name}", forward, mutates_args=())
+    op = custom_op(f"omnimix::grouped_mm_{name}", forward)
     op.register_fake(launches(forward)(shapes))
-    backward_op = torch.library.custom_op(f"omnimix::grouped_mm_{name}_backward", backward, mutates_args=())
+    backward_op = custom_op(f"omnimix::grouped_mm_{name}_backward", backward)
     backward_op.register_fake(launches(backward)(backward_shapes))
-    register_gradients(op, differentiate, _save)
+    op.register_gradients(differentiate, _save)
 
     def grouped_mm(*, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         """See `omnimix.kernels.grouped_mm`."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..common.tools import launches
-from ..registry import register_gradients
+from ..custom import custom_op
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -44,13 +44,13 @@ def register(
         backward: takes the gradients of h and the final state, h, and the same without x.
     """
 
-    @torch.library.custom_op(f"omnimix::linear_recurrence_{name}", mutates_args=())
+    @custom_op(f"omnimix::linear_recurrence_{name}")
     def scan(
         x: Tensor, a: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, reverse: bool
     ) -> tuple[Tensor, Tensor]:
         return forward(x, a, initial_state, cu_seqlens, reverse)
 
-    @torch.library.custom_op(f"omnimix::linear_recurrence_{name}_backward", mutates_args=())
+    @custom_op(f"omnimix::linear_recurrence_{name}_backward")
     def scan_backward(
         dh: Tensor,
         dfinal: Tensor,
@@ -75,7 +75,7 @@ def register(
 
     scan.register_fake(launches(forward)(shapes))
     scan_backward.register_fake(launches(backward)(gradient_shapes))
-    register_gradients(scan, differentiate, save)
+    scan.register_gradients(differentiate, save)
 
     def function(
         *, x: Tensor, a: Tensor, reverse: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..registry import register_gradients
+from ..custom import custom_op
 from .direct import by_lag, by_lag_backward, by_step, by_step_backward
 from .transform import by_transform, by_transform_backward, transposed
 
@@ -69,7 +69,7 @@ def _segments(u: Tensor, filters: Tensor, state: Tensor | None, cu_seqlens: Tens
         yield _Segment(u[:, start:end], own, taps, slice(start, end), states)
 
 
-@torch.library.custom_op("omnimix::long_conv_chunked", mutates_args=())
+@custom_op("omnimix::long_conv_chunked")
 def _forward(
     u: Tensor, filters: Tensor, skip: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -102,7 +102,7 @@ def _keep(segment: _Segment, final: Tensor) -> None:
     final[:, :, past - kept :] = transposed(segment.u[:, t - kept :])
 
 
-@torch.library.custom_op("omnimix::long_conv_chunked_backward", mutates_args=())
+@custom_op("omnimix::long_conv_chunked_backward")
 def _backward(
     dy: Tensor,
     dfinal: Tensor,
@@ -158,4 +158,4 @@ def _differentiate(ctx, dy, dfinal):
     return du, dfilters, None if skip is None else dskip, None if initial_state is None else dstate, None
 
 
-register_gradients(_forward, _differentiate, _save)
+_forward.register_gradients(_differentiate, _save)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import native
 from ..common.tools import accumulate_dtype, unit_stride
-from ..registry import register_gradients
+from ..custom import custom_op
 
 # More tasks than threads, so that no thread waits long for the others; but none so small that waking one costs more.
 TASKS = 4
@@ -53,7 +53,7 @@ def _run(
     return y.to(x.dtype)
 
 
-@torch.library.custom_op("omnimix::norm_native", mutates_args=())
+@custom_op("omnimix::norm_native")
 def _forward(
     x: Tensor, weight: Tensor | None, gate: Tensor | None, silu: bool, before: bool, groups: int, eps: float
 ) -> Tensor:
@@ -65,7 +65,7 @@ def _(x, weight, gate, silu, before, groups, eps):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("omnimix::norm_native_backward", mutates_args=())
+@custom_op("omnimix::norm_native_backward")
 def _backward(
     dy: Tensor,
     x: Tensor,
@@ -124,4 +124,4 @@ def _differentiate(ctx, dy):
     return dx, None if weight is None else dweight, None if gate is None else dgate, None, None, None, None
 
 
-register_gradients(_forward, _differentiate, _save)
+_forward.register_gradients(_differentiate, _save)

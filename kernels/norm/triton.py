@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.tools import accumulate_dtype, grid, launches, on_device_of
-from ..registry import register_gradients
+from ..custom import custom_op
 
 # Elements of a program's tile; a wider slice makes a tile of its own.
 TILE = 2048
@@ -166,7 +166,7 @@ def _launch_backward(
     return dx, partial if weight is None else partial.sum(0).to(weight.dtype), dgate
 
 
-@torch.library.custom_op("omnimix::norm_triton", mutates_args=())
+@custom_op("omnimix::norm_triton")
 def _forward(
     x: Tensor, weight: Tensor | None, gate: Tensor | None, silu: bool, norm_first: bool, groups: int, eps: float
 ) -> Tensor:
@@ -179,7 +179,7 @@ def _(x, weight, gate, silu, norm_first, groups, eps):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("omnimix::norm_triton_backward", mutates_args=())
+@custom_op("omnimix::norm_triton_backward")
 def _backward(
     dy: Tensor,
     x: Tensor,
@@ -214,7 +214,7 @@ def _differentiate(ctx, dy):
     return dx, None if weight is None else dweight, None if gate is None else dgate, None, None, None, None
 
 
-register_gradients(_forward, _differentiate, _save)
+_forward.register_gradients(_differentiate, _save)
 
 
 def norm_triton(

@@ -9,16 +9,20 @@ import torch
 from torch import Tensor
 
 
-def _turn(x: Tensor, angle: Tensor, interleaved: bool) -> Tensor:
+def _turn(x: Tensor, angle: Tensor, interleaved: bool, back: bool = False) -> Tensor:
+    """x by the angle, or `back` by it."""
     wide, r = torch.promote_types(x.dtype, torch.float32), angle.shape[-1]
-    turned, theta = x[..., : 2 * r].to(wide), angle.to(wide)
-    cos, sin = theta.cos(), theta.sin()
+    # Rows that share their angles, as those of a batch mostly do, have them computed once.
+    theta = (angle[:1] if angle.stride(0) == 0 else angle).to(wide)
+    turned, cos, sin = x[..., : 2 * r].to(wide), theta.cos(), theta.sin()
+    sin = -sin if back else sin
     if interleaved:
         pairs = torch.view_as_complex(turned.contiguous().unflatten(-1, (r, 2)))
         turned = torch.view_as_real(pairs * torch.complex(cos, sin)[:, :, None]).flatten(-2)
     else:
-        cos, sin = torch.cat([cos, cos], dim=-1)[:, :, None], torch.cat([-sin, sin], dim=-1)[:, :, None]
-        turned = torch.addcmul(turned * cos, turned.roll(r, dims=-1), sin)
+        first, second, cos, sin = turned[..., :r], turned[..., r:], cos[:, :, None], sin[:, :, None]
+        halves = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+        turned = torch.cat(halves, dim=-1)
     turned = turned.to(x.dtype)
     return turned if x.shape[-1] == 2 * r else torch.cat([turned, x[..., 2 * r :]], dim=-1)
 
@@ -44,7 +48,7 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, angle = ctx.saved_tensors
-        dx = _turn(dy, -angle, ctx.interleaved)
+        dx = _turn(dy, angle, ctx.interleaved, back=True)
         return dx, None if x is None else _into_angle(x, dx, angle, ctx.interleaved), None
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.tools import accumulate_dtype, grid, launches, on_device_of, unit_stride
-from ..registry import register_gradients
+from ..custom import custom_op
 
 # Elements of a program's tile.
 TILE = 1024
@@ -84,7 +84,7 @@ def _launch_backward(dy: Tensor, x: Tensor | None, angle: Tensor, interleaved: b
     return _turn(dy, -angle, interleaved, x)
 
 
-@torch.library.custom_op("omnimix::rotary_triton", mutates_args=())
+@custom_op("omnimix::rotary_triton")
 def _forward(x: Tensor, angle: Tensor, interleaved: bool) -> Tensor:
     return _launch_forward(x, angle, interleaved)
 
@@ -95,7 +95,7 @@ def _(x, angle, interleaved):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("omnimix::rotary_triton_backward", mutates_args=())
+@custom_op("omnimix::rotary_triton_backward")
 def _backward(dy: Tensor, x: Tensor | None, angle: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     return _launch_backward(dy, x, angle, interleaved)
 
@@ -118,7 +118,7 @@ def _differentiate(ctx, dy):
     return dx, None if x is None else dangle, None
 
 
-register_gradients(_forward, _differentiate, _save)
+_forward.register_gradients(_differentiate, _save)
 
 
 def rotary_triton(*, x: Tensor, angle: Tensor, interleaved: bool) -> Tensor:

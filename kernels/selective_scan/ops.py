@@ -6,11 +6,10 @@ The forward op also returns the states at the starts of chunks of `chunk` steps,
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..common.tools import accumulate_dtype, launches
-from ..registry import register_gradients
+from ..custom import custom_op
 
 Outputs = tuple[Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -53,7 +52,7 @@ def register(
         backward: takes the gradients of the output and the final state, the saved states, and the same.
     """
 
-    @torch.library.custom_op(f"omnimix::selective_scan_{name}", mutates_args=())
+    @custom_op(f"omnimix::selective_scan_{name}")
     def scan(
         x: Tensor,
         delta: Tensor,
@@ -69,7 +68,7 @@ def register(
     ) -> tuple[Tensor, Tensor, Tensor]:
         return forward(x, delta, A, B, C, D, z, bias, initial_state, cu_seqlens, softplus)
 
-    @torch.library.custom_op(f"omnimix::selective_scan_{name}_backward", mutates_args=())
+    @custom_op(f"omnimix::selective_scan_{name}_backward")
     def scan_backward(
         dy: Tensor,
         dfinal: Tensor,
@@ -90,7 +89,7 @@ def register(
 
     scan.register_fake(launches(forward)(lambda *arguments: shapes(*arguments, chunk)))
     scan_backward.register_fake(launches(backward)(gradient_shapes))
-    register_gradients(scan, _differentiate(scan_backward), _save)
+    scan.register_gradients(_differentiate(scan_backward), _save)
 
     return scan
 

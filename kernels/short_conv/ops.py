@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..registry import register_gradients
+from ..custom import custom_op
 
 Outputs = tuple[Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -33,7 +33,7 @@ def register(name: str, forward: Callable[..., Outputs], backward: Callable[...,
         backward: takes the gradients of the output and the final state, and the same.
     """
 
-    @torch.library.custom_op(f"omnimix::short_conv_{name}", mutates_args=())
+    @custom_op(f"omnimix::short_conv_{name}")
     def convolve(
         x: Tensor,
         weight: Tensor,
@@ -46,7 +46,7 @@ def register(name: str, forward: Callable[..., Outputs], backward: Callable[...,
 
     convolve.register_fake(shapes)
 
-    @torch.library.custom_op(f"omnimix::short_conv_{name}_backward", mutates_args=())
+    @custom_op(f"omnimix::short_conv_{name}_backward")
     def differentiate(
         dy: Tensor,
         dfinal: Tensor,
@@ -73,5 +73,5 @@ def register(name: str, forward: Callable[..., Outputs], backward: Callable[...,
         dx, dweight, dbias, dstate = differentiate(dy, dfinal, x, weight, bias, initial_state, cu_seqlens, ctx.silu)
         return dx, dweight, None if bias is None else dbias, None if initial_state is None else dstate, None, None
 
-    register_gradients(convolve, gradients, save)
+    convolve.register_gradients(gradients, save)
     return convolve

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.tools import accumulate_dtype, chunk_table, grid, launches, on_device_of, tuned, unit_stride
-from ..registry import register_gradients
+from ..custom import custom_op
 
 # Steps in a tile.
 STEPS = 64
@@ -227,7 +227,7 @@ def _launch_backward(
     return dx, dweight, dbias if bias is None else sums[-1].to(bias.dtype, copy=True), dstate
 
 
-@torch.library.custom_op("omnimix::short_conv_triton", mutates_args=())
+@custom_op("omnimix::short_conv_triton")
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
@@ -242,7 +242,7 @@ def _shapes(x, weight, bias, initial_state, cu_seqlens, silu):
 _forward.register_fake(launches(_launch_forward)(_shapes))
 
 
-@torch.library.custom_op("omnimix::short_conv_triton_backward", mutates_args=())
+@custom_op("omnimix::short_conv_triton_backward")
 def _backward(
     dy: Tensor, dfinal: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None,
     cu_seqlens: Tensor | None, silu: bool,
@@ -273,7 +273,7 @@ def _differentiate(ctx, dy, dfinal):
     return dx, dweight, None if bias is None else dbias, None if initial_state is None else dstate, None, None
 
 
-register_gradients(_forward, _differentiate, _save)
+_forward.register_gradients(_differentiate, _save)
 
 
 def short_conv_triton(

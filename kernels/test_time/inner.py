@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..registry import register_gradients
+from ..custom import custom_op
 from .memory import layers_of
 
 
@@ -118,7 +118,7 @@ def _train(
     return [x, a], [torch.bmm(second, layers[1][:, :-1].mT).mul_(slope), second], [z]
 
 
-@torch.library.custom_op("omnimix::test_time_inner", mutates_args=())
+@custom_op("omnimix::test_time_inner")
 def inner(
     x: Tensor,
     offset: Tensor,
@@ -300,7 +300,7 @@ def _through_state(
     weights.mul_(gates[..., :1])
 
 
-@torch.library.custom_op("omnimix::test_time_inner_backward", mutates_args=())
+@custom_op("omnimix::test_time_inner_backward")
 def inner_backward(
     dlast: Tensor,
     dvalues: Tensor,
@@ -380,4 +380,4 @@ def _differentiate(ctx, *grads):
     return (*(None if t is None else g for t, g in zip(tensors, found, strict=True)), None, None, None)
 
 
-register_gradients(inner, _differentiate, _save)
+inner.register_gradients(_differentiate, _save)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import lightning.pytorch as pl
@@ -67,12 +68,27 @@ def shard(module: pl.LightningModule, mesh: DeviceMesh) -> None:
         if p.ndim == 0:
             raise ConfigError(f"trainer.strategy 'fsdp2' cannot shard the scalar {name}; use 'ddp'")
     for backbone in [part for part in module.modules() if isinstance(part, Backbone)]:
-        for block in backbone.blocks:
-            fully_shard(block, mesh=mesh)
+        shard_backbone(backbone, mesh, root=False)
     # Resharded after each pass: whoever looks at the parameters in between finds all of them in one form.
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
     for step in ("training_step", "validation_step", "test_step"):
         register_fsdp_forward_method(module, step)
+
+
+def shard_backbone(backbone: Backbone, mesh: DeviceMesh, *, root: bool = True) -> None:
+    """Shard each block and transition of a backbone by itself, and with `root` what is left.
+
+    What blocks share is sharded before them, each module by itself: a block would otherwise take it for its own.
+    """
+    parts = [*backbone.blocks, *backbone.transitions.values()]
+    uses = Counter(id(module) for part in parts for module in part.modules())
+    for module in backbone.modules():
+        if uses[id(module)] > 1 and next(module.parameters(recurse=False), None) is not None:
+            fully_shard(module, mesh=mesh)
+    for part in parts:
+        fully_shard(part, mesh=mesh)
+    if root:
+        fully_shard(backbone, mesh=mesh)
 
 
 def sharded(module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from ...backbones.config import BackboneConfig, FFNConfig, ObjectiveConfig, ResidualConfig, register_parts
+from ...backbones.config import BackboneConfig, FFNConfig, ObjectiveConfig, ResidualConfig
 from ...backbones.registry import REGISTRIES, lookup
 from ...backbones.serialization import from_dict, to_dict
 from ...errors import ConfigError
@@ -54,7 +54,6 @@ _Loader.add_implicit_resolver(
 
 def tree_defaults(model: type) -> dict[str, Any]:
     """The arguments of a recipe that are trees, with their defaults as plain values."""
-    register_parts()
     parameters = inspect.signature(model).parameters
     defaults = {name: to_dict(parameters[name].default) for name in TREES if name in parameters}
     return {name: {"type": value} if isinstance(value, str) else value for name, value in defaults.items()}
@@ -170,7 +169,6 @@ def part_name(name: str) -> str:
 
 def all_parts() -> list[type]:
     """The classes of all registered parts' configurations."""
-    register_parts()
     return [registry.get(name).config for registry in REGISTRIES.values() for name in registry.names()]
 
 

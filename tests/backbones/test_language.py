@@ -144,7 +144,7 @@ def test_no_tokens_leave_the_state_as_it_is():
     assert [t.shape for t in fresh.tensors()] == [t.shape for t in net.init_state(2).tensors()]
 
 
-def test_what_is_no_batch_of_tokens_is_refused():
+def test_what_is_no_batch_of_tokens_is_refused(without_shape_checks):
     with pytest.raises(UnsupportedShape, match="is not"):
         model()(ids(4))
 

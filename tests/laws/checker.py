@@ -6,9 +6,10 @@ law says otherwise.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ from omnimix.cli.check_kernels import (
     to,
     weights_for,
 )
-from omnimix.kernels import Case, Draw, native
+from omnimix.kernels import Case, Draw, native, ops
 
 Function = Callable[..., Any]
 Arguments = dict[str, Any]
@@ -46,9 +47,29 @@ def assert_equal(found: Results, truth: Results, tolerance: float = TOLERANCE) -
         assert (e := error(x, names[name])) <= tolerance, f"{name}: relative error {e:.2e} exceeds {tolerance:.0e}"
 
 
-def agrees(function: Function, reference: Function, arguments: Arguments, *, backward: bool = True) -> None:
-    """Laws 1 and 10: outputs, final state and every gradient are the definition's."""
-    truth = results(reference, arguments, backward=backward)
+@contextlib.contextmanager
+def told(*words: object) -> Iterator[None]:
+    """Say in a failure for which of a test's calls it happened."""
+    try:
+        yield
+    except Exception as problem:
+        problem.add_note(f"in the call: {', '.join(str(word) for word in words)}")
+        raise
+
+
+def agrees(
+    function: Function,
+    reference: Function,
+    arguments: Arguments,
+    *,
+    backward: bool = True,
+    truth: Results | None = None,
+) -> None:
+    """Laws 1 and 10: outputs, final state and every gradient are the definition's.
+
+    `truth` is what `reference` gives, where that is known already.
+    """
+    truth = results(reference, arguments, backward=backward) if truth is None else truth
     assert_equal(results(function, arguments, backward=backward), truth)
 
 
@@ -289,14 +310,14 @@ class Ran:
     Everything is seen that runs in Python on this thread: custom ops, and on CPUs their backward passes too.
 
     Args:
-        op: the op's name.
+        op: the op's name; None for every op, whose backends are then in `seen`.
     """
 
     NAMES = frozenset({"reference", "chunked", "native", "triton"})
 
-    def __init__(self, op: str):
-        self._folder, self._native = f"{os.sep}kernels{os.sep}{op}{os.sep}", native.__file__
-        self.backends: set[str] = set()
+    def __init__(self, op: str | None):
+        self._folder, self._native, self._op = f"{os.sep}kernels{os.sep}", native.__file__, op
+        self.seen: set[tuple[str, str]] = set()
         self.cpp_calls = self.launches = 0
 
     def __enter__(self) -> Ran:
@@ -328,8 +349,14 @@ class Ran:
         if file == self._native and frame.f_code.co_name == "call":
             self.cpp_calls += 1
         folder, _, name = file.rpartition(self._folder)
-        if folder and name.removesuffix(".py") in self.NAMES and frame.f_code.co_name != "<module>":
-            self.backends.add(name.removesuffix(".py"))
+        op, _, backend = name.removesuffix(".py").partition(os.sep)
+        if folder and backend in self.NAMES and frame.f_code.co_name != "<module>":
+            self.seen.add((op, backend))
+
+    @property
+    def backends(self) -> set[str]:
+        """Those of the op that ran."""
+        return {backend for op, backend in self.seen if op == self._op}
 
 
 def runs(op: str, backend: str, call: Callable[[], Any]) -> None:
@@ -339,6 +366,16 @@ def runs(op: str, backend: str, call: Callable[[], Any]) -> None:
     assert ran.backends == {backend}, f"{op}: {sorted(ran.backends)} ran, not {backend!r}"
     assert bool(ran.cpp_calls) == (backend == "native"), f"{op}: {ran.cpp_calls} calls of C++ by {backend!r}"
     assert bool(ran.launches) == (backend == "triton"), f"{op}: {ran.launches} launches of Triton by {backend!r}"
+
+
+def runs_on_triton(call: Callable[[], Any]) -> None:
+    """Law 10: within a call every op that has a Triton backend runs it, and no other in its place."""
+    with Ran(None) as ran:
+        call()
+    able = {op.name for op in ops() if "triton" in [b.name for b in op.backends]}
+    elsewhere = {(op, backend) for op, backend in ran.seen if op in able and backend not in ("triton", "reference")}
+    assert not elsewhere, f"not on Triton: {sorted(elsewhere)}"
+    assert ran.launches or not able & {op for op, _ in ran.seen}, "no Triton kernel was launched"
 
 
 class _CustomOps(TorchDispatchMode):

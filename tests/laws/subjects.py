@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from omnimix.backbones import Backbone, BackboneConfig, Context, Layout, SequenceLayer, State, list_mixers
-from omnimix.backbones.config import Site
+from omnimix.backbones.config import MixerConfig, Site
 from omnimix.backbones.mixers import get_mixer
 from omnimix.backbones.scan import SCANS
 
@@ -56,10 +56,19 @@ class Alone(nn.Module):
 
 @dataclass(frozen=True)
 class Subject:
-    """Something that mixes: a layer or a backbone, with random parameters and one calling convention."""
+    """Something that mixes: a layer or a backbone, with random parameters and one calling convention.
+
+    Args:
+        name: for messages and `-k`.
+        build: the layer, as published.
+        mixer: the registered name, where the layer is a mixer.
+        config: its configuration.
+    """
 
     name: str
     build: Callable[[], SequenceLayer]
+    mixer: str | None = None
+    config: MixerConfig | None = None
 
     def module(self, dtype: torch.dtype = torch.float64) -> Alone:
         torch.manual_seed(1)
@@ -86,10 +95,20 @@ def _hybrid(pattern: tuple[str, ...], scan: str) -> Callable[[], SequenceLayer]:
 HYBRIDS = (("gla", "gla", "attention"), ("attention+gla",))
 
 
+def mixer_subjects(scan: str = "forward", layers: tuple[int, ...] = (0, DEPTH - 1)) -> list[Subject]:
+    """Every mixer in every example configuration, in each of these layers of `DEPTH`."""
+    return [
+        Subject(f"{name}-{i}-layer-{layer}", _mixer(name, config, scan, layer), name, config)
+        for name in list_mixers()
+        for i, config in enumerate(get_mixer(name).examples)
+        for layer in layers
+    ]
+
+
 def subjects(scan: str = "forward") -> list[Subject]:
     """Every mixer in every example configuration, in the first or the last layer by turns, and the hybrids."""
     alone = [
-        Subject(f"{name}-{i}", _mixer(name, config, scan, layer=i % 2 * (DEPTH - 1)))
+        Subject(f"{name}-{i}", _mixer(name, config, scan, layer=i % 2 * (DEPTH - 1)), name, config)
         for name in list_mixers()
         for i, config in enumerate(get_mixer(name).examples)
     ]

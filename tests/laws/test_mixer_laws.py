@@ -17,7 +17,7 @@ from omnimix.backbones.scan import SCANS
 from omnimix.cli.check_kernels import error, low_precision_excess, results
 from omnimix.errors import UnsupportedCall, UnsupportedShape
 
-from .checker import assert_equal
+from .checker import assert_equal, runs_on_triton, told
 from .subjects import (
     BOTH,
     CAUSAL,
@@ -37,6 +37,15 @@ from .subjects import (
 
 LENGTHS = (1, 5, 3)
 BORDERS = torch.tensor([0, 1, 6, 9], dtype=torch.int32)
+# One sequence without tokens in the middle, one at the end.
+WITH_EMPTY = torch.tensor([0, 1, 1, 6, 9, 9], dtype=torch.int32)
+
+
+DIRECTIONS = [name for name in SCANS if name != "forward"]
+
+
+def first_example(name: str, scan: str) -> Alone:
+    return next(s for s in subjects(scan) if s.name == f"{name}-0").module()
 
 
 def on_backend(name: str, function):
@@ -48,28 +57,67 @@ def on_backend(name: str, function):
 
 
 @causal_subjects
-@pytest.mark.parametrize("time", [1, 9, 70])
-def test_law_1_the_fast_path_is_the_reference(subject: Subject, time: int):
+def test_law_1_the_fast_path_is_the_reference(subject: Subject):
     module = subject.module()
-    function, given = call(module, CAUSAL), arguments(module, tokens(2, time))
-    assert_equal(results(function, given), results(on_backend("reference", function), given))
+    function = call(module, CAUSAL)
+    for time in (9, 70):
+        given = arguments(module, tokens(2, time))
+        with told(f"{time} tokens"):
+            assert_equal(results(function, given), results(on_backend("reference", function), given))
 
 
 @causal_subjects
-@pytest.mark.parametrize("lengths", [(1, 8), (8, 1), (4, 5), (1,) * 9, (2, 1, 6)], ids=str)
-def test_law_2_pieces_are_the_whole(subject: Subject, lengths: tuple[int, ...]):
+def test_law_2_pieces_are_the_whole(subject: Subject):
     module = subject.module()
     assert capability(module, "streaming")
 
-    def in_pieces(*, x, **parameters):
+    def in_pieces(lengths, *, x, **parameters):
         outputs, state = [], None
-        for piece in x.split(list(lengths), dim=1):
+        for piece in x.split(lengths, dim=1):
             y, state = functional_call(module, parameters, (piece, CAUSAL, state))
             outputs.append(y)
         return (torch.cat(outputs, dim=1), *floating(state))
 
-    given = arguments(module, tokens(2, sum(lengths)))
-    assert_equal(results(in_pieces, given), results(call(module, CAUSAL), given))
+    given = arguments(module, tokens(2, 9))
+    whole = results(call(module, CAUSAL), given)
+    for lengths in ([4, 5], [8, 1], [2, 1, 6], [1] * 9):
+        with told(f"pieces {lengths}"):
+            assert_equal(results(partial(in_pieces, lengths), given), whole)
+
+
+@causal_subjects
+def test_law_2_in_inference_mode(subject: Subject):
+    """Where fast paths serve that gradients would keep from serving: prefill, then single tokens, and none."""
+    module = subject.module()
+    x = tokens(2, 9)
+    with torch.inference_mode():
+        whole, final = module(x, CAUSAL)
+        outputs, state = [], None
+        for piece in x.split([5, 0, 1, 1, 2], dim=1):
+            y, state = module(piece, CAUSAL, state)
+            outputs.append(y)
+        assert error(torch.cat(outputs, dim=1), whole) < 1e-9
+        assert all(error(a, b) < 1e-9 for a, b in zip(floating(state), floating(final), strict=True))
+        # In float32 too, whose kernels are others.
+        single = subject.module(torch.float32)
+        narrow = x.float()
+        with kernels.using("reference"):
+            wanted, _ = single(narrow, CAUSAL)
+        _, state = single(narrow[:, :8], CAUSAL)
+        y, _ = single(narrow[:, 8:], CAUSAL, state)
+        assert error(y, wanted[:, 8:]) < 1e-3
+
+
+@causal_subjects
+def test_law_2_no_tokens_leave_the_state_as_it_is(subject: Subject):
+    module = subject.module()
+    _, state = module(tokens(2, 5), CAUSAL)
+    y, after = module(tokens(2, 0), CAUSAL, state)
+    assert y.shape == (2, 0, tokens(1, 1).shape[-1])
+    assert all(torch.equal(a, b) for a, b in zip(leaves(state), leaves(after), strict=True))
+    _, fresh = module(tokens(2, 0), CAUSAL)
+    initial = module.init_state(2, device=torch.device("cpu"), dtype=torch.float64)
+    assert all(torch.equal(a, b) for a, b in zip(leaves(fresh), leaves(initial), strict=True))
 
 
 @causal_subjects
@@ -101,6 +149,20 @@ def test_law_3_packed_is_each_alone(subject: Subject):
 
     given = arguments(module, tokens(1, 18))
     assert_equal(results(together, given), results(each_alone, given))
+
+
+@causal_subjects
+def test_law_3_in_inference_mode_and_with_empty_sequences(subject: Subject):
+    module = subject.module()
+    x, rest = tokens(1, 9), tokens(1, 5, seed=1)
+    with torch.inference_mode():
+        y, state = module(x, Layout(cu_seqlens=WITH_EMPTY))
+        z, _ = module(rest, Layout(cu_seqlens=torch.arange(6, dtype=torch.int32)), state)
+        lengths = WITH_EMPTY.diff().tolist()
+        for i, (row, own) in enumerate(zip(x.split(lengths, 1), y.split(lengths, 1), strict=True)):
+            alone, before = module(row, CAUSAL)
+            assert error(own, alone) < 1e-9
+            assert error(z[:, i : i + 1], module(rest[:, i : i + 1], CAUSAL, before)[0]) < 1e-9
 
 
 @causal_subjects
@@ -151,10 +213,14 @@ def test_law_4_no_token_sees_the_future(subject: Subject):
     assert (g[:, :4].abs().amax(-1) > 0).all()
 
 
-@pytest.mark.parametrize("scan", [name for name in SCANS if name != "forward"])
 @pytest.mark.parametrize("name", list_mixers())
-def test_law_4_both_ways_every_token_sees_every_other(name: str, scan: str):
-    module = next(s for s in subjects(scan) if s.name == f"{name}-0").module()
+def test_law_4_both_ways_every_token_sees_every_other(name: str):
+    for scan in DIRECTIONS:
+        with told(f"scan {scan!r}"):
+            every_token_sees_every_other(first_example(name, scan))
+
+
+def every_token_sees_every_other(module: Alone) -> None:
     assert capability(module, "bidirectional")
     x = tokens(1, 10).requires_grad_()
     y, state = module(x, BOTH)
@@ -187,6 +253,20 @@ def test_law_5_rows_are_independent_and_runs_repeat(subject: Subject):
 
 
 @causal_subjects
+def test_law_5_in_inference_mode(subject: Subject):
+    module = subject.module()
+    x, new = tokens(3, 9), tokens(3, 1, seed=1)
+    with torch.inference_mode():
+        y, state = module(x, CAUSAL)
+        once, again = module(new, CAUSAL, state)[0], module(new, CAUSAL, state)[0]
+        assert torch.equal(once, again) and torch.equal(module(x, CAUSAL)[0], y)
+        for i in range(3):
+            assert error(module(x[i : i + 1], CAUSAL)[0], y[i : i + 1]) < 1e-9
+            row = state.select(torch.tensor([i]))
+            assert error(module(new[i : i + 1], CAUSAL, row)[0], once[i : i + 1]) < 1e-9
+
+
+@causal_subjects
 def test_law_6_a_gradient_reaches_every_parameter_and_the_state(subject: Subject):
     module = subject.module()
     _, state = module(tokens(2, 5), CAUSAL)
@@ -212,12 +292,13 @@ def test_law_6_checkpointing_changes_no_gradient(subject: Subject):
     assert_equal(results(again_in_the_backward_pass, given), results(call(module, CAUSAL), given))
 
 
-@pytest.mark.parametrize("scan", [name for name in SCANS if name != "forward"])
 @pytest.mark.parametrize("name", list_mixers())
-def test_law_6_a_gradient_reaches_every_direction(name: str, scan: str):
-    module = next(s for s in subjects(scan) if s.name == f"{name}-0").module()
-    module(tokens(2, 10), BOTH)[0].square().sum().backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in module.parameters())
+def test_law_6_a_gradient_reaches_every_direction(name: str):
+    for scan in DIRECTIONS:
+        module = first_example(name, scan)
+        module(tokens(2, 10), BOTH)[0].square().sum().backward()
+        for parameter, p in module.named_parameters():
+            assert p.grad is not None and p.grad.abs().max() > 0, f"scan {scan!r}: no gradient reaches {parameter}"
 
 
 @causal_subjects
@@ -309,6 +390,15 @@ def test_law_10_triton_is_the_reference(subject: Subject):
     module = subject.module()
     function, given = call(module, CAUSAL), arguments(module, tokens(1, 19))
     assert_equal(results(on_backend("triton", function), given), results(on_backend("reference", function), given))
+
+    def decode() -> torch.Tensor:
+        with torch.inference_mode(), kernels.using("triton"):
+            y, state = module(tokens(1, 3), CAUSAL)
+            return torch.cat([y, module(tokens(1, 1, seed=1), CAUSAL, state)[0]], dim=1)
+
+    runs_on_triton(decode)
+    wanted = module(torch.cat([tokens(1, 3), tokens(1, 1, seed=1)], dim=1), CAUSAL)[0]
+    assert error(decode(), wanted) < 1e-9
 
 
 @causal_subjects

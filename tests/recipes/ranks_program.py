@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from omnimix.backbones import BackboneConfig, LanguageModel, LanguageModelConfig
+from omnimix.backbones import BackboneConfig, Context, LanguageModel, LanguageModelConfig
 from omnimix.backbones.config import Site
 from omnimix.backbones.ffn.moe import MoE, MoEConfig
 from omnimix.recipes.common.loading import EpochLoader
@@ -112,8 +112,8 @@ class Routed(pl.LightningModule):
             self.model[0].router.weight[:, 0] = torch.tensor([1.0, -1.0])
 
     def training_step(self, x):
-        y, losses = self.model[0](x)
-        return F.mse_loss(y, torch.ones_like(y)) + sum(losses.values())
+        out = self.model[0](x, Context())
+        return F.mse_loss(out.y, torch.ones_like(out.y)) + sum(out.losses.values())
 
     forward = validation_step = test_step = training_step
 

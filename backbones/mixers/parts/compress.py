@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ....kernels import attention, block_sparse
+from ...layout import Layout, unpack
 from ...parameters import mark
+from ...state import State
+from .kv_cache import last
+
+# Compressed keys and queries that are taken together, where all are seen.
+DENSE = 64
+# Queries times keys up to which a mask of them all is quicker than lists of blocks.
+MASKED = 1 << 20
 
 
 class Compress(nn.Module):
@@ -59,3 +70,36 @@ def compressed(
     dtype = torch.promote_types(cache.dtype, made.dtype)
     grown = F.pad(cache.to(dtype), (0, 0, 0, 0, 0, room + 1 - cache.shape[1]))
     return grown.scatter(1, number, made.to(dtype))[:, :room]
+
+
+def compressed_rows(
+    compress: Iterable[Compress], new: dict[str, Tensor], layout: Layout, old: State, stride: int, capacity: int
+) -> dict[str, Tensor]:
+    """The compressed rows after new tokens, "<name>_coarse", and the last tokens, "<name>_tail", which further ones
+    complete.
+
+    Args:
+        compress: one for each name.
+        new: the new tokens' rows by name, (b, t, g, d).
+        layout: of the new tokens.
+        old: rows of these names before them, and under "chosen" how many tokens there were ("count").
+        stride: from one block to the next.
+        capacity: compressed tokens after the new ones.
+    """
+    parts = {}
+    for (name, tokens), one in zip(new.items(), compress, strict=True):
+        lengths, before = layout.lengths(tokens), one.places.shape[0] - 1
+        tokens = tokens if layout.cu_seqlens is None else unpack(tokens, layout.cu_seqlens)
+        joined, count = torch.cat([old[f"{name}_tail"], tokens], dim=1), old["chosen"]["count"]
+        parts[f"{name}_coarse"] = compressed(one, old[f"{name}_coarse"], joined, count, lengths, stride, capacity)
+        parts[f"{name}_tail"] = last(joined, lengths, before)
+    return parts
+
+
+def over_all(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """Attention to all compressed keys up to each query's last one, `seen` (n, t); zeros for queries that see none."""
+    if q.shape[1] * k.shape[1] <= MASKED:
+        keys = torch.arange(k.shape[1], device=k.device).expand(len(k), -1)
+        return attention(q, k, v, q_positions=seen, k_positions=keys)
+    every = torch.arange(-(-k.shape[1] // DENSE), device=q.device).expand(1, -(-q.shape[1] // DENSE), 1, -1)
+    return block_sparse(q, k, v, every, block_size=DENSE, q_positions=seen)

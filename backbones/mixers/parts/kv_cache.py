@@ -75,6 +75,10 @@ class KVCache:
         """What remains of `grown` for later calls."""
         return grown
 
+    def fresh(self, rows: Mapping[str, Tensor], layout: Layout) -> State:
+        """What remains of the first tokens."""
+        return self.kept(self.grown(rows, layout, None))
+
 
 class WindowCache(KVCache):
     """Keeps the last `window` − 1 tokens and the first `sinks`.
@@ -102,6 +106,21 @@ class WindowCache(KVCache):
             row = row.gather(1, index.view(*index.shape, *tail).expand(*index.shape, *row.shape[2:]))
             rows[name] = row.masked_fill((ranks < 0).view(*index.shape, *tail), 0)
         return State({**rows, "ranks": ranks, "count": count})
+
+    def fresh(self, rows: Mapping[str, Tensor], layout: Layout) -> State:
+        some = next(iter(rows.values()))
+        n, t = some.shape[:2]
+        if layout.cu_seqlens is not None or t < self.slots:
+            return super().fresh(rows, layout)
+
+        def cut(x: Tensor) -> Tensor:
+            """The latest first, as `kept` has them."""
+            last = x[:, t - (self.window - 1) :].flip(1)
+            return last if not self.sinks else torch.cat([last, x[:, : self.sinks].flip(1)], dim=1)
+
+        ranks = cut(torch.arange(t, device=some.device)[None]).expand(n, -1)
+        count = torch.full((n,), t, device=some.device)
+        return State({**{name: cut(row) for name, row in rows.items()}, "ranks": ranks, "count": count})
 
     def rolled(self, rows: Mapping[str, Tensor], ranks: Int[Tensor, "n 1"], state: State) -> tuple[State, State]:
         """`grown` and `kept` for one new token a sequence, without sinks: it takes the place of the oldest slot, or of

@@ -1,0 +1,32 @@
+"""Projections of low rank, which start as constants."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ...parameters import mark
+
+
+class LowRank(nn.Module):
+    """bias + W↑ act(W↓ x), where W↓ starts as zeros (RWKV-7, arXiv 2503.14456, section 4).
+
+    The sum with the bias is float32 or wider, for what becomes a decay.
+
+    Args:
+        dim: channels in and out.
+        rank: channels between.
+        bias: its initial values; None for no bias.
+        act: the activation between.
+    """
+
+    def __init__(self, dim: int, rank: int, bias: Tensor | None, act: nn.Module):
+        super().__init__()
+        self.down, self.act, self.up = nn.Linear(dim, rank, bias=False), act, nn.Linear(rank, dim, bias=False)
+        nn.init.zeros_(mark(self.down.weight, initialised=True))
+        nn.init.orthogonal_(mark(self.up.weight, initialised=True), gain=0.1)
+        self.bias = None if bias is None else mark(nn.Parameter(bias), decay=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(self.act(self.down(x)))
+        return x if self.bias is None else x.to(torch.promote_types(x.dtype, torch.float32)) + self.bias

@@ -1,0 +1,17 @@
+"""Heads of length 1."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ....kernels import norm
+
+
+def unit(x: Float[Tensor, "b t d"], heads: int) -> Float[Tensor, "b t h k"]:
+    """Split `x` (b, t, h · k) into heads, each of length 1."""
+    size = x.shape[-1] // heads
+    # An RMS of size ** -0.5 is a length of 1.
+    weight = torch.full((x.shape[-1],), size**-0.5, dtype=x.dtype, device=x.device)
+    return norm(x, weight, groups=heads, eps=1e-6 / size).unflatten(-1, (heads, -1))
