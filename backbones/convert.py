@@ -31,7 +31,7 @@ def convert(model: LanguageModel, objective: str = "masked", options: ObjectiveC
             look both ways.
     """
     if model.objective.decoder != "autoregressive":
-        raise UnsupportedCall(f"model: its objective is {model.config.objective!r} already; pass a causal model")
+        raise UnsupportedCall(f"model: its objective is {model.config.objective.type!r} already; pass a causal model")
     kind = get_objective(objective)
     if kind.build.decoder != "diffusion":
         raise UnsupportedCall(f"objective: {objective!r} is none of diffusion; use 'masked', 'block' or 'sedd'")
@@ -48,8 +48,7 @@ def convert(model: LanguageModel, objective: str = "masked", options: ObjectiveC
     config = LanguageModelConfig(
         backbone=backbone,
         vocabulary=model.vocabulary,
-        objective=objective,
-        objectives={objective: options},
+        objective=options,
         tie=model.config.tie,
     )
     weight = model.embedding.weight

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..errors import UnsupportedCall, UnsupportedShape
+from ..errors import ConfigError, UnsupportedCall, UnsupportedShape
 from ..kernels import linear
 from .backbone import Backbone
-from .config import BackboneConfig, ObjectiveConfig, check_options, positive
+from .config import BackboneConfig, ObjectiveConfig, configured, positive, to_plain
 from .context import Context
-from .heads.objective import ObjectiveLoss, build_objective
+from .heads import ObjectiveLoss, list_objectives
 from .layer import Output
 from .layout import Layout
+from .registry import entry_of
 from .state import State
 
 
@@ -26,23 +28,29 @@ class LanguageModelConfig:
     Args:
         backbone: its `scan` is "forward" under causal objectives, and "both" under diffusion.
         vocabulary: token ids are 0 … vocabulary − 1. An objective may add tokens of its own after them (the mask).
-        objective: what it is trained for, by name; see `list_objectives()`.
-        objectives: options by objective name.
+        objective: what it is trained for: its configuration or name; see `list_objectives()`.
         tie: whether the output matrix is the embedding (arXiv 1608.05859).
     """
 
     backbone: BackboneConfig
     vocabulary: int
-    objective: str = "causal"
-    objectives: dict[str, ObjectiveConfig] = field(default_factory=dict)
+    objective: ObjectiveConfig | str = "causal"
     tie: bool = True
 
     def __post_init__(self) -> None:
-        from .heads import get_objective
-
         positive(self, "vocabulary")
-        get_objective(self.objective)
-        check_options("objectives", self.objectives, {name: get_objective(name).config for name in self.objectives})
+        if self.objective is None:
+            raise ConfigError(f"objective is None; it must be one of {', '.join(list_objectives())}")
+        object.__setattr__(self, "objective", configured(ObjectiveConfig, self.objective))
+
+    @staticmethod
+    def upgrade(values: dict[str, Any]) -> dict[str, Any]:
+        """Values as this version names them, from those that version 0.1 wrote."""
+        if "objectives" not in values:
+            return values
+        values = dict(values)
+        kind, options = values.get("objective", "causal"), values.pop("objectives") or {}
+        return values | {"objective": {"type": kind, **(to_plain(options.get(kind)) or {})}}
 
 
 class LanguageModel(nn.Module):
@@ -65,7 +73,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         dim = config.backbone.dim
-        self.objective = build_objective(config.objective, dim, config.vocabulary, config.objectives)
+        self.objective = entry_of(config.objective).build(dim, config.vocabulary, config.objective)
         self.embedding = nn.Embedding(config.vocabulary + self.objective.extra_tokens, dim)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.backbone = Backbone(config.backbone)
@@ -86,7 +94,9 @@ class LanguageModel(nn.Module):
             UnsupportedCall: the objective has none.
         """
         if not self.objective.extra_tokens:
-            raise UnsupportedCall(f"objective {self.config.objective!r} has no mask token; diffusion objectives have")
+            raise UnsupportedCall(
+                f"objective {self.config.objective.type!r} has no mask token; diffusion objectives have"
+            )
         return self.config.vocabulary
 
     def hidden(self, tokens: Int[Tensor, "b t"], context: Context | Layout, state: State | None = None) -> Output:

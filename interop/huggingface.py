@@ -187,10 +187,10 @@ class OmnimixForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: OmnimixConfig):
         super().__init__(config)
         ours = config.language_model()
-        decoder = get_objective(ours.objective).build.decoder
+        decoder = get_objective(ours.objective.type).build.decoder
         if decoder != "autoregressive":
             raise UnsupportedCall(
-                f"objective {ours.objective!r} does not write one token after the other, which transformers' "
+                f"objective {ours.objective.type!r} does not write one token after the other, which transformers' "
                 "AutoModelForCausalLM and generate do; write with omnimix.diffuse"
             )
         self.gradient_checkpointing = False

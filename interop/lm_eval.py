@@ -131,7 +131,7 @@ class OmnimixLM(TemplateLM):
         """What lm-eval writes into its results beside the numbers: how the likelihoods were found."""
         info: dict[str, Any] = {
             "run": self.run,
-            "objective": self.model.config.objective,
+            "objective": self.model.config.objective.type,
             "model_num_parameters": sum(p.numel() for p in self.model.parameters()),
             "model_dtype": str(self.model.embedding.weight.dtype),
             "likelihood": "exact",

@@ -282,7 +282,7 @@ def diffuse(
             that predicts each token at the place before it.
     """
     config = config or DiffusionConfig()
-    name = model.config.objective
+    name = model.config.objective.type
     if model.objective.decoder != "diffusion":
         raise UnsupportedCall(
             f"objective {name!r} writes token by token; call generate, or make a diffusion model of it with "

@@ -37,7 +37,7 @@ def check_decoder(model: LanguageModel, config: GenerationConfig | None = None) 
     """Raise UnsupportedCall unless the model writes one token after the other, ConfigError unless it may write some."""
     if model.objective.decoder != "autoregressive":
         raise UnsupportedCall(
-            f"objective {model.config.objective!r} is decoded by {model.objective.decoder}, not token by token; "
+            f"objective {model.config.objective.type!r} is decoded by {model.objective.decoder}, not token by token; "
             "call omnimix.backbones.decoding.diffuse, or train with objective='causal'"
         )
     if name := unfit(model.backbone, lambda can: can.streaming and can.causal):

@@ -46,9 +46,9 @@ class Denoiser(Objective):
     def check(self, model: LanguageModel) -> None:
         if name := unfit(model.backbone, self.serves):
             raise UnsupportedCall(
-                f"objective {model.config.objective!r} needs layers that are {self.view}, and {name} is not; configure "
-                "scan='both' (omnimix.convert does it for trained weights), or 'attention' in place of mixers that do "
-                "not scan"
+                f"objective {model.config.objective.type!r} needs layers that are {self.view}, and {name} is not; "
+                "configure scan='both' (omnimix.convert does it for trained weights), or 'attention' in place of "
+                "mixers that do not scan"
             )
 
     def token_nats(

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ...errors import UnknownName
 from ..config import ObjectiveConfig
 from ..registry import Registry
 
@@ -112,22 +111,9 @@ class Objective(nn.Module, ABC):
         """
 
 
-OBJECTIVES: Registry[Objective] = Registry("objective", base=ObjectiveConfig, options="objectives")
+OBJECTIVES: Registry[Objective] = Registry("objective", base=ObjectiveConfig)
 register_objective = OBJECTIVES.register
 get_objective = OBJECTIVES.get
-
-
-def build_objective(name: str, dim: int, vocabulary: int, options: dict[str, ObjectiveConfig]) -> Objective:
-    """The objective of that name with its options, or its defaults.
-
-    Raises:
-        UnknownName: no such objective, or options of one.
-    """
-    for key in options:
-        if key not in OBJECTIVES.names():
-            raise UnknownName("objective", key, OBJECTIVES.names())
-    entry = OBJECTIVES.get(name)
-    return entry.build(dim, vocabulary, options.get(name) or entry.config())
 
 
 def list_objectives() -> list[str]:

@@ -245,8 +245,8 @@ class TextGenerator:
         config = wanted() if config is None else config
         if not isinstance(config, wanted):
             raise ConfigError(
-                f"config is a {type(config).__name__}, and objective {self.model.config.objective!r} is decoded with a "
-                f"{wanted.__name__}"
+                f"config is a {type(config).__name__}, and objective {self.model.config.objective.type!r} is decoded "
+                f"with a {wanted.__name__}"
             )
         config = replace(config, end=self.tokenizer.end) if config.end is None else config
         if isinstance(config, GenerationConfig) and self.model.vocabulary > self.tokenizer.vocabulary:

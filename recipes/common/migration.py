@@ -43,6 +43,10 @@ def migrate(content: Any) -> Any:
 
 def _model(values: dict[str, Any]) -> dict[str, Any]:
     """The options of a recipe's model; version 0.1 called the feed-forward layer `channel`."""
+    if "objectives" in values:
+        values = dict(values)
+        chosen = (values.pop("objectives") or {}).get(kind := values.get("objective", "causal")) or {}
+        values["objective"] = {"type": kind, **chosen.get("init_args", chosen)}
     if not {"channel", "channels"} & values.keys():
         return values
     values = dict(values)

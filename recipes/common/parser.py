@@ -30,7 +30,9 @@ class Parser(LightningArgumentParser):
         trees = tree_defaults(theclass) if issubclass(theclass, pl.LightningModule) else {}
         added = super().add_class_arguments(theclass, nested_key, **options, **({"skip": {*trees}} if trees else {}))
         for name, value in trees.items():
-            text = "a tree; see below" if name == "backbone" else f"options by name: --model.{name}.NAME.OPTION"
+            text = (
+                "a tree; see below" if name == "backbone" else f"by name; --model.{name}.OPTION sets one of its options"
+            )
             self.add_argument(f"--{nested_key}.{name}", type=Any, default=value, help=text)
         return added
 

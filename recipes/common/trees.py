@@ -1,4 +1,4 @@
-"""Configuration trees on the command line: `--model.backbone…`, `--model.objectives…`, and the short forms of both.
+"""Configuration trees on the command line: `--model.backbone…`, `--model.objective…`, and the short forms of both.
 
 jsonargparse sees such a tree as plain values. It is put together here from the defaults, the files and the flags, in
 their order, and checked as a whole by the configurations themselves, which name what is wrong and the nearest option.
@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from ...backbones.config import BackboneConfig, FFNConfig, ResidualConfig
-from ...backbones.registry import OPTIONS, REGISTRIES, lookup
+from ...backbones.config import BackboneConfig, FFNConfig, ObjectiveConfig, ResidualConfig
+from ...backbones.registry import REGISTRIES, lookup
 from ...backbones.serialization import from_dict, to_dict
 from ...errors import ConfigError
 
@@ -33,6 +33,16 @@ Short forms: --model.mixer gla,attention (its pattern), --model.dim, --model.dep
 In files: ffn: {type: moe, experts: 16}."""
 
 
+# Arguments of recipes that are trees.
+TREES = {"backbone": BackboneConfig, "objective": ObjectiveConfig}
+# Where in them there is one part, whose options may be set one by one.
+PARTS = {
+    ("backbone", "ffn"): FFNConfig,
+    ("backbone", "residual"): ResidualConfig,
+    ("objective",): ObjectiveConfig,
+}
+
+
 class _Loader(yaml.SafeLoader):
     """Reads 1e-3 as a number, which YAML 1.1 does not."""
 
@@ -45,7 +55,8 @@ _Loader.add_implicit_resolver(
 def tree_defaults(model: type) -> dict[str, Any]:
     """The arguments of a recipe that are trees, with their defaults as plain values."""
     parameters = inspect.signature(model).parameters
-    return {name: to_dict(parameters[name].default) for name in ("backbone", *OPTIONS) if name in parameters}
+    defaults = {name: to_dict(parameters[name].default) for name in TREES if name in parameters}
+    return {name: {"type": value} if isinstance(value, str) else value for name, value in defaults.items()}
 
 
 class Trees:
@@ -110,24 +121,28 @@ class Trees:
         Raises:
             ConfigError, UnknownName: one cannot, with the nearest name.
         """
-        if isinstance(self.values["backbone"], dict):
-            _check_ffn(self.values["backbone"].get("ffn"))
+        for (*path, last), base in PARTS.items():
+            node = self.values
+            for key in path:
+                node = node.get(key) if isinstance(node, dict) else None
+            if isinstance(node, dict) and isinstance(node.get(last), dict):
+                _check_part(base, last, node[last])
         return {name: to_dict(build(name, value)) for name, value in self.values.items()}
 
 
-def _check_ffn(ffn: Any) -> None:
-    """Options of a feed-forward layer that was not chosen: say which one has them."""
-    kind = ffn.get("type") if isinstance(ffn, dict) else None
-    known = set() if kind is None else fields_of(lookup(FFNConfig, kind).config)
-    entries = [REGISTRIES[FFNConfig].get(name) for name in REGISTRIES[FFNConfig].names()]
-    for option in (ffn or {}).keys() - {"type", *known}:
+def _check_part(base: type, place: str, part: dict[str, Any]) -> None:
+    """Options of a part that was not chosen: say which one has them."""
+    kind, what = part.get("type"), REGISTRIES[base].kind
+    known = set() if kind is None else fields_of(lookup(base, kind).config)
+    entries = [REGISTRIES[base].get(name) for name in REGISTRIES[base].names()]
+    for option in part.keys() - {"type", *known}:
         near = difflib.get_close_matches(option, [f for entry in entries for f in fields_of(entry.config)], n=1)
         having = [entry.name for entry in entries if near and near[0] in fields_of(entry.config)]
         if kind in having or not having:
             return  # its own configuration says what is wrong
-        chosen = "there is no feed-forward layer" if kind is None else f"ffn {kind!r} has no option {option!r}"
+        chosen = f"there is no {what}" if kind is None else f"{place} {kind!r} has no option {option!r}"
         raise ConfigError(
-            f"{chosen}; {near[0]!r} is one of {' and '.join(map(repr, having))}: add --model.ffn {having[0]}"
+            f"{chosen}; {near[0]!r} is one of {' and '.join(map(repr, having))}: add --model.{place} {having[0]}"
         )
 
 
@@ -138,12 +153,12 @@ def fields_of(config: type) -> set[str]:
 
 def build(name: str, value: Any) -> Any:
     """The object that the recipe's argument `name` takes, from its plain values."""
-    if name == "backbone":
-        return from_dict(BackboneConfig, value)
-    if not isinstance(value, dict):
-        raise ConfigError(f"model.{name} is {value!r}; it must be a mapping of options by name")
-    get = OPTIONS[name].get
-    return {part: from_dict(get(part).config, options or {}) for part, options in value.items()}
+    base = TREES[name]
+    if base is BackboneConfig:
+        return from_dict(base, value)
+    if not isinstance(value, dict) or "type" not in value:
+        raise ConfigError(f"model.{name} is {value!r}; it must say by its name or by 'type' which one")
+    return from_dict(lookup(base, value["type"]).config, value)
 
 
 def part_name(name: str) -> str:
@@ -171,8 +186,7 @@ def _plain(place: list[str], value: Any) -> Any:
     if isinstance(value, dict):
         value = {name: _plain([*place, name], inner) for name, inner in value.items()}
         return value | {"type": part_name(value["type"])} if isinstance(value.get("type"), str) else value
-    if not isinstance(value, str) or key not in ("mixer", "ffn", "residual", "transition"):
+    if not isinstance(value, str) or key not in ("mixer", "ffn", "residual", "transition", "objective"):
         return value
-    if place in (["backbone", "ffn"], ["backbone", "residual"]):
-        return {"type": lookup(FFNConfig if key == "ffn" else ResidualConfig, part_name(value)).name}
-    return part_name(value)
+    base = PARTS.get(tuple(place))
+    return part_name(value) if base is None else {"type": lookup(base, part_name(value)).name}

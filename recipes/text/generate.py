@@ -145,8 +145,8 @@ def _config(writer: TextGenerator, options: argparse.Namespace) -> GenerationCon
         if getattr(options, name) is not None:
             way = "by diffusion" if writer.diffusion else "from left to right"
             raise ConfigError(
-                f"--{name} does not apply: a model with objective {writer.model.config.objective!r} writes {way}, with "
-                f"{', '.join(f'--{option}' for option in own)}"
+                f"--{name} does not apply: a model with objective {writer.model.config.objective.type!r} writes {way}, "
+                f"with {', '.join(f'--{option}' for option in own)}"
             )
     more = {name: getattr(options, name) for name in own if getattr(options, name) is not None}
     temperature = options.temperature

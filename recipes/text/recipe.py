@@ -65,8 +65,8 @@ class TextGeneration(pl.LightningModule):
     Args:
         backbone: the configuration of the blocks; see `BackboneConfig`. Under diffusion the scan "forward" stands for
             "both".
-        objective: what the model is trained for; "causal" writes from left to right, the others by diffusion.
-        objectives: options by objective name.
+        objective: what the model is trained for, by name or configuration; "causal" writes from left to right, the
+            others by diffusion.
         tie: whether the output matrix is the embedding.
         training: optimiser, schedule, regularisation and averaging.
         prompts: what the samples over time go on from; "" is the beginning of a document.
@@ -77,20 +77,17 @@ class TextGeneration(pl.LightningModule):
         self,
         *,
         backbone: BackboneConfig = _BACKBONE,
-        objective: str = "causal",
-        objectives: dict[str, ObjectiveConfig] = {},  # noqa: B006 - jsonargparse cannot write a factory's value
+        objective: ObjectiveConfig | str = "causal",
         tie: bool = True,
         training: TextTrainingConfig = TextTrainingConfig(),
-        prompts: list[str] = [""],  # noqa: B006
+        prompts: list[str] = [""],  # noqa: B006 - jsonargparse cannot write a factory's value
         vocabulary: int = 257,
     ):
         super().__init__()
-        diffusion = get_objective(objective).build.decoder != "autoregressive"
+        config = LanguageModelConfig(backbone=backbone, vocabulary=vocabulary, objective=objective, tie=tie)
+        diffusion = get_objective(config.objective.type).build.decoder != "autoregressive"
         if diffusion and backbone.scan == "forward":
-            backbone = replace(backbone, scan="both")
-        config = LanguageModelConfig(
-            backbone=backbone, vocabulary=vocabulary, objective=objective, objectives=objectives, tie=tie
-        )
+            config = replace(config, backbone=replace(backbone, scan="both"))
         self.mixer, self.training_config, self.prompts = pattern_name(backbone), training, prompts
         self.model = LanguageModel(config)
         self._window: list[Any] = []
@@ -208,7 +205,7 @@ def _finish(cli: RecipeCLI) -> None:
         "steps": cli.trainer.global_step,
         "tokens": history.tokens,
         "tokens_per_second": round(history.tokens / history.busy, 1) if history.busy else None,
-        "objective": model.model.config.objective,
+        "objective": model.model.config.objective.type,
         "vocabulary": model.model.vocabulary,
         **cli.about(),
     }

@@ -20,8 +20,7 @@ def model(objective="masked", pattern="attention", *, vocabulary=11, scan="both"
     config = om.LanguageModelConfig(
         backbone=om.BackboneConfig(dim=dim, depth=2, pattern=PATTERNS[pattern], scan=scan),
         vocabulary=vocabulary,
-        objective=objective,
-        objectives={} if options is None else {objective: options},
+        objective=objective if options is None else options,
         tie=False,
     )
     made = om.LanguageModel(config).double()

@@ -30,7 +30,7 @@ def model(
             backbone=backbone,
             vocabulary=VOCABULARY,
             tie=tie,
-            objectives={"causal": CausalConfig(ahead=ahead)},
+            objective=CausalConfig(ahead=ahead),
         )
     )
 

@@ -221,7 +221,7 @@ def test_an_incomplete_checkpoint_is_refused(tmp_path):
 
 EXTRAS = {
     "ffn": MoEConfig(experts=4),
-    "objectives": {"causal": CausalConfig(ahead=2, z_loss=1e-3)},
+    "objective": CausalConfig(ahead=2, z_loss=1e-3),
 }
 
 

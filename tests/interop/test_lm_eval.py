@@ -358,8 +358,7 @@ def test_blocks_of_one_token_are_no_bound(adapter, block, exact):
     config = omnimix.LanguageModelConfig(
         backbone=backbone,
         vocabulary=BYTES.vocabulary,
-        objective="block",
-        objectives={"block": BlockDiffusionConfig(block=block)},
+        objective=BlockDiffusionConfig(block=block),
     )
     info = adapter.OmnimixLM(model=omnimix.LanguageModel(config), tokenizer=BYTES).get_model_info()
     assert (info["likelihood"] == "exact") == exact == ("likelihood_samples" not in info)

@@ -301,7 +301,7 @@ def test_wrong_options():
         tiny(NAMES[0], global_pool="avgmax")
     with pytest.raises(ConfigError, match="class_token"):
         tiny(NAMES[0]).reset_classifier(5, "token")
-    with pytest.raises(TypeError, match="num_heds"):
+    with pytest.raises(ConfigError, match="no option 'num_heds'"):
         tiny(NAMES[0], num_heds=3)
 
 

@@ -114,7 +114,7 @@ def test_a_run_leaves_everything_in_its_folder(place):
     samples = (run / "samples.txt").read_text()
     assert [f"step {step}, from 'the '" in samples for step in (8, 16, 20)] == [True] * 3
     best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
-    assert best["global_step"] == 16 and best["model"]["objective"] == "causal"
+    assert best["global_step"] == 16 and best["model"]["objective"]["type"] == "causal"
 
 
 def test_killed_in_the_middle_of_an_epoch_and_resumed(place):
@@ -274,9 +274,12 @@ def test_generate_needs_a_tokenizer_and_a_model(place, tmp_path, capsys):
     [
         ("--model.mixer=glaa", "no mixer is called 'glaa'; did you mean 'gla'?"),
         ("--model.objective=casual", "no objective is called 'casual'; did you mean 'causal'?"),
-        ("--model.objectives.causal.ahaed=2", "did you mean 'ahead'"),
-        ("--model.objectives.causal.ahead=0", "CausalConfig.ahead is 0"),
-        ("--model.objectives.mask.ahead=0", "no objective is called 'mask'; did you mean 'masked'"),
+        ("--model.objective.ahaed=2", "did you mean 'ahead'"),
+        ("--model.objective.ahead=0", "CausalConfig.ahead is 0"),
+        (
+            "--model.objective.complementary=true",
+            "objective 'causal' has no option 'complementary'; 'complementary' is one of 'masked'",
+        ),
         ("--model.scan=both", "configure scan='forward'"),
         ("--model.training.optimizer=moun", "moun"),
         ("--model.training.decay=2", "training.decay is 2.0"),

@@ -91,8 +91,8 @@ def test_files_name_parts_by_type_or_class_and_flags_change_them(tmp_path, capsy
 
 
 def test_options_of_objectives_are_trees_too(capsys):
-    found = shown(capsys, "--model.objective masked --model.objectives.masked.eps 1e-2", "text")
-    assert found["objectives"]["masked"]["eps"] == 0.01 and found["objective"] == "masked"
+    found = shown(capsys, "--model.objective masked --model.objective.eps 1e-2", "text")
+    assert found["objective"] == found["objective"] | {"type": "masked", "eps": 0.01}
 
 
 def test_every_part_is_known_by_its_name_and_by_its_class():
@@ -132,7 +132,7 @@ def test_every_part_is_known_by_its_name_and_by_its_class():
         ("--model.ffn '{type: moe'", "--model.ffn: cannot read '{type: moe'"),
         ("--model.mixer", "--model.mixer needs a value"),
         ("--model.training.lr x", "--model.training.lr is 'x'; it must be a number"),
-        ("--model.objectives.masked.eps 1", "unrecognized arguments: --model.objectives.masked.eps"),
+        ("--model.objective.eps 1", "unrecognized arguments: --model.objective.eps"),
     ],
 )
 def test_mistakes_are_one_line_of_ours(tmp_path, monkeypatch, capsys, typed, said):
