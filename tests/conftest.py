@@ -64,6 +64,7 @@ SLOW = (
     "laws/test_law_8.py",
     "laws/test_low_precision.py",
     "laws/test_mixer_mutations.py",
+    "laws/test_modality_laws.py",
     "laws/test_sharding.py",
     "modalities/*",
     "recipes/*",
