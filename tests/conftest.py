@@ -50,9 +50,11 @@ interpreter._patch_lang = _prepare_once
 torch.set_num_threads(1)
 
 
-# What `make test-fast` leaves out by file, relative to this folder: whole runs, other packages' models, processes,
-# compilers and interpreted kernels. In the other files single tests are marked.
+# What `make test-fast` leaves out by file, relative to this folder: what is built on kernels and backbones, whole runs,
+# other packages' models, processes, compilers and interpreted kernels. In the other files single tests are marked.
 SLOW = (
+    "backbones/test_decoding.py",
+    "backbones/test_diffusion.py",
     "cli/test_bench_*.py",
     "cli/test_compile_kernels.py",
     "cli/test_mixers_check.py",
@@ -62,7 +64,9 @@ SLOW = (
     "laws/test_law_8.py",
     "laws/test_low_precision.py",
     "laws/test_mixer_mutations.py",
+    "laws/test_modality_laws.py",
     "laws/test_sharding.py",
+    "modalities/*",
     "recipes/*",
     "test_contributing.py",
     "test_package.py",

@@ -69,6 +69,7 @@ def test_law_1_the_fast_path_is_the_reference(name):
     assert_equal(results(function, given), results(on_backend("reference", function), given))
 
 
+@pytest.mark.slow
 @sequential
 def test_law_2_pieces_are_the_whole(name):
     system, net = SYSTEMS[name], SYSTEMS[name].backbone()
@@ -96,6 +97,7 @@ def test_law_2_pieces_are_the_whole(name):
                 assert error(in_pieces(lengths, **given)[0], call(system, net)(**given)[0]) < 1e-9
 
 
+@pytest.mark.slow
 @subjects(lambda can, system: can.packed and can.causal and not system.train and system.layout is None)
 def test_law_3_packed_is_each_alone(name):
     system, net = SYSTEMS[name], SYSTEMS[name].backbone()
@@ -122,6 +124,7 @@ def test_law_3_packed_is_each_alone(name):
     assert_equal(results(together, given), results(each_alone, given))
 
 
+@pytest.mark.slow
 @subjects(lambda can, system: can.packed and len(system.grids) > 1)
 def test_law_3_packed_images_are_each_alone(name):
     system, net = SYSTEMS[name], SYSTEMS[name].backbone()
@@ -189,6 +192,7 @@ def test_law_6_a_gradient_reaches_every_parameter(name):
         assert predictor or (p.grad is not None and p.grad.abs().max() > 0), f"no gradient reaches {parameter}"
 
 
+@pytest.mark.slow
 @every
 def test_law_6_checkpointing_changes_no_gradient(name):
     system, net = SYSTEMS[name], SYSTEMS[name].backbone()
