@@ -72,3 +72,19 @@ def test_only_files_that_need_it_are_replaced(tmp_path):
         assert found[:1] + found[2:] == argv[:1] + argv[2:]
         content = yaml.safe_load(Path(found[1]).read_text())
         assert content == values | {"data": {"class_path": "omnimix.recipes.vision.data.DigitsData"}}
+
+
+def test_options_of_0_1_have_today_s_names():
+    old = {
+        "mixer": "gla,attention+mamba2",
+        "mixers": {"mamba2": {"class_path": "x.Mamba2Config", "init_args": {"expand": 3}}, "kda": {"heads": 2}},
+        "channel": "moe",
+        "channels": {"moe": {"class_path": "x.MoEConfig", "init_args": {"experts": 16}}, "mlp": {"ratio": 2.0}},
+        "objective": "masked",
+        "objectives": {"masked": {"eps": 0.1}},
+    }
+    new = migrate({"model": old})["model"]
+    assert new["ffn"] == {"type": "moe", "experts": 16} and new["objective"] == {"type": "masked", "eps": 0.1}
+    assert new["mixers"].keys() == {"mamba2"} and not {"channel", "channels", "objectives"} & new.keys()
+    assert migrate({"model": {"channel": None}}) == {"model": {"ffn": None}}
+    assert migrate({"model": new}) == {"model": new}
