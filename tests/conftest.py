@@ -59,6 +59,7 @@ SLOW = (
     "cli/test_compile_kernels.py",
     "cli/test_mixers_check.py",
     "interop/*",
+    "kernels/test_export.py",
     "kernels/test_triton_*.py",
     "laws/test_examples.py",
     "laws/test_law_8.py",
@@ -89,7 +90,8 @@ def pytest_ignore_collect(collection_path, config):
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if _is_slow(item.path):
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if _is_slow(item.path) or any(isinstance(value, str) and value == "triton" for value in values):
             item.add_marker(pytest.mark.slow)
 
 

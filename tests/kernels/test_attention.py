@@ -36,6 +36,7 @@ def test_windows_block_by_block(causal, window, sinks, tq, tk):
     checker.agrees(chunked, reference, arguments)
 
 
+@pytest.mark.slow
 def test_a_window_costs_no_square():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         chunked(**tensors(1, 2048, 2048), window=32)
@@ -103,6 +104,7 @@ def test_positions_default_to_the_last_keys():
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.slow
 def test_long_windows_compile(without_shape_checks):
     checker.compiles(chunked, tensors(1, 200, 200) | {"window": 5, "sinks": 2})
 

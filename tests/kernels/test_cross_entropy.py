@@ -164,6 +164,7 @@ def test_small_gradients_survive_float16(backend):
         assert (g - truth).norm() < 2e-3 * truth.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 def test_memory_is_a_quarter_of_the_plain_way_or_less():
     def megabytes(way):

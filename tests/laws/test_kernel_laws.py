@@ -43,6 +43,8 @@ def of_any_length(subject: Subject) -> list[tuple[Asked, bool]]:
     # The next law but one has strided tensors too.
     strides = strides[1:] if few and subject.case.packed else strides
     calls = [(asked, True) for asked in differentiated + strides] + [(asked, False) for asked in inferred]
+    if not subject.limited:
+        return calls
     return [(a, backward) for a, backward in calls if subject.serves(a.of(subject.case), backward=backward)]
 
 
