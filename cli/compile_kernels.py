@@ -26,6 +26,7 @@ from ..errors import BackendUnavailable, UnknownName
 from ..kernels.common.tools import interpreting, launching_ahead
 from ..kernels.registry import Case, Draw, get_op, ops
 from ..utils.options import add_json
+from .check_kernels import is_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,8 +197,11 @@ def row_of(compiled: Compiled, target: Target) -> dict[str, Any]:
     return row | {"shared limit": target.shared, "seconds": compiled.seconds, "problem": problem}
 
 
-def call_on_meta(function: Any, arguments: dict[str, Any]) -> None:
-    """Runs an op forward and backward, with gradients to every floating-point or complex tensor of its arguments."""
+def call_on_meta(function: Any, arguments: dict[str, Any], *, backward: bool = True) -> None:
+    """Runs an op forward, and backward with gradients to every floating-point or complex tensor of its arguments."""
+    if not backward:
+        function(**arguments, backend="triton")
+        return
     leaves = {
         name: a.requires_grad_() if isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex()) else a
         for name, a in arguments.items()
@@ -210,7 +214,8 @@ def call_on_meta(function: Any, arguments: dict[str, Any]) -> None:
 def _compile_case(name: str, case: Case, target: Target, dtype: torch.dtype) -> list[Compiled]:
     arguments = case.compile(Draw.seeded(device="meta", dtype=dtype))
     with compile_only(target) as seen:
-        call_on_meta(get_op(name).function, arguments)
+        op = get_op(name)
+        call_on_meta(op.function, arguments, backward=is_for(op, "triton", arguments))
     if not seen:
         raise BackendUnavailable(
             f"{name}, case {case.name!r}: no kernel was launched on meta tensors; "

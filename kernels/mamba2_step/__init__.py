@@ -115,8 +115,7 @@ def _empty(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor] | None
 
 
 def _case(name: str, groups: int, taps: int, heads: int = 4) -> Case:
-    def make(draw: Draw, b: int, t: int) -> dict[str, Any]:
-        rows, k, v = b * t, 3, 5
+    def arguments(draw: Draw, rows: int, heads: int, k: int, v: int) -> dict[str, Any]:
         channels = heads * v + 2 * groups * k
         return {
             "xbc": draw.normal(rows, channels),
@@ -130,7 +129,13 @@ def _case(name: str, groups: int, taps: int, heads: int = 4) -> Case:
             "memory": draw.normal(rows, heads, k, v),
         }
 
-    return Case(name=name, make=make, packed=False)
+    return Case(
+        name=name,
+        make=lambda draw, b, t: arguments(draw, b * t, heads, 3, 5),
+        packed=False,
+        # Mamba-2's sizes at 130 M parameters.
+        compile=(lambda draw: arguments(draw, 2, 24, 128, 64)) if groups == 1 and taps == 4 else None,
+    )
 
 
 def _cases() -> tuple[Case, ...]:

@@ -52,16 +52,18 @@ def test_mamba2s_step_is_its_ops(calls, groups, taps):
     channels, draw = h * v + 2 * groups * k, Draw.seeded()
     config = Mamba2Config(heads=h, state_size=k, groups=groups, conv_size=taps)
     net = Backbone(BackboneConfig(dim=h * v // 2, depth=1, pattern=["mamba2"], mixers={"mamba2": config})).double()
-    state = (State({"conv": draw.normal(b, channels, taps - 1), "memory": draw.normal(b, h, k, v)}),)
+    inner = State({"conv": draw.normal(b, channels, taps - 1), "memory": draw.normal(b, h, k, v)})
+    state = State({"read": torch.full((b,), 3), "blocks.0": State({"mixer": inner})})
     x, layout = draw.normal(b, 1, h * v // 2), Layout(causal=True)
     with torch.no_grad():
-        found, (after,) = net(x, layout, state)
+        found = net(x, layout, state)
         assert calls.count("mamba2_step_double") == 1
         calls.clear()
         with using("chunked"):
-            wanted, (then,) = net(x, layout, state)
+            wanted = net(x, layout, state)
     assert calls == []
-    for f, w in ((found, wanted), (after["conv"], then["conv"]), (after["memory"], then["memory"])):
+    after, then = (out.state["blocks.0"]["mixer"] for out in (found, wanted))
+    for f, w in ((found.y, wanted.y), (after["conv"], then["conv"]), (after["memory"], then["memory"])):
         torch.testing.assert_close(f, w, rtol=1e-12, atol=1e-12)
 
 
