@@ -225,9 +225,14 @@ ATTENTION = [
         "attention",
         ("attention:Attention.__init__", "wrong rotary base", "config.rope_base if", "2 * config.rope_base if"),
         ("attention:Attention.mix", "neighbours rotated", "self.rope_base)", "self.rope_base, interleaved=True)"),
-        ("attention:Attention.mix", "keys not rotated", "rotary(k, positions, self.rope_base)", "k"),
+        (
+            "attention:Attention.mix",
+            "keys not rotated",
+            "qk = rotary(qk, context.positions_of(x), self.rope_base)",
+            "qk = torch.cat([rotary(qk[:, :, :heads], context.positions_of(x), self.rope_base), qk[:, :, heads:]], 2)",
+        ),
         ("attention:Attention.mix", "gate without sigmoid", "gate.sigmoid()", "gate"),
-        ("attention:Attention.mix", "keys not normalised", "self.q_norm(q), self.k_norm(k)", "self.q_norm(q), k"),
+        ("attention:Attention.mix", "keys not normalised", "self.k_norm(qk[:, :, heads:])", "qk[:, :, heads:]"),
         ("attention:Attention.attend", "causal mask dropped", "causal=layout.causal is True", "causal=False"),
     ),
     *_of(

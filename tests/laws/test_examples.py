@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from omnimix.backbones import Layout, list_mixers, mixers
+from omnimix.backbones import Backbone, BackboneConfig, BlockConfig, Layout, list_mixers, mixers
 from omnimix.backbones.mixers import get_mixer, parts
+from omnimix.backbones.mixers.parts import compress
 
 from .reached import lines_of_functions, lines_reached, ranges
-from .subjects import CAUSAL, Alone, capability, subjects, tokens
+from .subjects import CAUSAL, DIM, Alone, capability, subjects, tokens
 
 BORDERS = torch.tensor([0, 1, 6, 9], dtype=torch.int32)
 ROOT = Path(__file__).parents[2]
@@ -26,7 +28,9 @@ PARTS = Path(parts.__file__).parent
 def run_everything(name: str) -> None:
     """Every way in which the laws call a mixer, in each of its examples: built anew, forwards and back, streamed."""
     for config in get_mixer(name).examples:
-        dataclasses.replace(config)
+        # The second of its kind may read what the first one shares.
+        entry = BlockConfig(mixer=dataclasses.replace(config), ffn=None)
+        Backbone(BackboneConfig(dim=DIM, depth=2, pattern=[entry])).double()(tokens(1, 5), CAUSAL)
     for scan in ("forward", "both"):
         for subject in subjects(scan):
             if subject.mixer != name:
@@ -65,11 +69,19 @@ def _layouts(module: Alone) -> Iterator[tuple[Layout, Tensor]]:
         yield Layout(causal="block", block=3, cu_seqlens=BORDERS), tokens(1, 9)
 
 
-def never_reached(paths: set[Path], names: list[str]) -> list[str]:
+def with_many_compressed_keys() -> None:
+    """NSA where a mask of all compressed keys would be too large."""
+    with mock.patch.object(compress, "MASKED", 0):
+        run_everything("nsa")
+
+
+def never_reached(paths: set[Path], names: list[str], *more: Callable[[], None]) -> list[str]:
     """Lines of functions in these files that no example of these mixers reaches, as "file:lines"."""
     with lines_reached(paths) as reached:
         for name in names:
             run_everything(name)
+        for run in more:
+            run()
     missed = {path: lines_of_functions(path) - lines for path, lines in reached.items()}
     return [f"{path.relative_to(ROOT)}:{ranges(lines)}" for path, lines in sorted(missed.items()) if lines]
 
@@ -83,8 +95,17 @@ def test_examples_reach_every_line(name: str):
 
 def test_examples_reach_every_line_of_the_parts():
     users = [name for name in list_mixers() if f"{parts.__name__}." in str(_parts_of(name))]
-    missed = never_reached(set(PARTS.glob("*.py")), users)
+    missed = never_reached(set(PARTS.glob("*.py")), users, with_many_compressed_keys)
     assert not missed, f"no example of any mixer reaches {', '.join(missed)}"
+
+
+def test_many_compressed_keys_are_attended_to_by_blocks(monkeypatch: pytest.MonkeyPatch):
+    q, k, v = (tokens(2, t)[..., :12].unflatten(-1, (3 if t == 9 else 1, -1)) for t in (9, 4, 4))
+    q, k, v = q[..., :4], k[..., :4], v[..., :4]
+    seen = (torch.arange(9) // 2 - 1).expand(2, -1)
+    masked = compress.over_all(q, k, v, seen)
+    monkeypatch.setattr(compress, "MASKED", 0)
+    torch.testing.assert_close(compress.over_all(q, k, v, seen), masked, rtol=1e-9, atol=1e-9)
 
 
 def _parts_of(name: str) -> set[str]:
