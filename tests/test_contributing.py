@@ -33,7 +33,7 @@ def follow(page: str, root: Path) -> list[str]:
 
 
 PAGES = {
-    "Add a mixer": (".venv/bin/omnimix mixers check fading --write", "backbones/mixers/fading.py", 36),
+    "Add a mixer": (".venv/bin/omnimix mixers check fading --write", "backbones/mixers/fading.py", 37),
     "Add a modality": (
         ".venv/bin/python -m pytest tests/laws/test_modality_laws.py -k SeriesClassifier",
         "modalities/series.py",
