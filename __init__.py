@@ -5,11 +5,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from .utils.version import __version__ as __version__
 
 # Public name -> the module that defines it. Nothing is imported before it is asked for, so that `import omnimix` and
 # `omnimix --help` cost nothing.
 _LAZY = {
+    "__version__": ".utils.version",
     "Backbone": ".backbones",
     "BackboneConfig": ".backbones",
     "BlockConfig": ".backbones",
