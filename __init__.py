@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-
 # Public name -> the module that defines it. Nothing is imported before it is asked for, so that `import omnimix` and
 # `omnimix --help` cost nothing.
 _LAZY = {
