@@ -102,7 +102,7 @@ class NSA(Mixer):
             rows, turned, queries = unpack(q, borders), unpack(rotated, borders), unpack(ranks, borders, fill=-1)
         if old is None:
             old = self.init_state(len(queries), device=x.device, dtype=q.dtype)
-        blocks_of = self.chosen.grown(chosen, layout, old["chosen"])
+        blocks_of = self.chosen.grown(chosen, layout, None if state is None else old["chosen"])
         # One at least, if only to keep the compression within the graph: parameters without gradients halt DDP.
         capacity = max(1, (blocks_of["k"].shape[1] - config.size) // config.stride + 1)
         compressed = compressed_rows(self.compress, coarse, layout, old, config.stride, capacity)

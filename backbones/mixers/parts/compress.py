@@ -92,7 +92,7 @@ def compressed_rows(
         tokens = tokens if layout.cu_seqlens is None else unpack(tokens, layout.cu_seqlens)
         joined, count = torch.cat([old[f"{name}_tail"], tokens], dim=1), old["chosen"]["count"]
         parts[f"{name}_coarse"] = compressed(one, old[f"{name}_coarse"], joined, count, lengths, stride, capacity)
-        parts[f"{name}_tail"] = last(joined, lengths, before)
+        parts[f"{name}_tail"] = last(joined, None if layout.cu_seqlens is None else lengths, before)
     return parts
 
 

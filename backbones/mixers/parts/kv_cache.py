@@ -110,15 +110,17 @@ class WindowCache(KVCache):
     def fresh(self, rows: Mapping[str, Tensor], layout: Layout) -> State:
         some = next(iter(rows.values()))
         n, t = some.shape[:2]
-        if layout.cu_seqlens is not None or t < self.slots:
+        if layout.cu_seqlens is not None:
             return super().fresh(rows, layout)
 
-        def cut(x: Tensor) -> Tensor:
-            """The latest first, as `kept` has them."""
+        def cut(x: Tensor, empty: int = 0) -> Tensor:
+            """The latest first, as `kept` has them; of few tokens all, and empty slots behind them."""
+            if t <= self.slots:
+                return F.pad(x.flip(1), (0, 0) * (x.ndim - 2) + (0, self.slots - t), value=empty)
             last = x[:, t - (self.window - 1) :].flip(1)
             return last if not self.sinks else torch.cat([last, x[:, : self.sinks].flip(1)], dim=1)
 
-        ranks = cut(torch.arange(t, device=some.device)[None]).expand(n, -1)
+        ranks = cut(torch.arange(t, device=some.device)[None], -1).expand(n, -1)
         count = torch.full((n,), t, device=some.device)
         return State({**{name: cut(row) for name, row in rows.items()}, "ranks": ranks, "count": count})
 
@@ -224,7 +226,10 @@ def extended(cache: Tensor, new: Tensor, count: Int[Tensor, "n"]) -> Tensor:
     return F.pad(cache.to(dtype), (0, 0, 0, 0, 0, new.shape[1])).scatter(1, index, new.to(dtype))
 
 
-def last(joined: Tensor, lengths: Tensor, size: int) -> Tensor:
-    """The last `size` tokens of each row of `joined` (n, size + t, ...), of whose t new ones each has its `lengths`."""
+def last(joined: Tensor, lengths: Tensor | None, size: int) -> Tensor:
+    """The last `size` tokens of each row of `joined` (n, size + t, ...), of whose t new ones each has its `lengths`;
+    all of them where that is None."""
+    if lengths is None:
+        return joined[:, joined.shape[1] - size :]
     index = lengths[:, None] + torch.arange(size, device=joined.device)
     return joined.gather(1, index[..., None, None].expand(-1, -1, *joined.shape[2:]))
