@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from typing import Any
 
@@ -11,12 +12,18 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from ...backbones import Backbone
+from ...backbones.serialization import current_name
 from ...errors import ConfigError
 
 
@@ -51,6 +58,31 @@ class FullySharded(ModelParallelStrategy):
         self.setup_precision_plugin()
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
+
+    def load_checkpoint(self, checkpoint_path: str | os.PathLike[str], weights_only: bool | None = None) -> Any:
+        """Load a checkpoint of any strategy; returns what is neither weights nor an optimiser's state.
+
+        Lightning would look for the parameters' names of today only, and take an optimiser that ran on one process to
+        have its parameters in the module's order, where they are in the order of its groups.
+        """
+        path = self.broadcast(checkpoint_path)
+        checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+        load_whole(self.lightning_module, checkpoint.pop("state_dict"))
+        if self.optimizers:
+            for state, optimizer in zip(checkpoint["optimizer_states"], self.optimizers, strict=True):
+                named, options = _by_name(state, optimizer), StateDictOptions(full_state_dict=True)
+                set_optimizer_state_dict(self.lightning_module, optimizer, named, options=options)
+        return checkpoint
+
+
+def _by_name(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimiser's state with the names of the parameters for its numbers."""
+    own = [group["param_names"] for group in optimizer.param_groups]
+    names = {}
+    for group, mine in zip(state["param_groups"], own, strict=True):
+        names |= dict(zip(group["params"], map(current_name, group.get("param_names", mine)), strict=True))
+    groups = [group | {"params": [names[key] for key in group["params"]]} for group in state["param_groups"]]
+    return state | {"state": {names[key]: kept for key, kept in state["state"].items()}, "param_groups": groups}
 
 
 StrategyRegistry.register("fsdp2", FullySharded, description="weights in shards, on any device")
@@ -113,6 +145,7 @@ def whole_as(part: Tensor, like: Tensor) -> Tensor:
 def load_whole(module: nn.Module, weights: dict[str, Any]) -> None:
     """Load whole tensors into a module, in shards or not."""
     if sharded(module):
+        weights = {current_name(name): tensor for name, tensor in weights.items()}
         set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True))
     else:
         module.load_state_dict(weights)
