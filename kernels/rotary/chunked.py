@@ -1,6 +1,6 @@
 """Rotary positions in few passes over the memory, backward as forward by the negative angle.
 
-Nothing but the angles is kept for the backward pass, x only where they have a gradient.
+Only the angles' cosines and sines are kept for the backward pass; x and the angles where these have a gradient.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 
-def _turn(x: Tensor, angle: Tensor, interleaved: bool, back: bool = False) -> Tensor:
-    """x by the angle, or `back` by it."""
-    wide, r = torch.promote_types(x.dtype, torch.float32), angle.shape[-1]
-    # Rows that share their angles, as those of a batch mostly do, have them computed once.
-    theta = (angle[:1] if angle.stride(0) == 0 else angle).to(wide)
-    turned, cos, sin = x[..., : 2 * r].to(wide), theta.cos(), theta.sin()
-    sin = -sin if back else sin
+def _of_angle(angle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine; rows that share their angles, as those of a batch mostly do, have them computed once."""
+    theta = (angle[:1] if angle.stride(0) == 0 else angle).to(torch.promote_types(dtype, torch.float32))
+    return theta.cos(), theta.sin()
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    r = cos.shape[-1]
+    turned = x[..., : 2 * r].to(cos.dtype)
     if interleaved:
         pairs = torch.view_as_complex(turned.contiguous().unflatten(-1, (r, 2)))
         turned = torch.view_as_real(pairs * torch.complex(cos, sin)[:, :, None]).flatten(-2)
@@ -27,29 +29,35 @@ def _turn(x: Tensor, angle: Tensor, interleaved: bool, back: bool = False) -> Te
     return turned if x.shape[-1] == 2 * r else torch.cat([turned, x[..., 2 * r :]], dim=-1)
 
 
-def _into_angle(x: Tensor, dx: Tensor, angle: Tensor, interleaved: bool) -> Tensor:
+def _into_angle(x: Tensor, dx: Tensor, r: int, interleaved: bool) -> Tensor:
     """The angles' gradient: that of a turn is a quarter turn, and x and dx are as their images turned together."""
-    wide, r = torch.promote_types(x.dtype, torch.float32), angle.shape[-1]
+    wide = torch.promote_types(x.dtype, torch.float32)
     x, dx = x[..., : 2 * r].to(wide), dx[..., : 2 * r].to(wide)
     if interleaved:
         found = dx[..., 1::2] * x[..., ::2] - dx[..., ::2] * x[..., 1::2]
     else:
         found = dx[..., r:] * x[..., :r] - dx[..., :r] * x[..., r:]
-    return found.sum(2).to(angle.dtype)
+    return found.sum(2)
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, angle, interleaved):
-        ctx.interleaved = interleaved
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, angle)
-        return _turn(x, angle, interleaved)
+        cos, sin = _of_angle(angle, x.dtype)
+        ctx.interleaved, ctx.dtype = interleaved, angle.dtype
+        # Learned angles themselves, so that a second derivative reaches them.
+        ctx.save_for_backward(*((x, angle) if ctx.needs_input_grad[1] else (cos, sin)))
+        return _turn(x, cos, sin, interleaved)
 
     @staticmethod
     def backward(ctx, dy):
+        if not ctx.needs_input_grad[1]:
+            cos, sin = ctx.saved_tensors
+            return _turn(dy, cos, -sin, ctx.interleaved), None, None
         x, angle = ctx.saved_tensors
-        dx = _turn(dy, angle, ctx.interleaved, back=True)
-        return dx, None if x is None else _into_angle(x, dx, angle, ctx.interleaved), None
+        cos, sin = _of_angle(angle, dy.dtype)
+        dx = _turn(dy, cos, -sin, ctx.interleaved)
+        return dx, _into_angle(x, dx, cos.shape[-1], ctx.interleaved).to(ctx.dtype), None
 
 
 def rotary_chunked(*, x: Tensor, angle: Tensor, interleaved: bool) -> Tensor:
