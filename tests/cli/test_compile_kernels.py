@@ -51,15 +51,21 @@ def started(tmp_path, *command):
     )
 
 
+# All kernels for the NVIDIA GPU with the least shared memory and for AMD's; for the newer ones, a minute each as well
+# (`omnimix kernels compile` takes them all), an op that uses all that is new in them.
+SOME = {"sm_90": "gated_linear", "sm_100": "gated_linear"}
+
+
 @pytest.mark.parametrize("target", DEFAULT_TARGETS)
 def test_every_kernel_fits_every_target(tmp_path, target):
-    out, error = started(
-        tmp_path, "-m", "omnimix", "kernels", "compile", "--json", "-", "--targets", target
-    ).communicate()
+    command = ["-m", "omnimix", "kernels", "compile", "--json", "-", "--targets", target]
+    command += ["--ops", SOME[target]] if target in SOME else []
+    out, error = started(tmp_path, *command).communicate()
     assert out, error
     rows = json.loads(out)
     assert not [row for row in rows if row["problem"]]
-    assert {row["op"] for row in rows} == {op.name for op in ops() if any(b.name == "triton" for b in op.backends)}
+    every = {op.name for op in ops() if any(b.name == "triton" for b in op.backends)}
+    assert {row["op"] for row in rows} == ({SOME[target]} if target in SOME else every)
     assert all(row["spills"] == 0 and 0 < row["registers"] <= 512 for row in rows)
     assert all(0 <= row["shared"] <= row["shared limit"] == TARGETS[target].shared for row in rows)
     # Tensor cores are used where there is a product.
