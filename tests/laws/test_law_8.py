@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 # Each pays for the imports of torch and omnimix once more; fewer would leave one worker waiting for another.
-SHARDS = 6
+SHARDS = 4
 
 
 @pytest.mark.timeout(600)

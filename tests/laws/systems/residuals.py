@@ -12,7 +12,7 @@ from . import System
 
 
 def _with(residual: ResidualConfig, *checks) -> System:
-    config = BackboneConfig(dim=16, depth=3, pattern=("gla", "attention"), residual=residual)
+    config = BackboneConfig(dim=16, depth=2, pattern=("gla", "attention"), residual=residual)
     return System(config=config, checks=checks)
 
 
@@ -20,7 +20,7 @@ def starts_as_a_plain_stream(net: Backbone) -> None:
     torch.manual_seed(0)
     copies = Backbone(net.config).double()
     torch.manual_seed(0)
-    plain = Backbone(BackboneConfig(dim=16, depth=3, pattern=("gla", "attention"))).double()
+    plain = Backbone(BackboneConfig(dim=16, depth=2, pattern=("gla", "attention"))).double()
     own = plain.state_dict()
     plain.load_state_dict({name: copies.state_dict()[name] for name in own})
     x = torch.randn(1, 5, 16, dtype=torch.float64)

@@ -42,7 +42,7 @@ def _rwkv7(**options: object) -> BlockConfig:
 
 
 def _value_residual(scan: str) -> System:
-    config = BackboneConfig(dim=16, depth=3, pattern=(_rwkv7(),), scan=scan)
+    config = BackboneConfig(dim=16, depth=2, pattern=(_rwkv7(),), scan=scan)
     return System(config=config, grids=((1, 2, 3),) * 2 if scan != "forward" else (), checks=CHECKS)
 
 
