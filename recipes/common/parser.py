@@ -14,7 +14,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from ...errors import ConfigError, UnknownName
 from ...modalities import FrontConfig
-from .trees import SHORT, tree_defaults
+from .options import RecipeData
+from .trees import SHORT, short_forms, tree_defaults
 
 set_parsing_settings(subclasses_enabled=[FrontConfig])
 
@@ -25,6 +26,9 @@ class Parser(LightningArgumentParser):
     What recipes take as trees (see trees.py) it holds as plain values.
     """
 
+    # Short forms of the options that the data set shares with others, where this is the parser of one.
+    short: frozenset[str] = frozenset()
+
     def add_class_arguments(self, theclass: type, nested_key: str | None = None, **options: Any) -> list[str]:
         """Those of a class, its trees as plain values."""
         trees = tree_defaults(theclass) if issubclass(theclass, pl.LightningModule) else {}
@@ -34,6 +38,11 @@ class Parser(LightningArgumentParser):
                 "a tree; see below" if name == "backbone" else f"by name; --model.{name}.OPTION sets one of its options"
             )
             self.add_argument(f"--{nested_key}.{name}", type=Any, default=value, help=text)
+        if issubclass(theclass, RecipeData):
+            self.short = frozenset(short_forms(theclass))
+            prefix = "" if nested_key is None else f"{nested_key}."
+            for option, (name, field) in short_forms(theclass).items():
+                self.set_defaults({f"{prefix}{name}.{field}": getattr(theclass.defaults, option)})
         return added
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
@@ -49,6 +58,7 @@ class Parser(LightningArgumentParser):
                 unknown[1]
             }
             own = {option.lstrip("-") for action in self._options() for option in action.option_strings}
+            own = {option for option in own if option.rpartition(".")[2] not in self.short} | self.short - {"seed"}
             within = sorted(name for name in own if name.endswith(f".{unknown[1]}"))
             if within:
                 return f"no option is called {unknown[1]!r}; did you mean {within[0]!r}?"

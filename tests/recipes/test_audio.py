@@ -27,6 +27,7 @@ from omnimix.recipes.audio.preprocess import AudioPreprocess
 from omnimix.recipes.audio.recipe import picture
 from omnimix.recipes.audio.sounds import RATE, SECONDS, SOUNDS
 from omnimix.recipes.common import synthetic
+from omnimix.recipes.common.options import LoadingOptions
 from omnimix.recipes.common.timeline import Moment, Scene, scenes
 
 # Everything that draws random numbers is on: stochastic depth, masks, augmentation.
@@ -250,7 +251,7 @@ def test_clips_of_any_length_train_packed(folder):
 
 def test_shards_give_the_same_samples(folder):
     shard_folder(folder, folder.parent / "shards", kind="audio", samples=5)
-    options = {"rate": 8000, "workers": 0, "seconds": 0.4}
+    options = {"rate": 8000, "loading": LoadingOptions(workers=0), "seconds": 0.4}
     sets = {}
     for root in (folder, folder.parent / "shards"):
         data = AudioFolderData(root=str(root), **options)
@@ -268,7 +269,7 @@ def test_speech_commands_as_it_comes(tmp_path):
             write_audio(tmp_path / name / f"{i}.wav", tone(300 + 100 * i), 8000)
     (tmp_path / "validation_list.txt").write_text("yes/0.wav\nno/0.wav\n")
     (tmp_path / "testing_list.txt").write_text("no/2.wav\n")
-    data = AudioFolderData(root=str(tmp_path), workers=0)
+    data = AudioFolderData(root=str(tmp_path), loading=LoadingOptions(workers=0))
     data.setup("fit")
     assert data.preprocess.classes == ("no", "yes")
     held = {
@@ -295,14 +296,14 @@ def test_speech_commands_as_it_comes(tmp_path):
 
 
 def test_kept_waves_are_read_once(folder, monkeypatch):
-    data = AudioFolderData(root=str(folder), rate=8000, workers=0, keep=True)
+    data = AudioFolderData(root=str(folder), rate=8000, loading=LoadingOptions(workers=0, keep=True))
     data.setup("fit")
     first = data.train_set[0, 3]["audio"]
     monkeypatch.setattr(AudioPreprocess, "read", None)
     assert torch.equal(data.train_set[0, 3]["audio"], first)
     assert not torch.equal(data.train_set[1, 3]["audio"], first)
     with pytest.raises(ConfigError, match="workers"):
-        AudioFolderData(root=str(folder), workers=1, keep=True)
+        AudioFolderData(root=str(folder), loading=LoadingOptions(workers=1, keep=True))
 
 
 def test_clips_are_cut_or_filled_up():
