@@ -8,6 +8,7 @@ named, its name ("moe") and that of its class ("MoEConfig") are the same.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import inspect
@@ -20,6 +21,7 @@ from ...backbones.config import BackboneConfig, FFNConfig, ObjectiveConfig, Resi
 from ...backbones.registry import REGISTRIES, lookup
 from ...backbones.serialization import from_dict, to_dict
 from ...errors import ConfigError
+from ...modalities.audio.fronts import FrontConfig
 from .options import RecipeData, options_argument
 
 # What is short for what: `--model.dim 64` is `--model.backbone.dim 64`.
@@ -35,12 +37,13 @@ In files: ffn: {type: moe, experts: 16}."""
 
 
 # Arguments of recipes that are trees.
-TREES = {"backbone": BackboneConfig, "objective": ObjectiveConfig}
+TREES = {"backbone": BackboneConfig, "objective": ObjectiveConfig, "front": FrontConfig}
 # Where in them there is one part, whose options may be set one by one.
 PARTS = {
     ("backbone", "ffn"): FFNConfig,
     ("backbone", "residual"): ResidualConfig,
     ("objective",): ObjectiveConfig,
+    ("front",): FrontConfig,
 }
 
 
@@ -57,7 +60,17 @@ def tree_defaults(model: type) -> dict[str, Any]:
     """The arguments of a recipe that are trees, with their defaults as plain values."""
     parameters = inspect.signature(model).parameters
     defaults = {name: to_dict(parameters[name].default) for name in TREES if name in parameters}
-    return {name: {"type": value} if isinstance(value, str) else value for name, value in defaults.items()}
+    starts = starts_of(model)
+    return {
+        name: starts.get(name, {}).get(value, {"type": value}) if isinstance(value, str) else value
+        for name, value in defaults.items()
+    }
+
+
+def starts_of(model: type) -> dict[str, dict[str, Any]]:
+    """What a recipe's parts are where they are named, as plain values by argument and name; others have defaults."""
+    starts = getattr(model, "starts", {})
+    return {name: {kind: to_dict(part) for kind, part in parts.items()} for name, parts in starts.items()}
 
 
 class Trees:
@@ -70,7 +83,7 @@ class Trees:
     short = SHORT
 
     def __init__(self, model: type):
-        self.values = tree_defaults(model)
+        self.values, self._starts = tree_defaults(model), starts_of(model)
         self._scan = self.values["backbone"]["scan"]
 
     def path(self, option: str) -> list[str] | None:
@@ -120,6 +133,9 @@ class Trees:
             node = node[key]
         key, value = place[-1], _plain(place, value)
         before = node.get(key)
+        kind, was = (part.get("type") if isinstance(part, dict) else None for part in (value, before))
+        if len(place) == 1 and kind != was and kind in self._starts.get(key, {}):
+            before = node[key] = copy.deepcopy(self._starts[key][kind])
         if isinstance(value, dict) and value and isinstance(before, dict):
             if value.get("type", before.get("type")) == before.get("type"):
                 for name, inner in value.items():
@@ -151,7 +167,7 @@ class DataTrees(Trees):
 
     def __init__(self, data: type[RecipeData]):
         self.data, self.name = data, options_argument(data)
-        self.values = {self.name: {}}
+        self.values, self._starts = {self.name: {}}, {}
         self.short = short_forms(data)
 
     def path(self, option: str) -> list[str] | None:
@@ -249,7 +265,7 @@ def _plain(place: list[str], value: Any) -> Any:
     if isinstance(value, dict):
         value = {name: _plain([*place, name], inner) for name, inner in value.items()}
         return value | {"type": part_name(value["type"])} if isinstance(value.get("type"), str) else value
-    if not isinstance(value, str) or key not in ("mixer", "ffn", "residual", "transition", "objective"):
+    if not isinstance(value, str) or key not in ("mixer", "ffn", "residual", "transition", "objective", "front"):
         return value
     base = PARTS.get(tuple(place))
     return part_name(value) if base is None else {"type": lookup(base, part_name(value)).name}
