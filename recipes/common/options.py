@@ -103,7 +103,16 @@ class RecipeData(pl.LightningDataModule):
 
 
 def options_argument(data: type[RecipeData]) -> str:
-    """The name of the argument by which a data set takes the shared options."""
-    parameters = inspect.signature(data).parameters.values()
-    [name] = [parameter.name for parameter in parameters if isinstance(parameter.default, DataOptions)]
-    return name
+    """The name of the argument by which a data set takes the shared options.
+
+    Raises:
+        ConfigError: it takes none.
+    """
+    for parameter in inspect.signature(data).parameters.values():
+        if isinstance(parameter.default, DataOptions):
+            return parameter.name
+    options = type(data.defaults).__name__
+    raise ConfigError(
+        f"{data.__name__} does not take the options that data sets share; add an argument of the type {options}, by "
+        f"default {options}(), to its constructor, and hand it on to that of {data.__base__.__name__}"
+    )

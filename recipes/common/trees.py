@@ -179,7 +179,8 @@ class DataTrees(Trees):
         data = content.get("data") if isinstance(content, dict) else None
         if not isinstance(data, dict) or not isinstance(data.get("init_args"), dict):
             return content
-        chosen = data.get("class_path", self.data.__name__).rpartition(".")[2] == self.data.__name__
+        named = str(data.get("class_path") or self.data.__name__)
+        chosen = named.rpartition(".")[2] == self.data.__name__
         # Of another data set nothing is kept, as of another part.
         rest = (self if chosen else DataTrees(self.data))._rest(data["init_args"])
         return content | {"data": data | {"init_args": rest}}

@@ -189,6 +189,29 @@ def test_what_is_wrong_with_an_option_is_named(wrong):
         TextOptions(**wrong)
 
 
+def test_a_data_set_without_the_options_is_told_what_to_do():
+    class Own(DigitsData):
+        def __init__(self, *, holdout: float = 0.5):
+            super().__init__(holdout=holdout)
+
+    with pytest.raises(ConfigError, match=r"Own does not take the options .* LoadingOptions\(\), .* DigitsData"):
+        options_argument(Own)
+
+
+def test_a_data_set_of_one_s_own_has_its_defaults_and_the_short_forms(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_images.py").write_text(
+        "from omnimix.recipes.common.options import LoadingOptions\n"
+        "from omnimix.recipes.vision.data import DigitsData\n"
+        "class OwnImages(DigitsData):\n"
+        "    defaults = DigitsData.filled(LoadingOptions(batch_size=11))\n"
+    )
+    assert shown(capsys, "--data own_images.OwnImages")["loading"]["batch_size"] == 11
+    assert shown(capsys, "--data own_images.OwnImages --data.batch_size 3")["loading"]["batch_size"] == 3
+    assert main(["vision", "fit", "--data", "own_images.OwnImages", "--data.workers", "1"]) == 2
+    assert "for OwnImages it is always 0" in capsys.readouterr().err
+
+
 def all_data_sets(base: type = RecipeData) -> list[type]:
     return [base, *(cls for child in base.__subclasses__() for cls in all_data_sets(child))]
 
