@@ -315,9 +315,3 @@ def divides(config: Any, name: str, total: int, what: str) -> None:
     value = getattr(config, name)
     if value is not None and total % value:
         raise ConfigError(f"{type(config).__name__}.{name} is {value}; it must divide {what}, {total}")
-
-
-def check_options(argument: str, options: dict[str, Any], expected: dict[str, type]) -> None:
-    for name, kind in expected.items():
-        if not isinstance(options[name], kind):
-            raise ConfigError(f"{argument}[{name!r}] is a {type(options[name]).__name__}; it must be a {kind.__name__}")

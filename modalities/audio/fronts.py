@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -28,6 +28,7 @@ class FrontConfig:
         positions: how tokens say where they are; "none" where they do not.
     """
 
+    type: ClassVar[str]
     positions: str = "none"
 
     @property
@@ -39,6 +40,10 @@ class FrontConfig:
     def sample_rate(self) -> int:
         """Samples a second of the waves that the front takes."""
         raise NotImplementedError(f"{type(self).__name__} does not say its rate")
+
+    def fitted(self, rate: int, seconds: float) -> FrontConfig:
+        """The same front for clips of this rate and length, as far as its options depend on them."""
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,9 @@ class SpectrogramFrontConfig(FrontConfig):
     @property
     def sample_rate(self) -> int:
         return self.mel.rate
+
+    def fitted(self, rate: int, seconds: float) -> FrontConfig:
+        return replace(self, mel=self.mel.at_rate(rate))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +105,7 @@ class Front(nn.Module, ABC):
         raise UnsupportedCall(f"{type(self).__name__} hears whole clips and does not stream; use 'frames' or 'wave'")
 
 
-FRONTS: Registry[Front] = Registry("audio front", base=FrontConfig, options="fronts")
+FRONTS: Registry[Front] = Registry("audio front", base=FrontConfig)
 register_front = FRONTS.register
 
 
@@ -128,6 +136,10 @@ class PatchFrontConfig(SpectrogramFrontConfig):
     def __post_init__(self) -> None:
         positive(self, "frames")
         object.__setattr__(self, "patch", self.grid(1).patch)
+
+    def fitted(self, rate: int, seconds: float) -> FrontConfig:
+        mel = self.mel.at_rate(rate)
+        return replace(self, mel=mel, frames=mel.frames(round(seconds * rate)))
 
     def grid(self, dim: int) -> PatchTokenizerConfig:
         """How the spectrogram becomes tokens, taken for an image whose rows are its frames."""
@@ -299,6 +311,9 @@ class WaveFrontConfig(FrontConfig):
     @property
     def sample_rate(self) -> int:
         return self.rate
+
+    def fitted(self, rate: int, seconds: float) -> FrontConfig:
+        return replace(self, rate=rate)
 
 
 @register_front(

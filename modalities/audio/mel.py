@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -111,6 +111,11 @@ class MelConfig:
             mean=mean,
             std=std,
         )
+
+    def at_rate(self, rate: int) -> MelConfig:
+        """The same windows and hops in seconds, for waves of another rate."""
+        window, hop = self.window * rate // self.rate, round(self.hop * rate / self.rate)
+        return replace(self, rate=rate, window=window, hop=max(1, hop))
 
     def frames(self, samples: int) -> int:
         """Frames of a clip of so many samples."""

@@ -43,7 +43,7 @@ class AudioClassifierConfig:
             raise ConfigError(
                 f"backbone.scan is {self.backbone.scan!r} with audio.causal; a causal model scans 'forward'"
             )
-        if self.head.pool == "class_token" and getattr(self.audio.options, "class_token", None) is None:
+        if self.head.pool == "class_token" and getattr(self.audio.front, "class_token", None) is None:
             raise ConfigError(
                 "head.pool is 'class_token', but the audio front has none; the front 'patches' has one with "
                 "class_token='first' or 'middle'"
@@ -132,8 +132,7 @@ class AudioClassifier(Classifier):
                 audio_classifier(
                     mixer="linear",
                     **small,
-                    front="wave",
-                    fronts={"wave": WaveFrontConfig(channels=6, kernels=(10, 3), strides=(5, 2))},
+                    front=WaveFrontConfig(channels=6, kernels=(10, 3), strides=(5, 2)),
                 ),
                 batches,
             ),
@@ -228,8 +227,7 @@ def audio_classifier(
     backbone: BackboneConfig | None = None,
     *,
     classes: int = 527,
-    front: str = "patches",
-    fronts: dict[str, FrontConfig] | None = None,
+    front: FrontConfig | str = "patches",
     causal: bool = False,
     pool: str = "mean",
     dropout: float = 0.0,
@@ -240,8 +238,7 @@ def audio_classifier(
     Args:
         backbone: the whole configuration, or None for the short form, which scans "both" ways, or "forward" where
             `causal`. Packed clips are served by these two.
-        front: "patches", "frames" or "wave".
-        fronts: options by front; those of this front replace what `options` say of it.
+        front: "patches", "frames" or "wave"; or its configuration, which replaces what `options` say of it.
         causal: a token hears only what came before, so that the model streams; not for patches.
         options: those of `audio_front`, and the short form of the backbone: see `plain_backbone`.
 
@@ -249,15 +246,13 @@ def audio_classifier(
         UnknownName, ConfigError: names that there are not, and parts that do not fit.
     """
     own, short = parted(options, inspect.signature(audio_front).parameters.keys() - {"front", "causal"})
-    given = dict(fronts or {})
-    if front not in given:
-        given[front] = audio_front(front, causal=causal, **own)
+    if isinstance(front, str):
+        front = audio_front(front, causal=causal, **own)
     if backbone is None and short.get("scan") is None:
         short["scan"] = "forward" if causal else "both"
-    has_positions = given[front].has_positions
-    backbone = plain_backbone(backbone, positions=has_positions, **short)
+    backbone = plain_backbone(backbone, positions=front.has_positions, **short)
     return AudioClassifierConfig(
-        audio=AudioTokenizerConfig(dim=backbone.dim, front=front, fronts=given, causal=causal),
+        audio=AudioTokenizerConfig(dim=backbone.dim, front=front, causal=causal),
         backbone=backbone,
         head=ClassificationHeadConfig(classes=classes, pool=pool, dropout=dropout),
     )

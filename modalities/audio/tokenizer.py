@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ...backbones.config import check_options, positive
+from ...backbones.config import configured, positive, to_plain
 from ...backbones.layout import Layout
 from ...backbones.registry import build_part
-from ...errors import UnsupportedShape
-from .fronts import FRONTS, FrontConfig, FrontState
+from ...errors import ConfigError, UnsupportedShape
+from .fronts import FrontConfig, FrontState, list_fronts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,30 +23,33 @@ class AudioTokenizerConfig:
 
     Args:
         dim: width of the tokens.
-        front: by name: "patches" or "frames" of a log-mel spectrogram, or the "wave" itself.
-        fronts: options by the name of the front; a front without an entry has its defaults.
+        front: its configuration or name: "patches" or "frames" of a log-mel spectrogram, or the "wave" itself.
         causal: whether a token hears only what came before; then the model streams.
     """
 
     dim: int
-    front: str = "patches"
-    fronts: dict[str, FrontConfig] = field(default_factory=dict)
+    front: FrontConfig | str = "patches"
     causal: bool = False
 
     def __post_init__(self) -> None:
         positive(self, "dim")
-        FRONTS.get(self.front)
-        check_options("fronts", self.fronts, {name: FRONTS.get(name).config for name in self.fronts})
-
-    @property
-    def options(self) -> FrontConfig:
-        """The options of the front."""
-        return self.fronts.get(self.front) or FRONTS.get(self.front).config()
+        if self.front is None:
+            raise ConfigError(f"front is None; it must be one of {', '.join(list_fronts())}")
+        object.__setattr__(self, "front", configured(FrontConfig, self.front))
 
     @property
     def rate(self) -> int:
         """Samples a second of the waves."""
-        return self.options.sample_rate
+        return self.front.sample_rate
+
+    @staticmethod
+    def upgrade(values: dict[str, Any]) -> dict[str, Any]:
+        """Values as this version names them, from those that version 0.1 wrote."""
+        if "fronts" not in values:
+            return values
+        values = dict(values)
+        kind, options = values.get("front", "patches"), values.pop("fronts") or {}
+        return values | {"front": {**(to_plain(options.get(kind)) or {}), "type": kind}}
 
 
 class AudioTokenizer(nn.Module):
@@ -54,7 +58,7 @@ class AudioTokenizer(nn.Module):
     def __init__(self, config: AudioTokenizerConfig):
         super().__init__()
         self.config = config
-        self.front = build_part(config.options, config.dim, config.causal)
+        self.front = build_part(config.front, config.dim, config.causal)
 
     def forward(self, waves: Float[Tensor, "b n"] | Sequence[Tensor]) -> tuple[Float[Tensor, "b t d"], Layout]:
         """Tokens and their layout.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from ...errors import ConfigError
 from ...modalities.data.sources import FolderSource, Source, check_classes, find_source, find_splits, read_utf8
 from ..common.loading import uniform
 from ..common.media import MediaData, Samples
+from ..common.options import LOADING, LoadingOptions
 from .preprocess import SUFFIXES, AudioPreprocess
 from .sounds import RATE, SECONDS, SOUNDS, sounds_folder
 
@@ -149,7 +149,7 @@ class AudioData(MediaData):
 
     def setup(self, stage: str) -> None:
         for split, source in self.find().items():
-            augment, seed = (self.augment, self.seed) if split == "train" else (None, None)
+            augment, seed = (self.augment, self.loading.seed) if split == "train" else (None, None)
             read = self.kept(source, self.preprocess.read)
             setattr(self, f"{split}_set", Samples(read, LoadAudio(self.preprocess, augment), seed=seed))
 
@@ -171,9 +171,10 @@ class AudioFolderData(AudioData):
         seconds: that the model hears: of held-out clips the middle, of training clips any part; null is the whole
             clip, packed without padding, for which all mixers have to serve packed sequences.
         augment: what happens to training clips.
-        workers: processes that decode.
-        shared: what all data sets take; see `MediaData`.
+        loading: what all data sets take.
     """
+
+    defaults = replace(AudioData.defaults, workers=2)
 
     def __init__(
         self,
@@ -182,10 +183,9 @@ class AudioFolderData(AudioData):
         rate: int = 16_000,
         seconds: float | None = 1.0,
         augment: AudioAugment | None = AudioAugment(shift=0.1),
-        workers: int = 2,
-        **shared: Any,
+        loading: LoadingOptions = LOADING,
     ):
-        super().__init__(workers=workers, **shared)
+        super().__init__(loading=loading)
         if rate < 1 or (seconds is not None and not seconds > 0):
             raise ConfigError(f"data.rate is {rate} and data.seconds {seconds}; they must be above 0, or seconds null")
         self.augment = augment
@@ -208,8 +208,11 @@ class SoundsData(AudioData):
         val: held-out sounds of each class.
         seconds: that the model hears, at least 1.2, as long as the longest; null is the whole clip, packed.
         augment: what happens to training sounds; None is nothing.
-        shared: batch_size and seed; see `MediaData`. The sounds are always the same.
+        loading: batch_size and seed. The sounds are always the same, and lie in memory.
     """
+
+    defaults = replace(AudioData.defaults, keep=True, policy="raise", max_unreadable=0.0)
+    fixed = dict.fromkeys(("keep", "workers", "policy", "max_unreadable"), "its sounds are generated and lie in memory")
 
     def __init__(
         self,
@@ -218,9 +221,9 @@ class SoundsData(AudioData):
         val: int = 25,
         seconds: float | None = SECONDS,
         augment: AudioAugment | None = None,
-        **shared: Any,
+        loading: LoadingOptions = LOADING,
     ):
-        super().__init__(keep=True, workers=0, policy="raise", max_unreadable=0.0, **shared)
+        super().__init__(loading=loading)
         self.augment = augment
         for name, count in (("train", train), ("val", val)):
             if count < 1:

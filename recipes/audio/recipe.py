@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ...backbones import BackboneConfig
+from ...backbones.config import configured
 from ...errors import ConfigError
-from ...modalities.audio.fronts import FrameFrontConfig, FrontConfig, PatchFrontConfig
+from ...modalities.audio.fronts import FrameFrontConfig, FrontConfig, PatchFrontConfig, SpectrogramFrontConfig
 from ...modalities.audio.mel import LogMel, MelConfig, SpecAugmentConfig
 from ...modalities.audio.model import AudioClassifier, audio_classifier
 from ..common.classification import Baseline, Classification, ClassificationTrainingConfig, Look, finish
@@ -27,49 +29,15 @@ _TRAINING = ClassificationTrainingConfig()
 _BACKBONE = BackboneConfig(dim=64, depth=2, pattern=("gated_deltanet",), scan="both")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SpectrogramConfig:
-    """What the fronts "patches" and "frames" see of a sound: a log-mel spectrogram, scaled as Whisper's.
-
-    Args:
-        bins: mel filters.
-        step: milliseconds between two frames.
-        patch: frames and bins of a patch; of the front "patches".
-        positions: "factorised", "learned" or "none" for patches, "sinusoidal" or "none" for frames; null is the first.
-        time_masks, frequency_masks: stretches and bands that are hidden in training.
-        time_width: the widest stretch, in frames.
-        frequency_width: the widest band, in bins.
-    """
-
-    bins: int = 64
-    step: float = 10.0
-    patch: tuple[int, int] = (16, 16)
-    positions: str | None = None
-    time_masks: int = 1
-    time_width: int = 10
-    frequency_masks: int = 1
-    frequency_width: int = 10
-
-    def mel(self, rate: int) -> MelConfig:
-        """The spectrogram of sounds of this rate."""
-        plain = MelConfig.whisper(rate=rate, bins=self.bins)
-        return replace(plain, hop=max(1, round(rate * self.step / 1000)), mean=_MEAN, std=_STD)
-
-    def fronts(self, rate: int, seconds: float | None) -> dict[str, FrontConfig]:
-        """The options of the fronts that see spectrograms."""
-        mel = self.mel(rate)
-        augment = SpecAugmentConfig(
-            time_masks=self.time_masks,
-            time_width=self.time_width,
-            frequency_masks=self.frequency_masks,
-            frequency_width=self.frequency_width,
-        )
-        chosen = {} if self.positions is None else {"positions": self.positions}
-        frames = mel.frames(round((seconds or 10.0) * rate))
-        return {
-            "frames": FrameFrontConfig(mel=mel, augment=augment, **chosen),
-            "patches": PatchFrontConfig(mel=mel, augment=augment, patch=tuple(self.patch), frames=frames, **chosen),
-        }
+# Fronts as the recipe has them where they are named; sizes in samples are for 16 kHz.
+_MEL = replace(MelConfig.whisper(bins=64), mean=_MEAN, std=_STD)
+_MASKS = SpecAugmentConfig(time_masks=1, time_width=10, frequency_masks=1, frequency_width=10)
+_FRONTS: dict[str, FrontConfig] = {
+    "frames": FrameFrontConfig(mel=_MEL, augment=_MASKS),
+    "patches": PatchFrontConfig(mel=_MEL, augment=_MASKS),
+}
+# Seconds that positions are learned for where clips have any length.
+_USUAL = 10.0
 
 
 class AudioClassification(Classification):
@@ -77,20 +45,21 @@ class AudioClassification(Classification):
 
     Args:
         backbone: the configuration of the blocks; see `BackboneConfig`.
-        front: how waves become tokens: "frames" or "patches" of a spectrogram, or the "wave" itself.
-        spectrogram: what the first two see.
+        front: how waves become tokens, by name or configuration: "frames" or "patches" of a spectrogram, or the "wave"
+            itself. It is fitted to the rate and the length of the sounds.
         training: optimiser, schedule, regularisation and averaging.
         order_blind_epochs: for so many epochs another model is trained that hears all moments of a sound but not their
             order, to compare with; 0 leaves it out.
         sounds: samples a second, seconds (null: any) and the number of classes; the data says it.
     """
 
+    starts: ClassVar[dict[str, dict[str, FrontConfig]]] = {"front": _FRONTS}
+
     def __init__(
         self,
         *,
         backbone: BackboneConfig = _BACKBONE,
-        front: str = "frames",
-        spectrogram: SpectrogramConfig = SpectrogramConfig(),
+        front: FrontConfig | str = "frames",
         training: ClassificationTrainingConfig = _TRAINING,
         order_blind_epochs: int = 12,
         sounds: tuple[int, float | None, int] = (16_000, 1.2, 12),
@@ -98,11 +67,17 @@ class AudioClassification(Classification):
         if order_blind_epochs < 0:
             raise ConfigError(f"model.order_blind_epochs is {order_blind_epochs}; it must be at least 0")
         rate, seconds, classes = sounds
-        fronts = spectrogram.fronts(rate, seconds)
-        options = {"fronts": {front: fronts[front]}} if front in fronts else {"rate": rate}
-        model = AudioClassifier(audio_classifier(backbone, classes=classes, front=front, **options))
+        front = _FRONTS.get(front) or configured(FrontConfig, front) if isinstance(front, str) else front
+        front = front.fitted(rate, seconds or _USUAL)
+        if front.sample_rate != rate:
+            raise ConfigError(
+                f"model.front takes {front.sample_rate} samples a second, and the data has {rate}: set data.rate"
+            )
+        model = AudioClassifier(audio_classifier(backbone, classes=classes, front=front))
         super().__init__(model, medium="audio", training=training, classes=classes)
-        self.spectrogram, self.rate, self.order_blind_epochs = spectrogram, rate, order_blind_epochs
+        # What the report shows and the baseline sees, also where the model itself sees no spectrogram.
+        self.mel = front.mel if isinstance(front, SpectrogramFrontConfig) else _MEL.at_rate(rate)
+        self.order_blind_epochs = order_blind_epochs
 
 
 def fit(argv: list[str]) -> int:
@@ -125,7 +100,7 @@ def _cli(command: str, argv: list[str]) -> RecipeCLI:
 
 def _finish(cli: RecipeCLI) -> None:
     module: AudioClassification = cli.model
-    mel = LogMel(replace(module.spectrogram.mel(module.rate), mean=0.0, std=1.0))
+    mel = LogMel(replace(module.mel, mean=0.0, std=1.0))
     look = Look(noun="sounds", picture=lambda wave: picture(mel(wave[None])[0]), columns=9, rows=4, height=5.4)
     finish(cli, look, _order_blind)
 
@@ -138,7 +113,7 @@ def _order_blind(cli: RecipeCLI) -> Baseline | None:
     return order_blind(
         data.heard(data.train_set),
         data.val_set,
-        LogMel(module.spectrogram.mel(module.rate)),
+        LogMel(module.mel),
         classes=data.classes,
         epochs=module.order_blind_epochs,
         seed=cli.options.seed_everything,

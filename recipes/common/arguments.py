@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import pkgutil
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ import yaml
 from ...errors import ConfigError
 from ...utils.run_folder import RunFolder
 from .. import CONFIGS, RECIPES
-from .trees import Trees
+from .options import RecipeData
+from .trees import DataTrees, Trees
 
 
 def argument(argv: list[str], name: str, default: str) -> str:
@@ -72,18 +75,22 @@ def configurations(argv: list[str], recipe: str) -> tuple[list[str], Path, str]:
 
 
 @contextlib.contextmanager
-def prepared(argv: list[str], base: Path, model: type) -> Iterator[tuple[list[str], Path]]:
+def prepared(argv: list[str], base: Path, model: type, data: type[RecipeData]) -> Iterator[tuple[list[str], Path]]:
     """What the parser is given: a command line and a file of defaults, with the trees of both in a file of their own.
 
     Args:
         argv: the command line, with files that this version reads.
         base: the defaults of the recipe, or of the packaged configuration that is named.
         model: the recipe's module.
+        data: the base class of its data sets.
 
     Raises:
         ConfigError: an option of one's own files, and the data set is a generated one; or what is wrong with a tree.
     """
-    trees = Trees(model)
+    defaults = _defaults(base, argv)
+    # Of an unknown data set the parser says what is wrong with its name.
+    chosen = data_class(data, [*_class_paths(defaults.get("data")), *_data_paths(argv)][-1]) or data
+    both = trees, options = Trees(model), DataTrees(chosen)
     with tempfile.TemporaryDirectory() as folder:
 
         def copied(content: Any, name: str) -> str:
@@ -91,25 +98,54 @@ def prepared(argv: list[str], base: Path, model: type) -> Iterator[tuple[list[st
             file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
             return str(file)
 
-        file = Path(copied(trees.take(_defaults(base, argv)), base.name))
-        rest: list[str] = []
-        flags: list[tuple[str, list[str], str]] = []
-        words = iter(argv)
-        for word in words:
-            option, equals, value = word.partition("=")
-            place = trees.place(option.split(".")[1:]) if option.startswith("--model.") else None
-            if place is not None:
-                if not equals and (value := next(words, None)) is None:
-                    raise ConfigError(f"{option} needs a value")
-                flags.append((option, place, value))
-            elif option == "--config" and isinstance(content := _read(value or next(words, "")), dict):
-                rest += ["--config", copied(trees.take(content), f"{len(rest)}.yaml")]
-            else:
-                rest.append(word)
+        file = Path(copied(_take(both, defaults), base.name))
+        rest, flags = _parted(argv, both, copied)
         # A part is named before its options are set, in whatever order they were typed; and flags win over files.
-        for flag in sorted(flags, key=lambda flag: len(flag[1])):
-            trees.flag(*flag)
-        yield [*rest, "--config", copied({"model": trees.checked()}, "trees.yaml")], file
+        for owner, *flag in sorted(flags, key=lambda flag: len(flag[2])):
+            owner.flag(*flag)
+        ours = ["--config", copied({"model": trees.checked()}, "trees.yaml")]
+        ours += [f"--data.{name}={json.dumps(value)}" for name, value in options.checked().items()]
+        # Help is printed as soon as it is read, without the words that follow it.
+        helps = [i for i, word in enumerate(rest) if word.partition("=")[0] in ("--help", "-h", "--data.help")]
+        end = helps[0] if helps else len(rest)
+        yield [*rest[:end], *ours, *rest[end:]], file
+
+
+def _parted(
+    argv: list[str], both: tuple[Trees, ...], copied: Callable[[Any, str], str]
+) -> tuple[list[str], list[tuple[Trees, str, list[str], str]]]:
+    """A command line without what belongs to trees, and the flags among that: (tree, flag, place, value) each.
+
+    What the files in it say of the trees is merged; copies of the rest stand for them.
+    """
+    rest: list[str] = []
+    flags: list[tuple[Trees, str, list[str], str]] = []
+    words = iter(argv)
+    for word in words:
+        option, equals, value = word.partition("=")
+        owner, place = next(((each, at) for each in both if (at := each.path(option))), (None, None))
+        if owner is None and option not in ("--config", "--data"):
+            rest.append(word)
+            continue
+        if not equals and (value := next(words, None)) is None:
+            raise ConfigError(f"{option} needs a value")
+        if owner is not None:
+            flags.append((owner, option, place, value))
+            continue
+        content = _read(value) if option == "--config" else {"data": _mapping(value)}
+        if isinstance(content, dict) and option == "--config":
+            value = copied(_take(both, content), f"{len(rest)}.yaml")
+        elif isinstance(content, dict) and isinstance(content["data"], dict):
+            value = json.dumps(_take(both, content)["data"])
+        rest += [option, value]
+    return rest, flags
+
+
+def _take(both: tuple[Trees, ...], content: Any) -> Any:
+    """Merge what a file says of all trees, and return the rest of it."""
+    for trees in both:
+        content = trees.take(content)
+    return content
 
 
 def _read(file: str) -> Any:
@@ -126,8 +162,8 @@ def _defaults(base: Path, argv: list[str]) -> dict[str, Any]:
     jsonargparse would hand on to a class whatever values of another one it can take, its defaults too.
     """
     content = yaml.safe_load(base.read_text(encoding="utf-8"))
-    own = _class_name(content["data"])
-    named = _data_classes(argv)
+    own = _name(_class_paths(content["data"])[0])
+    named = [_name(path) for path in _data_paths(argv)]
     if not named:
         _check_root(argv, base, own)
     if any(name != own for name in named):
@@ -135,23 +171,52 @@ def _defaults(base: Path, argv: list[str]) -> dict[str, Any]:
     return content
 
 
-def _data_classes(argv: list[str]) -> list[str]:
-    """The names of the data sets' classes in a command line and the files that it names."""
-    named = [argument(argv, name, "") for name in ("--data", "--data.class_path")]
-    for i, word in enumerate(argv[:-1]):
-        if word == "--config":
-            content = _read(argv[i + 1])
-            if isinstance(content, dict):
-                named.append(content.get("data") or "")
-    return [_class_name(value) for value in named if value]
+def _data_paths(argv: list[str]) -> list[str]:
+    """The data sets that a command line names, and those that the files in it name, in their order."""
+    found: list[str] = []
+    for i, word in enumerate(argv):
+        option, equals, value = word.partition("=")
+        value = value if equals else " ".join(argv[i + 1 : i + 2])
+        if option in ("--data", "--data.class_path"):
+            found += _class_paths(_mapping(value))
+        elif option == "--config" and isinstance(content := _read(value), dict):
+            found += _class_paths(content.get("data"))
+    return found
 
 
-def _class_name(data: Any) -> str:
-    """Of a class path, or of one with its arguments, as YAML holds them and a command line writes them."""
-    if isinstance(data, str) and data.lstrip().startswith("{"):
-        data = yaml.safe_load(data)
-    path = data.get("class_path", "") if isinstance(data, dict) else str(data)
+def _class_paths(data: Any) -> list[str]:
+    """The class path in what YAML or a command line says of the data, if there is one."""
+    path = data.get("class_path") if isinstance(data, dict) else data
+    return [path] if isinstance(path, str) and path else []
+
+
+def _mapping(value: str) -> Any:
+    """A class path as it is; one with its arguments, as a command line writes them, as a mapping."""
+    if not value.lstrip().startswith("{"):
+        return value
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+
+
+def _name(path: str) -> str:
     return path.rpartition(".")[2]
+
+
+def data_class(base: type[RecipeData], path: str) -> type[RecipeData] | None:
+    """The data set that a name or a class path stands for; None where there is none."""
+    known = [base]
+    for cls in known:
+        known += cls.__subclasses__()
+    found = [cls for cls in known if path in (cls.__name__, f"{cls.__module__}.{cls.__name__}")]
+    if found or "." not in path:
+        return found[0] if found else None
+    try:
+        cls = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError):
+        return None
+    return cls if isinstance(cls, type) and issubclass(cls, base) else None
 
 
 def _check_root(argv: list[str], base: Path, own: str) -> None:

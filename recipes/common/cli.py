@@ -30,10 +30,11 @@ from ...utils.run_folder import RunFolder
 from .arguments import argument, configurations, prepared, with_run_config
 from .history import History
 from .migration import migrated_files
+from .options import RecipeData, options_argument
 from .parser import Parser
 from .ranks import same_again, share_threads, trainer_of_torchrun
 from .training import AverageWeights, Interrupted, LastCheckpoint, SeedEveryStep, precision
-from .trees import EPILOG, build, tree_defaults
+from .trees import EPILOG, build, epilog, tree_defaults
 
 _OF_THE_CALL = ("overwrite", "resume", "ckpt_path", "weights_only", "json", "run")
 
@@ -66,7 +67,7 @@ class RecipeCLI(LightningCLI):
         command: str,
         *,
         model: type[pl.LightningModule],
-        data: type[pl.LightningDataModule],
+        data: type[RecipeData],
         recipe: str,
         argv: list[str],
         links: list[tuple[str, str]],
@@ -81,12 +82,10 @@ class RecipeCLI(LightningCLI):
         self.task = recipe.split("_")[0]
         argv, base, self.configuration = configurations(argv, recipe)
         _quiet()
-        with migrated_files(argv) as argv, prepared(argv, base, model) as (argv, file):
+        with migrated_files(argv) as argv, prepared(argv, base, model, data) as (argv, file):
             self._start(model, data, str(file), argv)
 
-    def _start(
-        self, model: type[pl.LightningModule], data: type[pl.LightningDataModule], file: str, argv: list[str]
-    ) -> None:
+    def _start(self, model: type[pl.LightningModule], data: type[RecipeData], file: str, argv: list[str]) -> None:
         """Parse with the defaults of a file, and do what is typed."""
         super().__init__(
             model,
@@ -147,8 +146,8 @@ class RecipeCLI(LightningCLI):
         else:
             parser.add_argument("--run", required=True, help="folder of the run, or its name under runs/")
             add_json(parser)
-        parser.epilog = EPILOG
-        parser.link_arguments("seed_everything", "data.init_args.seed")
+        parser.epilog = f"{EPILOG} {epilog(self.datamodule_class)}"
+        parser.link_arguments("seed_everything", f"data.init_args.{options_argument(self.datamodule_class)}.seed")
         for source, target in self.links:
             parser.link_arguments(f"data.{source}", f"model.{target}", apply_on="instantiate")
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from ...errors import ConfigError, MediaError
+from ...errors import MediaError
 from ...modalities.data.sources import UNNAMED, Source
 from .loading import EpochLoader, Key, mix, own_key
+from .options import LOADING, LoadingOptions, RecipeData
 from .preprocess import Preprocess
 
 # Of samples that fill up a batch, so that every rank takes equally many: losses and metrics leave them out.
@@ -79,46 +79,27 @@ class Kept:
         return self._kept[index]
 
 
-class MediaData(pl.LightningDataModule):
+class MediaData(RecipeData):
     """Base of the data sets. A batch is a dict: the tensors of its samples, label (b,), problems [(file, reason)].
 
     Subclasses set `preprocess` when they are built and their three sets in `setup`; a set that is None does not exist.
 
     Args:
-        batch_size: samples a step, on each device.
-        workers: processes that read ahead; 0 for what lies in memory.
-        seed: of order and augmentation; the recipe passes its own.
-        policy: what an unreadable file does: "skip" leaves it out and names it at the end, "raise" stops.
-        max_unreadable: the part of the files read above which the run stops even so.
-        keep: decode each file once, and keep what it holds in memory.
+        loading: the options that all of them share; those that are None have the `defaults` of the class.
     """
 
+    defaults: ClassVar[LoadingOptions] = LoadingOptions(
+        batch_size=64, workers=0, seed=0, policy="skip", max_unreadable=0.1, keep=False
+    )
     preprocess: Preprocess
     # How workers start; None is the system's way.
     context: str | None = None
     # Seconds after which workers that deliver nothing stop the run.
     timeout: float = 600.0
 
-    def __init__(
-        self,
-        *,
-        batch_size: int = 64,
-        workers: int = 0,
-        seed: int = 0,
-        policy: Literal["skip", "raise"] = "skip",
-        max_unreadable: float = 0.1,
-        keep: bool = False,
-    ):
+    def __init__(self, *, loading: LoadingOptions = LOADING):
         super().__init__()
-        if keep and workers:
-            raise ConfigError(f"data.keep with data.workers {workers}: each would keep all files; set workers to 0")
-        self.keep = keep
-        if policy not in ("skip", "raise"):
-            raise ConfigError(f"data.policy is {policy!r}; it must be 'skip' or 'raise'")
-        if not 0 <= max_unreadable <= 1:
-            raise ConfigError(f"data.max_unreadable is {max_unreadable}; it must be a part between 0 and 1")
-        self.batch_size, self.workers, self.seed, self.policy = batch_size, workers, seed, policy
-        self.max_unreadable = max_unreadable
+        self.loading: LoadingOptions = self.filled(loading)
         self.unreadable: dict[str, str] = {}
         self._read, self._failed = 0, 0
         self.train_set: Any = None
@@ -131,15 +112,15 @@ class MediaData(pl.LightningDataModule):
 
     def kept(self, source: Source, read: Callable[[Path | bytes], Tensor]) -> Source:
         """The source, or where told so one whose files are decoded once, by `read`."""
-        return Kept(source, read) if self.keep else source
+        return Kept(source, read) if self.loading.keep else source
 
     def _loader(self, dataset: Any, *, shuffle: bool) -> EpochLoader:
         return EpochLoader(
             dataset,
-            batch_size=self.batch_size,
-            seed=self.seed,
+            batch_size=self.loading.batch_size,
+            seed=self.loading.seed,
             shuffle=shuffle,
-            workers=self.workers,
+            workers=self.loading.workers,
             collate=None if hasattr(dataset, "__getitems__") else collate,
             rank=self.trainer.global_rank if self.trainer else 0,
             world=self.trainer.world_size if self.trainer else 1,
@@ -162,18 +143,18 @@ class MediaData(pl.LightningDataModule):
         # arrives with its traceback in the message.
         problems = batch["problems"]
         for name, reason in problems:
-            if self.policy == "raise":
+            if self.loading.policy == "raise":
                 raise MediaError(f"{reason} (data.policy 'skip' leaves such files out)")
             if name not in self.unreadable:
                 self.unreadable[name] = reason
                 print(f"skipped: {name} ({reason})", flush=True)
         self._read += len(batch["label"]) + len(problems)
         self._failed += len(problems)
-        if self._failed > self.max_unreadable * max(self._read, ENOUGH):
+        if self._failed > self.loading.max_unreadable * max(self._read, ENOUGH):
             first = next(iter(self.unreadable.values()))
             raise MediaError(
                 f"{self._failed} of {self._read} files read cannot be used, more than data.max_unreadable, "
-                f"{self.max_unreadable:.0%}, allows; the first: {first}"
+                f"{self.loading.max_unreadable:.0%}, allows; the first: {first}"
             )
         return batch if len(batch["label"]) else self._stand_in(problems)
 

@@ -43,6 +43,8 @@ def migrate(content: Any) -> Any:
 
 def _model(values: dict[str, Any]) -> dict[str, Any]:
     """The options of a recipe's model; version 0.1 called the feed-forward layer `channel`."""
+    if "spectrogram" in values:
+        values = _with_front(values)
     if "objectives" in values:
         values = dict(values)
         chosen = (values.pop("objectives") or {}).get(kind := values.get("objective", "causal")) or {}
@@ -61,6 +63,25 @@ def _model(values: dict[str, Any]) -> dict[str, Any]:
         named = re.split(r"[,+\s]+", values["mixer"])
         values["mixers"] = {name: v for name, v in (values.get("mixers") or {}).items() if name in named}
     return values
+
+
+def _with_front(values: dict[str, Any]) -> dict[str, Any]:
+    """The options of a sound model whose front was a name, and what it sees an option of its own."""
+    kind = {"type": values["front"]} if "front" in values else {}
+    seen = values["spectrogram"] or {}
+    values = {name: value for name, value in values.items() if name != "spectrogram"}
+    if kind.get("type") == "wave":
+        return values | {"front": kind}
+    mel = {"bins": seen["bins"]} if "bins" in seen else {}
+    if "step" in seen:
+        # Milliseconds, in samples at 16 kHz.
+        mel["hop"] = max(1, round(16 * seen["step"]))
+    masks = ("time_masks", "time_width", "frequency_masks", "frequency_width")
+    augment = {name: seen[name] for name in masks if name in seen}
+    own = {"mel": mel, "augment": augment, "positions": seen.get("positions")}
+    if kind.get("type") == "patches":
+        own["patch"] = seen.get("patch")
+    return values | {"front": kind | {name: value for name, value in own.items() if value}}
 
 
 def _with_paths(content: Any) -> Any:

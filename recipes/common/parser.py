@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import re
 from typing import Any
 
 import lightning.pytorch as pl
-from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
 from ...errors import ConfigError, UnknownName
-from ...modalities import FrontConfig
-from .trees import SHORT, tree_defaults
-
-set_parsing_settings(subclasses_enabled=[FrontConfig])
+from .options import RecipeData
+from .trees import SHORT, short_forms, tree_defaults
 
 
 class Parser(LightningArgumentParser):
@@ -24,6 +20,9 @@ class Parser(LightningArgumentParser):
 
     What recipes take as trees (see trees.py) it holds as plain values.
     """
+
+    # Short forms of the options that the data set shares with others, where this is the parser of one.
+    short: frozenset[str] = frozenset()
 
     def add_class_arguments(self, theclass: type, nested_key: str | None = None, **options: Any) -> list[str]:
         """Those of a class, its trees as plain values."""
@@ -34,6 +33,11 @@ class Parser(LightningArgumentParser):
                 "a tree; see below" if name == "backbone" else f"by name; --model.{name}.OPTION sets one of its options"
             )
             self.add_argument(f"--{nested_key}.{name}", type=Any, default=value, help=text)
+        if issubclass(theclass, RecipeData):
+            self.short = frozenset(short_forms(theclass))
+            prefix = "" if nested_key is None else f"{nested_key}."
+            for option, (name, field) in short_forms(theclass).items():
+                self.set_defaults({f"{prefix}{name}.{field}": getattr(theclass.defaults, option)})
         return added
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
@@ -45,14 +49,13 @@ class Parser(LightningArgumentParser):
             return str(UnknownName("class", unknown[1], [c.__name__ for c in _subclasses(pl.LightningDataModule)]))
         unknown = re.search(r"Option '(\w+)' is not accepted", message)
         if unknown is not None:
-            fields = {field.name for part in _subclasses(FrontConfig) for field in dataclasses.fields(part)} - {
-                unknown[1]
-            }
             own = {option.lstrip("-") for action in self._options() for option in action.option_strings}
+            own = {option for option in own if option.rpartition(".")[2] not in self.short} | self.short - {"seed"}
+            own -= {"h", "help"}
             within = sorted(name for name in own if name.endswith(f".{unknown[1]}"))
             if within:
                 return f"no option is called {unknown[1]!r}; did you mean {within[0]!r}?"
-            return str(UnknownName("option", unknown[1], fields | own))
+            return str(UnknownName("option", unknown[1], own))
         unknown = re.search(r"does not accept option '([^']+)'|[Uu]nrecognized arguments: --?([^\s=]+)", message)
         if unknown is None:
             return message

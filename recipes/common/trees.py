@@ -1,4 +1,4 @@
-"""Configuration trees on the command line: `--model.backbone…`, `--model.objective…`, and the short forms of both.
+"""Configuration trees on the command line: `--model.backbone…`, `--data.loading…`, and the short forms of all.
 
 jsonargparse sees such a tree as plain values. It is put together here from the defaults, the files and the flags, in
 their order, and checked as a whole by the configurations themselves, which name what is wrong and the nearest option.
@@ -8,6 +8,7 @@ named, its name ("moe") and that of its class ("MoEConfig") are the same.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import inspect
@@ -20,6 +21,8 @@ from ...backbones.config import BackboneConfig, FFNConfig, ObjectiveConfig, Resi
 from ...backbones.registry import REGISTRIES, lookup
 from ...backbones.serialization import from_dict, to_dict
 from ...errors import ConfigError
+from ...modalities.audio.fronts import FrontConfig
+from .options import RecipeData, options_argument
 
 # What is short for what: `--model.dim 64` is `--model.backbone.dim 64`.
 SHORT = {
@@ -34,12 +37,13 @@ In files: ffn: {type: moe, experts: 16}."""
 
 
 # Arguments of recipes that are trees.
-TREES = {"backbone": BackboneConfig, "objective": ObjectiveConfig}
+TREES = {"backbone": BackboneConfig, "objective": ObjectiveConfig, "front": FrontConfig}
 # Where in them there is one part, whose options may be set one by one.
 PARTS = {
     ("backbone", "ffn"): FFNConfig,
     ("backbone", "residual"): ResidualConfig,
     ("objective",): ObjectiveConfig,
+    ("front",): FrontConfig,
 }
 
 
@@ -56,38 +60,59 @@ def tree_defaults(model: type) -> dict[str, Any]:
     """The arguments of a recipe that are trees, with their defaults as plain values."""
     parameters = inspect.signature(model).parameters
     defaults = {name: to_dict(parameters[name].default) for name in TREES if name in parameters}
-    return {name: {"type": value} if isinstance(value, str) else value for name, value in defaults.items()}
+    starts = starts_of(model)
+    return {
+        name: starts.get(name, {}).get(value, {"type": value}) if isinstance(value, str) else value
+        for name, value in defaults.items()
+    }
+
+
+def starts_of(model: type) -> dict[str, dict[str, Any]]:
+    """What a recipe's parts are where they are named, as plain values by argument and name; others have defaults."""
+    starts = getattr(model, "starts", {})
+    return {name: {kind: to_dict(part) for kind, part in parts.items()} for name, parts in starts.items()}
 
 
 class Trees:
-    """The trees of one command line, while they are put together.
+    """The trees of the model of one command line, while they are put together.
 
     Args:
         model: the recipe's module.
     """
 
+    short = SHORT
+
     def __init__(self, model: type):
-        self.values = tree_defaults(model)
+        self.values, self._starts = tree_defaults(model), starts_of(model)
         self._scan = self.values["backbone"]["scan"]
+
+    def path(self, option: str) -> list[str] | None:
+        """Where in a tree an option of the command line belongs; None where it belongs to none."""
+        section, *path = option.split(".")
+        return self.place(path) if section == "--model" and path else None
 
     def place(self, path: list[str]) -> list[str] | None:
         """Where in a tree an option of the model belongs, short forms written out; None where it belongs to none."""
-        if path[0] in SHORT:
-            return [*SHORT[path[0]], *path[1:]]
+        if path[0] in self.short:
+            return [*self.short[path[0]], *path[1:]]
         return path if path[0] in self.values else None
 
     def take(self, content: Any) -> Any:
         """Merge what a file says of the trees, and return the rest of it."""
         if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
             return content
+        return content | {"model": self._rest(content["model"])}
+
+    def _rest(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Merge what belongs to the trees, and return what does not."""
         rest = {}
-        for key, value in content["model"].items():
+        for key, value in values.items():
             place = self.place([key])
             if place is None:
                 rest[key] = value
             else:
                 self.merge(place, value)
-        return content | {"model": rest}
+        return rest
 
     def flag(self, word: str, place: list[str], value: str) -> None:
         """Merge `--model.PATH value`."""
@@ -108,6 +133,9 @@ class Trees:
             node = node[key]
         key, value = place[-1], _plain(place, value)
         before = node.get(key)
+        kind, was = (part.get("type") if isinstance(part, dict) else None for part in (value, before))
+        if len(place) == 1 and kind != was and kind in self._starts.get(key, {}):
+            before = node[key] = copy.deepcopy(self._starts[key][kind])
         if isinstance(value, dict) and value and isinstance(before, dict):
             if value.get("type", before.get("type")) == before.get("type"):
                 for name, inner in value.items():
@@ -130,10 +158,62 @@ class Trees:
         return {name: to_dict(build(name, value)) for name, value in self.values.items()}
 
 
+class DataTrees(Trees):
+    """The options that data sets share, of one command line: `--data.batch_size` is `--data.loading.batch_size`.
+
+    Args:
+        data: the data set that is chosen.
+    """
+
+    def __init__(self, data: type[RecipeData]):
+        self.data, self.name = data, options_argument(data)
+        self.values, self._starts = {self.name: {}}, {}
+        self.short = short_forms(data)
+
+    def path(self, option: str) -> list[str] | None:
+        section, *path = option.split(".")
+        path = path[1:] if path[:1] == ["init_args"] else path
+        return self.place(path) if section == "--data" and path else None
+
+    def take(self, content: Any) -> Any:
+        data = content.get("data") if isinstance(content, dict) else None
+        if not isinstance(data, dict) or not isinstance(data.get("init_args"), dict):
+            return content
+        named = str(data.get("class_path") or self.data.__name__)
+        chosen = named.rpartition(".")[2] == self.data.__name__
+        # Of another data set nothing is kept, as of another part.
+        rest = (self if chosen else DataTrees(self.data))._rest(data["init_args"])
+        return content | {"data": data | {"init_args": rest}}
+
+    def checked(self) -> dict[str, Any]:
+        options = from_dict(type(self.data.defaults), self.values[self.name])
+        if options.seed is not None:
+            raise ConfigError(f"data.seed is {options.seed}, but the run has one for all: set --seed_everything")
+        options = self.data.filled(options)
+        # The seed is linked to the run's.
+        return {self.name: {name: value for name, value in to_dict(options).items() if name != "seed"}}
+
+
+def short_forms(data: type[RecipeData]) -> dict[str, tuple[str, str]]:
+    """What is short for what among the options of a data set."""
+    name = options_argument(data)
+    return {field: (name, field) for field in fields_of(type(data.defaults))}
+
+
+def epilog(data: type[RecipeData]) -> str:
+    """What the help of a recipe says of the options that its data sets share."""
+    name = options_argument(data)
+    words = ", ".join(f"--data.{field}" for field in short_forms(data) if field != "seed")
+    return (
+        f"All data sets take {words}, short for --data.{name}.OPTION; --data.help=NAME says what they are by default, "
+        "and what else the data set NAME takes."
+    )
+
+
 def _check_part(base: type, place: str, part: dict[str, Any]) -> None:
     """Options of a part that was not chosen: say which one has them."""
     kind, what = part.get("type"), REGISTRIES[base].kind
-    known = set() if kind is None else fields_of(lookup(base, kind).config)
+    known = [] if kind is None else fields_of(lookup(base, kind).config)
     entries = [REGISTRIES[base].get(name) for name in REGISTRIES[base].names()]
     for option in part.keys() - {"type", *known}:
         near = difflib.get_close_matches(option, [f for entry in entries for f in fields_of(entry.config)], n=1)
@@ -146,9 +226,9 @@ def _check_part(base: type, place: str, part: dict[str, Any]) -> None:
         )
 
 
-def fields_of(config: type) -> set[str]:
+def fields_of(config: type) -> list[str]:
     """The names of a configuration's fields."""
-    return {field.name for field in dataclasses.fields(config)}
+    return [field.name for field in dataclasses.fields(config)]
 
 
 def build(name: str, value: Any) -> Any:
@@ -186,7 +266,7 @@ def _plain(place: list[str], value: Any) -> Any:
     if isinstance(value, dict):
         value = {name: _plain([*place, name], inner) for name, inner in value.items()}
         return value | {"type": part_name(value["type"])} if isinstance(value.get("type"), str) else value
-    if not isinstance(value, str) or key not in ("mixer", "ffn", "residual", "transition", "objective"):
+    if not isinstance(value, str) or key not in ("mixer", "ffn", "residual", "transition", "objective", "front"):
         return value
     base = PARTS.get(tuple(place))
     return part_name(value) if base is None else {"type": lookup(base, part_name(value)).name}

@@ -7,9 +7,8 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-import lightning.pytorch as pl
 import numpy as np
 
 from ...errors import ConfigError
@@ -17,85 +16,79 @@ from ...modalities.data.corpus import Corpus
 from ...modalities.data.token_cache import TokenCache, cached_bpe, cached_tokens
 from ...modalities.text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from ..common.loading import EpochLoader
+from ..common.options import DataOptions, RecipeData
 from .windows import PackedWindows, Pieces
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextOptions:
-    """What rarely changes about text data.
-
-    Args:
-        val_part: the part of all documents that is held out, by a hash of their names.
-        val_batch_size: sequences of a batch that is validated; null is twice `batch_size`.
-        val_tokens: about how many held-out tokens each validation during a fit takes, always the same; null takes all,
-            as the measurement at the end does.
-        policy: what an unreadable document does: "skip" leaves it out and names it, "raise" stops.
-        end: name of the token that ends documents, for a tokenizer that is loaded and has none of the usual ones.
-        cache: folder of tokens and tokenizers; null is the user's cache.
-        workers: processes that read ahead; the tokens lie in memory, so 0 is fastest.
-    """
-
-    val_part: float = 0.05
-    val_batch_size: int | None = None
-    val_tokens: int | None = None
-    policy: Literal["skip", "raise"] = "skip"
-    end: str | None = None
-    cache: str | None = None
-    workers: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.val_part < 1:
-            raise ConfigError(f"val_part is {self.val_part}; it must be between 0 and 1")
-        for name in ("val_batch_size", "val_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1, or null")
-
-
-DEFAULTS = TextOptions()
-
-
-class TextData(pl.LightningDataModule):
-    """Base of the text data sets. A batch is a dict: tokens (b, t), perhaps cu_seqlens, lengths, counted; and bytes.
-
-    A batch follows from (seed, epoch, number of the batch) alone.
+class TextOptions(DataOptions):
+    """What all text data sets take; see `DataOptions` for the rest. The tokens lie in memory: 0 workers are fastest.
 
     Args:
         tokenizer: "bpe" learns one from the text that is not held out; "bytes"; or where one lies: a folder or a
             tokenizer.json.
         vocabulary: size of a tokenizer that is learnt.
         length: tokens of a sequence that are scored; one more is given.
-        batch_size: sequences a step, on each device.
         borders: "packed" runs through all documents, with borders between them; "padded" fills rows up, of which each
             holds a document or a piece of one.
-        seed: of the order, and of where sequences begin.
-        options: what rarely changes.
+        val_part: the fraction of all documents that is held out, by a hash of their names.
+        val_batch_size: sequences of a batch that is validated; null is twice `batch_size`.
+        val_tokens: about how many held-out tokens each validation during a fit takes, always the same; null takes all,
+            as the measurement at the end does.
+        end: name of the token that ends documents, for a tokenizer that is loaded and has none of the usual ones.
+        cache: folder of tokens and tokenizers; null is the user's cache.
     """
 
+    tokenizer: str | None = None
+    vocabulary: int | None = None
+    length: int | None = None
+    borders: Literal["packed", "padded"] | None = None
+    val_part: float | None = None
+    val_batch_size: int | None = None
+    val_tokens: int | None = None
+    end: str | None = None
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(1, "length", "vocabulary", "val_batch_size", "val_tokens")
+        self._one_of(("packed", "padded"), "borders")
+        if self.val_part is not None and not 0 < self.val_part < 1:
+            raise ConfigError(f"data.val_part is {self.val_part}; it must be between 0 and 1")
+
+
+# Leaves every option to the data set.
+OPTIONS = TextOptions()
+
+
+class TextData(RecipeData):
+    """Base of the text data sets. A batch is a dict: tokens (b, t), perhaps cu_seqlens, lengths, counted; and bytes.
+
+    A batch follows from (seed, epoch, number of the batch) alone.
+
+    Args:
+        options: those that all of them share; those that are None have the `defaults` of the class.
+    """
+
+    defaults: ClassVar[TextOptions] = TextOptions(
+        batch_size=16,
+        workers=0,
+        seed=0,
+        policy="skip",
+        tokenizer="bpe",
+        vocabulary=4096,
+        length=256,
+        borders="packed",
+        val_part=0.05,
+    )
     # Special tokens, beside the end token, that the documents need.
     _special: tuple[str, ...] = ()
     # Whether of conversations only the answers are scored.
     _answers_only = False
 
-    def __init__(
-        self,
-        *,
-        tokenizer: str = "bpe",
-        vocabulary: int = 4096,
-        length: int = 256,
-        batch_size: int = 16,
-        borders: Literal["packed", "padded"] = "packed",
-        seed: int = 0,
-        options: TextOptions = DEFAULTS,
-    ):
+    def __init__(self, *, options: TextOptions = OPTIONS):
         super().__init__()
-        for name, value, least in (("length", length, 1), ("batch_size", batch_size, 1), ("vocabulary", vocabulary, 1)):
-            if value < least:
-                raise ConfigError(f"data.{name} is {value}; it must be at least {least}")
-        if borders not in ("packed", "padded"):
-            raise ConfigError(f"data.borders is {borders!r}; it must be 'packed' or 'padded'")
-        self._tokenizer, self._vocabulary, self.length = tokenizer, vocabulary, length
-        self.batch_size, self.borders, self.seed, self.options = batch_size, borders, seed, options
+        self.options: TextOptions = self.filled(options)
 
     @abstractmethod
     def corpus(self) -> Corpus:
@@ -112,13 +105,13 @@ class TextData(pl.LightningDataModule):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, learnt now where it has to be."""
-        if self._tokenizer == "bytes":
+        if self.options.tokenizer == "bytes":
             return ByteTokenizer(self._special)
-        if self._tokenizer != "bpe":
-            return load_tokenizer(self._tokenizer, end=self.options.end)
+        if self.options.tokenizer != "bpe":
+            return load_tokenizer(self.options.tokenizer, end=self.options.end)
         return cached_bpe(
             self._corpus,
-            self._vocabulary,
+            self.options.vocabulary,
             val_part=self.options.val_part,
             special=self._special,
             folder=self._cache_folder,
@@ -160,13 +153,13 @@ class TextData(pl.LightningDataModule):
     @cached_property
     def train_set(self) -> PackedWindows | Pieces:
         documents = self._documents(held_out=False)
-        if self.borders == "packed":
-            return PackedWindows(self.cache, documents, self.length, seed=self.seed)
-        return Pieces(self.cache, documents, self.length, fill=self.tokenizer.end)
+        if self.options.borders == "packed":
+            return PackedWindows(self.cache, documents, self.options.length, seed=self.options.seed)
+        return Pieces(self.cache, documents, self.options.length, fill=self.tokenizer.end)
 
     def _held_out(self, limit: int | None) -> Pieces:
         documents = self._documents(held_out=True)
-        return Pieces(self.cache, documents, self.length, fill=self.tokenizer.end, limit=limit, sort=True)
+        return Pieces(self.cache, documents, self.options.length, fill=self.tokenizer.end, limit=limit, sort=True)
 
     @cached_property
     def val_set(self) -> Pieces:
@@ -179,6 +172,10 @@ class TextData(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         _ = self.val_set if stage == "fit" else self.test_set
 
+    @property
+    def _held_out_batch(self) -> int:
+        return self.options.val_batch_size or 2 * self.options.batch_size
+
     def _loader(self, dataset: Any, batch_size: int, *, shuffle: bool) -> EpochLoader:
         if self.options.workers:
             # Workers encode nothing; without this the tokenizers library warns of each that is started.
@@ -186,7 +183,7 @@ class TextData(pl.LightningDataModule):
         return EpochLoader(
             dataset,
             batch_size=batch_size,
-            seed=self.seed,
+            seed=self.options.seed,
             shuffle=shuffle,
             workers=self.options.workers,
             rank=self.trainer.global_rank if self.trainer else 0,
@@ -194,17 +191,13 @@ class TextData(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> EpochLoader:
-        return self._loader(self.train_set, self.batch_size, shuffle=True)
+        return self._loader(self.train_set, self.options.batch_size, shuffle=True)
 
     def val_dataloader(self) -> EpochLoader:
         """The held-out text; during a fit as much of it as `val_tokens` says."""
         fitting = self.trainer is None or self.trainer.state.fn == "fit"
-        return self._loader(
-            self.val_set if fitting else self.test_set,
-            self.options.val_batch_size or 2 * self.batch_size,
-            shuffle=False,
-        )
+        return self._loader(self.val_set if fitting else self.test_set, self._held_out_batch, shuffle=False)
 
     def test_dataloader(self) -> EpochLoader:
         """All held-out text, whatever `val_tokens` says."""
-        return self._loader(self.test_set, self.options.val_batch_size or 2 * self.batch_size, shuffle=False)
+        return self._loader(self.test_set, self._held_out_batch, shuffle=False)

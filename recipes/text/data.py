@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import ClassVar
 
 from ...modalities.data import corpus as corpora
 from ...modalities.data.corpus import Corpus
 from ...modalities.text.chat import TURN
-from .base import TextData, TextOptions
+from .base import OPTIONS, TextData, TextOptions
 
 __all__ = ["ChatLines", "JsonLines", "Parquet", "Shards", "StandardLibrary", "TextData", "TextFiles", "TextOptions"]
 
@@ -26,7 +27,7 @@ class TextFiles(TextData):
         path: a file, or a folder that is searched through.
         patterns: of the names of the files in a folder.
         section: characters after which a file is cut at the next line into documents; null cuts nothing.
-        shared: what all text data take; see `TextData`.
+        options: what all text data sets take.
     """
 
     _more_documents = ", or cut files into documents, for example data.section 20000"
@@ -37,9 +38,9 @@ class TextFiles(TextData):
         path: str,
         patterns: list[str] = ["*.txt", "*.md"],  # noqa: B006 - jsonargparse cannot write a factory's value
         section: int | None = None,
-        **shared: Any,
+        options: TextOptions = OPTIONS,
     ):
-        super().__init__(**shared)
+        super().__init__(options=options)
         self.path, self.patterns, self.section = path, patterns, section
 
     def corpus(self) -> Corpus:
@@ -52,7 +53,7 @@ class TextRows(TextData):
     Args:
         path: a file, or a folder that is searched through.
         field: that holds the text.
-        shared: what all text data take; see `TextData`.
+        options: what all text data sets take.
     """
 
     _reader: type[corpora.Rows]
@@ -62,9 +63,9 @@ class TextRows(TextData):
         *,
         path: str,
         field: str = "text",
-        **shared: Any,
+        options: TextOptions = OPTIONS,
     ):
-        super().__init__(**shared)
+        super().__init__(options=options)
         self.path, self.field = path, field
 
     def corpus(self) -> Corpus:
@@ -96,9 +97,11 @@ class ChatLines(TextData):
         path: a .jsonl file (or .jsonl.gz, .ndjson), or a folder of them.
         field: that holds the messages, each with role and content.
         answers_only: whether only what the assistant wrote is scored.
-        shared: what all text data take but `borders`; see `TextData`.
+        options: what all text data sets take but `borders`.
     """
 
+    defaults = replace(TextData.defaults, borders="padded")
+    fixed: ClassVar[dict[str, str]] = {"borders": "each conversation has rows of its own"}
     _special = TURN
 
     def __init__(
@@ -107,9 +110,9 @@ class ChatLines(TextData):
         path: str,
         field: str = "messages",
         answers_only: bool = True,
-        **shared: Any,
+        options: TextOptions = OPTIONS,
     ):
-        super().__init__(borders="padded", **shared)
+        super().__init__(options=options)
         self.path, self.field, self._answers_only = path, field, answers_only
 
     def corpus(self) -> Corpus:

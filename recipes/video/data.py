@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Collection
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ...errors import ConfigError, MediaError
+from ...errors import MediaError
 from ...modalities.data.sources import VIDEO_SUFFIXES, Source, find_splits
 from ...modalities.video.files import VideoReader
 from ..common.loading import Key
 from ..common.media import MediaData, Samples, named
+from ..common.options import LoadingOptions
 from ..vision.folders import Augment
 from .preprocess import ClipConfig, VideoPreprocess
 
@@ -50,18 +51,40 @@ class LoadVideo:
         return {"video": prepare.finish(self.augment(prepare.tinted(frames), prepare.size, seed))}
 
 
+@dataclass(frozen=True, kw_only=True)
+class VideoOptions(LoadingOptions):
+    """What all video data sets take; see `LoadingOptions` for the rest. With `keep` a clip has its central frames.
+
+    Args:
+        views: times at which a file is looked at in a test, whose logits are averaged.
+        crops: squares along the longer side, at each of these times.
+    """
+
+    views: int | None = None
+    crops: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(1, "views", "crops")
+
+
+# Leaves every option to the data set.
+LOADING = VideoOptions()
+
+
 class VideoData(MediaData):
     """Base of the video data sets, whose batches have their clips (b, c, t, h, w) as `video`.
 
     Subclasses set `preprocess` when they are built, and `sources` at the latest in `find`.
 
     Args:
-        views: times at which a file is looked at in a test, whose logits are averaged.
-        crops: squares along the longer side, at each of these times.
-        batch_size: clips a step, on each device.
-        shared: what all data sets take; see `MediaData`. With `keep` a clip always has its central frames.
+        loading: the options that all video data sets share.
     """
 
+    defaults: ClassVar[VideoOptions] = VideoOptions(
+        **asdict(replace(MediaData.defaults, batch_size=16)), views=1, crops=1
+    )
+    loading: VideoOptions
     preprocess: VideoPreprocess
     sources: dict[str, Source]
     # What happens to training clips. No argument: jsonargparse would hand a base's None on to the class that is chosen.
@@ -69,19 +92,8 @@ class VideoData(MediaData):
     # FFmpeg has threads of its own, which do not survive a fork.
     context = "forkserver"
 
-    def __init__(
-        self,
-        *,
-        views: int = 1,
-        crops: int = 1,
-        batch_size: int = 16,
-        **shared: Any,
-    ):
-        super().__init__(batch_size=batch_size, **shared)
-        for name, count in (("views", views), ("crops", crops)):
-            if count < 1:
-                raise ConfigError(f"data.{name} is {count}; it must be at least 1")
-        self.views, self.crops = views, crops
+    def __init__(self, *, loading: VideoOptions = LOADING):
+        super().__init__(loading=loading)
 
     @property
     def clips(self) -> tuple[int, int, int, int, int]:
@@ -96,12 +108,13 @@ class VideoData(MediaData):
     def setup(self, stage: str) -> None:
         sources = self.find()
         read = {split: self.kept(source, self.preprocess.central) for split, source in sources.items()}
-        self.train_set = Samples(read["train"], LoadVideo(self.preprocess, self.augment), seed=self.seed)
+        self.train_set = Samples(read["train"], LoadVideo(self.preprocess, self.augment), seed=self.loading.seed)
         self.val_set = Samples(read["val"], LoadVideo(self.preprocess))
         # Several views of a file are more than what is kept of it.
         tested = "test" if "test" in sources else "val"
-        several = self.views * self.crops > 1
-        many = LoadVideo(self.preprocess, views=self.views, crops=self.crops)
+        views, crops = self.loading.views, self.loading.crops
+        several = views * crops > 1
+        many = LoadVideo(self.preprocess, views=views, crops=crops)
         self.test_set = Samples(sources[tested] if several else read[tested], many)
 
     def single_frames(self) -> SingleFrames:
@@ -116,13 +129,14 @@ class SingleFrames(MediaData):
         clips: set up, and read before, so that it knows its unreadable files.
     """
 
+    defaults = VideoData.defaults
     context = VideoData.context
 
     def __init__(self, clips: VideoData):
-        super().__init__(batch_size=clips.batch_size, workers=clips.workers, seed=clips.seed)
+        super().__init__(loading=replace(clips.loading, keep=False))
         self.preprocess = replace(clips.preprocess, frames=1, sampling="segments")
         augmented = LoadVideo(self.preprocess, clips.augment)
-        train = Samples(clips.train_set.source, augmented, seed=clips.seed)
+        train = Samples(clips.train_set.source, augmented, seed=self.loading.seed)
         val = Samples(clips.val_set.source, LoadVideo(self.preprocess))
         self.train_set, self.val_set = Readable(train, clips.unreadable), Readable(val, clips.unreadable)
 
@@ -153,9 +167,10 @@ class VideoFolderData(VideoData):
         clip: what the model sees of a file.
         augment: what happens to training clips; clips are mirrored only where it says so, since in many data sets left
             and right are classes.
-        workers: processes that decode.
-        shared: what all videos take; see `VideoData`.
+        loading: what all video data sets take.
     """
+
+    defaults = replace(VideoData.defaults, workers=2)
 
     def __init__(
         self,
@@ -163,10 +178,9 @@ class VideoFolderData(VideoData):
         root: str,
         clip: ClipConfig = _CLIP,
         augment: Augment | None = _AUGMENT,
-        workers: int = 2,
-        **shared: Any,
+        loading: VideoOptions = LOADING,
     ):
-        super().__init__(workers=workers, **shared)
+        super().__init__(loading=loading)
         self.augment = augment
         self.sources = find_splits(Path(root), VIDEO_SUFFIXES)
         train = self.sources["train"]

@@ -7,9 +7,8 @@ import os
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,7 @@ from ..common.loading import mix
 from ..common.synthetic import generated_folder
 from ..vision.data import stratified_split
 from ..vision.folders import Augment
-from .data import VideoData
+from .data import LOADING, VideoData, VideoOptions
 from .preprocess import ClipConfig, VideoPreprocess
 
 # By the angle of the way, anticlockwise from the right as one draws it; pixels count downwards.
@@ -184,9 +183,11 @@ class MovingDigitsData(VideoData):
         val: clips that are held out, of digits that no training clip shows.
         clip: what the model sees of a file.
         augment: what happens to training clips; None is nothing.
-        keep: decode each file once, and keep its frames in memory.
-        shared: what all videos take but the policy for unreadable files; see `VideoData`.
+        loading: what all video data sets take but the policy for unreadable files; the frames are kept in memory.
     """
+
+    defaults = replace(VideoData.defaults, keep=True, policy="raise", max_unreadable=0.0)
+    fixed = dict.fromkeys(("policy", "max_unreadable"), "its files are generated")
 
     def __init__(
         self,
@@ -195,10 +196,9 @@ class MovingDigitsData(VideoData):
         val: int = 600,
         clip: ClipConfig = _CLIP,
         augment: Augment | None = None,
-        keep: bool = True,
-        **shared: Any,
+        loading: VideoOptions = LOADING,
     ):
-        super().__init__(keep=keep, policy="raise", max_unreadable=0.0, **shared)
+        super().__init__(loading=loading)
         self.augment = augment
         for name, count in (("train", train), ("val", val)):
             if count < len(MOTIONS):

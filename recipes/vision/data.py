@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ..common.loading import Key, own_key, uniform
 from ..common.media import IGNORED, MediaData
+from ..common.options import LOADING, LoadingOptions
 from .preprocess import ImagePreprocess
 
 
@@ -101,8 +102,11 @@ class TensorData(ImageData):
         tensors: the same, given in memory; then `path` stays away.
         class_names: by index; numbers by default.
         jitter: augmentation of the training images.
-        shared: batch_size, workers and seed; see `MediaData`.
+        loading: batch_size, workers and seed; the others concern files.
     """
+
+    defaults = replace(ImageData.defaults, policy="raise", max_unreadable=0.0)
+    fixed = dict.fromkeys(("policy", "max_unreadable", "keep"), "its images lie in memory")
 
     def __init__(
         self,
@@ -111,9 +115,9 @@ class TensorData(ImageData):
         tensors: dict[str, Tensor] | None = None,
         class_names: list[str] | None = None,
         jitter: Jitter = Jitter(),
-        **shared: Any,
+        loading: LoadingOptions = LOADING,
     ):
-        super().__init__(policy="raise", max_unreadable=0.0, keep=False, **shared)
+        super().__init__(loading=loading)
         if (path is None) == (tensors is None):
             raise ConfigError("TensorData takes one of path and tensors")
         self._splits = self._check(tensors if tensors is not None else read_tensors(Path(str(path))))
@@ -151,7 +155,7 @@ class TensorData(ImageData):
     def setup(self, stage: str) -> None:
         for split, (images, labels) in self._splits.items():
             jitter = self.jitter if split == "train" else None
-            made = TensorImages(images, labels, self.preprocess, jitter=jitter, seed=self.seed)
+            made = TensorImages(images, labels, self.preprocess, jitter=jitter, seed=self.loading.seed)
             setattr(self, f"{split}_set", made)
 
 
@@ -172,15 +176,17 @@ class DigitsData(TensorData):
     Args:
         holdout: the part of each class that is held out, always the same images.
         jitter: augmentation of the training images.
-        shared: batch_size and seed; see `MediaData`.
+        loading: batch_size and seed; the others concern files.
     """
+
+    fixed = TensorData.fixed | {"workers": "its images lie in memory"}
 
     def __init__(
         self,
         *,
         holdout: float = 0.2,
         jitter: Jitter = Jitter(rotate=10.0, shift=0.1, scale=0.1),
-        **shared: Any,
+        loading: LoadingOptions = LOADING,
     ):
         if not 0 < holdout < 1:
             raise ConfigError(f"holdout is {holdout}; it must be between 0 and 1")
@@ -200,8 +206,7 @@ class DigitsData(TensorData):
             },
             class_names=None,
             jitter=jitter,
-            workers=0,
-            **shared,
+            loading=loading,
         )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from torch import Tensor
 from ...modalities.data.sources import IMAGE_SUFFIXES, find_splits
 from ...modalities.image.files import load_image
 from ..common.media import Samples
+from ..common.options import LOADING, LoadingOptions
 from .data import ImageData
 from .preprocess import ImagePreprocess
 
@@ -75,9 +76,11 @@ class ImageFolderData(ImageData):
         channels: 3, or 1 for grey.
         augment: what happens to training images.
         crop: the part of the shorter side that is kept of held-out images.
-        workers: processes that decode.
-        shared: what all data sets take but `keep`; see `MediaData`.
+        loading: what all data sets take but `keep`.
     """
+
+    defaults = replace(ImageData.defaults, workers=2)
+    fixed: ClassVar[dict[str, str]] = {"keep": "each epoch crops its files anew"}
 
     def __init__(
         self,
@@ -87,10 +90,9 @@ class ImageFolderData(ImageData):
         channels: Literal[1, 3] = 3,
         augment: Augment = Augment(),
         crop: float = 0.9,
-        workers: int = 2,
-        **shared: Any,
+        loading: LoadingOptions = LOADING,
     ):
-        super().__init__(workers=workers, keep=False, **shared)
+        super().__init__(loading=loading)
         self.root, self.augment = Path(root), augment
         self.sources = find_splits(self.root, IMAGE_SUFFIXES)
         self.preprocess = ImagePreprocess(
@@ -107,4 +109,4 @@ class ImageFolderData(ImageData):
         for split, source in self.sources.items():
             augmented = split == "train"
             load = LoadImage(self.preprocess, self.augment if augmented else None)
-            setattr(self, f"{split}_set", Samples(source, load, seed=self.seed if augmented else None))
+            setattr(self, f"{split}_set", Samples(source, load, seed=self.loading.seed if augmented else None))

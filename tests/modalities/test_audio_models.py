@@ -62,7 +62,7 @@ def test_audio_mamba():
     config = model_config("aum_base")
     assert (config.backbone.depth, config.backbone.dim, config.backbone.ffn) == (24, 768, None)
     assert config.backbone.scan == "both" and config.head.classes == 527
-    options = config.audio.options
+    options = config.audio.front
     assert options.grid(768).grid() == (64, 8) and options.class_token == "middle"
     with torch.device("meta"):
         model = create_model("aum_tiny", depth=1)
@@ -95,16 +95,16 @@ def test_the_first_token_hears_the_end(front):
 
 def test_overrides():
     config = model_config("ast_tiny_attention", classes=5, rate=8000, seconds=2.0, bins=64, patch=(8, 16), dropout=0.1)
-    options = config.audio.options
+    options = config.audio.front
     assert (options.mel.rate, options.mel.hop, options.mel.bins, options.frames) == (8000, 80, 64, 200)
     assert options.patch == (8, 16) and config.audio.rate == 8000 and config.head.classes == 5
     assert not config.backbone.mixers["attention"].rope
     assert model_config("ast_tiny_attention", positions="none").backbone.mixers == {}
     assert model_config("ast_tiny_gla", front="wave", rate=8000).audio.rate == 8000
     own = WaveFrontConfig(channels=3)
-    assert model_config("ast_tiny_gla", front="wave", fronts={"wave": own}).audio.options is own
+    assert model_config("ast_tiny_gla", front=own).audio.front is own
     masks = SpecAugmentConfig(time_masks=1)
-    assert model_config("ast_tiny_gla", front="frames", augment=masks).audio.options.augment == masks
+    assert model_config("ast_tiny_gla", front="frames", augment=masks).audio.front.augment == masks
     assert model_config("aum_tiny", mixer="gla,attention").backbone.pattern == ("gla", "attention")
 
 
@@ -157,7 +157,7 @@ def test_low_precision(front):
 
 # Streams
 
-CAUSAL = {"frames": {}, "wave": {"fronts": {"wave": WaveFrontConfig(rate=8000, channels=4)}}}
+CAUSAL = {"frames": "frames", "wave": WaveFrontConfig(rate=8000, channels=4)}
 
 
 def streamed(model: AudioClassifier, x: torch.Tensor, sizes: list[int]):
@@ -174,7 +174,7 @@ def streamed(model: AudioClassifier, x: torch.Tensor, sizes: list[int]):
 def test_law_2_chunk_by_chunk_is_the_whole(front, mixer):
     torch.manual_seed(0)
     options = {"classes": 3, "dim": 16, "depth": 2, "bins": 16, "rate": 8000}
-    model = create_model("ast_tiny_gla", mixer=mixer, front=front, causal=True, **options | CAUSAL[front])
+    model = create_model("ast_tiny_gla", mixer=mixer, front=CAUSAL[front], causal=True, **options)
     model = model.double().eval()
     for samples, sizes in ((2500, [1, 0, 7, 300, 92, 81, 2019]), (90, [40, 50]), (2000, [100] * 20)):
         x = waves(2, samples).requires_grad_()
@@ -196,7 +196,7 @@ def test_a_stream_is_causal_and_its_memory_constant():
     now, _, state = streamed(model, x, [1500, 1500])
     torch.testing.assert_close(now[:, : early.shape[1]], early)
     _, _, longer = streamed(model, waves(1, 12_000), [1000] * 12)
-    assert abs(longer.nbytes - state.nbytes) <= model.config.audio.options.mel.window * 8
+    assert abs(longer.nbytes - state.nbytes) <= model.config.audio.front.mel.window * 8
     kept = longer.detach()
     assert kept.nbytes == longer.nbytes and not kept.total.requires_grad
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,26 +12,32 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
 import omnimix
 from omnimix.__main__ import main
+from omnimix.backbones import BackboneConfig
+from omnimix.backbones.serialization import to_dict
 from omnimix.cli.shard import shard_folder
 from omnimix.errors import ConfigError, MediaError
 from omnimix.modalities.audio.files import read_audio
+from omnimix.modalities.audio.fronts import FrameFrontConfig, WaveFrontConfig
 from omnimix.modalities.audio.mel import LogMel, MelConfig
 from omnimix.modalities.common.encode import write_audio, write_video
 from omnimix.recipes.audio.data import AudioAugment, AudioFolderData
 from omnimix.recipes.audio.predict import Predictor
 from omnimix.recipes.audio.preprocess import AudioPreprocess
-from omnimix.recipes.audio.recipe import picture
+from omnimix.recipes.audio.recipe import AudioClassification, picture
 from omnimix.recipes.audio.sounds import RATE, SECONDS, SOUNDS
 from omnimix.recipes.common import synthetic
+from omnimix.recipes.common.migration import migrate
+from omnimix.recipes.common.options import LoadingOptions
 from omnimix.recipes.common.timeline import Moment, Scene, scenes
 
 # Everything that draws random numbers is on: stochastic depth, masks, augmentation.
-SMALL = ["--model.dim=16", "--model.depth=1", "--model.spectrogram.bins=16", "--model.drop_path=0.3", "--threads=1"]
+SMALL = ["--model.dim=16", "--model.depth=1", "--model.front.mel.bins=16", "--model.drop_path=0.3", "--threads=1"]
 TINY = [
     *("--data.train=5", "--data.val=2", "--data.batch_size=12", *SMALL, "--model.order_blind_epochs=1"),
     *("--trainer.max_epochs=2", "--checkpoint_steps=2"),
@@ -250,7 +257,7 @@ def test_clips_of_any_length_train_packed(folder):
 
 def test_shards_give_the_same_samples(folder):
     shard_folder(folder, folder.parent / "shards", kind="audio", samples=5)
-    options = {"rate": 8000, "workers": 0, "seconds": 0.4}
+    options = {"rate": 8000, "loading": LoadingOptions(workers=0), "seconds": 0.4}
     sets = {}
     for root in (folder, folder.parent / "shards"):
         data = AudioFolderData(root=str(root), **options)
@@ -268,7 +275,7 @@ def test_speech_commands_as_it_comes(tmp_path):
             write_audio(tmp_path / name / f"{i}.wav", tone(300 + 100 * i), 8000)
     (tmp_path / "validation_list.txt").write_text("yes/0.wav\nno/0.wav\n")
     (tmp_path / "testing_list.txt").write_text("no/2.wav\n")
-    data = AudioFolderData(root=str(tmp_path), workers=0)
+    data = AudioFolderData(root=str(tmp_path), loading=LoadingOptions(workers=0))
     data.setup("fit")
     assert data.preprocess.classes == ("no", "yes")
     held = {
@@ -295,14 +302,14 @@ def test_speech_commands_as_it_comes(tmp_path):
 
 
 def test_kept_waves_are_read_once(folder, monkeypatch):
-    data = AudioFolderData(root=str(folder), rate=8000, workers=0, keep=True)
+    data = AudioFolderData(root=str(folder), rate=8000, loading=LoadingOptions(workers=0, keep=True))
     data.setup("fit")
     first = data.train_set[0, 3]["audio"]
     monkeypatch.setattr(AudioPreprocess, "read", None)
     assert torch.equal(data.train_set[0, 3]["audio"], first)
     assert not torch.equal(data.train_set[1, 3]["audio"], first)
     with pytest.raises(ConfigError, match="workers"):
-        AudioFolderData(root=str(folder), workers=1, keep=True)
+        AudioFolderData(root=str(folder), loading=LoadingOptions(workers=1, keep=True))
 
 
 def test_clips_are_cut_or_filled_up():
@@ -348,7 +355,11 @@ def test_pictures_of_sounds_have_low_tones_below():
         ("--model.front=frame", "did you mean 'frames'"),
         ("--data.seconds=0.5", "data.seconds is 0.5"),
         ("--data.train=0", "data.train is 0"),
-        ("--model.spectrogram.bims=4", "did you mean"),
+        ("--model.front.mel.bims=4", "MelConfig has no field 'bims'; did you mean 'bins'?"),
+        (
+            "--model.front.patch=4",
+            "front 'frames' has no option 'patch'; 'patch' is one of 'patches': add --model.front",
+        ),
         ("--data.augment.gain=-1", "augment.gain is -1.0"),
     ],
 )
@@ -359,6 +370,62 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, typed, said):
     assert error.startswith("omnimix: error: ") and error.count("\n") == 1
     assert said in error
     assert not list(tmp_path.iterdir())
+
+
+def front(capsys, typed: str) -> dict:
+    """The front that a command line stands for."""
+    with pytest.raises(SystemExit) as stop:
+        main(["audio", "fit", *shlex.split(typed), "--print_config"])
+    assert stop.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)["model"]["front"]
+
+
+def test_the_front_is_a_part_with_options_of_its_own(tmp_path, capsys):
+    frames = front(capsys, "")
+    assert frames["type"] == "frames" and frames["mel"] | {"bins": 64, "std": 0.4, "log": "whisper"} == frames["mel"]
+    patches = front(capsys, "--model.front.patch 8 --model.front patches --model.front.mel.bins 32")
+    assert patches["patch"] == [8, 8] and patches["mel"] == frames["mel"] | {"bins": 32}
+    # In whatever form it is said, and after another front was named.
+    file = tmp_path / "own.yaml"
+    file.write_text("model:\n  front: {type: patches, patch: 8, mel: {bins: 32}}\n")
+    assert front(capsys, f"--config {file}") == patches
+    assert front(capsys, "--model.front '{type: PatchFrontConfig, patch: 8, mel: {bins: 32}}'") == patches
+    assert front(capsys, f"--config {file} --model.front frames") == frames
+    assert front(capsys, "--model.front wave --model.front.channels 3") == to_dict(WaveFrontConfig(channels=3))
+    masks = front(capsys, "--config audio_folder --data.root here")
+    assert masks["mel"]["bins"] == 80 and masks["augment"] == frames["augment"] | {
+        "time_masks": 2, "time_width": 20, "frequency_masks": 2, "frequency_width": 15
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("rate", "seconds"), [(16_000, 1.2), (8000, None), (11_025, 2.0), (44_100, 0.5)])
+def test_a_front_is_fitted_to_the_sounds(rate, seconds):
+    backbone = BackboneConfig(dim=8, depth=1, scan="both")
+    for name in ("frames", "patches", "wave"):
+        model = AudioClassification(backbone=backbone, front=name, sounds=(rate, seconds, 3))
+        config = model.model.config.audio
+        assert config.rate == rate and config.front.type == name and model.mel.rate == rate
+        assert (model.mel.window, model.mel.hop) == (rate // 40, round(rate / 100))
+        if name == "patches":
+            assert config.front.frames == model.mel.frames(round((seconds or 10) * rate))
+    own = FrameFrontConfig(mel=MelConfig.whisper(rate=8000, bins=8), positions="none")
+    model = AudioClassification(backbone=backbone, front=own, sounds=(8000, 1.0, 3))
+    assert model.model.config.audio.front == own
+
+
+def test_what_0_1_said_of_a_front_is_the_same_front(tmp_path, capsys):
+    seen = {"bins": 40, "step": 12.5, "patch": [4, 8], "positions": None, "time_masks": 0, "time_width": 9}
+    file = tmp_path / "old.yaml"
+    for name in ("frames", "patches", "wave"):
+        file.write_text(yaml.safe_dump({"model": {"front": name, "spectrogram": seen}}))
+        found = front(capsys, f"--config {file}")
+        assert found["type"] == name
+        if name != "wave":
+            assert (found["mel"]["bins"], found["mel"]["hop"], found["augment"]["time_width"]) == (40, 200, 9)
+            assert found["augment"]["time_masks"] == 0 and found["augment"]["frequency_masks"] == 1
+        if name == "patches":
+            assert found["patch"] == [4, 8] and found["positions"] == "factorised"
+    assert migrate({"model": {"spectrogram": {"bins": 8}}}) == {"model": {"front": {"mel": {"bins": 8}}}}
 
 
 def test_an_unreadable_file_is_named(tmp_path):

@@ -13,7 +13,7 @@ from omnimix.recipes.audio.recipe import AudioClassification
 from omnimix.recipes.common.cli import interruptible, run_fit
 from omnimix.recipes.common.parser import Parser
 from omnimix.recipes.common.training import Interrupted
-from omnimix.recipes.common.trees import Trees
+from omnimix.recipes.common.trees import DataTrees, Trees
 from omnimix.recipes.text.recipe import TextGeneration
 from omnimix.recipes.video.recipe import VideoUnderstanding
 from omnimix.recipes.vision.recipe import VisionClassification
@@ -35,7 +35,13 @@ def of_class(cls: type) -> dict:
     parser = Parser()
     parser.add_class_arguments(cls, "its")
     defaults = yaml.safe_load(parser.dump(parser.get_defaults(), skip_validation=True, skip_unset=False))["its"]
-    return {name: value for name, value in defaults.items() if name not in REQUIRED}
+
+    def held(values: dict, without: set) -> dict:
+        return {
+            name: held(v, LINKED) if isinstance(v, dict) else v for name, v in values.items() if name not in without
+        }
+
+    return held(defaults, REQUIRED)
 
 
 def wanted(cls: type, said: dict) -> dict:
@@ -67,7 +73,9 @@ def test_a_configuration_alone_and_the_data_set_itself_say_what_holds(name, tmp_
     found = shown(capsys, *command)
     module, _, cls = found["data"]["class_path"].rpartition(".")
     data = getattr(importlib.import_module(module), cls)
-    hold(wanted(data, said["data"].get("init_args", {})), found["data"]["init_args"])
+    options = DataTrees(data)
+    own = options.take({"data": {"init_args": {}} | said["data"]})["data"]["init_args"]
+    hold(wanted(data, own | options.checked()), found["data"]["init_args"])
     trees = Trees(MODELS[command[0]])
     rest = trees.take(said)["model"]
     hold(wanted(MODELS[command[0]], rest | trees.checked()), found["model"])
@@ -78,7 +86,7 @@ def test_another_data_set_takes_nothing_from_the_recipe_s(tmp_path, capsys):
     own.write_text("data:\n  class_path: VideoFolderData\n  init_args:\n    root: here\n")
     for argv in (["--config", str(own)], ["--data", "VideoFolderData", "--data.root", "here"]):
         data = shown(capsys, "video", "fit", *argv)["data"]
-        assert data["init_args"]["clip"]["size"] == 112 and data["init_args"]["keep"] is False
+        assert data["init_args"]["clip"]["size"] == 112 and data["init_args"]["loading"]["keep"] is False
         assert data["init_args"]["augment"] == {"scale": 0.35, "flip": False, "colour": 0.0}
     off = shown(capsys, "audio", "fit", "--config", "audio_folder", "--data.root", "x", "--data.augment", "null")
     assert off["data"]["init_args"]["augment"] is None and off["model"]["training"]["optimizer"] == "adamw"

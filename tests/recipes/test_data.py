@@ -7,6 +7,7 @@ from PIL import Image
 
 from omnimix.errors import CheckpointError, ConfigError, MediaError
 from omnimix.recipes.common.media import IGNORED
+from omnimix.recipes.common.options import LoadingOptions
 from omnimix.recipes.vision.data import DigitsData, Jitter, TensorData, stratified_split
 from omnimix.recipes.vision.folders import Augment, ImageFolderData
 from omnimix.recipes.vision.preprocess import ImagePreprocess
@@ -35,9 +36,9 @@ def batches(data, loader) -> list:
 
 
 def test_digits_are_split_by_class_and_always_alike():
-    data = DigitsData(seed=1)
+    data = DigitsData(loading=LoadingOptions(seed=1))
     data.setup("fit")
-    again = DigitsData(seed=2)
+    again = DigitsData(loading=LoadingOptions(seed=2))
     again.setup("fit")
     assert torch.equal(data.val_set.images, again.val_set.images)
     assert len(data.train_set) + len(data.val_set) == 1797
@@ -53,13 +54,13 @@ def test_stratified_split_is_disjoint_and_complete():
 
 
 def test_augmentation_follows_from_seed_epoch_and_index():
-    data = DigitsData(seed=1)
+    data = DigitsData(loading=LoadingOptions(seed=1))
     data.setup("fit")
     keys = [(2, 5), (2, 9), (3, 5)]
     batch = data.train_set.__getitems__(keys)["image"]
     assert torch.equal(batch[1:2], data.train_set.__getitems__([(2, 9)])["image"])
     assert not torch.equal(batch[0], batch[2])
-    other = DigitsData(seed=2)
+    other = DigitsData(loading=LoadingOptions(seed=2))
     other.setup("fit")
     assert not torch.equal(batch, other.train_set.__getitems__(keys)["image"])
     held = data.val_set.__getitems__([(0, 3), (1, 3)])["image"]
@@ -98,7 +99,7 @@ def test_preprocess_round_trips():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_unreadable_files_are_skipped_and_named(folder, workers):
-    data = ImageFolderData(root=str(folder), size=16, batch_size=4, workers=workers)
+    data = ImageFolderData(root=str(folder), size=16, loading=LoadingOptions(batch_size=4, workers=workers))
     data.setup("fit")
     assert data.preprocess.classes == ("cat", "dog")
     train = batches(data, data.train_dataloader())
@@ -116,7 +117,9 @@ def test_unreadable_files_are_skipped_and_named(folder, workers):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_unreadable_files_stop_the_run_where_told(folder, workers):
-    data = ImageFolderData(root=str(folder), size=16, batch_size=4, workers=workers, policy="raise")
+    data = ImageFolderData(
+        root=str(folder), size=16, loading=LoadingOptions(batch_size=4, workers=workers, policy="raise")
+    )
     data.setup("fit")
     with pytest.raises(MediaError, match=r"train/cat/3\.jpg") as caught:
         batches(data, data.train_dataloader())
@@ -124,7 +127,7 @@ def test_unreadable_files_stop_the_run_where_told(folder, workers):
 
 
 def test_a_batch_without_a_readable_file_counts_nothing(folder):
-    data = ImageFolderData(root=str(folder), size=16, batch_size=1, workers=0)
+    data = ImageFolderData(root=str(folder), size=16, loading=LoadingOptions(batch_size=1, workers=0))
     data.setup("fit")
     labels = torch.cat([batch["label"] for batch in batches(data, data.val_dataloader())])
     assert labels.tolist().count(IGNORED) == 1 and sorted(labels.tolist())[1:] == [0, 0, 1]
@@ -132,7 +135,7 @@ def test_a_batch_without_a_readable_file_counts_nothing(folder):
 
 
 def test_crops_follow_from_seed_epoch_and_index(folder):
-    data = ImageFolderData(root=str(folder), size=16, augment=Augment(colour=0.3), seed=4)
+    data = ImageFolderData(root=str(folder), size=16, augment=Augment(colour=0.3), loading=LoadingOptions(seed=4))
     data.setup("fit")
     first = data.train_set[(0, 0)]["image"]
     before = torch.get_rng_state()
@@ -171,7 +174,7 @@ def test_tensors_from_a_file(tmp_path, suffix):
         from safetensors.torch import save_file
 
         save_file(tensors, file)
-    data = TensorData(path=str(file), batch_size=4)
+    data = TensorData(path=str(file), loading=LoadingOptions(batch_size=4))
     data.setup("fit")
     assert (data.classes, data.in_channels, data.image_size) == (3, 3, 6)
     batch = next(iter(data.train_dataloader()))

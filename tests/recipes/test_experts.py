@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from omnimix.backbones import BackboneConfig
 from omnimix.backbones.ffn import expert_loads
 from omnimix.backbones.ffn.moe import MoEConfig
+from omnimix.recipes.common.options import LoadingOptions
 from omnimix.recipes.vision.recipe import DigitsData, VisionClassification, VisionTrainingConfig
 
 
@@ -45,7 +46,7 @@ def test_biases_move_by_one_step_with_each_of_the_optimiser():
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, datamodule=DigitsData(batch_size=16))
+    trainer.fit(module, datamodule=DigitsData(loading=LoadingOptions(batch_size=16)))
     assert trainer.global_step == 3
     layers = [block.ffn for block in module.model.backbone.blocks]
     assert all(0 < layer.steps.abs().max() <= 3 for layer in layers)

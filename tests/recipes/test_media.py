@@ -10,6 +10,7 @@ from omnimix.backbones import BackboneConfig
 from omnimix.errors import ConfigError, MediaError
 from omnimix.recipes.common.classification import Predictions
 from omnimix.recipes.common.media import IGNORED, MediaData, Samples, collate
+from omnimix.recipes.common.options import LoadingOptions
 from omnimix.recipes.vision.recipe import VisionClassification
 
 
@@ -43,7 +44,7 @@ def load(media, seed):
 
 class WordData(MediaData):
     def __init__(self, count, bad=(), policy="skip", max_unreadable=0.1):
-        super().__init__(batch_size=4, workers=0, seed=3, policy=policy, max_unreadable=max_unreadable)
+        super().__init__(loading=LoadingOptions(batch_size=4, seed=3, policy=policy, max_unreadable=max_unreadable))
         self.train_set = Samples(Words(count, bad), load, seed=3)
         self.val_set = Samples(Words(count, bad), load)
 

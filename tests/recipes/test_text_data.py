@@ -6,14 +6,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from jsonargparse import ArgumentParser
 
 from omnimix.backbones import BackboneConfig
 from omnimix.backbones.heads.noise import scored_tokens
 from omnimix.errors import CheckpointError, ConfigError, UnknownName
 from omnimix.modalities.data.token_cache import TokenCache
 from omnimix.modalities.text.tokenizer import ByteTokenizer, train_bpe
-from omnimix.recipes.text.data import ChatLines, JsonLines, Parquet, Shards, StandardLibrary, TextFiles, TextOptions
+from omnimix.recipes.text.data import ChatLines, JsonLines, Shards, StandardLibrary, TextFiles, TextOptions
 from omnimix.recipes.text.recipe import TextGeneration
 from omnimix.recipes.text.windows import PackedWindows, Pieces
 
@@ -29,9 +28,8 @@ def folder(tmp_path):
 
 
 def data(folder, **changes) -> TextFiles:
-    given = {"tokenizer": "bytes", "length": 16, "batch_size": 4, "seed": 1}
-    given["options"] = TextOptions(val_part=0.3, cache=str(folder / "cache"))
-    return TextFiles(path=str(folder), **(given | changes))
+    given = {"tokenizer": "bytes", "length": 16, "batch_size": 4, "seed": 1, "val_part": 0.3}
+    return TextFiles(path=str(folder), options=TextOptions(cache=str(folder / "cache"), **(given | changes)))
 
 
 def batches(loader, epoch: int = 0) -> list[dict]:
@@ -87,9 +85,9 @@ def test_validation_takes_long_pieces_first_and_fills_up_with_end_tokens(folder)
 
 def test_validation_may_be_short_and_is_then_always_the_same(folder):
     whole = data(folder)
-    short = data(folder, options=TextOptions(val_part=0.3, cache=str(folder / "cache"), val_tokens=100))
+    short = data(folder, val_tokens=100)
     assert 100 <= short.val_set.tokens < 100 + 16 < whole.val_set.tokens
-    assert np.array_equal(short.val_set.rows, data(folder, options=short.options, seed=9).val_set.rows)
+    assert np.array_equal(short.val_set.rows, data(folder, val_tokens=100, seed=9).val_set.rows)
     assert {tuple(row) for row in short.val_set.rows} <= {tuple(row) for row in whole.val_set.rows}
     assert short.test_set.tokens == whole.test_set.tokens == whole.val_set.tokens
     # The share of the bytes is that of the tokens.
@@ -171,8 +169,7 @@ def test_resumed_within_an_epoch_the_batches_are_the_same(folder, borders, worke
     for _ in range(5):
         next(running)
     state = loader.state_dict()
-    options = TextOptions(val_part=0.3, cache=str(folder / "cache"), workers=workers)
-    resumed = data(folder, borders=borders, options=options).train_dataloader()
+    resumed = data(folder, borders=borders, workers=workers).train_dataloader()
     resumed.load_state_dict(state)
     rest = batches(resumed, 3)
     assert len(rest) == len(whole) - 5
@@ -208,9 +205,8 @@ def test_the_tokenizer_is_learnt_loaded_or_bytes(folder, tmp_path):
     train_bpe(["abc " * 50], 260).save(tmp_path / "kept")
     loaded = data(folder, tokenizer=str(tmp_path / "kept"))
     assert loaded.vocabulary == 260
-    options = TextOptions(end="<stop>", cache=str(folder / "cache"))
     with pytest.raises(UnknownName, match="'<stop>'"):
-        _ = data(folder, tokenizer=str(tmp_path / "kept"), options=options).tokenizer
+        _ = data(folder, tokenizer=str(tmp_path / "kept"), end="<stop>").tokenizer
     assert isinstance(data(folder).tokenizer, ByteTokenizer)
     with pytest.raises(CheckpointError, match="bpee does not exist"):
         _ = data(folder, tokenizer="bpee").vocabulary
@@ -219,8 +215,8 @@ def test_the_tokenizer_is_learnt_loaded_or_bytes(folder, tmp_path):
 def test_split_and_options_are_checked(folder):
     for part, reason in ((1e-9, "none falls into val_part 1e-09; raise it"), (1 - 1e-9, "all fall into .*; lower it")):
         with pytest.raises(ConfigError, match=f"of 40 documents {reason}.*data.section"):
-            data(folder, options=TextOptions(val_part=part, cache=str(folder / "cache"))).train_dataloader()
-            data(folder, options=TextOptions(val_part=part, cache=str(folder / "cache"))).val_dataloader()
+            data(folder, val_part=part).train_dataloader()
+            data(folder, val_part=part).val_dataloader()
     for wrong in ({"length": 0}, {"batch_size": 0}):
         with pytest.raises(ConfigError, match=r"is 0; it must be at least 1"):
             data(folder, **wrong)
@@ -248,9 +244,9 @@ def test_json_lines_and_shards(folder, tmp_path):
             info = tarfile.TarInfo(f"{i}.json")
             info.size = len(row)
             shard.addfile(info, io.BytesIO(row.encode()))
-    options = TextOptions(val_part=0.3, cache=str(tmp_path / "cache"))
+    options = TextOptions(val_part=0.3, cache=str(tmp_path / "cache"), tokenizer="bytes", length=8)
     for kind in (JsonLines, Shards):
-        module = kind(path=str(tmp_path), field="story", tokenizer="bytes", length=8, options=options)
+        module = kind(path=str(tmp_path), field="story", options=options)
         module.setup("fit")
         assert len(module.cache) == 40 and module.val_set.tokens and len(module.train_set)
 
@@ -261,8 +257,8 @@ def test_conversations_train_on_the_answers(tmp_path):
         return json.dumps({"messages": messages})
 
     (tmp_path / "a.jsonl").write_text("\n".join(row(i) for i in range(40)))
-    options = TextOptions(val_part=0.3, cache=str(tmp_path / "cache"))
-    module = ChatLines(path=str(tmp_path), tokenizer="bytes", length=16, batch_size=4, options=options)
+    options = TextOptions(val_part=0.3, cache=str(tmp_path / "cache"), tokenizer="bytes", length=16, batch_size=4)
+    module = ChatLines(path=str(tmp_path), options=options)
     assert "<|im_start|>" in module.tokenizer.special
     module.setup("fit")
     scored = []
@@ -277,7 +273,7 @@ def test_conversations_train_on_the_answers(tmp_path):
     assert module.val_set.bytes == int(module.cache.text_bytes[held].sum())
     text = module.tokenizer.decode(scored)
     assert "answer" in text and "q" not in text
-    every = ChatLines(path=str(tmp_path), tokenizer="bytes", length=16, answers_only=False, options=options)
+    every = ChatLines(path=str(tmp_path), answers_only=False, options=options)
     every.setup("fit")
     assert "counted" not in every.val_set[(0, 0)] and every.val_set.bytes > module.val_set.bytes
 
@@ -308,18 +304,9 @@ def test_rows_that_only_fill_up_count_nothing(folder, kind):
     assert model._sums == [0.0, 0, 0]
 
 
-def test_all_kinds_have_the_same_options():
-    """On the command line, where what a class hands on to its base is to be found too."""
-
-    def options(kind):
-        parser = ArgumentParser()
-        parser.add_class_arguments(kind)
-        return vars(parser.get_defaults())
-
-    base = options(StandardLibrary)
-    assert base.keys() == {"tokenizer", "vocabulary", "length", "batch_size", "borders", "seed", "options"}
-    for kind in (TextFiles, JsonLines, ChatLines, Parquet, Shards):
-        shared = base.keys() - ({"borders"} if kind is ChatLines else set())
-        found = options(kind)
-        assert {name: found[name] for name in shared} == {name: base[name] for name in shared}
-        assert ("borders" in found) == ("borders" in shared)
+def test_conversations_are_always_padded(tmp_path):
+    (tmp_path / "a.jsonl").write_text("")
+    assert ChatLines(path=str(tmp_path), options=TextOptions(borders="padded")).options.borders == "padded"
+    assert ChatLines(path=str(tmp_path)).options.length == StandardLibrary().options.length
+    with pytest.raises(ConfigError, match=r"data\.borders is 'packed'; for ChatLines it is always 'padded', since"):
+        ChatLines(path=str(tmp_path), options=TextOptions(borders="packed"))

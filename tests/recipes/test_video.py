@@ -24,7 +24,7 @@ from omnimix.modalities.video.model import VideoClassifier
 from omnimix.recipes.common import synthetic
 from omnimix.recipes.common.timeline import scenes
 from omnimix.recipes.video import moving_digits
-from omnimix.recipes.video.data import VideoFolderData
+from omnimix.recipes.video.data import VideoFolderData, VideoOptions
 from omnimix.recipes.video.film_timeline import Timeline
 from omnimix.recipes.video.moving_digits import MOTIONS, RATE, MovingDigitsData, Way, draw_way, render
 from omnimix.recipes.video.preprocess import ClipConfig, VideoPreprocess, strip
@@ -112,7 +112,7 @@ def test_validate_repeats_the_numbers_and_test_takes_several_views(place, capsys
 
 def test_views_are_other_times_and_squares(place):
     clip = ClipConfig(size=24, channels=1, frames=4, sampling="dense", rate=8.0, crop=0.75)
-    data = VideoFolderData(root=str(clips_of(place)), clip=clip, views=3, crops=2)
+    data = VideoFolderData(root=str(clips_of(place)), clip=clip, loading=VideoOptions(views=3, crops=2))
     sets(data)
     video = data.test_set[0, 0]["video"]
     assert video.shape == (6, 1, 4, 24, 24) and data.val_set[0, 0]["video"].shape == (1, 4, 24, 24)
@@ -290,7 +290,7 @@ def test_tables_and_shards_give_what_folders_give(place, tmp_path):
     assert main(["data", "shard", *words]) == 0
     clip = ClipConfig(size=24, channels=3, frames=4, sampling="segments")
     data = [
-        VideoFolderData(root=str(where), clip=clip, augment=Augment(), seed=5)
+        VideoFolderData(root=str(where), clip=clip, augment=Augment(), loading=VideoOptions(seed=5))
         for where in (root, tmp_path / "table", tmp_path / "shards")
     ]
     assert len({d.preprocess for d in data}) == 1
@@ -304,7 +304,7 @@ def test_tables_and_shards_give_what_folders_give(place, tmp_path):
 
 def test_augmentation_is_alike_for_all_frames_and_follows_seed_and_epoch(place):
     options = {"train": 48, "val": 24, "augment": Augment(scale=0.3, colour=0.4)}
-    (train, val), (other, _) = sets(MovingDigitsData(seed=1, **options)), sets(MovingDigitsData(seed=2, **options))
+    (train, val), (other, _) = (sets(MovingDigitsData(loading=VideoOptions(seed=seed), **options)) for seed in (1, 2))
     video = train[0, 7]["video"]
     assert video.shape == (1, 16, 32, 32) and torch.equal(video, train[0, 7]["video"])
     assert not torch.equal(video, train[1, 7]["video"]) and not torch.equal(video, other[0, 7]["video"])
@@ -316,7 +316,9 @@ def test_augmentation_is_alike_for_all_frames_and_follows_seed_and_epoch(place):
 
 def test_kept_clips_are_those_of_the_files(place):
     options = {"train": 48, "val": 24}
-    (kept, _), (read, _) = sets(MovingDigitsData(**options)), sets(MovingDigitsData(**options, keep=False))
+    (kept, _), (read, _) = (
+        sets(MovingDigitsData(**options, loading=VideoOptions(keep=keep))) for keep in (None, False)
+    )
     # The file's frames at a random place against the central ones: of 16 frames in 16 places the same.
     assert torch.allclose(kept[0, 4]["video"], MovingDigitsData(**options).preprocess.load(read.source.media(4)))
     first = kept.source.media(4)

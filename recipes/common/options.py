@@ -1,0 +1,118 @@
+"""The options that the data sets of a recipe share: one object, in which a data set fills in its own defaults."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal
+
+import lightning.pytorch as pl
+
+from ...errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """What every data set takes. An option that is None has the data set's own default.
+
+    Args:
+        batch_size: samples or sequences a step, on each device.
+        workers: processes that read ahead; 0 for what lies in memory.
+        seed: of the order and of what is random about a sample; a recipe passes its own.
+        policy: what an unreadable file does: "skip" leaves it out and names it, "raise" stops.
+    """
+
+    batch_size: int | None = None
+    workers: int | None = None
+    seed: int | None = None
+    policy: Literal["skip", "raise"] | None = None
+
+    def __post_init__(self) -> None:
+        self._at_least(1, "batch_size")
+        self._at_least(0, "workers")
+        self._one_of(("skip", "raise"), "policy")
+
+    def _at_least(self, least: int, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"data.{name} is {value}; it must be at least {least}")
+
+    def _one_of(self, words: tuple[str, ...], name: str) -> None:
+        value = getattr(self, name)
+        if value is not None and value not in words:
+            raise ConfigError(f"data.{name} is {value!r}; it must be {' or '.join(map(repr, words))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadingOptions(DataOptions):
+    """How the samples of an image, video or audio data set are loaded; see `DataOptions` for the rest.
+
+    Args:
+        max_unreadable: the fraction of the files read above which the run stops even with the policy "skip".
+        keep: decode each file once, and keep what it holds in memory.
+    """
+
+    max_unreadable: float | None = None
+    keep: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_unreadable is not None and not 0 <= self.max_unreadable <= 1:
+            raise ConfigError(f"data.max_unreadable is {self.max_unreadable}; it must be in [0, 1]")
+        if self.keep and self.workers:
+            raise ConfigError(
+                f"data.keep with data.workers {self.workers}: each would keep all files; set workers to 0"
+            )
+
+
+# Leaves every option to the data set.
+LOADING = LoadingOptions()
+
+
+class RecipeData(pl.LightningDataModule):
+    """Base of the recipes' data sets, which take the options that they share as one object.
+
+    Attributes:
+        defaults: what an option is that was left None.
+        fixed: options that are never anything else, each with the reason.
+    """
+
+    defaults: ClassVar[DataOptions]
+    fixed: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def filled(cls, given: DataOptions) -> Any:
+        """The options with the data set's own defaults where they are None.
+
+        Raises:
+            ConfigError: an option that this data set does not take, or options that do not fit together.
+        """
+        set_ = {field.name: value for field in fields(given) if (value := getattr(given, field.name)) is not None}
+        for name in set_.keys() - {field.name for field in fields(cls.defaults)}:
+            raise ConfigError(f"data.{name} is {set_[name]!r}, and {cls.__name__} has no such option: leave it out")
+        for name, reason in cls.fixed.items():
+            own = getattr(cls.defaults, name)
+            if set_.get(name, own) != own:
+                raise ConfigError(
+                    f"data.{name} is {set_[name]!r}; for {cls.__name__} it is always {own!r}, since {reason}: "
+                    "leave it out"
+                )
+        return replace(cls.defaults, **set_)
+
+
+def options_argument(data: type[RecipeData]) -> str:
+    """The name of the argument by which a data set takes the shared options.
+
+    Raises:
+        ConfigError: it takes none.
+    """
+    for parameter in inspect.signature(data).parameters.values():
+        if isinstance(parameter.default, DataOptions):
+            return parameter.name
+    options = type(data.defaults).__name__
+    raise ConfigError(
+        f"{data.__name__} does not take the options that data sets share; add an argument of the type {options}, by "
+        f"default {options}(), to its constructor, and hand it on to that of {data.__base__.__name__}"
+    )
