@@ -18,7 +18,7 @@ def _reals(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """In the dtype of states, complex numbers as neighbouring pairs: the last dimension is twice as long."""
     if x is None:
         return None
-    x = unit_stride(x.to(dtype))
+    x = unit_stride(x if x.dtype == dtype else x.to(dtype))
     return torch.view_as_real(x).flatten(-2) if x.is_complex() else x
 
 
@@ -39,11 +39,11 @@ def _forward(x, a, initial_state, cu_seqlens, reverse) -> tuple[Tensor, Tensor]:
     h, final = shapes(x, a, initial_state, cu_seqlens, reverse)
     wide = final.dtype
     result = h if h.dtype == wide else torch.empty_like(h, dtype=wide)
-    inputs = (x, a.expand(x.shape), initial_state)
+    inputs = (x, a.expand(x.shape) if a.dim() == 1 else a, initial_state)
     segments = native.segments(x.shape[0], x.shape[1], cu_seqlens, 1)
     tensors = [*(_reals(i, wide) for i in inputs), segments, *(_reals(o, wide) for o in (result, final))]
     _run("forward", tensors, x, final.shape[0], reverse)
-    return result.to(h.dtype), final
+    return result if result is h else result.to(h.dtype), final
 
 
 def _backward(dh, dfinal, h, a, initial_state, cu_seqlens, reverse) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,8 +71,8 @@ def linear_recurrence_native(
     *, x: Tensor, a: Tensor, reverse: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """See `omnimix.kernels.linear_recurrence`."""
-    tensors = (x, a, initial_state, cu_seqlens)
-    if native.direct(*tensors):
-        x, a, initial_state = (None if t is None else t.resolve_conj() for t in tensors[:3])
+    if native.direct(x, a, initial_state, cu_seqlens):
+        if x.is_complex() or a.is_complex():
+            x, a, initial_state = (None if t is None else t.resolve_conj() for t in (x, a, initial_state))
         return _forward(x, a, initial_state, cu_seqlens, reverse)
     return _scan(x=x, a=a, reverse=reverse, initial_state=initial_state, cu_seqlens=cu_seqlens)
