@@ -21,6 +21,7 @@ LAWS = (
     "tests/laws/test_low_precision.py",
     "tests/laws/test_mixer_mutations.py",
     "tests/laws/test_mixer_laws.py",
+    "tests/laws/test_mixer_declarations.py",
 )
 # Picks the mixer's tests out of these, and prints a line for each file.
 PLUGIN = "tests.laws.one_mixer"

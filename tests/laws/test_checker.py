@@ -12,6 +12,7 @@ from omnimix.cli.check_kernels import arguments_of, call_of, results
 from omnimix.kernels import Draw, get_op
 
 from . import checker
+from .ran import runs
 
 OP = get_op("short_conv")
 CASE = OP.cases()[0]
@@ -193,10 +194,10 @@ def test_a_backend_in_another_ones_place_is_caught(time):
         for named in names:
             for run in (lambda n=runs_really: call_of(OP, n)(**arguments), lambda n=runs_really: gradients_by(n, time)):
                 if named == runs_really:
-                    checker.runs("short_conv", named, run)
+                    runs("short_conv", named, run)
                 else:
                     with pytest.raises(AssertionError, match="ran, not"):
-                        checker.runs("short_conv", named, run)
+                        runs("short_conv", named, run)
 
 
 def gradients_by(backend: str, time: int) -> None:
@@ -210,7 +211,7 @@ def test_a_native_or_triton_backend_that_only_calls_torch_is_caught():
         source = compile("def empty(call): call()", module.__file__, "exec")
         exec(source, space := {})
         with pytest.raises(AssertionError, match="0 calls of C|0 launches"):
-            checker.runs("short_conv", name, lambda empty=space["empty"]: empty(lambda: torch.ones(2) + 1))
+            runs("short_conv", name, lambda empty=space["empty"]: empty(lambda: torch.ones(2) + 1))
 
 
 @torch.library.custom_op("omnimix::test_alias", mutates_args=())

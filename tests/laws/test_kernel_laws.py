@@ -28,6 +28,7 @@ from .kernel_subjects import (
     strided,
     subjects,
 )
+from .ran import runs
 
 
 def of_any_length(subject: Subject) -> list[tuple[Asked, bool]]:
@@ -228,7 +229,7 @@ def test_the_backend_named_is_the_one_that_runs(subject):
         for backward in (True, False):
             if subject.serves(arguments, backward=backward):
                 with told(asked), mode(backward):
-                    checker.runs(
+                    runs(
                         subject.op.name,
                         subject.backend,
                         lambda a=arguments, b=backward: results(subject.call, a, backward=b),
@@ -253,9 +254,9 @@ def explains(op: Op, name: str | None, backward: bool, time: int) -> None:
         chosen = [row["backend"] for row in explain(op.name, **arguments) if row["auto"] == "chosen"]
         assert len(chosen) == 1
         if backward:
-            checker.runs(op.name, chosen[0], lambda: results(op.function, arguments))
+            runs(op.name, chosen[0], lambda: results(op.function, arguments))
         else:
-            checker.runs(op.name, chosen[0], lambda: op.function(**arguments))
+            runs(op.name, chosen[0], lambda: op.function(**arguments))
 
 
 NATIVE = [op for op in ops() if "native" in [b.name for b in op.backends]]

@@ -15,9 +15,9 @@ from omnimix import kernels
 from omnimix.backbones import Layout, list_mixers
 from omnimix.backbones.scan import SCANS
 from omnimix.cli.check_kernels import error, low_precision_excess, results
-from omnimix.errors import UnsupportedCall, UnsupportedShape
 
-from .checker import assert_equal, runs_on_triton, told
+from .checker import assert_equal, told
+from .ran import runs_on_triton
 from .subjects import (
     BOTH,
     CAUSAL,
@@ -39,8 +39,6 @@ LENGTHS = (1, 5, 3)
 BORDERS = torch.tensor([0, 1, 6, 9], dtype=torch.int32)
 # One sequence without tokens in the middle, one at the end.
 WITH_EMPTY = torch.tensor([0, 1, 1, 6, 9, 9], dtype=torch.int32)
-
-
 DIRECTIONS = [name for name in SCANS if name != "forward"]
 
 
@@ -400,33 +398,3 @@ def test_law_10_triton_is_the_reference(subject: Subject):
     runs_on_triton(decode)
     wanted = module(torch.cat([tokens(1, 3), tokens(1, 1, seed=1)], dim=1), CAUSAL)[0]
     assert error(decode(), wanted) < 1e-9
-
-
-@causal_subjects
-def test_what_is_not_declared_raises(subject: Subject):
-    module = subject.module()
-    x = tokens(2, 9)
-    if capability(module, "blockwise"):
-        module(x, Layout(causal="block", block=3))
-    else:
-        with pytest.raises(UnsupportedCall, match="scan='both' for mixers that scan, .*'attention'"):
-            module(x, Layout(causal="block", block=3))
-    with pytest.raises(UnsupportedShape, match="batch 1"):
-        module(x, Layout(cu_seqlens=BORDERS))
-    _, state = module(x, CAUSAL)
-    with pytest.raises(UnsupportedShape, match="2 sequences"):
-        module(tokens(3, 1), CAUSAL, state)
-    if not capability(module, "bidirectional"):
-        with pytest.raises(UnsupportedCall, match="scan='both'"):
-            module(x, Layout(causal=False))
-
-
-@both_way_subjects
-def test_several_directions_refuse_causal(subject: Subject):
-    module = subject.module()
-    run = partial(module, tokens(2, 9), CAUSAL)
-    if capability(module, "causal"):
-        run()
-    else:
-        with pytest.raises(UnsupportedCall, match="scan='forward'"):
-            run()
