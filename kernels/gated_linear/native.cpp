@@ -328,7 +328,7 @@ struct Backward {
 
     // A tile's share of dv: the sums across N of its rows of vectors, each over L / N neighbouring lanes.
     template <int N, class Row>
-    static inline V summed(const Row& row, int first = 0) {
+    [[gnu::always_inline]] static inline V summed(const Row& row, int first = 0) {
         if constexpr (N == 1)
             return row(first);
         else
