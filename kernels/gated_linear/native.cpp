@@ -35,15 +35,21 @@ int64_t padded(int64_t n) {
 
 struct Call {
     const View* v;
-    int64_t threads, sequences, steps, groups, heads, keys, values, block, kind, before, head_parts, value_parts;
+    int64_t threads, sequences, tokens, steps, groups, heads, keys, values, block, kind, before, head_parts, value_parts;
     double scale;
 
     Call(const View* views, const int64_t* n)
-        : v(views), threads(n[1]), sequences(n[2]), steps(n[3]), groups(n[4]), heads(n[5]), keys(n[6]), values(n[7]),
-          block(n[8]), kind(n[9]), before(n[10]), head_parts(n[11]), value_parts(n[12]) {
-        std::memcpy(&scale, n + 13, sizeof scale);
+        : v(views), threads(n[1]), sequences(n[2]), tokens(n[3]), steps(n[4]), groups(n[5]), heads(n[6]), keys(n[7]),
+          values(n[8]), block(n[9]), kind(n[10]), before(n[11]), head_parts(n[12]), value_parts(n[13]) {
+        std::memcpy(&scale, n + 14, sizeof scale);
     }
     int64_t tasks() const { return sequences * groups * head_parts * value_parts; }
+
+    // Where a share of a gradient lies: shares follow each other, each of `rows` rows.
+    template <class S>
+    S* share(int at, int64_t index, int64_t rows, int64_t row, int64_t width) const {
+        return v[at].at<S>() + (index * rows + row) * width;
+    }
 };
 
 // One sequence, some heads of one group, and a slice of their values.
@@ -95,13 +101,12 @@ class Scratch {
     ~Scratch() { release(); }
 };
 
-// Divides scratch memory into arrays, all of them zeros.
+// Divides scratch memory into arrays.
 template <class S, int N>
 void allot(S** const (&arrays)[N], const int64_t (&sizes)[N]) {
     int64_t total = 0;
     for (int64_t size : sizes) total += padded<S>(size);
     S* at = reinterpret_cast<S*>(Scratch::of(total * sizeof(S)));
-    std::fill(at, at + total, S(0));
     for (int i = 0; i < N; i++) *arrays[i] = at, at += padded<S>(sizes[i]);
 }
 
@@ -222,6 +227,7 @@ void forward(const Task<S>& task, int64_t head) {
     const auto write = [&](S* to) {
         for (int64_t c = 0; c < call.keys; c++) emit(to + c * call.values, work.state + c * work.values, task.values);
     };
+    std::fill(work.state, work.state + work.keys * work.values, S(0));
     if (v[INITIAL])
         for (int64_t c = 0; c < call.keys; c++)
             copy(work.state + c * work.values, task.state(v[INITIAL], task.sequence, head) + c * call.values,
@@ -439,9 +445,10 @@ S write(const Task<S>& task, const Backward<S>& work, int64_t head, int64_t firs
     S total = 0;
     for (int i = 0; i < n; i++) {
         const int64_t token = task.row * call.steps + first + i, at = i * work.keys;
+        const int64_t width = call.groups * call.keys, group = task.group * call.keys;
         const bool add = head != task.first_head;
-        emit(v[DQ].at<S>(task.part, token) + task.group * call.keys, work.dq + at, call.keys, add);
-        emit(v[DK].at<S>(task.part, token) + task.group * call.keys, work.dk + at, call.keys, add);
+        emit(call.share<S>(DQ, task.part, call.tokens, token, width) + group, work.dq + at, call.keys, add);
+        emit(call.share<S>(DK, task.part, call.tokens, token, width) + group, work.dk + at, call.keys, add);
         emit(v[DV].at<S>(task.row, first + i, head) + task.value, work.dv + i * work.values, task.values);
         if (!v[DDECAY]) continue;
         typename M::V sum = {};
@@ -451,9 +458,10 @@ S write(const Task<S>& task, const Backward<S>& work, int64_t head, int64_t firs
             sum += product;
         }
         if (call.kind == PER_CHANNEL)
-            emit(v[DDECAY].at<S>(task.slice, token) + head * call.keys, work.ddecay + at, call.keys);
+            emit(call.share<S>(DDECAY, task.slice, call.tokens, token, call.heads * call.keys) + head * call.keys,
+                 work.ddecay + at, call.keys);
         else if (call.kind == PER_STEP)
-            v[DDECAY].at<S>(task.slice, token)[head] = M::sum(sum);
+            call.share<S>(DDECAY, task.slice, call.tokens, token, call.heads)[head] = M::sum(sum);
         else
             total += M::sum(sum);
     }
@@ -469,7 +477,10 @@ void backward(const Task<S>& task, int64_t head) {
         transpose(from, call.values, call.keys, task.values, to, work.keys, true);
     };
     const bool differentiate = bool(v[DDECAY]);
-    if (v[FINAL]) turn(task.state(v[FINAL], task.sequence, head), work.gradient);
+    if (v[FINAL])
+        turn(task.state(v[FINAL], task.sequence, head), work.gradient);
+    else
+        std::fill(work.gradient, work.gradient + work.keys * work.values, S(0));
     S total = 0;
     for (int64_t b = task.blocks() - 1; b >= 0; b--) {
         const int64_t first = task.start + b * call.block;
@@ -487,7 +498,8 @@ void backward(const Task<S>& task, int64_t head) {
             differentiate ? work.template block<false, true>(n) : work.template block<false, false>(n);
         total += write(task, work, head, first, n);
     }
-    if (v[DDECAY] && call.kind == PER_HEAD) v[DDECAY].at<S>(task.slice, task.sequence)[head] = total;
+    if (v[DDECAY] && call.kind == PER_HEAD)
+        call.share<S>(DDECAY, task.slice, call.sequences, task.sequence, call.heads)[head] = total;
     if (v[DINITIAL])
         transpose(work.gradient, work.keys, task.values, call.keys, task.state(v[DINITIAL], task.sequence, head),
                   call.values, false);
@@ -534,10 +546,10 @@ void run(const View* views, const int64_t* numbers) {
             const int64_t b = i / call.heads, head = i % call.heads, group = head / (call.heads / call.groups);
             if (v[DECAY])
                 for (int64_t c = 0; c < call.keys; c++)
-                    retain[c] = c && !call.channels ? retain[0] : std::exp(v[DECAY].at<S>(b, head)[c]);
-            step(Head<S>{v[Q].at<S>(b, group), v[K].at<S>(b, group), retain.data(),
-                         v[BONUS] ? v[BONUS].at<S>(head) : nullptr, v[V_].at<S>(b, head),
-                         v[STATE] ? v[STATE].at<S>(b, head) : nullptr, v[OUTPUT].at<S>(b, head),
+                    retain[c] = c && !call.channels ? retain[0] : std::exp(v[DECAY].at<S>(b, 0, head)[c]);
+            step(Head<S>{v[Q].at<S>(b, 0, group), v[K].at<S>(b, 0, group), retain.data(),
+                         v[BONUS] ? v[BONUS].at<S>(head) : nullptr, v[V_].at<S>(b, 0, head),
+                         v[STATE] ? v[STATE].at<S>(b, head) : nullptr, v[OUTPUT].at<S>(b, 0, head),
                          v[FINAL].at<S>(b, head), call.keys, call.values, S(call.scale)});
         }
     }

@@ -66,10 +66,10 @@ def _step(
         decay = decay.expand(b, 1, h)
     channels = decay is not None and decay.dim() == 4
     tensors = [
-        *(None if x is None else unit_stride(x[:, 0].to(dtype)) for x in (q, k, v, decay)),
+        *(None if x is None else unit_stride(x.to(dtype)) for x in (q, k, v, decay)),
         None if bonus is None else unit_stride(bonus.to(dtype)),
         None if initial_state is None else initial_state.to(dtype).contiguous(),
-        output[:, 0],
+        output,
         final,
     ]
     numbers = [b, g, h, dk, dv, int(channels), tasks(final), native.bits(scale)]
@@ -99,7 +99,7 @@ def _numbers(q: Tensor, v: Tensor, decay: Tensor | None, sequences: int, scale: 
     """Sizes and options; the last but one are the parts of heads and of values."""
     threads, heads, values = _division(q, v, sequences)
     kind = {None: 0, 1: 1, 3: 2, 4: 3}[None if decay is None else decay.dim()]
-    sizes = [v.shape[1], q.shape[2], v.shape[2], q.shape[3], v.shape[3], BLOCK]
+    sizes = [v.shape[0] * v.shape[1], v.shape[1], q.shape[2], v.shape[2], q.shape[3], v.shape[3], BLOCK]
     return [threads, sequences, *sizes, kind, int(exclusive), heads, values, native.bits(scale)]
 
 
@@ -172,21 +172,21 @@ def _backward(
     exclusive: bool,
     decay_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (b, t, h, dv), (g, dk), wide = v.shape, q.shape[2:], saved.dtype
-    inputs = _inputs(q, k, v, decay, initial_state, cu_seqlens)
+    inputs, wide = _inputs(q, k, v, decay, initial_state, cu_seqlens), saved.dtype
     sequences = inputs[-1].shape[0]
     numbers = _numbers(q, v, decay, sequences, scale, exclusive)
     heads, values = numbers[-3:-1]
 
-    def empty(*shape: int) -> Tensor:
-        return v.new_empty(shape, dtype=wide)
+    def empty(shares: int, like: Tensor, *sequences: int) -> Tensor:
+        """For as many shares in a gradient, summed below: so results do not depend on which thread was first."""
+        shape = (*sequences, *like.shape)
+        return v.new_empty(shape if shares == 1 else (shares, *shape), dtype=wide)
 
-    # One share a part, summed below: so results do not depend on which thread was first.
-    into_q, into_k = (empty(heads * values, b * t, g * dk) for _ in range(2))
-    into_v, into_decay = empty(b, t, h, dv), None
+    into_q, into_k, into_v = empty(heads * values, q), empty(heads * values, k), empty(1, v)
+    into_decay, into_state = None, None if initial_state is None else empty(1, initial_state)
     if decay_gradient:
-        into_decay = empty(values, *((sequences, h) if decay.dim() == 1 else (b * t, decay[0, 0].numel())))
-    into_state = None if initial_state is None else empty(sequences, h, dk, dv)
+        # A decay per head has a share of each sequence too.
+        into_decay = empty(values, decay, *[sequences] * (decay.dim() == 1))
     native.call(
         "gated_linear",
         f"gated_linear_backward_{native.suffix(wide)}",
@@ -196,20 +196,14 @@ def _backward(
         ],
         numbers,
     )
-    if decay_gradient and decay.dim() == 1:
-        into_decay = into_decay.flatten(0, 1)
-    return (
-        *(_joined(share, x) for share, x in ((into_q, q), (into_k, k))),
-        into_v.to(v.dtype),
-        v.new_empty(0) if into_decay is None else _joined(into_decay, decay),
-        v.new_empty(0) if into_state is None else into_state.to(initial_state.dtype),
-    )
+    found = ((into_q, q), (into_k, k), (into_v, v), (into_decay, decay), (into_state, initial_state))
+    return tuple(v.new_empty(0) if into is None else _joined(into, x) for into, x in found)
 
 
 def _joined(shares: Tensor, like: Tensor) -> Tensor:
-    """The sum of the shares in a gradient, in the shape and dtype of what it is the gradient of."""
-    whole = shares[0] if shares.shape[0] == 1 else shares.sum(0)
-    return whole.view(like.shape).to(like.dtype)
+    """The sum of the shares in a gradient, in the dtype of what it is the gradient of."""
+    more = shares.dim() - like.dim()
+    return (shares.sum(tuple(range(more))) if more else shares).to(like.dtype)
 
 
 @_backward.register_fake
