@@ -75,6 +75,7 @@ struct Task {
         // The first block starts from the initial state, for which nothing is kept.
         saved = at[3] - sequence - 1;
     }
+    int64_t heads() const { return last_head - first_head; }
     int64_t blocks() const { return (stop - start + call.block - 1) / call.block; }
     S* state(const View& view, int64_t index, int64_t head) const { return view.at<S>(index, head) + value; }
 };
@@ -118,15 +119,12 @@ void copy(S* to, const S* from, int64_t n, S factor = 1) {
         M::store(to + i, M::load(from + i, int(std::min<int64_t>(M::lanes, n - i))) * factor, M::lanes);
 }
 
-// Copies n elements of whole vectors to where there is no more room than that, or adds them to what is there.
+// Copies n elements of whole vectors to where there is no more room than that.
 template <class S>
-void emit(S* to, const S* from, int64_t n, bool add = false) {
+void emit(S* to, const S* from, int64_t n) {
     using M = Math<S>;
-    for (int64_t i = 0; i < n; i += M::lanes) {
-        const int width = int(std::min<int64_t>(M::lanes, n - i));
-        const auto x = M::load(from + i, M::lanes);
-        M::store(to + i, add ? M::load(to + i, width) + x : x, width);
-    }
+    for (int64_t i = 0; i < n; i += M::lanes)
+        M::store(to + i, M::load(from + i, M::lanes), int(std::min<int64_t>(M::lanes, n - i)));
 }
 
 // e^decay of one token and head, a number for each key.
@@ -165,20 +163,20 @@ inline void store(const Tile<S, W>& tile, S* to, int64_t width) {
 
 // ---------------------------------------------------------------------------------------------------------- forward
 
-// What a forward task works on: the state, keys by values, and a chunk's tokens, one a row.
+// What a forward task works on: the heads' states, keys by values, and a chunk's tokens of one head, one a row.
 template <class S>
 struct Forward {
     int64_t keys, values;
-    S *state, *q, *k, *decay, *v, *y;
+    S *states, *q, *k, *decay, *v, *y;
 
-    Forward(int64_t k_, int64_t v_) : keys(padded<S>(k_)), values(padded<S>(v_)) {
-        const int64_t of_keys = CHUNK * keys, of_values = CHUNK * values;
-        allot<S>({&state, &q, &k, &decay, &v, &y}, {keys * values, of_keys, of_keys, of_keys, of_values, of_values});
+    explicit Forward(const Task<S>& task) : keys(padded<S>(task.call.keys)), values(padded<S>(task.values)) {
+        const int64_t all = task.heads() * keys * values, of_keys = CHUNK * keys, of_values = CHUNK * values;
+        allot<S>({&states, &q, &k, &decay, &v, &y}, {all, of_keys, of_keys, of_keys, of_values, of_values});
     }
 
-    // n tokens through a tile of the state, which starts at `key` and `value`.
+    // n tokens through a tile of a head's state, which starts at `key` and `value`.
     template <int W, bool BEFORE>
-    void tile(int n, int64_t key, int64_t value) const {
+    void tile(S* state, int n, int64_t key, int64_t value) const {
         using M = Math<S>;
         using V = typename M::V;
         Tile<S, W> s;
@@ -207,47 +205,57 @@ struct Forward {
     }
 
     template <int W, bool BEFORE>
-    void column(int n, int64_t value) const {
-        for (int64_t key = 0; key < keys; key += R<S>) tile<W, BEFORE>(n, key, value);
+    void column(S* state, int n, int64_t value) const {
+        for (int64_t key = 0; key < keys; key += R<S>) tile<W, BEFORE>(state, n, key, value);
     }
 
     template <bool BEFORE>
-    void chunk(int n) const {
+    void chunk(S* state, int n) const {
+        constexpr int64_t step = WIDE * Math<S>::lanes;
         int64_t value = 0;
-        for (; value + WIDE * Math<S>::lanes <= values; value += WIDE * Math<S>::lanes) column<WIDE, BEFORE>(n, value);
-        if (value < values) column<1, BEFORE>(n, value);
+        for (; value + step <= values; value += step) column<WIDE, BEFORE>(state, n, value);
+        if (value < values) column<1, BEFORE>(state, n, value);
     }
 };
 
+// Chunk by chunk, and in a chunk head by head: so heads that share q and k read them once, and what lies side by side
+// is read and written together.
 template <class S>
-void forward(const Task<S>& task, int64_t head) {
+void forward(const Task<S>& task) {
     const Call& call = task.call;
     const View* v = call.v;
-    const Forward<S> work(call.keys, task.values);
-    const auto write = [&](S* to) {
-        for (int64_t c = 0; c < call.keys; c++) emit(to + c * call.values, work.state + c * work.values, task.values);
+    const Forward<S> work(task);
+    const int64_t size = work.keys * work.values;
+    const auto write = [&](S* to, const S* state) {
+        for (int64_t c = 0; c < call.keys; c++) emit(to + c * call.values, state + c * work.values, task.values);
     };
-    std::fill(work.state, work.state + work.keys * work.values, S(0));
-    if (v[INITIAL])
+    std::fill(work.states, work.states + task.heads() * size, S(0));
+    for (int64_t head = task.first_head; v[INITIAL] && head < task.last_head; head++)
         for (int64_t c = 0; c < call.keys; c++)
-            copy(work.state + c * work.values, task.state(v[INITIAL], task.sequence, head) + c * call.values,
-                 task.values);
+            copy(work.states + (head - task.first_head) * size + c * work.values,
+                 task.state(v[INITIAL], task.sequence, head) + c * call.values, task.values);
     for (int64_t t = task.start; t < task.stop; t += CHUNK) {
         const int64_t passed = t - task.start;
-        if (v[SAVED] && passed && passed % call.block == 0)
-            write(task.state(v[SAVED], task.saved + passed / call.block, head));
         const int n = int(std::min<int64_t>(CHUNK, task.stop - t));
         for (int i = 0; i < n; i++) {
             copy(work.q + i * work.keys, v[Q].at<S>(task.row, t + i, task.group), call.keys, S(call.scale));
             copy(work.k + i * work.keys, v[K].at<S>(task.row, t + i, task.group), call.keys);
-            copy(work.v + i * work.values, v[V_].at<S>(task.row, t + i, head) + task.value, task.values);
-            retain(task, work.decay + i * work.keys, t + i, head);
         }
-        call.before ? work.template chunk<true>(n) : work.template chunk<false>(n);
-        for (int i = 0; i < n; i++)
-            emit(v[OUTPUT].at<S>(task.row, t + i, head) + task.value, work.y + i * work.values, task.values);
+        for (int64_t head = task.first_head; head < task.last_head; head++) {
+            S* state = work.states + (head - task.first_head) * size;
+            if (v[SAVED] && passed && passed % call.block == 0)
+                write(task.state(v[SAVED], task.saved + passed / call.block, head), state);
+            for (int i = 0; i < n; i++) {
+                copy(work.v + i * work.values, v[V_].at<S>(task.row, t + i, head) + task.value, task.values);
+                retain(task, work.decay + i * work.keys, t + i, head);
+            }
+            call.before ? work.template chunk<true>(state, n) : work.template chunk<false>(state, n);
+            for (int i = 0; i < n; i++)
+                emit(v[OUTPUT].at<S>(task.row, t + i, head) + task.value, work.y + i * work.values, task.values);
+        }
     }
-    write(task.state(v[FINAL], task.sequence, head));
+    for (int64_t head = task.first_head; head < task.last_head; head++)
+        write(task.state(v[FINAL], task.sequence, head), work.states + (head - task.first_head) * size);
 }
 
 // --------------------------------------------------------------------------------------------------------- backward
@@ -283,21 +291,21 @@ void transpose(const S* from, int64_t from_width, int64_t rows, int64_t columns,
         }
 }
 
-// What a backward task works on: the state at a block's start and the gradient of the state, values by keys, and a
-// block's tokens, one a row.
+// What a backward task works on: the gradients of the heads' states, a head's state at a block's start, both values by
+// keys, and a block's tokens of one head, one a row.
 template <class S>
 struct Backward {
     using M = Math<S>;
     using V = typename M::V;
     static constexpr int L = M::lanes;
     int64_t keys, values;
-    S *state, *gradient, *q, *k, *decay, *dq, *dk, *ddecay, *v, *dout, *dv, *starts, *states, *shares;
+    S *state, *gradients, *q, *k, *decay, *dq, *dk, *ddecay, *v, *dout, *dv, *starts, *states, *shares;
 
-    Backward(int64_t k_, int64_t v_, int64_t block) : keys(padded<S>(k_)), values(padded<S>(v_)) {
-        const int64_t all = keys * values, of_keys = block * keys, of_values = block * values;
+    explicit Backward(const Task<S>& task) : keys(padded<S>(task.call.keys)), values(padded<S>(task.values)) {
+        const int64_t block = task.call.block, all = keys * values, of_keys = block * keys, of_values = block * values;
         const int64_t tile = R<S> * WIDE_BACK * L, chunks = (block + CHUNK - 1) / CHUNK;
-        allot<S>({&state, &gradient, &q, &k, &decay, &dq, &dk, &ddecay, &v, &dout, &dv, &starts, &states, &shares},
-                 {all, all, of_keys, of_keys, of_keys, of_keys, of_keys, of_keys, of_values, of_values, of_values,
+        allot<S>({&state, &gradients, &q, &k, &decay, &dq, &dk, &ddecay, &v, &dout, &dv, &starts, &states, &shares},
+                 {all, task.heads() * all, of_keys, of_keys, of_keys, of_keys, of_keys, of_keys, of_values, of_values, of_values,
                   chunks * tile, CHUNK * tile, block * L});
     }
 
@@ -344,7 +352,7 @@ struct Backward {
     // Goes back through n tokens. The gradient of the state after a token, as it comes from later ones, becomes that of
     // the state before it.
     template <int W, bool BEFORE, bool DECAY_>
-    void retreat(int t0, int n, int64_t value, int64_t key) const {
+    void retreat(S* gradient, int t0, int n, int64_t value, int64_t key) const {
         Tile<S, W> g;
         load<S, W>(g, gradient + value * keys + key, keys);
         for (int t = t0 + n - 1; t >= t0; t--) {
@@ -386,7 +394,7 @@ struct Backward {
 
     // All n tokens of a block through a tile: forwards for the chunks' starts, then back chunk by chunk.
     template <int W, bool BEFORE, bool DECAY_>
-    void tile(int n, int64_t value, int64_t key) const {
+    void tile(S* gradient, int n, int64_t value, int64_t key) const {
         constexpr int64_t size = R<S> * W * L;
         const int chunks = (n + CHUNK - 1) / CHUNK;
         const auto length = [&](int c) { return std::min(CHUNK, n - c * CHUNK); };
@@ -400,17 +408,17 @@ struct Backward {
         for (int c = chunks - 1; c >= 0; c--) {
             S* start = starts + c * size;
             if (DECAY_ && c + 1 < chunks) replay<W, BEFORE, true, false>(c * CHUNK, CHUNK, value, key, start, start);
-            retreat<W, BEFORE, DECAY_>(c * CHUNK, length(c), value, key);
+            retreat<W, BEFORE, DECAY_>(gradient, c * CHUNK, length(c), value, key);
         }
     }
 
     template <bool BEFORE, bool DECAY_>
-    void block(int n) const {
+    void block(S* gradient, int n) const {
         constexpr int64_t step = WIDE_BACK * L;
         for (int64_t value = 0; value < values; value += R<S>) {
             int64_t key = 0;
-            for (; key + step <= keys; key += step) tile<WIDE_BACK, BEFORE, DECAY_>(n, value, key);
-            if (key < keys) tile<1, BEFORE, DECAY_>(n, value, key);
+            for (; key + step <= keys; key += step) tile<WIDE_BACK, BEFORE, DECAY_>(gradient, n, value, key);
+            if (key < keys) tile<1, BEFORE, DECAY_>(gradient, n, value, key);
             for (int t = 0; t < n; t++) {
                 V share = M::load(shares + t * L, L);
                 for (int lanes = R<S>; lanes < L; lanes *= 2) share = fold<S>(share, share);
@@ -420,35 +428,27 @@ struct Backward {
     }
 };
 
-// Reads n tokens from `first` on, and clears what is summed over the values.
+// Reads a head's n tokens from `first` on.
 template <class S>
 void read(const Task<S>& task, const Backward<S>& work, int64_t head, int64_t first, int n) {
     const View* v = task.call.v;
-    const int64_t keys = task.call.keys;
     for (int i = 0; i < n; i++) {
-        copy(work.q + i * work.keys, v[Q].at<S>(task.row, first + i, task.group), keys);
-        copy(work.k + i * work.keys, v[K].at<S>(task.row, first + i, task.group), keys);
         copy(work.v + i * work.values, v[V_].at<S>(task.row, first + i, head) + task.value, task.values);
         copy(work.dout + i * work.values, v[DOUTPUT].at<S>(task.row, first + i, head) + task.value, task.values,
              S(task.call.scale));
         retain(task, work.decay + i * work.keys, first + i, head);
     }
-    for (S* sums : {work.dq, work.dk, work.ddecay}) std::fill(sums, sums + n * work.keys, S(0));
+    std::fill(work.ddecay, work.ddecay + n * work.keys, S(0));
 }
 
-// Writes n tokens' gradients; returns the sum of their decays' gradients.
+// Writes what is a head's own of n tokens' gradients.
 template <class S>
-S write(const Task<S>& task, const Backward<S>& work, int64_t head, int64_t first, int n) {
+void write(const Task<S>& task, const Backward<S>& work, int64_t head, int64_t first, int n) {
     using M = Math<S>;
     const Call& call = task.call;
     const View* v = call.v;
-    S total = 0;
     for (int i = 0; i < n; i++) {
         const int64_t token = task.row * call.steps + first + i, at = i * work.keys;
-        const int64_t width = call.groups * call.keys, group = task.group * call.keys;
-        const bool add = head != task.first_head;
-        emit(call.share<S>(DQ, task.part, call.tokens, token, width) + group, work.dq + at, call.keys, add);
-        emit(call.share<S>(DK, task.part, call.tokens, token, width) + group, work.dk + at, call.keys, add);
         emit(v[DV].at<S>(task.row, first + i, head) + task.value, work.dv + i * work.values, task.values);
         if (!v[DDECAY]) continue;
         typename M::V sum = {};
@@ -463,46 +463,66 @@ S write(const Task<S>& task, const Backward<S>& work, int64_t head, int64_t firs
         else if (call.kind == PER_STEP)
             call.share<S>(DDECAY, task.slice, call.tokens, token, call.heads)[head] = M::sum(sum);
         else
-            total += M::sum(sum);
+            call.share<S>(DDECAY, task.slice, call.sequences, task.sequence, call.heads)[head] += M::sum(sum);
     }
-    return total;
+}
+
+// Goes back through a block of one head.
+template <class S>
+void backward(const Task<S>& task, const Backward<S>& work, int64_t head, int64_t b, int64_t first, int n) {
+    const Call& call = task.call;
+    const View* v = call.v;
+    S* gradient = work.gradients + (head - task.first_head) * work.keys * work.values;
+    const S* start = nullptr;
+    if (b)
+        start = task.state(v[SAVED], task.saved + b, head);
+    else if (v[INITIAL])
+        start = task.state(v[INITIAL], task.sequence, head);
+    if (start)
+        transpose(start, call.values, call.keys, task.values, work.state, work.keys, true);
+    else
+        std::fill(work.state, work.state + work.keys * work.values, S(0));
+    read(task, work, head, first, n);
+    const bool differentiate = bool(v[DDECAY]);
+    if (call.before)
+        differentiate ? work.template block<true, true>(gradient, n) : work.template block<true, false>(gradient, n);
+    else
+        differentiate ? work.template block<false, true>(gradient, n) : work.template block<false, false>(gradient, n);
+    write(task, work, head, first, n);
 }
 
 template <class S>
-void backward(const Task<S>& task, int64_t head) {
+void backward(const Task<S>& task) {
     const Call& call = task.call;
     const View* v = call.v;
-    const Backward<S> work(call.keys, task.values, call.block);
-    const auto turn = [&](const S* from, S* to) {
-        transpose(from, call.values, call.keys, task.values, to, work.keys, true);
-    };
-    const bool differentiate = bool(v[DDECAY]);
-    if (v[FINAL])
-        turn(task.state(v[FINAL], task.sequence, head), work.gradient);
-    else
-        std::fill(work.gradient, work.gradient + work.keys * work.values, S(0));
-    S total = 0;
+    const Backward<S> work(task);
+    const int64_t size = work.keys * work.values, width = call.groups * call.keys;
+    std::fill(work.gradients, work.gradients + task.heads() * size, S(0));
+    for (int64_t head = task.first_head; head < task.last_head; head++) {
+        if (v[FINAL])
+            transpose(task.state(v[FINAL], task.sequence, head), call.values, call.keys, task.values,
+                      work.gradients + (head - task.first_head) * size, work.keys, true);
+        if (v[DDECAY] && call.kind == PER_HEAD)
+            call.share<S>(DDECAY, task.slice, call.sequences, task.sequence, call.heads)[head] = 0;
+    }
     for (int64_t b = task.blocks() - 1; b >= 0; b--) {
         const int64_t first = task.start + b * call.block;
         const int n = int(std::min(call.block, task.stop - first));
-        if (b)
-            turn(task.state(v[SAVED], task.saved + b, head), work.state);
-        else if (v[INITIAL])
-            turn(task.state(v[INITIAL], task.sequence, head), work.state);
-        else
-            std::fill(work.state, work.state + work.keys * work.values, S(0));
-        read(task, work, head, first, n);
-        if (call.before)
-            differentiate ? work.template block<true, true>(n) : work.template block<true, false>(n);
-        else
-            differentiate ? work.template block<false, true>(n) : work.template block<false, false>(n);
-        total += write(task, work, head, first, n);
+        for (int i = 0; i < n; i++) {
+            copy(work.q + i * work.keys, v[Q].at<S>(task.row, first + i, task.group), call.keys);
+            copy(work.k + i * work.keys, v[K].at<S>(task.row, first + i, task.group), call.keys);
+        }
+        for (S* sums : {work.dq, work.dk}) std::fill(sums, sums + n * work.keys, S(0));
+        for (int64_t head = task.first_head; head < task.last_head; head++) backward(task, work, head, b, first, n);
+        for (int i = 0; i < n; i++) {
+            const int64_t token = task.row * call.steps + first + i, group = task.group * call.keys;
+            emit(call.share<S>(DQ, task.part, call.tokens, token, width) + group, work.dq + i * work.keys, call.keys);
+            emit(call.share<S>(DK, task.part, call.tokens, token, width) + group, work.dk + i * work.keys, call.keys);
+        }
     }
-    if (v[DDECAY] && call.kind == PER_HEAD)
-        call.share<S>(DDECAY, task.slice, call.sequences, task.sequence, call.heads)[head] = total;
-    if (v[DINITIAL])
-        transpose(work.gradient, work.keys, task.values, call.keys, task.state(v[DINITIAL], task.sequence, head),
-                  call.values, false);
+    for (int64_t head = task.first_head; v[DINITIAL] && head < task.last_head; head++)
+        transpose(work.gradients + (head - task.first_head) * size, work.keys, task.values, call.keys,
+                  task.state(v[DINITIAL], task.sequence, head), call.values, false);
 }
 
 template <class S>
@@ -511,8 +531,7 @@ void run(const View* views, const int64_t* numbers, bool back) {
 #pragma omp parallel for num_threads(call.threads) schedule(dynamic, 1)
     for (int64_t index = 0; index < call.tasks(); index++) {
         const Task<S> task(call, index);
-        for (int64_t head = task.first_head; head < task.last_head; head++)
-            back ? backward(task, head) : forward(task, head);
+        back ? backward(task) : forward(task);
     }
 }
 

@@ -18,7 +18,7 @@ from .bonus import current
 
 # Tokens between the saved states, a multiple of the chunks in native.cpp: the fewer, the more memory they take; the
 # more, the less of a block stays in the second-level cache.
-BLOCK = 64
+BLOCK = 128
 # Elements of the states, times tokens, for which it is worth waking a thread.
 SMALLEST = 1 << 17
 

@@ -169,8 +169,9 @@ SIZES = [(1, 1), (16, 40), (24, 16), (33, 64), (64, 17)]
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_native_divides_heads_and_values_among_tasks(size, threads, monkeypatch):
-    """One sequence, whose heads share q and k or do not, for several threads; a tail of a block and of a chunk."""
+    """One sequence of three blocks, the last with a tail of a chunk; heads share q and k or do not."""
     module = import_module("omnimix.kernels.gated_linear.native")
+    monkeypatch.setattr(module, "BLOCK", 32)
     monkeypatch.setattr(module, "SMALLEST", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     divided = []
