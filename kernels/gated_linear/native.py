@@ -19,6 +19,8 @@ from .bonus import current
 # Tokens between the saved states, a multiple of the chunks in native.cpp: the fewer, the more memory they take; the
 # more, the less of a block stays in the second-level cache.
 BLOCK = 128
+# The kinds of decays in native.cpp (none, per head, per step, per channel), by how many dimensions they have.
+KINDS = {None: 0, 1: 1, 3: 2, 4: 3}
 # Elements of the states, times tokens, for which it is worth waking a thread.
 SMALLEST = 1 << 17
 
@@ -98,7 +100,7 @@ def _division(q: Tensor, v: Tensor, sequences: int) -> tuple[int, int, int]:
 def _numbers(q: Tensor, v: Tensor, decay: Tensor | None, sequences: int, scale: float, exclusive: bool) -> list[int]:
     """Sizes and options; the last but one are the parts of heads and of values."""
     threads, heads, values = _division(q, v, sequences)
-    kind = {None: 0, 1: 1, 3: 2, 4: 3}[None if decay is None else decay.dim()]
+    kind = KINDS[None if decay is None else decay.dim()]
     sizes = [v.shape[0] * v.shape[1], v.shape[1], q.shape[2], v.shape[2], q.shape[3], v.shape[3], BLOCK]
     return [threads, sequences, *sizes, kind, int(exclusive), heads, values, native.bits(scale)]
 
