@@ -12,7 +12,6 @@ from torch import Tensor
 from ...errors import UnsupportedShape
 from ..backends import backends
 from ..common.checks import check_matrix_recurrence, untouched
-from ..common.steps import one_step
 from ..common.tools import accumulate_dtype
 from ..registry import Case, Draw, Op, register_op
 
@@ -45,7 +44,7 @@ def gated_linear(
         initial_state: the state to go on from, zeros by default; one per sequence: n = b, or the number of packed
             sequences.
         cu_seqlens: for packed sequences (b = 1): 0, then the running total of their lengths, int32 or int64.
-        backend: "auto", "reference", "chunked", "native" (one step without gradients, on CPUs) or "triton".
+        backend: "auto", "reference", "chunked", "native" (on CPUs) or "triton".
 
     Returns:
         The output in v's dtype, and the state after the last step: float32, or float64 where v is.
@@ -143,7 +142,7 @@ def _cases() -> tuple[Case, ...]:
 OP = register_op(
     Op(
         name="gated_linear",
-        backends=backends("gated_linear", "triton", "native", "chunked", "reference", native=one_step("v")),
+        backends=backends("gated_linear", "triton", "native", "chunked", "reference"),
         sequences=("q", "k", "v", "decay"),
         cases=_cases,
         flops=_flops,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..common.chunked_plan import Block, Packing, batch_blocks, saved_states
 from ..custom import custom_op
+from .bonus import current
 from .chunked_channel import ChannelForm
 from .chunked_forms import Adjoint, Form
 from .chunked_scalar import ScalarForm
@@ -45,7 +46,7 @@ def gated_linear_chunked(
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     output, state, _ = _forward(q, k, v, decay, initial_state, cu_seqlens, scale, bonus is not None, train)
     if bonus is not None:
-        output = output + scale * _current(q, k, bonus) * v
+        output = output + scale * current(q, k, bonus) * v
     return output.to(dtype), state
 
 
@@ -69,12 +70,6 @@ def _one_step(
         read = torch.addcmul(before, write, bonus.to(wide).unflatten(0, (groups, -1)).unsqueeze(-1))
     output = (q.unsqueeze(-2) @ read).squeeze(-2) * scale
     return output.flatten(1, 2).unsqueeze(1).to(dtype), after.flatten(1, 2)
-
-
-def _current(q: Tensor, k: Tensor, bonus: Tensor) -> Tensor:
-    """The bonus's weight on the current token, (q ⊙ k)ᵀ u per head: `(b, t, h, 1)`."""
-    per_group = bonus.unflatten(0, (q.shape[2], -1))
-    return torch.einsum("btgk,gjk->btgj", q * k, per_group).flatten(2).unsqueeze(-1)
 
 
 def _form(

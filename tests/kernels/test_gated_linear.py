@@ -12,9 +12,10 @@ from torch import Tensor
 
 from omnimix.cli.check_kernels import results
 from omnimix.errors import BackendUnavailable, UnknownName, UnsupportedShape
-from omnimix.kernels import Draw, gated_linear, get_op
+from omnimix.kernels import Draw, gated_linear, get_op, native
 
-BACKENDS = ("reference", "chunked")
+BACKENDS = [b for b in ("reference", "chunked", "native") if b != "native" or not native.machine_refusal()]
+FAST = BACKENDS[1:]
 
 
 def draw_qkv(
@@ -110,36 +111,38 @@ def named_results(backend: str, arguments: dict) -> dict[str, Tensor]:
     return results(lambda **a: gated_linear(**a, backend=backend), arguments).named()
 
 
-def assert_chunked_is_the_reference(arguments: dict) -> None:
-    expected, found = named_results("reference", arguments), named_results("chunked", arguments)
+def assert_is_the_reference(backend: str, arguments: dict) -> None:
+    expected, found = named_results("reference", arguments), named_results(backend, arguments)
     assert found.keys() == expected.keys()
     for name, true in expected.items():
         # The decays' gradient is a difference: its error is that of what is subtracted.
         torch.testing.assert_close(found[name], true, rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("strength", STRENGTHS)
 @pytest.mark.parametrize(
     "case", [c for c in get_op("gated_linear").cases() if c.name != "no decay"], ids=lambda c: c.name
 )
-def test_chunked_serves_every_strength_of_decay(case, strength):
+def test_every_strength_of_decay_is_served(case, strength, backend):
     for time in (15, 64, 150):
         draw = Draw.seeded(time)
         arguments = case.make(draw, 2, time) | {"initial_state": case.state(draw, 2)}
         arguments["decay"] = decay_of(arguments["decay"], STRENGTHS[strength])
-        assert_chunked_is_the_reference(arguments)
+        assert_is_the_reference(backend, arguments)
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("strength", STRENGTHS)
 @pytest.mark.parametrize("lengths", [[1, 130, 3, 64], [5, 9, 2], [70, 70]], ids=str)
 @pytest.mark.parametrize("name", ["scalar decay, grouped", "bonus"])
-def test_chunked_serves_packed_sequences(name, lengths, strength):
+def test_packed_sequences_are_served(name, lengths, strength, backend):
     case = next(c for c in get_op("gated_linear").cases() if c.name == name)
     draw = Draw.seeded(3)
     arguments = case.make(draw, 1, sum(lengths)) | {"initial_state": case.state(draw, len(lengths))}
     arguments["decay"] = decay_of(arguments["decay"], STRENGTHS[strength])
     arguments["cu_seqlens"] = torch.tensor([0, *itertools.accumulate(lengths)])
-    assert_chunked_is_the_reference(arguments)
+    assert_is_the_reference(backend, arguments)
 
 
 @pytest.mark.parametrize("size", [1, 40_000], ids=["many blocks", "few blocks"])
@@ -155,26 +158,54 @@ def test_the_division_into_blocks_changes_nothing(size, monkeypatch):
         arguments["decay"] = arguments["decay"] * 0.05
         if lengths is not None:
             arguments["cu_seqlens"] = torch.tensor([0, *itertools.accumulate(lengths)])
-        assert_chunked_is_the_reference(arguments)
+        assert_is_the_reference("chunked", arguments)
 
 
-def test_long_float32_stays_as_exact_as_the_reference():
+# Keys and values of one vector, of tiles and vectors beside them, and of neither.
+SIZES = [(1, 1), (16, 40), (24, 16), (33, 64), (64, 17)]
+
+
+@pytest.mark.skipif(native.machine_refusal() is not None, reason=str(native.machine_refusal()))
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_native_divides_heads_and_values_among_tasks(size, threads, monkeypatch):
+    """One sequence of three blocks, the last with a tail of a chunk; heads share q and k or do not."""
+    module = import_module("omnimix.kernels.gated_linear.native")
+    monkeypatch.setattr(module, "BLOCK", 32)
+    monkeypatch.setattr(module, "SMALLEST", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    divided = []
+    for kind, groups, heads in itertools.product((None, "head", "scalar", "channel"), (1, 2), (2, 4)):
+        x, draw = draw_qkv(time=83, groups=groups, heads=heads, batch=1, dk=size[0], dv=size[1]), Draw.seeded(2)
+        shapes = {"head": (heads,), "scalar": (1, 83, heads), "channel": (1, 83, heads, size[0])}
+        x |= {} if kind is None else {"decay": draw.log_decay(*shapes[kind])}
+        x |= {} if groups == heads else {"initial_state": draw.normal(1, heads, *size)}
+        divided.append(module._division(x["q"], x["v"], 1))
+        assert_is_the_reference("native", x)
+    assert {parts[0] for parts in divided} == {threads}
+    assert threads == 1 or {parts[1] > 1 for parts in divided} == {True, False}
+    assert threads == 1 or any(parts[2] > 1 for parts in divided) == (size[1] > 8)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_long_float32_stays_as_exact_as_the_reference(backend):
     """3,000 steps of weak decay, so that the state and the decays' running sums carry over many blocks."""
     for shape in ((1, 3000, 2), (1, 3000, 2, 8)):
         draw = Draw.seeded(1)
         arguments = {"q": draw.normal(1, 3000, 2, 8), "k": draw.normal(1, 3000, 2, 8), "v": draw.normal(1, 3000, 2, 8)}
         arguments["decay"] = draw.log_decay(*shape, scale=0.005)
-        true = named_results("chunked", arguments)
+        true = named_results(backend, arguments)
         single = {name: x.float() for name, x in arguments.items()}
-        for name, x in named_results("chunked", single).items():
+        for name, x in named_results(backend, single).items():
             error = (x.double() - true[name]).abs().max() / true[name].abs().max()
             assert error < 2e-5, (name, error)
 
 
-def test_training_keeps_few_states():
+@pytest.mark.parametrize("backend", FAST)
+def test_training_keeps_few_states(backend):
     """A state for each block of chunks, not for each step: linear in time, and less than the values themselves."""
     x = {name: t.float().requires_grad_() for name, t in draw_qkv(time=2048, groups=4, dk=32, dv=64).items()}
-    output, _ = gated_linear(**x, backend="chunked")
+    output, _ = gated_linear(**x, backend=backend)
     saved = sum(t.nbytes for t in output.grad_fn.saved_tensors if t is not None)
     given = sum(t.nbytes for t in x.values()) + output.nbytes
     assert saved < 1.5 * given

@@ -9,7 +9,7 @@ import torch
 
 from omnimix.__main__ import main
 from omnimix.errors import BackendUnavailable
-from omnimix.kernels import explain, gated_linear, linear, native, strict, using
+from omnimix.kernels import delta_rule, explain, linear, native, strict, using
 from omnimix.kernels.registry import Backend, Draw, Op
 
 needs_compiler = pytest.mark.skipif(native.machine_refusal() is not None, reason=str(native.machine_refusal()))
@@ -69,18 +69,20 @@ def step_arguments(**changes):
 
 @needs_compiler
 def test_explain_names_the_step_kernel(capsys):
-    for tokens, grad, backend in ((1, [], "native"), (1, ["--grad"], "chunked"), (2, [], "chunked")):
-        words = ["kernels", "explain", "gated_linear", "--device", "cpu", "--tokens", str(tokens), *grad, "--json", "-"]
-        assert main(words) == 0
-        rows = {row["backend"]: row for row in json.loads(capsys.readouterr().out)}
-        assert [name for name, row in rows.items() if row["auto"] == "chosen"] == [backend]
+    asked = ((1, []), (1, ["--grad"]), (2, []))
+    for name, backends in (("gated_linear", ["native"] * 3), ("delta_rule", ["native", "chunked", "chunked"])):
+        for (tokens, grad), backend in zip(asked, backends, strict=True):
+            words = ["kernels", "explain", name, "--device", "cpu", "--tokens", str(tokens), *grad, "--json", "-"]
+            assert main(words) == 0
+            rows = {row["backend"]: row for row in json.loads(capsys.readouterr().out)}
+            assert [name for name, row in rows.items() if row["auto"] == "chosen"] == [backend]
     assert rows["native"]["why"] == "it takes one step at a time, and there are several"
 
 
 @needs_compiler
 def test_explain_follows_using():
     with using("chunked"):
-        rows = {row["backend"]: row["auto"] for row in explain("gated_linear", **step_arguments())}
+        rows = {row["backend"]: row["auto"] for row in explain("delta_rule", **step_arguments())}
     assert (rows["native"], rows["chunked"], rows["reference"]) == ("on request", "chosen", "on request")
 
 
@@ -97,9 +99,9 @@ def test_explain_follows_using():
 )
 def test_a_step_kernel_named_for_another_call_says_why_not(changes, reason):
     with pytest.raises(BackendUnavailable, match=reason):
-        gated_linear(**step_arguments(**changes), backend="native")
+        delta_rule(**step_arguments(**changes), backend="native")
     if "meta" not in reason:
-        gated_linear(**step_arguments(**changes))
+        delta_rule(**step_arguments(**changes))
 
 
 @needs_compiler
