@@ -153,7 +153,7 @@ class Backbone(SequenceLayer):
             state: of the call before.
             taps: layers whose outputs are wanted in `shared`, before the last norm: "blocks.3", a tensor (b, t, d), or
                 "stages.1", a `Memory` with the tokens "x" and their layout.
-            depth: stop after so many blocks.
+            depth: stop after so many blocks; in a stage of another width than the last one's without the last norm.
 
         Returns:
             The tokens after the last norm, at `context.keep` where it is given; the state where the layout is causal;
@@ -182,7 +182,8 @@ class Backbone(SequenceLayer):
                     run.publish(f"blocks.{last}", partial(self.blocks[last].last.close, x))
             x = self.blocks[last].last.close(x)
             run.publish(f"stages.{i}", partial(as_memory, x, run.context))
-        x, context = self.norm(x), run.context
+        width = self.stages[-1].dim
+        x, context = self.norm(x) if x.shape[-1] == width else x, run.context
         if context.keep is not None:
             x, context = context.take(context.keep, x)
         after = None
