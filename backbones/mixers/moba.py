@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels import block_sparse
 from ...kernels.block_sparse.lists import by_mean_key
 from ..config import Site, positive
 from ..layer import Capabilities
 from ..layout import Layout, repack, unpack
 from ..state import State
 from .attention import Attention, AttentionConfig
+from .parts.chosen_blocks import to_blocks
 from .parts.kv_cache import DenseCache
 from .reference.moba import reference
 from .registry import register_mixer
@@ -74,25 +74,24 @@ class MoBA(Attention):
         if borders is not None:
             per_row, queries = unpack(q, borders), unpack(ranks, borders, fill=-1)
         keys, count = grown["k"], grown["count"]
-        blocks = by_mean_key(
-            per_row,
-            self._means(keys, count),
-            queries,
-            block_size=self.block_size,
-            number=self.top_k,
-            causal=causal,
-            counts=None if causal else (count + self.block_size - 1) // self.block_size,
-        )
+        blocks = None
+        if keys.shape[1] > self.top_k * self.block_size:
+            blocks = by_mean_key(
+                per_row,
+                self._means(keys, count),
+                queries,
+                block_size=self.block_size,
+                number=self.top_k,
+                causal=causal,
+                counts=None if causal else (count + self.block_size - 1) // self.block_size,
+            )
         if state is None:
-            blocks = blocks if borders is None else repack(blocks, borders)
-            o = self._sparse(q, rows["k"], rows["v"], blocks, causal=causal, cu_seqlens=borders)
+            blocks = blocks if borders is None or blocks is None else repack(blocks, borders)
+            o = to_blocks(q, rows["k"], rows["v"], blocks, self.block_size, causal=causal, cu_seqlens=borders)
         else:
-            o = self._sparse(per_row, keys, grown["v"], blocks, q_positions=queries)
+            o = to_blocks(per_row, keys, grown["v"], blocks, self.block_size, q_positions=queries)
             o = o if borders is None else repack(o, borders)
         return o, grown if causal else None
-
-    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, **options) -> Tensor:
-        return block_sparse(q, k, v, blocks, block_size=self.block_size, query_block=1, **options)
 
     def _means(self, keys: Tensor, lengths: Tensor) -> Tensor:
         """The mean key of each block, (n, m, g, d); of one that is not full, of the keys that it has."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from ...kernels import attention, block_sparse
+from ...kernels import attention
 from ...kernels.block_sparse.lists import by_compressed_attention
 from ..config import MixerConfig, Site, divides, positive
 from ..context import Context
@@ -16,6 +16,7 @@ from ..layout import repack, unpack
 from ..rotary import rotary
 from ..state import State
 from .base import Mixer, heads_for
+from .parts.chosen_blocks import to_blocks
 from .parts.compress import Compress, compressed_rows, over_all
 from .parts.kv_cache import DenseCache, WindowCache
 from .reference.nsa import reference
@@ -107,17 +108,18 @@ class NSA(Mixer):
         capacity = max(1, (blocks_of["k"].shape[1] - config.size) // config.stride + 1)
         compressed = compressed_rows(self.compress, coarse, layout, old, config.stride, capacity)
         o_coarse, blocks = self._coarse(rows, queries, compressed, blocks_of, causal)
-        rows_of_one = {"block_size": config.block_size, "query_block": 1}
         if state is None:
-            blocks, packed = blocks if borders is None else repack(blocks, borders), {"cu_seqlens": borders}
-            o_chosen = block_sparse(rotated, *chosen.values(), blocks, causal=causal, **rows_of_one, **packed)
-            o_near = attention(rotated, *near.values(), causal=causal, window=config.reach, **packed)
+            blocks = blocks if borders is None or blocks is None else repack(blocks, borders)
+            given = {"causal": causal, "cu_seqlens": borders}
+            o_chosen = to_blocks(rotated, *chosen.values(), blocks, config.block_size, **given)
+            o_near = attention(rotated, *near.values(), window=config.reach, **given)
             kept = self.near.fresh(near, layout) if causal else None
         else:
-            o_chosen = block_sparse(turned, blocks_of["k"], blocks_of["v"], blocks, q_positions=queries, **rows_of_one)
+            given = {"q_positions": queries}
+            o_chosen = to_blocks(turned, blocks_of["k"], blocks_of["v"], blocks, config.block_size, **given)
             window = self.near.grown(near, layout, old["near"])
             kept = self.near.kept(window)
-            given = {"q_positions": queries, "k_positions": window["ranks"]}
+            given["k_positions"] = window["ranks"]
             o_near = attention(turned, window["k"], window["v"], window=config.reach, **given)
         if borders is not None:
             o_coarse = repack(o_coarse, borders)
@@ -129,13 +131,14 @@ class NSA(Mixer):
 
     def _coarse(
         self, q: Tensor, queries: Tensor, compressed: dict[str, Tensor], blocks_of: State, causal: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The compressed branch's output, and the lists of selected blocks."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """The compressed branch's output, and the lists of selected blocks; None where there are no more than these."""
         k, v, lengths, config = compressed["k_coarse"], compressed["v_coarse"], blocks_of["count"], self.config
-        count = -(-blocks_of["k"].shape[1] // config.block_size)
-        sizes = {"size": config.size, "stride": config.stride, "block_size": config.block_size}
-        choice = sizes | {"number": config.blocks, "local": config.local, "blocks": count}
-        blocks = by_compressed_attention(q, k, queries, causal=causal, lengths=lengths, **choice)
+        count, blocks = -(-blocks_of["k"].shape[1] // config.block_size), None
+        if count > config.blocks:
+            sizes = {"size": config.size, "stride": config.stride, "block_size": config.block_size}
+            choice = sizes | {"number": config.blocks, "local": config.local, "blocks": count}
+            blocks = by_compressed_attention(q, k, queries, causal=causal, lengths=lengths, **choice)
         # The last compressed key that is seen: the queries' positions among these.
         seen = ((queries if causal else (lengths - 1)[:, None].expand_as(queries)) - config.size + 1) // config.stride
         return over_all(q, k, v, seen), blocks
