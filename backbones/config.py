@@ -58,15 +58,15 @@ class Site:
         depth: how many blocks there are.
         scan: the orders in which mixers with causal kernels run over the tokens; see scan.py.
         norm_eps: of every normalisation.
-        earlier: types of the mixers and feed-forward layers in earlier blocks; the first of a kind may share what it
-            computes.
+        written: names in `Context.shared` that earlier blocks of the stage write; the first of several layers may share
+            what it computes.
     """
 
     layer: int = 0
     depth: int = 1
     scan: tuple[str, ...] = ("forward",)
     norm_eps: float = 1e-5
-    earlier: frozenset[str] = frozenset()
+    written: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -65,7 +66,13 @@ class Fold(SequenceLayer):
     def __init__(self, dim: int, config: FoldConfig, site: Site):
         super().__init__()
         self.config = config
-        self.inner = build_part(config.inner, dim, site)
+        # Its cells have a context of their own, without what others share.
+        self.inner = build_part(config.inner, dim, dataclasses.replace(site, written=frozenset()))
+        if unserved := sorted(self.inner.capabilities.reads - {"positions"}):
+            raise ConfigError(
+                f"FoldConfig.inner, {type(self.inner).__name__}, reads {unserved[0]!r}, which groups of cells do "
+                "not have; put it into a block of its own"
+            )
         if not self.inner.capabilities.bidirectional:
             raise UnsupportedCall(
                 f"{type(self.inner).__name__} is causal, and the cells of a group see each other; configure "
@@ -80,7 +87,6 @@ class Fold(SequenceLayer):
             rows_independent=inner.rows_independent,
             needs_grid=True,
             receptive_field=None,
-            reads=inner.reads - {"positions"},
         )
 
     def forward(self, x: Tensor, context: Context, state: State | None = None) -> Output:
