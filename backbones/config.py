@@ -7,43 +7,44 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..errors import ConfigError
-from .registry import entry_of, lookup
+from .registry import entry_of, lookup, required
 from .scan import scan_orders
+from .typed import Config
 
 # What a pattern's entry leaves to the backbone.
 INHERIT = "inherit"
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixerConfig:
+class MixerConfig(Config):
     """Base of every mixer's options."""
 
     type: ClassVar[str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FFNConfig:
+class FFNConfig(Config):
     """Base of the options of feed-forward layers."""
 
     type: ClassVar[str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResidualConfig:
+class ResidualConfig(Config):
     """Base of the options of residual forms."""
 
     type: ClassVar[str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransitionConfig:
+class TransitionConfig(Config):
     """Base of the options of what stands at the entrance of a stage."""
 
     type: ClassVar[str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Config):
     """Base of the options of a language model's objective."""
 
     type: ClassVar[str]
@@ -70,7 +71,7 @@ class Site:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockConfig:
+class BlockConfig(Config):
     """One entry of a pattern.
 
     Args:
@@ -109,7 +110,7 @@ class BlockConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageConfig:
+class StageConfig(Config):
     """A stretch of blocks of one width.
 
     Args:
@@ -128,13 +129,11 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         positive(self, "dim", "depth")
-        object.__setattr__(self, "pattern", checked_pattern(self.pattern, empty=True))
-        if isinstance(self.transition, str):
-            object.__setattr__(self, "transition", lookup(TransitionConfig, self.transition).config())
+        object.__setattr__(self, "transition", configured(TransitionConfig, self.transition))
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackboneConfig:
+class BackboneConfig(Config):
     """A stack of blocks, in one stage or in several.
 
     Args:
@@ -170,9 +169,8 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         positive(self, "dim", "depth", "norm_eps")
         fraction(self, "drop_path")
-        object.__setattr__(self, "pattern", checked_pattern(self.pattern))
-        object.__setattr__(self, "stages", tuple(self.stages))
-        object.__setattr__(self, "inputs", tuple(self.inputs))
+        if not self.pattern:
+            raise ConfigError("pattern is (); it must be a list of mixer names, such as ['gla']")
         if self.stages and self.depth != sum(stage.depth for stage in self.stages):
             raise ConfigError(f"depth is {self.depth}; it must be the stages' sum, {sum(s.depth for s in self.stages)}")
         scan_orders(self.scan)
@@ -256,12 +254,15 @@ def configured(base: type, given: Any) -> Any:
 
     Raises:
         UnknownName: no part of that name.
-        ConfigError: a configuration of something else.
+        ConfigError: a configuration of something else, or the name of a part whose options have no defaults.
     """
     if given is None:
         return None
     if isinstance(given, str):
-        return lookup(base, given).config()
+        config = lookup(base, given).config
+        if missing := required(config):
+            raise ConfigError(f"{given!r} needs {', '.join(missing)}; pass {config.__name__}({missing[0]}=...) instead")
+        return config()
     if not isinstance(given, base):
         raise ConfigError(f"{given!r} is a {type(given).__name__}; it must be a name or a {base.__name__}")
     entry_of(given)
@@ -278,20 +279,6 @@ def resolved(entry: BlockConfig | str) -> BlockConfig:
         scan=entry.scan,
         tie=entry.tie,
     )
-
-
-def checked_pattern(pattern: Any, *, empty: bool = False) -> tuple[str | BlockConfig, ...]:
-    """A pattern as a tuple.
-
-    Raises:
-        ConfigError: it is no list of names and blocks, or empty where it must not be.
-    """
-    if isinstance(pattern, str) or not (pattern or empty):
-        raise ConfigError(f"pattern is {pattern!r}; it must be a list of mixer names, such as ['gla']")
-    for entry in pattern:
-        if not isinstance(entry, str | BlockConfig):
-            raise ConfigError(f"pattern holds {entry!r}; its entries are mixer names or BlockConfigs")
-    return tuple(pattern)
 
 
 def positive(config: Any, *names: str) -> None:

@@ -20,8 +20,6 @@ from ..registry import build_part
 from ..state import State
 from .base import WrapperConfig, register_wrapper
 
-GROUPS = ("windows", "rows", "columns", "frames", "time")
-
 
 @dataclass(frozen=True, kw_only=True)
 class FoldConfig(WrapperConfig):
@@ -42,15 +40,11 @@ class FoldConfig(WrapperConfig):
     shift: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
-        if self.groups not in GROUPS:
-            raise ConfigError(f"FoldConfig.groups is {self.groups!r}; it must be one of {', '.join(GROUPS)}")
-        if len(self.window) != 2 or min(self.window) < 1:
+        if min(self.window) < 1:
             raise ConfigError(f"FoldConfig.window is {self.window}; it must be (height, width), each at least 1")
-        if len(self.shift) != 2 or not all(0 <= s < w for s, w in zip(self.shift, self.window, strict=True)):
+        if not all(0 <= s < w for s, w in zip(self.shift, self.window, strict=True)):
             raise ConfigError(f"FoldConfig.shift is {self.shift}; it must be from 0 on and below window, {self.window}")
         object.__setattr__(self, "inner", configured(MixerConfig, self.inner))
-        object.__setattr__(self, "window", tuple(self.window))
-        object.__setattr__(self, "shift", tuple(self.shift))
 
 
 @register_wrapper(
