@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 from ..errors import ConfigError, UnknownName
 from .registry import OPTIONS, REGISTRIES, lookup, required
-from .typed import Config, options
+from .typed import checked, hints_of, options
 
-T = TypeVar("T", bound=Config)
+T = TypeVar("T")
 
 # What version 0.1 called the parts of a block.
 RENAMED = {"mixer_norm": "mixer_residual.norm", "channel_norm": "ffn_residual.norm", "channel": "ffn"}
@@ -66,9 +66,8 @@ def from_dict(cls: type[T], values: Any) -> T:
             raise ConfigError(f"{cls.__name__} has no field {key!r}; {hint}")
     if missing := [name for name in required(cls) if name not in values]:
         raise ConfigError(f"{cls.__name__} needs {', '.join(missing)}")
-    hints = typing.get_type_hints(cls)
-    restored = {key: _restore(key, hints[key], value) for key, value in values.items()}
-    return cls(**restored)
+    hints = hints_of(cls)
+    return cls(**checked(cls, {key: _restore(key, hints[key], value) for key, value in values.items()}))
 
 
 def _restore(key: str, hint: Any, value: Any) -> Any:

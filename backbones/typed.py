@@ -7,6 +7,7 @@ import difflib
 import types
 import typing
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..errors import ConfigError
 from .registry import REGISTRIES
 
 
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Base of configurations: dataclasses that refuse values of another type than their fields have.
 
@@ -43,21 +45,30 @@ def _after_types(own: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def _check_types(config: Any) -> None:
-    cls = type(config)
-    for name, hint in _hints(cls):
-        value = getattr(config, name)
-        held = _held(hint, value)
-        if not _fits(hint, held):
-            raise ConfigError(f"{cls.__name__}.{name} is {value!r}; it must be {_described(hint, value)}")
-        if held is not value:
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    for name, held in checked(type(config), values).items():
+        if held is not values[name]:
             object.__setattr__(config, name, held)
 
 
+def checked(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Values of fields of a dataclass, as these hold them.
+
+    Raises:
+        ConfigError: a value of another type, with the class, the field, the value and what is allowed.
+    """
+    hints, found = hints_of(cls), {}
+    for name, value in values.items():
+        found[name] = _held(hints[name], value)
+        if not _fits(hints[name], found[name]):
+            raise ConfigError(f"{cls.__name__}.{name} is {value!r}; it must be {_described(hints[name], value)}")
+    return found
+
+
 @cache
-def _hints(cls: type) -> tuple[tuple[str, Any], ...]:
-    """The fields of a dataclass with their types."""
-    hints = typing.get_type_hints(cls)
-    return tuple((field.name, hints[field.name]) for field in dataclasses.fields(cls))
+def hints_of(cls: type) -> dict[str, Any]:
+    """The types of a class's fields."""
+    return typing.get_type_hints(cls)
 
 
 def options(hint: Any) -> tuple[Any, ...]:
