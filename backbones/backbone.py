@@ -68,8 +68,10 @@ class Backbone(SequenceLayer):
             written: frozenset[str] = frozenset()
             for i, entry in islice(entries, stage.depth):
                 orders = scan_orders(entry.scan)
+                # The only block is the last one.
+                rate = config.drop_path * (i / (config.depth - 1) if config.depth > 1 else 1)
                 site = Site(layer=i, depth=config.depth, scan=orders, norm_eps=config.norm_eps, written=written)
-                block = Block(stage.dim, entry, site, config.drop_path * i / max(1, config.depth - 1))
+                block = Block(stage.dim, entry, site, rate)
                 written |= block.capabilities.writes
                 yield block
 

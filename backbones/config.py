@@ -178,7 +178,7 @@ class BackboneConfig(Config):
         # Names become configurations here, once.
         object.__setattr__(self, "ffn", configured(FFNConfig, self.ffn))
         object.__setattr__(self, "residual", configured(ResidualConfig, self.residual))
-        _ = self.layers
+        self._check_used(self.layers)
 
     def _check_mixers(self) -> None:
         named: set[str] = set()
@@ -195,6 +195,28 @@ class BackboneConfig(Config):
                 raise ConfigError(
                     f"mixers has options for {name!r}, which the pattern does not name ({', '.join(sorted(named))})"
                 )
+
+    def _check_used(self, layers: tuple[BlockConfig, ...]) -> None:
+        """Refuse what no block uses, unless it is the default or says the same as the blocks."""
+        used = {
+            "ffn": (FFNConfig, "swiglu", [layer.ffn for layer in layers]),
+            "residual": (ResidualConfig, "pre", [layer.residual for layer in layers]),
+        }
+        for name, (base, default, own) in used.items():
+            value = getattr(self, name)
+            if value is not None and value != configured(base, default) and value not in own:
+                raise ConfigError(
+                    f"{name} is {value!r}, which no block uses: each names its own; leave {name} out, or a block's"
+                )
+        if self.stages and all(stage.pattern for stage in self.stages) and self.pattern != ("gla",):
+            raise ConfigError(f"pattern is {self.pattern!r}, and each stage has its own; leave one of them out")
+        _check_scan("scan", self.scan, [layer for layer in layers if layer.scan == self.scan])
+        if self.drop_path and not any(entry_of(layer.residual).build.drops for layer in layers):
+            kinds = sorted({layer.residual.type for layer in layers})
+            raise ConfigError(
+                f"drop_path is {self.drop_path}, and no block can skip its layers with the residual form "
+                f"{' and '.join(map(repr, kinds))}; leave it out, or choose another form, such as 'pre'"
+            )
 
     @property
     def layers(self) -> tuple[BlockConfig, ...]:
@@ -213,13 +235,16 @@ class BackboneConfig(Config):
             if own != INHERIT:
                 residual = own
                 break
-        return BlockConfig(
+        block = BlockConfig(
             mixer=self._mixer(entry.mixer),
             ffn=configured(FFNConfig, self.ffn if entry.ffn == INHERIT else entry.ffn),
             residual=configured(ResidualConfig, residual),
             scan=self.scan if entry.scan == INHERIT else entry.scan,
             tie=entry.tie,
         )
+        if entry.scan != INHERIT:
+            _check_scan("BlockConfig.scan", entry.scan, [block])
+        return block
 
     def _mixer(self, mixer: MixerConfig | str | None) -> MixerConfig | None:
         if not isinstance(mixer, str):
@@ -238,10 +263,33 @@ class BackboneConfig(Config):
         # What was said of mixers that the pattern does not name had no effect.
         named = {name for entry in values.get("pattern", ("gla",)) for name in entry.split("+")}
         values["mixers"] = {name: v for name, v in (values.get("mixers") or {}).items() if name in named}
+        if values.get("scan", "forward") != "forward" and not any(lookup(MixerConfig, n).build.scans for n in named):
+            values["scan"] = "both"
         if "rwkv7" in named:
             # Values were each layer's own.
             values["mixers"]["rwkv7"] = {**to_plain(values["mixers"].get("rwkv7") or {}), "value_residual": False}
         return values
+
+
+def scanning(part: Any) -> bool:
+    """Whether a block, a mixer or a part of it runs in the orders of a scan."""
+    if isinstance(part, BlockConfig):
+        named = isinstance(part.mixer, str)
+        return any(lookup(MixerConfig, n).build.scans for n in part.mixer.split("+")) if named else scanning(part.mixer)
+    if not isinstance(part, MixerConfig):
+        return False
+    inner = [one for value in vars(part).values() for one in (value if isinstance(value, tuple) else (value,))]
+    return entry_of(part).build.scans or any(map(scanning, inner))
+
+
+def _check_scan(name: str, scan: str, blocks: list[BlockConfig]) -> None:
+    """Raise ConfigError where none of the blocks runs in orders that say more than whether it is causal."""
+    directions = (("forward",), ("forward", "backward"))
+    if scan_orders(scan) not in directions and not any(map(scanning, blocks)):
+        raise ConfigError(
+            f"{name} is {scan!r}, and no mixer that it is for runs in the orders of a scan; leave it out, set 'both', "
+            "or choose a mixer with a causal kernel, such as 'gla'"
+        )
 
 
 def to_plain(value: Any) -> Any:

@@ -279,3 +279,92 @@ def test_tied_rwkv7_shares_all_but_the_gate_of_the_values():
     other = BlockConfig(mixer=dataclasses.replace(RWKV7, gate_rank=4), tie="a")
     with pytest.raises(ConfigError, match="block 1 differs"):
         backbone(2, pattern=(BlockConfig(mixer=RWKV7, tie="a"), other))
+
+
+# What nothing uses
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pattern": ["gla/none"], "ffn": MoEConfig()}, "ffn is MoEConfig.*, which no block uses"),
+        ({"pattern": ["gla/none"], "ffn": "mlp"}, "ffn is MLPConfig.*, which no block uses"),
+        (
+            {"pattern": [BlockConfig(mixer="gla", residual="sandwich")], "residual": "post"},
+            "residual is PostConfig.*, which no block uses",
+        ),
+        ({"pattern": ["attention"], "stages": [stage(pattern=["gla"])]}, "pattern is .*, and each stage has its own"),
+        ({"pattern": ["attention"], "scan": "hilbert"}, "scan is 'hilbert', and no mixer.*set 'both'"),
+        ({"pattern": ["attention+linear"], "scan": "columns"}, "scan is 'columns', and no mixer"),
+        (
+            {"pattern": ["gla", BlockConfig(mixer="attention", scan="hilbert")], "depth": 2},
+            "BlockConfig.scan is 'hilbert', and no mixer",
+        ),
+        (
+            {"pattern": [BlockConfig(mixer="gla", scan="both")], "scan": "cross"},
+            "scan is 'cross', and no mixer",
+        ),
+        ({"pattern": [depths(mixer="gla")], "drop_path": 0.5}, "drop_path is 0.5, and no block can skip.*'none'"),
+    ],
+    ids=str,
+)
+def test_what_no_block_uses_is_refused(changes, message, without_shape_checks):
+    with pytest.raises(ConfigError, match=message):
+        BackboneConfig(**({"dim": 16, "depth": 1} | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pattern": ["gla/none", "gla"], "depth": 2, "ffn": MoEConfig()},
+        {"pattern": ["gla/moe"], "ffn": "moe"},
+        {"pattern": ["gla/none"], "ffn": None},
+        {"pattern": ["attention"], "scan": "both"},
+        {"pattern": ["attention+gla"], "scan": "hilbert"},
+        {"pattern": ["attention", "mamba"], "depth": 2, "scan": "cross"},
+        {"pattern": [BlockConfig(mixer=FoldConfig(inner="gla"))], "scan": "window"},
+        {"pattern": [depths(mixer="gla")], "scan": "hilbert"},
+        {"pattern": [depths(mixer="gla"), "gla"], "depth": 2, "drop_path": 0.5},
+    ],
+    ids=str,
+)
+def test_what_a_block_uses_is_served(changes):
+    assert len(BackboneConfig(**({"dim": 16, "depth": 1} | changes)).layers) == changes.get("depth", 1)
+
+
+def test_the_last_block_has_the_whole_rate_of_stochastic_depth():
+    for depth, rates in ((1, [0.6]), (3, [0.0, 0.3, 0.6])):
+        net = backbone(depth, pattern=("gla",), drop_path=0.6)
+        assert [block.mixer_residual.drop_path for block in net.blocks] == rates
+
+
+# Layouts
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"grid": (1, 3.0, 4)}, r"grid is \(1, 3.0, 4\).*integer"),
+        ({"grid": (True, 3, 4)}, "grid is .*integer"),
+        ({"grid": ((1, 2, 2.5),), "cu_seqlens": torch.tensor([0, 5])}, "grid is .*integer"),
+        ({"causal": "block", "block": 2.0}, "block is 2.0; it must be an integer"),
+        ({"causal": "block", "block": torch.tensor([[0, 0, 1], [0, 2, 1]])}, "row 1 descend from 2 to 1 at token 2"),
+        (
+            {"causal": "block", "block": torch.tensor([[0, 3, 0, 2, 1]]), "cu_seqlens": torch.tensor([0, 2, 5])},
+            "row 0 descend from 2 to 1 at token 4",
+        ),
+        ({"causal": "block", "block": torch.tensor([0, 1])}, r"\(2,\); it must be int64, \(b, t\)"),
+        ({"causal": "block", "block": torch.tensor([[0.0, 1.0]])}, "torch.float32 tensor"),
+    ],
+    ids=str,
+)
+def test_a_layout_refuses_what_means_nothing(layout, message, without_shape_checks):
+    with pytest.raises(ConfigError, match=message):
+        Layout(**layout)
+
+
+def test_block_numbers_begin_anew_in_each_sequence():
+    numbers = torch.tensor([[0, 1, 0, 0, 3, 1]])
+    for borders in ([0, 2, 5, 6], [0, 0, 2, 2, 5, 6, 6]):
+        Layout(causal="block", block=numbers, cu_seqlens=torch.tensor(borders))
+    Layout(causal="block", block=numbers[:, :0], cu_seqlens=torch.tensor([0, 0]))

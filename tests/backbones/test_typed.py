@@ -107,3 +107,10 @@ def test_lists_become_tuples_and_integers_floats():
 def test_every_registered_part_is_checked():
     configs = [registry.get(name).config for registry in REGISTRIES.values() for name in registry.names()]
     assert len(configs) > 40 and all(issubclass(config, Config) for config in configs)
+
+
+def test_what_0_1_said_without_effect_still_loads():
+    plain = {"dim": 16, "depth": 1, "pattern": ["attention"], "channel": "mlp", "channels": {}}
+    assert from_dict(BackboneConfig, plain | {"scan": "temporal-first"}).scan == "both"
+    assert from_dict(BackboneConfig, plain | {"scan": "forward"}).scan == "forward"
+    assert from_dict(BackboneConfig, plain | {"scan": "hilbert", "pattern": ["gla"]}).scan == "hilbert"
