@@ -15,7 +15,8 @@ class UnknownName(OmnimixError, ValueError):
 
     def __init__(self, kind: str, name: object, known: Iterable[str]):
         known = sorted(known)
-        near = difflib.get_close_matches(str(name), known, n=3)
+        by_case = {word.lower(): word for word in known}
+        near = [by_case[word] for word in difflib.get_close_matches(str(name).lower(), by_case, n=3, cutoff=0.5)]
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
         super().__init__(f"no {kind} is called {name!r}; {hint}")
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,7 +24,7 @@ from .parameters import initialise, remember_marks, scale_residual_outputs
 from .registry import build_part
 from .scan import scan_orders
 from .state import State
-from .tie import tie_blocks
+from .tie import share_again, shared_parameters, tie_blocks
 
 
 class Backbone(SequenceLayer):
@@ -47,12 +48,14 @@ class Backbone(SequenceLayer):
         self.checkpointing = False
         self.blocks = nn.ModuleList(self._blocks())
         tie_blocks(self.blocks, [entry.tie for entry in config.layers])
+        self.register_load_state_dict_post_hook(_after_loading)
         self.transitions = nn.ModuleDict(self._transitions())
         self.norm = RMSNorm(self.stages[-1].dim, eps=config.norm_eps) if config.norm else nn.Identity()
         initialise(self)
         scale_residual_outputs([layer for block in self.blocks for layer in block.residual_outputs()], config.depth)
         remember_marks(self)
         self.capabilities, reads = self._joined()
+        self._stateful = {name: block for name, block, layer in self._layers() if _keeps_state(layer)}
         # What is published for later layers though no layer writes it.
         self._published = frozenset(n for n in reads if n == "input" or n.startswith(("blocks.", "stages.")))
 
@@ -60,6 +63,16 @@ class Backbone(SequenceLayer):
     def stages(self) -> tuple[StageConfig, ...]:
         """The stages; a plain backbone is one."""
         return self.config.stages or (StageConfig(dim=self.config.dim, depth=self.config.depth),)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Backbone:
+        shared = shared_parameters(self)
+        super()._apply(*args, **kwargs)
+        share_again(shared)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._shared = shared_parameters(self)
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _blocks(self) -> Iterator[Block]:
         config, entries = self.config, enumerate(self.config.layers)
@@ -92,6 +105,14 @@ class Backbone(SequenceLayer):
             transition = self.transitions[str(i)] if str(i) in self.transitions else None
             yield i, transition, range(first, first + stage.depth)
             first += stage.depth
+
+    def _layers(self) -> Iterator[tuple[str, int, SequenceLayer]]:
+        """Every transition and block in order: its name, the number of the (next) block, and itself."""
+        for i, transition, blocks in self._sections():
+            if transition is not None:
+                yield f"transitions.{i}", blocks.start, transition
+            for j in blocks:
+                yield f"blocks.{j}", j, self.blocks[j]
 
     def _joined(self) -> tuple[Capabilities, set[str]]:
         """What all layers can do, and all that they read; every reader must have a writer before it."""
@@ -138,7 +159,7 @@ class Backbone(SequenceLayer):
             state: of the call before.
             taps: layers whose outputs are wanted in `shared`, before the last norm: "blocks.3", a tensor (b, t, d), or
                 "stages.1", a `Memory` with the tokens "x" and their layout.
-            depth: stop after so many blocks.
+            depth: stop after so many blocks; in a stage of another width than the last one's without the last norm.
 
         Returns:
             The tokens after the last norm, at `context.keep` where it is given; the state where the layout is causal;
@@ -148,24 +169,27 @@ class Backbone(SequenceLayer):
             UnsupportedShape: `x` does not have this width, or does not fit the context or the state.
             UnsupportedCall: the layout asks a layer for what it does not declare, or the context lacks an input.
         """
-        entered = self._entered(x, Context.of(context), state)
+        depth = self._depth(depth)
+        entered = self._entered(x, Context.of(context), state, depth)
+        self._check_taps(taps)
         run = _Pass(entered, state, self._published | set(taps), self.checkpointing and torch.is_grad_enabled())
         tokens = x
         run.publish("input", lambda: tokens)
         for i, transition, blocks in self._sections():
-            if depth is not None and blocks.start >= depth:
+            if blocks.start >= depth:
                 break
             if transition is not None:
                 x = run(f"transitions.{i}", transition, x)
             x = self.blocks[blocks.start].first.open(x)
             last = blocks.start
-            for last in blocks[: None if depth is None else depth - blocks.start]:
+            for last in blocks[: depth - blocks.start]:
                 x = run(f"blocks.{last}", self.blocks[last], x)
                 if run.wanted:
                     run.publish(f"blocks.{last}", partial(self.blocks[last].last.close, x))
             x = self.blocks[last].last.close(x)
             run.publish(f"stages.{i}", partial(as_memory, x, run.context))
-        x, context = self.norm(x), run.context
+        width = self.stages[-1].dim
+        x, context = self.norm(x) if x.shape[-1] == width else x, run.context
         if context.keep is not None:
             x, context = context.take(context.keep, x)
         after = None
@@ -174,20 +198,48 @@ class Backbone(SequenceLayer):
             after = State({"read": read if state is None else state["read"] + read, **run.states})
         return Output(x, after, run.losses, run.shared, None if context is entered else context)
 
-    def _entered(self, x: Tensor, context: Context, state: State | None) -> Context:
+    def _depth(self, depth: int | None) -> int:
+        if depth is None:
+            return self.config.depth
+        if not 1 <= depth <= self.config.depth:
+            raise ConfigError(f"depth is {depth}; it must be from 1 to {self.config.depth}, the backbone's own")
+        return depth
+
+    def _check_taps(self, taps: Sequence[str]) -> None:
+        if not taps:
+            return
+        known = [f"blocks.{i}" for i in range(self.config.depth)] + [f"stages.{i}" for i in range(len(self.stages))]
+        for tap in (taps,) if isinstance(taps, str) else taps:
+            if isinstance(taps, str) or tap not in known:
+                raise ConfigError(f"taps is {taps!r}; it must be a sequence of names out of {', '.join(known)}")
+
+    def _check_state(self, x: Tensor, context: Context, state: State, depth: int) -> None:
+        if not isinstance(state, State):
+            raise UnsupportedShape(f"state is a {type(state).__name__}; it must be what an Output has as its `state`")
+        sequences = context.layout.sequences(len(x))
+        if state.get("read") is None or len(state["read"]) != sequences:
+            found = 0 if state.get("read") is None else len(state["read"])
+            raise UnsupportedShape(f"state holds {found} sequences, and the batch has {sequences}")
+        if not self.capabilities.streaming:
+            raise UnsupportedCall(
+                f"{unfit(self, lambda can: can.streaming)} does not stream; call the backbone on the whole sequence"
+            )
+        for name, block in self._stateful.items():
+            if name not in state and block < depth:
+                raise UnsupportedShape(
+                    f"state holds nothing of {name}; it is of another backbone, or of a call with another `depth`"
+                )
+        for name in state:
+            if name != "read" and name not in self._stateful:
+                raise UnsupportedShape(f"state holds {name}, which keeps none here; it is of another backbone")
+
+    def _entered(self, x: Tensor, context: Context, state: State | None, depth: int) -> Context:
         """The context, checked, with positions where a layer reads them."""
         if x.shape[-1] != self.config.dim:
             raise UnsupportedShape(f"x has {x.shape[-1]} channels, and the backbone {self.config.dim}")
         context.check(x)
-        if state is not None and (state.get("read") is None or len(state["read"]) != context.layout.sequences(len(x))):
-            raise UnsupportedShape(
-                f"state holds {0 if state.get('read') is None else len(state['read'])} sequences, and the batch has "
-                f"{context.layout.sequences(len(x))}"
-            )
-        if state is not None and not self.capabilities.streaming:
-            raise UnsupportedCall(
-                f"{unfit(self, lambda can: can.streaming)} does not stream; call the backbone on the whole sequence"
-            )
+        if state is not None:
+            self._check_state(x, context, state, depth)
         for name in self.capabilities.reads - {"positions"}:
             if name != "condition":
                 context.read(name, "the backbone")
@@ -210,17 +262,27 @@ class Backbone(SequenceLayer):
                 )
             return self(torch.zeros(batch, 0, self.config.dim, device=device, dtype=dtype), Layout()).state
         states = {"read": torch.zeros(batch, device=device, dtype=torch.int64)}
-        for i, transition, blocks in self._sections():
-            named = [] if transition is None else [(f"transitions.{i}", transition)]
-            for name, layer in [*named, *((f"blocks.{j}", self.blocks[j]) for j in blocks)]:
-                own = layer.init_state(batch, device=device, dtype=dtype)
-                if own is not None:
-                    states[name] = own
+        for name, _, layer in self._layers():
+            own = layer.init_state(batch, device=device, dtype=dtype)
+            if own is not None:
+                states[name] = own
         return State(states)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the blocks' inputs for the backward pass, and compute the rest again there."""
         self.checkpointing = enable
+
+
+def _keeps_state(layer: SequenceLayer) -> bool:
+    # What a transition that puts tokens of its own before the first one keeps, it has only after these.
+    return (
+        getattr(layer, "primes", False)
+        or layer.init_state(1, device=torch.device("meta"), dtype=torch.float32) is not None
+    )
+
+
+def _after_loading(backbone: Backbone, _: Any) -> None:
+    share_again(backbone.__dict__.pop("_shared", []))
 
 
 class _Pass:

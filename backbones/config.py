@@ -141,7 +141,8 @@ class BackboneConfig(Config):
         depth: number of blocks; with `stages` their sum.
         pattern: mixers by name or `BlockConfig`s, tiled over the depth: `("gla", "gla", "gla", "attention")`. See
             `BlockConfig.of` for what a name may say.
-        mixers: options by mixer name, for entries that are names; others have their defaults.
+        mixers: options by mixer name, for entries of the pattern that are names; others have their defaults. A wrapper
+            in the pattern holds the configurations of its parts itself.
         ffn: the feed-forward layer of blocks that do not name their own: its configuration or name, or None.
         residual: the residual form: its configuration or name.
         scan: the set of scan orders for mixers with causal kernels: "forward" (the causal one), "both", "cross",

@@ -253,9 +253,12 @@ def as_memory(x: Tensor, context: Context) -> Memory:
     return Memory({"x": x}, context.positions_of(x), context.layout)
 
 
+_PARTS = ("layout", "positions", "condition", "keep", "shared")
+
 pytree.register_pytree_node(
     Context,
-    lambda c: ([c.layout, c.positions, c.condition, c.keep, c.shared], None),
-    lambda parts, _: Context(parts[0], positions=parts[1], condition=parts[2], keep=parts[3], shared=parts[4]),
+    lambda c: ([getattr(c, name) for name in _PARTS], None),
+    lambda parts, _: Context(parts[0], **dict(zip(_PARTS[1:], parts[1:], strict=True))),
     serialized_type_name="omnimix.Context",
+    flatten_with_keys_fn=lambda c: ([(pytree.GetAttrKey(name), getattr(c, name)) for name in _PARTS], None),
 )

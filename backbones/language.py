@@ -73,12 +73,17 @@ class LanguageModel(nn.Module):
     def __init__(self, config: LanguageModelConfig):
         super().__init__()
         self.config = config
-        dim = config.backbone.dim
-        self.objective = entry_of(config.objective).build(dim, config.vocabulary, config.objective)
+        dim, stages = config.backbone.dim, config.backbone.stages
+        width = stages[-1].dim if stages else dim
+        if config.tie and width != dim:
+            raise ConfigError(
+                f"tie is True, but the tokens' vectors have {dim} channels and the last stage {width}: set tie=False"
+            )
+        self.objective = entry_of(config.objective).build(width, config.vocabulary, config.objective)
         self.embedding = nn.Embedding(config.vocabulary + self.objective.extra_tokens, dim)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.backbone = Backbone(config.backbone)
-        self.head = None if config.tie else nn.Linear(dim, config.vocabulary, bias=False)
+        self.head = None if config.tie else nn.Linear(width, config.vocabulary, bias=False)
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=0.02)
         self.objective.check(self)

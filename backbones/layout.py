@@ -73,7 +73,8 @@ class Layout(Immutable):
         block: int | Tensor | None = None,
         rows: bool = True,
     ):
-        if causal not in (True, False, "block"):
+        # 1 and numpy's True are equal to True, but not it, which is what layers ask for.
+        if not isinstance(causal, bool) and not (isinstance(causal, str) and causal == "block"):
             raise ConfigError(f"causal is {causal!r}; it must be True, False or 'block'")
         if (causal == "block") != (block is not None):
             raise ConfigError(f"block is {block!r} with causal={causal!r}; they go together")
@@ -271,4 +272,15 @@ def _unflatten(tensors: Any, static: tuple[Any, ...]) -> Layout:
     return layout
 
 
-pytree.register_pytree_node(Layout, _flatten, _unflatten, serialized_type_name="omnimix.Layout")
+def _flatten_with_keys(layout: Layout) -> tuple[list[tuple[Any, Any]], Any]:
+    tensors, static = _flatten(layout)
+    return list(zip(map(pytree.GetAttrKey, ("cu_seqlens", "block")), tensors, strict=True)), static
+
+
+pytree.register_pytree_node(
+    Layout,
+    _flatten,
+    _unflatten,
+    serialized_type_name="omnimix.Layout",
+    flatten_with_keys_fn=_flatten_with_keys,
+)

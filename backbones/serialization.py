@@ -53,10 +53,14 @@ def from_dict(cls: type[T], values: Any) -> T:
     """
     if not isinstance(values, dict):
         raise ConfigError(f"{cls.__name__} must be a mapping of its fields, not {values!r}")
+    if other := [key for key in values if not isinstance(key, str)]:
+        raise ConfigError(f"{cls.__name__} has no field {other[0]!r}; its fields have names")
     if hasattr(cls, "upgrade"):
         values = cls.upgrade(values)
     if "type" in values and values["type"] != getattr(cls, "type", None):
-        raise ConfigError(f"type is {values['type']!r}, and these are the options of {cls.type!r}")
+        raise ConfigError(
+            f"type is {values['type']!r}, and these are the options of {getattr(cls, 'type', cls.__name__)!r}"
+        )
     values = {key: value for key, value in values.items() if key != "type"}
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in values:

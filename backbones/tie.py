@@ -55,3 +55,26 @@ def _tie(module: nn.Module, first: nn.Module) -> None:
             _tie(getattr(module, name), child)
         else:
             setattr(module, name, child)
+
+
+Slots = list[list[tuple[nn.Module, str]]]
+
+
+def shared_parameters(module: nn.Module) -> Slots:
+    """The places of each parameter that has several, as (module, name)."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((part, name))
+    return [slots for slots in places.values() if len(slots) > 1]
+
+
+def share_again(shared: Slots) -> None:
+    """Give all places of a parameter the first one's.
+
+    `to_empty`, and `load_state_dict(assign=True)`, put a new parameter into each place for itself.
+    """
+    for (first, name), *others in shared:
+        for module, own in others:
+            module._parameters[own] = first._parameters[name]

@@ -196,8 +196,16 @@ class OmnimixForCausalLM(PreTrainedModel, GenerationMixin):
         self.gradient_checkpointing = False
         self._constructing = True
         self.model = LanguageModel(ours)
+        self._tied_weights_keys = self.get_expanded_tied_weights_keys()
         self.post_init()
         self._constructing = False
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Parameters that blocks share: each name -> the first one, which alone is saved."""
+        first: dict[int, str] = {}
+        named = self.named_parameters(remove_duplicate=False)
+        owners = {name: first.setdefault(id(parameter), name) for name, parameter in named}
+        return {name: owner for name, owner in owners.items() if name != owner}
 
     def forward(
         self,

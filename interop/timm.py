@@ -16,7 +16,7 @@ from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..backbones import BackboneConfig
+from ..backbones import BackboneConfig, Context
 from ..backbones.heads.classification import split_tokens
 from ..errors import ConfigError
 from ..modalities import ImageClassifier, ImageClassifierConfig
@@ -77,10 +77,13 @@ class TimmClassifier(TimmModel, ImageClassifier):
 
     def adopt(self) -> None:
         super().adopt()
-        self.feature_info = [
-            {"module": f"backbone.blocks.{i}", "num_chs": self.embed_dim, "reduction": max(self.tokenizer.config.patch)}
-            for i in range(len(self.backbone.blocks))
-        ]
+        self.feature_info, reduction = [], max(self.tokenizer.config.patch)
+        for i, stage in enumerate(self.backbone.stages):
+            if str(i) in self.backbone.transitions:
+                reduction = round(reduction * self.backbone.transitions[str(i)].shrinks)
+            for _ in range(stage.depth):
+                module = f"backbone.blocks.{len(self.feature_info)}"
+                self.feature_info.append({"module": module, "num_chs": stage.dim, "reduction": reduction, "stage": i})
 
     def forward_intermediates(
         self,
@@ -97,7 +100,7 @@ class TimmClassifier(TimmModel, ImageClassifier):
         Args:
             indices: the last so many blocks, those blocks, or None for all.
             return_prefix_tokens: pairs (grid, class token and registers) instead of the grid alone.
-            norm: apply the last norm to each.
+            norm: apply the last norm to each block of the last stage.
             stop_early: compute nothing behind the last block asked for.
             output_fmt: "NCHW" or "NLC".
             intermediates_only: return the list alone.
@@ -106,15 +109,19 @@ class TimmClassifier(TimmModel, ImageClassifier):
             raise ConfigError(f"output_fmt is {output_fmt!r}; it must be 'NCHW' or 'NLC'")
         take, last = feature_take_indices(len(self.backbone.blocks), indices)
         tokens, layout = self.tokenizer(x)
-        taps = [f"blocks.{i}" for i in take]
+        stages = {i: self.feature_info[i]["stage"] for i in take}
+        taps = [f"blocks.{i}" for i in take] + [f"stages.{i}" for i in dict.fromkeys(stages.values())]
         out = self.backbone(tokens, layout, taps=taps, depth=last + 1 if stop_early else None)
         found: list[Any] = []
-        for tap in (out.shared[name] for name in taps):
-            grid, prefix = split_tokens(self.backbone.norm(tap) if norm else tap, layout)
+        for i, stage in stages.items():
+            # The last norm is the last stage's; what earlier ones give may have another width.
+            normed = norm and stage == len(self.backbone.stages) - 1
+            tap, layout = out.shared[f"blocks.{i}"], out.shared[f"stages.{stage}"].layout
+            grid, prefix = split_tokens(self.backbone.norm(tap) if normed else tap, layout)
             if output_fmt == "NCHW":
                 grid = grid.mT.unflatten(-1, layout.grid[1:]).contiguous()
             found.append((grid, prefix) if return_prefix_tokens and layout.extra else grid)
-        return found if intermediates_only else (prefix_first(out.y, layout), found)
+        return found if intermediates_only else (prefix_first(out.y, (out.context or Context(layout)).layout), found)
 
     def prune_intermediate_layers(
         self,
@@ -125,13 +132,26 @@ class TimmClassifier(TimmModel, ImageClassifier):
         """Drop what is not needed for the given intermediates; returns their indices."""
         take, last = feature_take_indices(len(self.backbone.blocks), indices)
         self.backbone.blocks = self.backbone.blocks[: last + 1]
-        self.backbone.config = replace(self.backbone.config, depth=last + 1)
-        if prune_norm:
+        width = self.backbone.stages[-1].dim
+        self._keep_blocks(last + 1)
+        # Behind an earlier stage of another width there is no norm.
+        if prune_norm or self.backbone.stages[-1].dim != width:
             self.backbone.norm = nn.Identity()
         if prune_head:
             self.reset_classifier(0, "")
         self.adopt()
         return take
+
+    def _keep_blocks(self, count: int) -> None:
+        """Tell the backbone that it has so many blocks, and drop the stages behind them."""
+        config, stages, left = self.backbone.config, [], count
+        for stage in config.stages or ():
+            if left > 0:
+                stages.append(replace(stage, depth=min(stage.depth, left)))
+            left -= stage.depth
+        self.backbone.config = replace(config, depth=count, stages=tuple(stages) if config.stages else config.stages)
+        for i in [i for i in self.backbone.transitions if config.stages and int(i) >= len(stages)]:
+            del self.backbone.transitions[i]
 
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None

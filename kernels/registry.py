@@ -300,7 +300,14 @@ def strict(enabled: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def using(backend: str) -> Iterator[None]:
-    """Within it, `backend="auto"` is this backend wherever an op has it for the kind of call, in whole models."""
+    """Within it, `backend="auto"` is this backend wherever an op has it for the kind of call, in whole models.
+
+    Raises:
+        UnknownName: no op has a backend of this name.
+    """
+    known = sorted({b.name for op in ops() for b in op.backends})
+    if backend not in known:
+        raise UnknownName("backend", backend, known)
     token = _using.set(backend)
     try:
         yield

@@ -10,7 +10,10 @@ from ..errors import CheckpointError, ConfigError
 
 
 class RunFolder:
-    """Everything of one run: `config.yaml`, `checkpoints/`, `logs/`, and at the end the model, numbers and report."""
+    """Everything of one run: `config.yaml`, `checkpoints/`, `logs/`, and at the end the model, numbers and report.
+
+    A run that replaces an older one of its name sets that aside until `commit`; `restore` brings it back.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -21,6 +24,7 @@ class RunFolder:
         self.report = path / "report.png"
         self.samples = path / "samples.txt"
         self.tokenizer = path / "tokenizer.json"
+        self._older = path.with_name(f".{path.name}.older")
 
     @staticmethod
     def named(runs: str, name: str) -> RunFolder:
@@ -55,6 +59,21 @@ class RunFolder:
             raise ConfigError(f"the run {str(self.path)!r} exists; go on with --resume, or start anew with --overwrite")
 
     def create(self, *, resume: bool) -> None:
+        if self._older.is_dir():
+            # Its successor was killed: before its first step, or after it.
+            self.commit() if self.last.is_file() else self.restore()
         if self.path.exists() and not resume:
-            shutil.rmtree(self.path)
+            self.path.rename(self._older)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+
+    def commit(self) -> None:
+        """Delete the older run of this name."""
+        shutil.rmtree(self._older, ignore_errors=True)
+
+    def restore(self) -> bool:
+        """Put the older run of this name back in the place of this one; whether there was one."""
+        if not self._older.is_dir():
+            return False
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._older.rename(self.path)
+        return True

@@ -18,9 +18,11 @@ class Transition(SequenceLayer):
 
     Attributes:
         primes: whether it puts tokens of its own before the first one; the initial state is then the state after these.
+        shrinks: by how much the sides of a grid become shorter.
     """
 
     primes: bool = False
+    shrinks: float = 1.0
 
 
 def of_other_tokens(context: Context, layout: Layout) -> Context:

@@ -36,6 +36,7 @@ class Merge(Transition):
     each by itself."""
 
     capabilities = Capabilities(causal=False, blockwise=False, streaming=False, needs_grid=True)
+    shrinks = 2.0
 
     def __init__(self, dim: int, config: MergeConfig, site: Site, dim_out: int):
         super().__init__()

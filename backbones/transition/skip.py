@@ -45,7 +45,7 @@ class Skip(Transition):
 
     def __init__(self, dim: int, config: SkipConfig, site: Site, dim_out: int):
         super().__init__()
-        self.config = config
+        self.config, self.shrinks = config, 0.5 if config.expand else 1.0
         source_dim = self.source_dim = config.source_dim or dim
         self.expand = Linear(dim, 4 * source_dim, bias=False) if config.expand else None
         self.joined = Linear(source_dim + (source_dim if config.expand else dim), dim_out, bias=False)

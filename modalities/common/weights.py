@@ -41,9 +41,20 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def first_names(weights: dict[str, Tensor]) -> dict[str, str]:
+    """Each name of a state dict -> the first name of its tensor: blocks that share weights name them several times."""
+    first: dict[Any, str] = {}
+    return {
+        name: first.setdefault((t.data_ptr(), t.shape, t.stride()) if t.numel() and not t.is_meta else name, name)
+        for name, t in weights.items()
+    }
+
+
 def save_weights(model: nn.Module, file: str | Path) -> None:
-    """Write a module's state dict as safetensors; the file appears whole or not at all."""
-    weights = {name: t.detach().cpu().contiguous() for name, t in plain_names(unwrap(model).state_dict()).items()}
+    """Write a module's state dict as safetensors, each tensor once; the file appears whole or not at all."""
+    state = plain_names(unwrap(model).state_dict())
+    first = first_names(state)
+    weights = {name: t.detach().cpu().contiguous() for name, t in state.items() if first[name] == name}
     replace_tensors(file, weights, {"format": "pt"})
 
 
@@ -67,6 +78,9 @@ def load_weights(model: nn.Module, file: str | Path, *, resize: bool = False) ->
     if resize:
         weights = fit_positions(weights, model)
     own = plain_names(model.state_dict())
+    for name, first in first_names(own).items():
+        if name not in weights and first in weights:
+            weights[name] = weights[first]
     problems = [f"{name} is missing" for name in own.keys() - weights.keys()]
     problems += [f"{name} is unknown to the model" for name in weights.keys() - own.keys()]
     problems += [

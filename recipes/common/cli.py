@@ -33,7 +33,7 @@ from .migration import migrated_files
 from .options import RecipeData, options_argument
 from .parser import Parser
 from .ranks import same_again, share_threads, trainer_of_torchrun
-from .training import AverageWeights, Interrupted, LastCheckpoint, SeedEveryStep, precision
+from .training import AverageWeights, Begin, Interrupted, LastCheckpoint, SeedEveryStep, precision
 from .trees import EPILOG, build, epilog, tree_defaults
 
 _OF_THE_CALL = ("overwrite", "resume", "ckpt_path", "weights_only", "json", "run")
@@ -206,7 +206,8 @@ class RecipeCLI(LightningCLI):
         ours = [RichProgressBar(leave=False)] if sys.stdout.isatty() else []
         if self.command == "fit":
             self.history.lines = not ours
-            ours += [SeedEveryStep(self.options.seed_everything), self.history, *self.callbacks]
+            self.begin = Begin(self._begin)
+            ours += [SeedEveryStep(self.options.seed_everything), self.begin, self.history, *self.callbacks]
             ours += [
                 ModelCheckpoint(
                     self.folder.checkpoints,
@@ -232,15 +233,27 @@ class RecipeCLI(LightningCLI):
                 print(f"no state was saved in {folder.checkpoints} yet: starting from the beginning")
         if rank_zero_only.rank == 0:
             folder.create(resume=self.options.resume)
-            self._save_config()
+            if not self.options.resume:
+                self._save_config()
         try:
             with interruptible():
                 self.trainer.fit(model, ckpt_path=ckpt_path, **{**kwargs, "weights_only": True})
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = None if ckpt_path is None else _why_not_resumed(error)
-            if reason is None:
-                raise
-            raise CheckpointError(f"cannot go on from {ckpt_path!r}: {reason}") from error
+        except BaseException as error:
+            if rank_zero_only.rank == 0 and not self.begin.done and folder.restore():
+                print(f"stopped before the first step; the run {str(folder.path)!r} is as it was")
+                if isinstance(error, KeyboardInterrupt):
+                    raise SystemExit(130) from error  # there is nothing of this run to resume
+            self._explain(error, ckpt_path)
+            raise
+
+    @staticmethod
+    def _explain(error: BaseException, ckpt_path: str | None) -> None:
+        """Raise an error of ours where the state that was to be resumed is the cause."""
+        if not isinstance(error, RuntimeError | EOFError | pickle.UnpicklingError):
+            return
+        reason = None if ckpt_path is None else _why_not_resumed(error)
+        if reason is not None:
+            raise CheckpointError(f"cannot resume from {ckpt_path!r}: {reason}") from error
 
     def validate(self, model: pl.LightningModule, datamodule: pl.LightningDataModule, **kwargs: Any) -> None:
         self._load(model)
@@ -270,6 +283,12 @@ class RecipeCLI(LightningCLI):
 
     def _load(self, module: pl.LightningModule) -> None:
         load_weights(module.model, self.folder.path / "model.safetensors")
+
+    def _begin(self) -> None:
+        """After the first step the configuration has proved to work: it replaces that of the run so far."""
+        self.folder.commit()
+        if self.options.resume:
+            self._save_config()
 
     def _save_config(self) -> None:
         config = self.options.clone()

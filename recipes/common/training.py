@@ -7,6 +7,7 @@ import os
 import signal
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -208,6 +209,23 @@ def _parts(module: nn.Module) -> list[Tensor]:
 
 class Interrupted(OmnimixError):
     """Training was stopped from outside after its state had been saved."""
+
+
+class Begin(pl.Callback):
+    """Calls `begin` on the first process after the first step, when model, data and saved state have proved to fit.
+
+    Args:
+        begin: what a failure before must not have done.
+    """
+
+    def __init__(self, begin: Callable[[], None]):
+        self.begin, self.done = begin, False
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if not self.done:
+            self.done = True
+            if trainer.is_global_zero:
+                self.begin()
 
 
 class LastCheckpoint(Checkpoint):

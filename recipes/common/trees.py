@@ -99,8 +99,10 @@ class Trees:
 
     def take(self, content: Any) -> Any:
         """Merge what a file says of the trees, and return the rest of it."""
-        if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        if not isinstance(content, dict) or content.get("model") is None:
             return content
+        if not isinstance(content["model"], dict):
+            raise ConfigError(f"model is {content['model']!r}; it must be a mapping of its options")
         return content | {"model": self._rest(content["model"])}
 
     def _rest(self, values: dict[str, Any]) -> dict[str, Any]:

@@ -343,3 +343,13 @@ def test_diffusion_is_refused_with_the_remedy():
     model = omnimix.LanguageModel(config)
     with pytest.raises(UnsupportedCall, match="omnimix.diffuse"):
         hf.to_pretrained(model)
+
+
+def test_shared_weights_are_saved_once_and_come_back_shared(tmp_path):
+    pattern = (omnimix.backbones.BlockConfig(mixer="gla", tie="all"),)
+    model, ours = wrapped(pattern=pattern)
+    ours.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert len(list(again.parameters())) == len(list(model.parameters()))
+    ids = torch.arange(9).view(1, 9)
+    assert torch.equal(again(ids).logits, model(ids)[0])

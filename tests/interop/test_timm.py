@@ -11,7 +11,7 @@ from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 import omnimix
-from omnimix.backbones import to_dict
+from omnimix.backbones import BackboneConfig, StageConfig, to_dict
 from omnimix.errors import ConfigError
 from omnimix.modalities import create_model, load_model, model_config, save_model
 
@@ -321,3 +321,19 @@ def test_a_backbone_replaces_the_named_one_whole_or_in_short():
     assert short.config.backbone.pattern == ("mamba2",) and short.config.backbone.ffn.type == "mlp"
     with pytest.raises(ConfigError, match="did you mean 'depth'"):
         timm.create_model(name, dpth=2, **small)
+
+
+def test_a_pyramids_features_have_the_sizes_of_their_stages():
+    stages = [StageConfig(dim=16, depth=1), StageConfig(dim=24, depth=1, transition="merge")]
+    backbone = BackboneConfig(dim=16, depth=2, scan="both", pattern=["gla"], stages=stages)
+    options = {"img_size": 16, "patch_size": 4, "backbone": backbone}
+    images = torch.randn(2, 3, 16, 16)
+    whole = timm.create_model("omnimix_vig_tiny_patch16_224", **options)
+    features, maps = whole.forward_intermediates(images, norm=True)
+    assert features.shape == (2, 4, 24)
+    assert [tuple(m.shape) for m in maps] == [(2, 16, 4, 4), (2, 24, 2, 2)]
+    for indices in ([0], [0, 1]):
+        some = timm.create_model("omnimix_vig_tiny_patch16_224", features_only=True, out_indices=indices, **options)
+        assert some.feature_info.channels() == [(16, 24)[i] for i in indices]
+        assert some.feature_info.reduction() == [(4, 8)[i] for i in indices]
+        assert [tuple(m.shape) for m in some(images)] == [tuple(maps[i].shape) for i in indices]

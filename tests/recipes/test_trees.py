@@ -126,6 +126,8 @@ def test_every_part_is_known_by_its_name_and_by_its_class():
         ("--model.backbone.residual sandwhich", "did you mean 'sandwich'?"),
         ("--model.backbone.pattern '[{mixr: gla}]'", "BlockConfig has no field 'mixr'; did you mean 'mixer'?"),
         ("--model.backbone '[1]'", "BackboneConfig must be a mapping of its fields"),
+        ("--model.backbone '{type: x}'", "type is 'x', and these are the options of 'BackboneConfig'"),
+        ("--model.mixer GLAA", "no mixer is called 'GLAA'; did you mean 'gla'"),
         ("--model.dim big", "BackboneConfig.dim is 'big'; it must be an integer"),
         ("--model.backbone.norm 3", "BackboneConfig.norm is 3; it must be true or false"),
         ("--model.pattern gla", "did you mean"),
@@ -143,6 +145,13 @@ def test_mistakes_are_one_line_of_ours(tmp_path, monkeypatch, capsys, typed, sai
     assert error.startswith("omnimix: error: ") and error.count("\n") == 1
     assert said in error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_whose_model_is_no_mapping_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "f.yaml").write_text("model: [1, 2]")
+    assert main(["vision", "fit", "--config", "f.yaml"]) == 2
+    assert "model is [1, 2]; it must be a mapping" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

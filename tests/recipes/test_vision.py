@@ -90,6 +90,11 @@ def test_an_older_run_is_safe(runs, capsys):
     assert main(["vision", "fit", "--name", "other", "--runs", str(runs), "--overwrite", *TINY]) == 2
     assert (runs / "other" / "thesis.tex").is_file()
     assert main(["vision", "fit", "--name", "whole", "--runs", str(runs), "--overwrite", "--model.mixer=nix"]) == 2
+    # Found at the first step only, when the new run's folder is there.
+    config = ["--model.backbone.residual", "adaln", "--model.backbone.residual.condition", "4"]
+    assert main(["vision", "fit", "--name", "whole", "--runs", str(runs), "--overwrite", *TINY, *config]) == 2
+    assert "is as it was" in capsys.readouterr().out
+    assert sorted(path.name for path in runs.iterdir()) == ["other", "whole"]
     after = weights(runs / "whole")
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -142,8 +147,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(runs, capsys, monkeypatch):
 def test_a_state_that_cannot_be_resumed_is_named(runs, capsys):
     shutil.copytree(runs / "whole", runs / "damaged")
     again = ["vision", "fit", "--name", "damaged", "--runs", str(runs), "--resume"]
+    before = (runs / "damaged" / "config.yaml").read_text()
     assert main([*again, "--model.dim=8"]) == 2
     assert "last.ckpt': it is of another model" in capsys.readouterr().err
+    assert (runs / "damaged" / "config.yaml").read_text() == before
     last = runs / "damaged" / "checkpoints" / "last.ckpt"
     os.truncate(last, 1000)
     assert main(again) == 2
