@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,14 +17,14 @@ from ..errors import ConfigError, UnsupportedCall, UnsupportedShape
 from .block import Block, added
 from .config import BackboneConfig, Site, StageConfig
 from .context import Context, Memory, Shared, as_memory
-from .layer import Capabilities, Output, SequenceLayer
+from .layer import Capabilities, Output, SequenceLayer, unfit
 from .layout import Layout
 from .norm import RMSNorm
 from .parameters import initialise, remember_marks, scale_residual_outputs
 from .registry import build_part
 from .scan import scan_orders
 from .state import State
-from .tie import kinds_of, share_again, shared_parameters, tie_blocks
+from .tie import share_again, shared_parameters, tie_blocks
 
 
 class Backbone(SequenceLayer):
@@ -74,13 +75,18 @@ class Backbone(SequenceLayer):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _blocks(self) -> Iterator[Block]:
-        config, earlier = self.config, frozenset()
-        dims = [stage.dim for stage in self.stages for _ in range(stage.depth)]
-        for i, (dim, entry) in enumerate(zip(dims, config.layers, strict=True)):
-            orders = scan_orders(entry.scan)
-            site = Site(layer=i, depth=config.depth, scan=orders, norm_eps=config.norm_eps, earlier=earlier)
-            yield Block(dim, entry, site, config.drop_path * i / max(1, config.depth - 1))
-            earlier |= kinds_of(entry)
+        config, entries = self.config, enumerate(self.config.layers)
+        for stage in self.stages:
+            # Where a stage begins, tokens and width may change, which what was shared before does not follow.
+            written: frozenset[str] = frozenset()
+            for i, entry in islice(entries, stage.depth):
+                orders = scan_orders(entry.scan)
+                # The only block is the last one.
+                rate = config.drop_path * (i / (config.depth - 1) if config.depth > 1 else 1)
+                site = Site(layer=i, depth=config.depth, scan=orders, norm_eps=config.norm_eps, written=written)
+                block = Block(stage.dim, entry, site, rate)
+                written |= block.capabilities.writes
+                yield block
 
     def _transitions(self) -> Iterator[tuple[str, nn.Module]]:
         dim, first = self.config.dim, 0
@@ -214,6 +220,10 @@ class Backbone(SequenceLayer):
         if state.get("read") is None or len(state["read"]) != sequences:
             found = 0 if state.get("read") is None else len(state["read"])
             raise UnsupportedShape(f"state holds {found} sequences, and the batch has {sequences}")
+        if not self.capabilities.streaming:
+            raise UnsupportedCall(
+                f"{unfit(self, lambda can: can.streaming)} does not stream; call the backbone on the whole sequence"
+            )
         for name, block in self._stateful.items():
             if name not in state and block < depth:
                 raise UnsupportedShape(
@@ -246,6 +256,10 @@ class Backbone(SequenceLayer):
         """The state before the first token."""
         device = torch.device(device)
         if any(transition.primes for transition in self.transitions.values()):
+            if "condition" in self.capabilities.reads:
+                raise UnsupportedCall(
+                    "the state after the learned tokens depends on the condition; call the backbone without a state"
+                )
             return self(torch.zeros(batch, 0, self.config.dim, device=device, dtype=dtype), Layout()).state
         states = {"read": torch.zeros(batch, device=device, dtype=torch.int64)}
         for name, _, layer in self._layers():

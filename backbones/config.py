@@ -7,43 +7,44 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..errors import ConfigError
-from .registry import entry_of, lookup
+from .registry import entry_of, lookup, required
 from .scan import scan_orders
+from .typed import Config
 
 # What a pattern's entry leaves to the backbone.
 INHERIT = "inherit"
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixerConfig:
+class MixerConfig(Config):
     """Base of every mixer's options."""
 
     type: ClassVar[str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FFNConfig:
+class FFNConfig(Config):
     """Base of the options of feed-forward layers."""
 
     type: ClassVar[str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResidualConfig:
+class ResidualConfig(Config):
     """Base of the options of residual forms."""
 
     type: ClassVar[str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransitionConfig:
+class TransitionConfig(Config):
     """Base of the options of what stands at the entrance of a stage."""
 
     type: ClassVar[str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Config):
     """Base of the options of a language model's objective."""
 
     type: ClassVar[str]
@@ -58,19 +59,19 @@ class Site:
         depth: how many blocks there are.
         scan: the orders in which mixers with causal kernels run over the tokens; see scan.py.
         norm_eps: of every normalisation.
-        earlier: types of the mixers and feed-forward layers in earlier blocks; the first of a kind may share what it
-            computes.
+        written: names in `Context.shared` that earlier blocks of the stage write; the first of several layers may share
+            what it computes.
     """
 
     layer: int = 0
     depth: int = 1
     scan: tuple[str, ...] = ("forward",)
     norm_eps: float = 1e-5
-    earlier: frozenset[str] = frozenset()
+    written: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockConfig:
+class BlockConfig(Config):
     """One entry of a pattern.
 
     Args:
@@ -109,7 +110,7 @@ class BlockConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageConfig:
+class StageConfig(Config):
     """A stretch of blocks of one width.
 
     Args:
@@ -128,13 +129,11 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         positive(self, "dim", "depth")
-        object.__setattr__(self, "pattern", checked_pattern(self.pattern, empty=True))
-        if isinstance(self.transition, str):
-            object.__setattr__(self, "transition", lookup(TransitionConfig, self.transition).config())
+        object.__setattr__(self, "transition", configured(TransitionConfig, self.transition))
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackboneConfig:
+class BackboneConfig(Config):
     """A stack of blocks, in one stage or in several.
 
     Args:
@@ -171,9 +170,8 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         positive(self, "dim", "depth", "norm_eps")
         fraction(self, "drop_path")
-        object.__setattr__(self, "pattern", checked_pattern(self.pattern))
-        object.__setattr__(self, "stages", tuple(self.stages))
-        object.__setattr__(self, "inputs", tuple(self.inputs))
+        if not self.pattern:
+            raise ConfigError("pattern is (); it must be a list of mixer names, such as ['gla']")
         if self.stages and self.depth != sum(stage.depth for stage in self.stages):
             raise ConfigError(f"depth is {self.depth}; it must be the stages' sum, {sum(s.depth for s in self.stages)}")
         scan_orders(self.scan)
@@ -181,7 +179,7 @@ class BackboneConfig:
         # Names become configurations here, once.
         object.__setattr__(self, "ffn", configured(FFNConfig, self.ffn))
         object.__setattr__(self, "residual", configured(ResidualConfig, self.residual))
-        _ = self.layers
+        self._check_used(self.layers)
 
     def _check_mixers(self) -> None:
         named: set[str] = set()
@@ -198,6 +196,28 @@ class BackboneConfig:
                 raise ConfigError(
                     f"mixers has options for {name!r}, which the pattern does not name ({', '.join(sorted(named))})"
                 )
+
+    def _check_used(self, layers: tuple[BlockConfig, ...]) -> None:
+        """Refuse what no block uses, unless it is the default or says the same as the blocks."""
+        used = {
+            "ffn": (FFNConfig, "swiglu", [layer.ffn for layer in layers]),
+            "residual": (ResidualConfig, "pre", [layer.residual for layer in layers]),
+        }
+        for name, (base, default, own) in used.items():
+            value = getattr(self, name)
+            if value is not None and value != configured(base, default) and value not in own:
+                raise ConfigError(
+                    f"{name} is {value!r}, which no block uses: each names its own; leave {name} out, or a block's"
+                )
+        if self.stages and all(stage.pattern for stage in self.stages) and self.pattern != ("gla",):
+            raise ConfigError(f"pattern is {self.pattern!r}, and each stage has its own; leave one of them out")
+        _check_scan("scan", self.scan, [layer for layer in layers if layer.scan == self.scan])
+        if self.drop_path and not any(entry_of(layer.residual).build.drops for layer in layers):
+            kinds = sorted({layer.residual.type for layer in layers})
+            raise ConfigError(
+                f"drop_path is {self.drop_path}, and no block can skip its layers with the residual form "
+                f"{' and '.join(map(repr, kinds))}; leave it out, or choose another form, such as 'pre'"
+            )
 
     @property
     def layers(self) -> tuple[BlockConfig, ...]:
@@ -216,13 +236,16 @@ class BackboneConfig:
             if own != INHERIT:
                 residual = own
                 break
-        return BlockConfig(
+        block = BlockConfig(
             mixer=self._mixer(entry.mixer),
             ffn=configured(FFNConfig, self.ffn if entry.ffn == INHERIT else entry.ffn),
             residual=configured(ResidualConfig, residual),
             scan=self.scan if entry.scan == INHERIT else entry.scan,
             tie=entry.tie,
         )
+        if entry.scan != INHERIT:
+            _check_scan("BlockConfig.scan", entry.scan, [block])
+        return block
 
     def _mixer(self, mixer: MixerConfig | str | None) -> MixerConfig | None:
         if not isinstance(mixer, str):
@@ -241,10 +264,33 @@ class BackboneConfig:
         # What was said of mixers that the pattern does not name had no effect.
         named = {name for entry in values.get("pattern", ("gla",)) for name in entry.split("+")}
         values["mixers"] = {name: v for name, v in (values.get("mixers") or {}).items() if name in named}
+        if values.get("scan", "forward") != "forward" and not any(lookup(MixerConfig, n).build.scans for n in named):
+            values["scan"] = "both"
         if "rwkv7" in named:
             # Values were each layer's own.
             values["mixers"]["rwkv7"] = {**to_plain(values["mixers"].get("rwkv7") or {}), "value_residual": False}
         return values
+
+
+def scanning(part: Any) -> bool:
+    """Whether a block, a mixer or a part of it runs in the orders of a scan."""
+    if isinstance(part, BlockConfig):
+        named = isinstance(part.mixer, str)
+        return any(lookup(MixerConfig, n).build.scans for n in part.mixer.split("+")) if named else scanning(part.mixer)
+    if not isinstance(part, MixerConfig):
+        return False
+    inner = [one for value in vars(part).values() for one in (value if isinstance(value, tuple) else (value,))]
+    return entry_of(part).build.scans or any(map(scanning, inner))
+
+
+def _check_scan(name: str, scan: str, blocks: list[BlockConfig]) -> None:
+    """Raise ConfigError where none of the blocks runs in orders that say more than whether it is causal."""
+    directions = (("forward",), ("forward", "backward"))
+    if scan_orders(scan) not in directions and not any(map(scanning, blocks)):
+        raise ConfigError(
+            f"{name} is {scan!r}, and no mixer that it is for runs in the orders of a scan; leave it out, set 'both', "
+            "or choose a mixer with a causal kernel, such as 'gla'"
+        )
 
 
 def to_plain(value: Any) -> Any:
@@ -257,12 +303,15 @@ def configured(base: type, given: Any) -> Any:
 
     Raises:
         UnknownName: no part of that name.
-        ConfigError: a configuration of something else.
+        ConfigError: a configuration of something else, or the name of a part whose options have no defaults.
     """
     if given is None:
         return None
     if isinstance(given, str):
-        return lookup(base, given).config()
+        config = lookup(base, given).config
+        if missing := required(config):
+            raise ConfigError(f"{given!r} needs {', '.join(missing)}; pass {config.__name__}({missing[0]}=...) instead")
+        return config()
     if not isinstance(given, base):
         raise ConfigError(f"{given!r} is a {type(given).__name__}; it must be a name or a {base.__name__}")
     entry_of(given)
@@ -279,20 +328,6 @@ def resolved(entry: BlockConfig | str) -> BlockConfig:
         scan=entry.scan,
         tie=entry.tie,
     )
-
-
-def checked_pattern(pattern: Any, *, empty: bool = False) -> tuple[str | BlockConfig, ...]:
-    """A pattern as a tuple.
-
-    Raises:
-        ConfigError: it is no list of names and blocks, or empty where it must not be.
-    """
-    if isinstance(pattern, str) or not (pattern or empty):
-        raise ConfigError(f"pattern is {pattern!r}; it must be a list of mixer names, such as ['gla']")
-    for entry in pattern:
-        if not isinstance(entry, str | BlockConfig):
-            raise ConfigError(f"pattern holds {entry!r}; its entries are mixer names or BlockConfigs")
-    return tuple(pattern)
 
 
 def positive(config: Any, *names: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedCall, UnsupportedShape
+from ..utils.modes import autocast_enabled
 from .layout import Immutable, Layout, offsets
 
 
@@ -89,29 +90,95 @@ class Context(Immutable):
             )
         return self.shared[name]
 
+    def tensor(self, name: str, reader: str) -> Tensor:
+        """The tensor (b, t, ...) that is shared under `name`.
+
+        Raises:
+            UnsupportedCall: nothing is, or a memory.
+        """
+        found = self.read(name, reader)
+        if not isinstance(found, Tensor):
+            raise UnsupportedCall(
+                f"{reader} reads {name!r} as a tensor (b, t, ...) with a row for each token, and context.shared holds "
+                f"a {type(found).__name__} there"
+            )
+        return found
+
+    def memory(self, name: str, reader: str, *tensors: str) -> Memory:
+        """The memory that is shared under `name`, which must hold `tensors`.
+
+        Raises:
+            UnsupportedCall: nothing is, or something else.
+        """
+        found = self.read(name, reader)
+        if not isinstance(found, Memory):
+            raise UnsupportedCall(
+                f"{reader} reads {name!r} as a Memory, tokens with a length of their own, and context.shared holds a "
+                f"{type(found).__name__} there; pass Memory({{{tensors[0]!r}: ...}}, positions), or read a stage, as "
+                "in 'stages.0'"
+            )
+        if missing := [tensor for tensor in tensors if tensor not in found.tensors]:
+            known = ", ".join(map(repr, found.tensors)) or "nothing"
+            raise UnsupportedCall(f"{reader} reads {missing[0]!r} of the Memory {name!r}, which holds {known}")
+        return found
+
     def positions_of(self, x: Tensor) -> Int[Tensor, "b t"]:
         """The tokens' positions in time: those given, along their first axis, or their indices in their sequences."""
         if self.positions is None:
             return self.layout.positions(x)
         return self.positions if self.positions.ndim == 2 else self.positions[..., 0]
 
-    def condition_of(self, x: Tensor) -> Tensor:
+    def condition_of(self, x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
         """The condition of each token: `(b, t, c)`, or `(b, 1, c)` where rows are sequences with one condition each.
+
+        Args:
+            x: the tokens.
+            channels: how many the layer takes, c.
+            dtype: of the layer's weights.
 
         Raises:
             UnsupportedCall: there is none.
+            UnsupportedShape: it does not fit the tokens or the layer.
         """
         if self.condition is None:
-            raise UnsupportedCall("context.condition is None, and a layer is conditioned; pass Context(condition=...)")
+            raise UnsupportedCall(
+                "context.condition is None, and a layer is conditioned; pass Context(condition=...). One for each "
+                "token (b, t, c) ends where a transition changes the tokens; one for each sequence (n, c) does not"
+            )
+        self._check_condition(x, channels, dtype)
         if self.condition.ndim == 3:
             return self.condition
         if self.layout.cu_seqlens is None:
             return self.condition[:, None]
         return self.condition[self.layout.sequence_of(x)[0]][None]
 
+    def _check_condition(self, x: Tensor, channels: int | None = None, dtype: torch.dtype | None = None) -> None:
+        given, (b, t) = self.condition, x.shape[:2]
+        shape, n = tuple(given.shape), self.layout.sequences(b)
+        if not (given.ndim == 2 and shape[0] == n) and not (given.ndim == 3 and shape[:2] == (b, t)):
+            raise UnsupportedShape(
+                f"context.condition: shape {shape} is neither ({n}, c), one condition for each sequence, nor "
+                f"({b}, {t}, c), one for each token"
+            )
+        if channels is not None and shape[-1] != channels:
+            raise UnsupportedShape(
+                f"context.condition has {shape[-1]} channels, and the layer that it conditions takes {channels}"
+            )
+        # Autocast converts what is not double.
+        converted = autocast_enabled(x.device.type) and given.dtype != torch.float64
+        if not given.is_floating_point() or (dtype is not None and given.dtype != dtype and not converted):
+            raise UnsupportedShape(
+                f"context.condition is {given.dtype}; it must be {dtype or 'floating point'}, as the layers that it "
+                "conditions: embed classes, and convert numbers"
+            )
+
     def check(self, x: Tensor) -> None:
         """Raise UnsupportedShape where `x` (b, t, d) does not fit."""
         self.layout.check(x)
+        if self.condition is not None:
+            self._check_condition(x)
+        for name, value in self.shared.items():
+            _check_shared(name, value, x)
         if self.positions is not None and self.positions.shape[:2] != x.shape[:2]:
             raise UnsupportedShape(
                 f"positions: shape {tuple(self.positions.shape)} is not (b, t) of x, {tuple(x.shape)}"
@@ -161,6 +228,24 @@ class Context(Immutable):
             shared=shared,
         )
         return pick(x), taken
+
+
+def _check_shared(name: str, value: Tensor | Memory, x: Tensor) -> None:
+    """Raise UnsupportedShape where what is shared is no tensor of the tokens of `x`, and no memory."""
+    if isinstance(value, Tensor):
+        if value.shape[:2] != x.shape[:2]:
+            raise UnsupportedShape(
+                f"context.shared[{name!r}]: shape {tuple(value.shape)} does not begin with (b, t) of x, "
+                f"{tuple(x.shape[:2])}; tokens with a length of their own are a Memory"
+            )
+    elif not isinstance(value, Memory):
+        raise UnsupportedShape(f"context.shared[{name!r}] is a {type(value).__name__}; it must be a tensor or a Memory")
+    elif any(tensor.shape[:2] != value.positions.shape for tensor in value.tensors.values()):
+        shapes = {key: tuple(tensor.shape) for key, tensor in value.tensors.items()}
+        raise UnsupportedShape(
+            f"context.shared[{name!r}]: tensors of shapes {shapes} do not all begin with (n, s) of the positions, "
+            f"{tuple(value.positions.shape)}"
+        )
 
 
 def as_memory(x: Tensor, context: Context) -> Memory:

@@ -19,10 +19,11 @@ from .layer import Output
 from .layout import Layout
 from .registry import entry_of
 from .state import State
+from .typed import Config
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageModelConfig:
+class LanguageModelConfig(Config):
     """A language model.
 
     Args:

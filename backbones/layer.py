@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -107,10 +107,12 @@ class SequenceLayer(nn.Module, ABC):
 
     Attributes:
         capabilities: of this instance.
+        scans: whether it runs in the orders of `Site.scan`.
         per_use: names of child modules and parameters that stay a layer's own where it is tied to another.
     """
 
     capabilities: Capabilities = TOKENWISE
+    scans: ClassVar[bool] = False
     per_use: tuple[str, ...] = ()
 
     @abstractmethod

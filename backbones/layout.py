@@ -78,13 +78,34 @@ class Layout(Immutable):
             raise ConfigError(f"causal is {causal!r}; it must be True, False or 'block'")
         if (causal == "block") != (block is not None):
             raise ConfigError(f"block is {block!r} with causal={causal!r}; they go together")
-        if isinstance(block, int) and block < 1:
-            raise ConfigError(f"block is {block}; it must be at least 1")
+        if block is not None and not isinstance(block, Tensor) and (not _whole(block) or block < 1):
+            raise ConfigError(f"block is {block!r}; it must be an integer of at least 1, or a tensor of block numbers")
         if grid is not None:
             grid = _checked_grid(grid, cu_seqlens)
         self._set(causal=causal, cu_seqlens=cu_seqlens, grid=grid, extra=extra, block=block, rows=rows)
         if extra:
             self._check_extra()
+        if isinstance(block, Tensor):
+            self._check_numbers(block)
+
+    def _check_numbers(self, block: Tensor) -> None:
+        if block.ndim != 2 or block.dtype != torch.int64:
+            raise ConfigError(
+                f"block is a {block.dtype} tensor of shape {tuple(block.shape)}; it must be int64, (b, t)"
+            )
+        # What is traced, or has no values, is not looked at.
+        if torch.compiler.is_compiling() or type(block) is not Tensor or block.is_meta:
+            return
+        descends = block.diff(dim=1) < 0
+        if self.cu_seqlens is not None and descends.numel():
+            first = self.cu_seqlens[1:-1].long()
+            descends[:, first[(first > 0) & (first < block.shape[1])] - 1] = False
+        if descends.any():
+            row, place = descends.nonzero()[0].tolist()
+            raise ConfigError(
+                f"block: the numbers of row {row} descend from {block[row, place]} to {block[row, place + 1]} at token "
+                f"{place + 1}; a token's block is never before that of the token before it"
+            )
 
     def _check_extra(self) -> None:
         extra = self.extra
@@ -192,11 +213,19 @@ class Layout(Immutable):
         return pack_rows(x, lengths), Layout(causal=causal, cu_seqlens=offsets(lengths))
 
 
+# Traced sizes are integers too.
+_INTEGERS = (int, torch.SymInt)
+
+
+def _whole(number: Any) -> bool:
+    return isinstance(number, _INTEGERS) and not isinstance(number, bool)
+
+
 def _checked_grid(grid: Any, cu_seqlens: Tensor | None) -> Grid | tuple[Grid, ...]:
-    several = len(grid) > 0 and not isinstance(grid[0], int)
+    several = len(grid) > 0 and isinstance(grid[0], tuple | list)
     grids = tuple(tuple(one) for one in grid) if several else (tuple(grid),)
-    if any(len(one) != 3 or min(one) < 1 for one in grids):
-        raise ConfigError(f"grid is {grid!r}; it must be (t, h, w), each at least 1")
+    if any(len(one) != 3 or not all(map(_whole, one)) or min(one) < 1 for one in grids):
+        raise ConfigError(f"grid is {grid!r}; it must be (t, h, w), each an integer of at least 1")
     if several != (cu_seqlens is not None):
         raise ConfigError(
             f"grid is {grid!r}; packed sequences (cu_seqlens) have one (t, h, w) each, and others a single one"

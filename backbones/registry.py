@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -125,6 +126,12 @@ def lookup(base: type, name: str) -> Entry[Any]:
         if name in registry.names():
             return registry.get(name)
     raise UnknownName(REGISTRIES[base].kind, name, [known for registry in registries for known in registry.names()])
+
+
+def required(config: type) -> list[str]:
+    """The fields of a configuration that have no default."""
+    missing = dataclasses.MISSING
+    return [f.name for f in dataclasses.fields(config) if f.default is missing and f.default_factory is missing]
 
 
 def build_part(config: Any, dim: int, *arguments: Any) -> Any:

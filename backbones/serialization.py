@@ -6,12 +6,12 @@ import contextlib
 import dataclasses
 import difflib
 import re
-import types
 import typing
 from typing import Any, TypeVar
 
 from ..errors import ConfigError, UnknownName
-from .registry import OPTIONS, REGISTRIES, lookup
+from .registry import OPTIONS, REGISTRIES, lookup, required
+from .typed import checked, hints_of, options
 
 T = TypeVar("T")
 
@@ -68,80 +68,24 @@ def from_dict(cls: type[T], values: Any) -> T:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(fields)}"
             raise ConfigError(f"{cls.__name__} has no field {key!r}; {hint}")
-    missing = [
-        f.name
-        for f in fields.values()
-        if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
+    if missing := [name for name in required(cls) if name not in values]:
         raise ConfigError(f"{cls.__name__} needs {', '.join(missing)}")
-    hints = typing.get_type_hints(cls)
-    restored = {key: _restore(key, hints[key], value) for key, value in values.items()}
-    for key, value in restored.items():
-        if not _fits(hints[key], value):
-            raise ConfigError(f"{cls.__name__}.{key} is {value!r}; it must be {_described(hints[key], value)}")
-    return cls(**restored)
+    hints = hints_of(cls)
+    return cls(**checked(cls, {key: _restore(key, hints[key], value) for key, value in values.items()}))
 
 
 def _restore(key: str, hint: Any, value: Any) -> Any:
     """`value` as the field `key` with the type `hint` holds it."""
     if isinstance(value, list):
-        element = next((a for option in _options(hint) for a in typing.get_args(option) if a is not Ellipsis), Any)
+        element = next((a for option in options(hint) for a in typing.get_args(option) if a is not Ellipsis), Any)
         return tuple(_restore(key, element, item) for item in value)
-    if type(value) is int and float in _options(hint) and int not in _options(hint):
-        return float(value)
     if not isinstance(value, dict):
         return value
     if key in OPTIONS and "type" not in value:
         get = OPTIONS[key].get
         return {name: from_dict(get(name).config, v) if isinstance(v, dict) else v for name, v in value.items()}
-    classes = [option for option in _options(hint) if isinstance(option, type) and dataclasses.is_dataclass(option)]
+    classes = [option for option in options(hint) if isinstance(option, type) and dataclasses.is_dataclass(option)]
     return from_dict(_class_of(classes, value), value) if classes else value
-
-
-# What messages call the types of fields.
-_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a name", type(None): "null"}
-
-
-def _fits(hint: Any, value: Any) -> bool:
-    """Whether a field of the type `hint` may hold the value."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(option, value) for option in inner)
-    if origin is typing.Literal:
-        return value in inner
-    if origin in (tuple, list):
-        if not isinstance(value, tuple):
-            return False
-        each = inner if origin is tuple and inner[-1] is not Ellipsis else inner[:1] * len(value)
-        return len(each) == len(value) and all(map(_fits, each, value))
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(inner[1], item) for item in value.values())
-    if hint in (int, float):
-        return isinstance(value, int | hint) and not isinstance(value, bool)
-    return not isinstance(hint, type) or isinstance(value, hint)
-
-
-def _described(hint: Any, value: Any) -> str:
-    """What a field of the type `hint` may hold, and the nearest of several words."""
-    texts: list[str] = []
-    for option in _options(hint):
-        words = typing.get_args(option) if typing.get_origin(option) is typing.Literal else ()
-        near = difflib.get_close_matches(str(value), map(str, words), n=1)
-        if words:
-            texts.append(f"one of {', '.join(map(repr, words))}" + (f" (did you mean {near[0]!r}?)" if near else ""))
-        elif typing.get_origin(option) in (tuple, list):
-            texts.append("a list")
-        elif option in REGISTRIES:
-            texts.append(f"the options of a {REGISTRIES[option].kind}")
-        else:
-            texts.append(_NAMES.get(option) or f"a {getattr(option, '__name__', option)}")
-    return " or ".join(dict.fromkeys(texts))
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, or the one type."""
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def _class_of(classes: list[type], value: dict[str, Any]) -> type:

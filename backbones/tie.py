@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from ..errors import ConfigError
-from .config import BlockConfig, FFNConfig, MixerConfig
 
 if TYPE_CHECKING:
     from .block import Block
@@ -26,12 +26,21 @@ def tie_blocks(blocks: Sequence[Block], names: Sequence[str | None]) -> None:
             continue
         if name not in first:
             first[name] = block
-        elif {n: p.shape for n, p in block.named_parameters()} != {
-            n: p.shape for n, p in first[name].named_parameters()
-        }:
+        elif dict(_shapes(block)) != dict(_shapes(first[name])):
             raise ConfigError(f"tie={name!r}: block {i} differs from the first one of that name; make them equal")
         else:
             _tie(block, first[name])
+
+
+def _shapes(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Size]]:
+    """The shapes of the parameters by name, but for what is kept per use."""
+    own = getattr(module, "per_use", ())
+    for name, parameter in module.named_parameters(recurse=False):
+        if name not in own:
+            yield prefix + name, parameter.shape
+    for name, child in module.named_children():
+        if name not in own:
+            yield from _shapes(child, f"{prefix}{name}.")
 
 
 def _tie(module: nn.Module, first: nn.Module) -> None:
@@ -69,21 +78,3 @@ def share_again(shared: Slots) -> None:
     for (first, name), *others in shared:
         for module, own in others:
             module._parameters[own] = first._parameters[name]
-
-
-def kinds_of(entry: BlockConfig) -> frozenset[str]:
-    """The types of a block's mixer and feed-forward layer, those inside wrappers included."""
-    found: set[str] = set()
-
-    def visit(part: object) -> None:
-        if isinstance(part, MixerConfig | FFNConfig):
-            found.add(part.type)
-            for value in vars(part).values():
-                for inner in value if isinstance(value, tuple) else (value,):
-                    visit(inner)
-        elif isinstance(part, BlockConfig):
-            visit(part.mixer)
-            visit(part.ffn)
-
-    visit(entry)
-    return frozenset(found)

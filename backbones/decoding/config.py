@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from ...errors import ConfigError
 from ..config import positive
+from ..typed import Config
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationConfig:
+class GenerationConfig(Config):
     """Options of `generate` and `stream`. The filters act in this order: penalty, forbidden, temperature, k, p, min-p.
 
     Args:

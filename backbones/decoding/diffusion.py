@@ -18,6 +18,7 @@ from ..config import positive
 from ..language import LanguageModel
 from ..layout import Layout
 from ..state import State
+from ..typed import Config
 from .generate import Generation
 from .prefill import as_lists, evaluating, last_logits
 from .sampling import draw, generator, keep_top_p
@@ -27,7 +28,7 @@ Watch = Callable[[list[list[int]]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionConfig:
+class DiffusionConfig(Config):
     """Options of `diffuse`.
 
     Args:

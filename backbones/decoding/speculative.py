@@ -19,6 +19,7 @@ from ...errors import ConfigError, UnsupportedCall
 from ..config import positive
 from ..language import LanguageModel
 from ..state import State
+from ..typed import Config
 from .config import GenerationConfig
 from .generate import Generation, Reason, finish_reason
 from .prefill import CAUSAL, as_lists, check_decoder, evaluating, last_logits, read
@@ -26,7 +27,7 @@ from .sampling import distribution, draw, generator, seen_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeculationConfig:
+class SpeculationConfig(Config):
     """Options of `speculate`.
 
     Args:

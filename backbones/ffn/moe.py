@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ...kernels import grouped_mm
 from ...kernels.grouped_mm import combine, dispatch, route
-from ...utils.modes import own_precision
+from ...utils.modes import autocast_enabled, own_precision
 from ..config import FFNConfig, Site, positive
 from ..context import Context
 from ..layer import Output
@@ -82,7 +82,7 @@ class _Experts(nn.Module):
     def forward(self, rows: Float[Tensor, "m d"], counts: Int[Tensor, "e"]) -> Float[Tensor, "m f"]:
         device = rows.device.type
         # Of torch's own layers autocast takes care.
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+        dtype = torch.get_autocast_dtype(device) if autocast_enabled(device) else self.weight.dtype
         return grouped_mm(rows.to(dtype), self.weight.to(dtype), counts)
 
 

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from ...errors import ConfigError, UnsupportedCall
 from ..config import fraction
 from ..layout import Layout
+from ..typed import Config
 
 POOLS = ("mean", "max", "class_token", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassificationHeadConfig:
+class ClassificationHeadConfig(Config):
     """Options of a classification head.
 
     Args:

@@ -111,6 +111,8 @@ class ScanMixer(Mixer):
     which it runs. Where mixed is a tuple, all but its first tensor go to `publish`, back in the sequence's order.
     """
 
+    scans = True
+
     def __init__(self, site: Site):
         super().__init__()
         self.scan = site.scan

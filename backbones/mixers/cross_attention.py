@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from ...errors import ConfigError
+from ...errors import ConfigError, UnsupportedShape
 from ...kernels import attention
 from ..config import Site, positive
 from ..context import Context, Memory
@@ -44,6 +45,11 @@ class CrossAttentionConfig(CrossMixerConfig):
 
     def __post_init__(self) -> None:
         positive(self, "heads", "kv_heads", "source_dim", "rope_base")
+        if self.source == "input" or self.source.startswith("blocks."):
+            raise ConfigError(
+                f"CrossAttentionConfig.source is {self.source!r}, which is a tensor; it must name a Memory: one that "
+                "the caller passes or a layer writes, or a stage's output, as in 'stages.0'"
+            )
 
 
 @register_cross_mixer(
@@ -68,11 +74,16 @@ class CrossAttention(Mixer):
         if not config.projected:
             self.kv_proj = Linear(config.source_dim or dim, 2 * self.kv_heads * self.size, bias=False)
         self.out_proj = Linear(dim, dim, bias=False)
-        self.capabilities = Capabilities(receptive_field=1, reads=frozenset({config.source, "positions"}))
+        # What is published holds the tokens of one call; a memory from elsewhere is the same in all of them.
+        streaming = not config.source.startswith("stages.")
+        reads = frozenset({config.source, "positions"})
+        self.capabilities = Capabilities(streaming=streaming, receptive_field=1, reads=reads)
 
     def mix(self, x: Tensor, context: Context, state: State | None) -> Output:
-        memory: Memory = context.read(self.config.source, type(self).__name__)
         positions, layout = context.positions_of(x), context.layout
+        memory = self._memory(context, layout.sequences(len(x)))
+        if memory.positions.shape[1] == 0:
+            return Output(self.out_proj(torch.zeros_like(x)))
         q = self.q_proj(x).unflatten(-1, (-1, self.size))
         q = rotary(q, positions, self.config.rope_base) if self.config.rope else q
         k, v = self._keys(memory)
@@ -83,6 +94,26 @@ class CrossAttention(Mixer):
         o = attention(q, k, v, q_positions=seen, k_positions=memory.positions)
         o = o if layout.cu_seqlens is None else repack(o, layout.cu_seqlens)
         return Output(self.out_proj(o.flatten(-2)))
+
+    def _memory(self, context: Context, sequences: int) -> Memory:
+        """The memory, one row for each sequence."""
+        name, wanted = self.config.source, ("k", "v") if self.config.projected else ("x",)
+        memory = context.memory(name, type(self).__name__, *wanted)
+        if memory.layout is not None and memory.layout.cu_seqlens is not None:
+            borders = memory.layout.cu_seqlens
+            rows = {key: unpack(memory.tensors[key], borders) for key in wanted}
+            memory = Memory(rows, unpack(memory.positions, borders, fill=-1))
+        if len(memory.positions) != sequences:
+            found = len(memory.positions)
+            raise UnsupportedShape(f"cross_attention: {name!r} has {found} sequences, and the tokens {sequences}")
+        channels = memory.tensors[wanted[0]].shape[-1]
+        takes = self.size if self.config.projected else self.kv_proj.in_features
+        if channels != takes:
+            raise UnsupportedShape(
+                f"cross_attention: {wanted[0]!r} of {name!r} has {channels} channels, and the layer takes {takes}; see "
+                "CrossAttentionConfig.source_dim"
+            )
+        return memory
 
     def _keys(self, memory: Memory) -> tuple[Tensor, Tensor]:
         if self.config.projected:

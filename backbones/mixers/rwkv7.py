@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ class RWKV7Config(MixerConfig):
         decay_rank, rate_rank: ranks of the projections that make the decay and the in-context rate; about 1.8 √dim in
             steps of 32 by default, as published.
         gate_rank: of the output gate's; about 0.6 dim^0.8 in steps of 32 by default.
-        value_residual: whether all layers but the first of its kind mix the first one's values into theirs.
+        value_residual: whether all layers but the first of its kind in a stage mix that one's values into theirs.
         value_rank: of the projection that says by how much; about 1.3 √dim in steps of 32 by default.
     """
 
@@ -57,9 +56,9 @@ def _rank(configured: int | None, published: float) -> int:
 class _Direction(nn.Module):
     """All but the output projection: the token shift, which looks back, stands before every other one."""
 
-    def __init__(self, dim: int, heads: int, config: RWKV7Config, site: Site, index: int):
+    def __init__(self, dim: int, heads: int, config: RWKV7Config, site: Site, index: int, mixes: bool):
         super().__init__()
-        self.heads, self.index = heads, index
+        self.heads, self.index, self.per_use = heads, index, ("value",)
         place, depth, rest = torch.arange(dim) / dim, site.layer / max(1, site.depth - 1), 1 - site.layer / site.depth
         # How much of the token before is mixed into what makes r, w, k, v, a and g.
         powers = torch.tensor([0.2, 0.9, 0.7, 0.7, 0.9, 0.2]) * rest
@@ -69,9 +68,8 @@ class _Direction(nn.Module):
         self.decay = LowRank(dim, _rank(config.decay_rank, 1.8 * dim**0.5), slow, nn.Tanh())
         self.rate = LowRank(dim, _rank(config.rate_rank, 1.8 * dim**0.5), torch.zeros(dim), nn.Identity())
         self.gate = LowRank(dim, _rank(config.gate_rank, 0.6 * dim**0.8), None, nn.Sigmoid())
-        self.value = None
-        if config.value_residual and "rwkv7" in site.earlier:
-            self.value = LowRank(dim, _rank(config.value_rank, 1.3 * dim**0.5), torch.ones(dim), nn.Identity())
+        rank = _rank(config.value_rank, 1.3 * dim**0.5)
+        self.value = LowRank(dim, rank, torch.ones(dim), nn.Identity()) if mixes else None
         self.removal = mark(nn.Parameter(torch.full((dim,), 0.85)), decay=False)
         self.replace = mark(nn.Parameter(torch.ones(dim)), decay=False)
         self.bonus = mark(nn.Parameter(torch.zeros(heads, dim // heads)), decay=False)
@@ -127,15 +125,16 @@ class RWKV7(ScanMixer):
     def __init__(self, dim: int, config: RWKV7Config, site: Site):
         super().__init__(site)
         self.heads = heads_for(dim, config.heads)
-        self.branches = nn.ModuleList(_Direction(dim, self.heads, config, site, i) for i in range(len(site.scan)))
+        orders = range(len(site.scan))
+        self.names = [f"first_value/{dim}/{i}" for i in orders if config.value_residual]
+        self.first = not site.written.issuperset(self.names)
+        mixes = config.value_residual and not self.first
+        self.branches = nn.ModuleList(_Direction(dim, self.heads, config, site, i, mixes) for i in orders)
         self.out_proj = nn.Linear(dim, dim, bias=False)
-        self.names = [f"first_value/{i}" for i in range(len(site.scan) * config.value_residual)]
-        self.first = "rwkv7" not in site.earlier
-        shared = {"writes" if self.first else "reads": frozenset(self.names)}
-        self.capabilities = dataclasses.replace(self.capabilities, **shared)
+        self.capabilities = replace(self.capabilities, **{"writes" if self.first else "reads": frozenset(self.names)})
 
     def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], None]:
-        return (x, *(context.read(name, "RWKV7") for name in self.names if not self.first)), None
+        return (x, *(context.tensor(name, "RWKV7") for name in self.names if not self.first)), None
 
     def publish(self, more: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
         return {name: value for name, (value,) in zip(self.names, more, strict=False)} if self.first else {}

@@ -49,6 +49,8 @@ class AdaLN(Residual):
         nn.init.zeros_(mark(self.modulation.weight, initialised=True))
 
     def forward(self, stream: Tensor, layer: SequenceLayer, context: Context, state: State | None) -> Output:
-        shift, scale, gate = self.modulation(F.silu(context.condition_of(stream))).chunk(3, dim=-1)
+        weight = self.modulation.weight
+        condition = context.condition_of(stream, weight.shape[1], weight.dtype)
+        shift, scale, gate = self.modulation(F.silu(condition)).chunk(3, dim=-1)
         out = layer(self.norm(stream) * (1 + scale) + shift, context, state)
         return out._replace(y=stream + self.dropped(out.y * gate, context))

@@ -20,12 +20,14 @@ class Residual(nn.Module, ABC):
     """Normalisation, what is added to what, and stochastic depth, around one layer of a block.
 
     Attributes:
-        stream: what the stream is; blocks of one stage share it. "tokens" is (b, t, d).
+        stream: what the stream is, its options included; blocks of one stage share it. "tokens" is (b, t, d).
+        drops: whether a sequence may skip the layer, so that `drop_path` has an effect.
         reads: names in `Context.shared` that it needs; "condition" stands for `Context.condition`.
         drop_path: the rate at which a sequence skips the layer, in training (arXiv 1603.09382).
     """
 
-    stream: ClassVar[str] = "tokens"
+    stream: str = "tokens"
+    drops: ClassVar[bool] = True
     reads: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, dim: int, config: ResidualConfig, site: Site, drop_path: float):

@@ -46,12 +46,11 @@ class Hyper(Residual):
     sum of the copies is a plain pre-norm stream's.
     """
 
-    stream = "copies"
-
     def __init__(self, dim: int, config: HyperConfig, site: Site, drop_path: float):
         super().__init__(dim, config, site, drop_path)
         n = config.rate
         self.rate, self.norm = n, RMSNorm(dim, eps=site.norm_eps)
+        self.stream = f"{n} copies"
         read = torch.zeros(n, 1)
         # Each layer reads another copy at the start (eq. 14).
         read[site.layer % n] = 1.0

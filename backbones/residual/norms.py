@@ -188,5 +188,7 @@ class NoneConfig(ResidualConfig):
 class Alone(Residual):
     """f(x), without normalisation."""
 
+    drops = False
+
     def forward(self, stream: Tensor, layer: SequenceLayer, context: Context, state: State | None) -> Output:
         return layer(stream, context, state)

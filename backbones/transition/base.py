@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from ..config import TransitionConfig
+from ..context import Context, Memory
 from ..layer import SequenceLayer
+from ..layout import Layout
 from ..registry import Registry
 
 
@@ -21,6 +23,13 @@ class Transition(SequenceLayer):
 
     primes: bool = False
     shrinks: float = 1.0
+
+
+def of_other_tokens(context: Context, layout: Layout) -> Context:
+    """The context of tokens that take the place of others: what belongs to single tokens is left out."""
+    shared = {name: value for name, value in context.shared.items() if isinstance(value, Memory)}
+    condition = context.condition if context.condition is None or context.condition.ndim == 2 else None
+    return Context(layout, condition=condition, shared=shared)
 
 
 TRANSITIONS: Registry[Transition] = Registry("transition", base=TransitionConfig)

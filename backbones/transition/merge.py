@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ...errors import UnsupportedCall
 from ..config import Site, TransitionConfig
-from ..context import Context, Memory
+from ..context import Context
 from ..layer import Capabilities, Output
 from ..layout import Grid, Layout
 from ..linear import Linear
 from ..norm import RMSNorm
 from ..state import State
-from .base import Transition, register_transition
+from .base import Transition, of_other_tokens, register_transition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +60,7 @@ class Merge(Transition):
             lengths = torch.tensor([0, *(part.shape[1] for part, _ in parts)], device=x.device)
             borders = lengths.cumsum(0).to(layout.cu_seqlens.dtype)
             after = Layout(causal=False, cu_seqlens=borders, grid=tuple(grid for _, grid in parts))
-        shared = {name: value for name, value in context.shared.items() if isinstance(value, Memory)}
-        condition = context.condition if context.condition is None or context.condition.ndim == 2 else None
-        y = self.reduction(self.norm(merged))
-        return Output(y, context=Context(after, condition=condition, shared=shared))
+        return Output(self.reduction(self.norm(merged)), context=of_other_tokens(context, after))
 
 
 def _merged(x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:

@@ -39,7 +39,10 @@ class MetaTokensConfig(TransitionConfig):
     examples=(MetaTokensConfig(tokens=3),),
 )
 class MetaTokens(Transition):
-    """Puts the learned tokens before the first one, and `Context.keep` leaves them out of the backbone's output."""
+    """Puts the learned tokens before the first one, and `Context.keep` leaves them out of the backbone's output.
+
+    A condition of the sequence is theirs too; one for each token is zero for them.
+    """
 
     capabilities = Capabilities(blockwise=False, receptive_field=1)
     primes = True
@@ -61,7 +64,7 @@ class MetaTokens(Transition):
         if state is not None:
             return Output(x, state, context=context.replace(positions=positions))
         n, lengths = layout.sequences(x.shape[0]), layout.lengths(x)
-        meta = self.tokens.to(x.dtype)
+        meta, condition = self.tokens.to(x.dtype), context.condition
         if layout.cu_seqlens is None:
             x = torch.cat([meta.expand(n, -1, -1), x], dim=1)
             keep = torch.arange(count, x.shape[1], device=x.device).expand(n, -1)
@@ -77,8 +80,12 @@ class MetaTokens(Transition):
             # The meta tokens stand at 0, 1, 2 ... before everything else.
             own = after.positions(x)
             positions = own.scatter(1, keep, positions) if positions.ndim == 2 else _per_axis(own, keep, positions)
+        if condition is not None and condition.ndim == 3:
+            longer = condition.new_zeros(*x.shape[:2], condition.shape[-1])
+            condition = longer.scatter(1, keep[..., None].expand_as(condition), condition)
         state = State({"begun": torch.ones(n, device=x.device, dtype=torch.int64)}) if layout.causal else None
-        return Output(x, state, context=context.replace(layout=after, positions=positions, keep=keep))
+        changed = context.replace(layout=after, positions=positions, condition=condition, keep=keep)
+        return Output(x, state, context=changed)
 
 
 def _per_axis(own: Tensor, keep: Tensor, positions: Tensor) -> Tensor:

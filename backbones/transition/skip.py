@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...errors import UnsupportedShape
+from ...errors import UnsupportedCall, UnsupportedShape
 from ..config import Site, TransitionConfig
-from ..context import Context, Memory
+from ..context import Context
 from ..layer import Capabilities, Output
-from ..layout import Grid
+from ..layout import Grid, Layout
 from ..linear import Linear
 from ..state import State
-from .base import Transition, register_transition
+from .base import Transition, of_other_tokens, register_transition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class SkipConfig(TransitionConfig):
     """Options of `skip`.
 
     Args:
-        source: the stage whose output is joined, "stages.0".
+        source: the stage whose output is joined, "stages.0"; without `expand` also a block's or the input, "blocks.1".
         source_dim: width of its tokens; the tokens' own by default.
         expand: whether each cell of the grid first becomes 2 × 2 cells (pixel shuffle), where the source's grid is
             twice as fine; an odd side of it is cut off.
@@ -46,7 +46,7 @@ class Skip(Transition):
     def __init__(self, dim: int, config: SkipConfig, site: Site, dim_out: int):
         super().__init__()
         self.config, self.shrinks = config, 0.5 if config.expand else 1.0
-        source_dim = config.source_dim or dim
+        source_dim = self.source_dim = config.source_dim or dim
         self.expand = Linear(dim, 4 * source_dim, bias=False) if config.expand else None
         self.joined = Linear(source_dim + (source_dim if config.expand else dim), dim_out, bias=False)
         sequential = not config.expand
@@ -61,22 +61,51 @@ class Skip(Transition):
 
     def forward(self, x: Tensor, context: Context, state: State | None = None) -> Output:
         context = Context.of(context)
-        memory: Memory = context.read(self.config.source, type(self).__name__)
-        source, layout = memory.tensors["x"], memory.layout
+        source, layout = self._source(context)
         if self.expand is not None:
-            x = _expanded(self.expand(x), context.layout.grid, layout.grid)
+            x = _expanded(self.expand(x), context.layout, layout)
         if x.shape[:2] != source.shape[:2]:
             raise UnsupportedShape(f"skip: x has {x.shape[1]} tokens, and {self.config.source!r} {source.shape[1]}")
         y = self.joined(torch.cat([x, source], dim=-1))
-        if self.expand is None:
-            return Output(y)
-        shared = {name: value for name, value in context.shared.items() if isinstance(value, Memory)}
-        return Output(y, context=Context(layout, condition=context.condition, shared=shared))
+        return Output(y, context=None if self.expand is None else of_other_tokens(context, layout))
+
+    def _source(self, context: Context) -> tuple[Tensor, Layout | None]:
+        """The tokens that are joined, and their layout: a memory's "x", or a tensor, which lies as the tokens do."""
+        name, reader = self.config.source, type(self).__name__
+        found = context.read(name, reader)
+        if isinstance(found, Tensor):
+            source, layout = found, context.layout
+        else:
+            memory = context.memory(name, reader, "x")
+            source, layout = memory.tensors["x"], memory.layout
+        if source.shape[-1] != self.source_dim:
+            raise UnsupportedShape(
+                f"skip: {name!r} has {source.shape[-1]} channels, and SkipConfig.source_dim says {self.source_dim}"
+            )
+        return source, layout
 
 
-def _expanded(x: Tensor, coarse: Grid, fine: Grid) -> Tensor:
-    """Cells (b, t h w, 4 d) as 2 × 2 cells each, cut to the finer grid."""
-    (t, h, w), (_, fine_h, fine_w) = coarse, fine
+def _expanded(x: Tensor, coarse: Layout, fine: Layout | None) -> Tensor:
+    """Cells (b, t h w, 4 d) as 2 × 2 cells each, cut to the finer grid; packed images each by itself."""
+    for layout in (coarse, fine):
+        if layout is None or layout.causal or layout.grid is None or layout.extra or not layout.rows:
+            raise UnsupportedCall(
+                "skip with expand needs Layout(causal=False, grid=...) with rows and without extra tokens, of the "
+                f"tokens and of the source, not {layout!r}"
+            )
+    if coarse.cu_seqlens is None and fine.cu_seqlens is None:
+        return _finer(x, coarse.grid, fine.grid)
+    if coarse.cu_seqlens is None or fine.cu_seqlens is None or len(coarse.grid) != len(fine.grid):
+        raise UnsupportedShape(f"skip: the tokens' grids are {coarse.grid}, and the source's {fine.grid}")
+    images = x.split([t * h * w for t, h, w in coarse.grid], dim=1)
+    grids = zip(coarse.grid, fine.grid, strict=True)
+    return torch.cat([_finer(image, *pair) for image, pair in zip(images, grids, strict=True)], dim=1)
+
+
+def _finer(x: Tensor, coarse: Grid, fine: Grid) -> Tensor:
+    (t, h, w), (fine_t, fine_h, fine_w) = coarse, fine
+    if fine_t != t or (fine_h + 1) // 2 != h or (fine_w + 1) // 2 != w:
+        raise UnsupportedShape(f"skip: the source's grid {fine} is not twice as fine as the tokens', {coarse}")
     x = x.unflatten(1, (t, h, w)).unflatten(-1, (2, 2, -1))
     x = x.permute(0, 1, 2, 4, 3, 5, 6).reshape(x.shape[0], t, 2 * h, 2 * w, -1)
     return x[:, :, :fine_h, :fine_w].flatten(1, 3)

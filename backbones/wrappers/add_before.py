@@ -66,7 +66,7 @@ class AddBefore(SequenceLayer):
     def forward(self, x: Tensor, context: Context, state: State | None = None) -> Output:
         context = Context.of(context)
         before = {} if state is None else state.parts
-        wide = x if self.concat is None else torch.cat([x, context.read(self.concat, type(self).__name__)], dim=-1)
+        wide = x if self.concat is None else torch.cat([x, context.tensor(self.concat, type(self).__name__)], dim=-1)
         branch = self.branch(wide, context, before.get("branch"))
         context = context.with_shared(branch.shared)
         out = self.inner(self.norm(x + self.linear(branch.y)), context, before.get("inner"))

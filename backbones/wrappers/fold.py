@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -18,8 +19,6 @@ from ..layout import Grid, Layout, offsets
 from ..registry import build_part
 from ..state import State
 from .base import WrapperConfig, register_wrapper
-
-GROUPS = ("windows", "rows", "columns", "frames", "time")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +40,11 @@ class FoldConfig(WrapperConfig):
     shift: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
-        if self.groups not in GROUPS:
-            raise ConfigError(f"FoldConfig.groups is {self.groups!r}; it must be one of {', '.join(GROUPS)}")
-        if len(self.window) != 2 or min(self.window) < 1:
+        if min(self.window) < 1:
             raise ConfigError(f"FoldConfig.window is {self.window}; it must be (height, width), each at least 1")
-        if len(self.shift) != 2 or not all(0 <= s < w for s, w in zip(self.shift, self.window, strict=True)):
+        if not all(0 <= s < w for s, w in zip(self.shift, self.window, strict=True)):
             raise ConfigError(f"FoldConfig.shift is {self.shift}; it must be from 0 on and below window, {self.window}")
         object.__setattr__(self, "inner", configured(MixerConfig, self.inner))
-        object.__setattr__(self, "window", tuple(self.window))
-        object.__setattr__(self, "shift", tuple(self.shift))
 
 
 @register_wrapper(
@@ -65,7 +60,13 @@ class Fold(SequenceLayer):
     def __init__(self, dim: int, config: FoldConfig, site: Site):
         super().__init__()
         self.config = config
-        self.inner = build_part(config.inner, dim, site)
+        # Its cells have a context of their own, without what others share.
+        self.inner = build_part(config.inner, dim, dataclasses.replace(site, written=frozenset()))
+        if unserved := sorted(self.inner.capabilities.reads - {"positions"}):
+            raise ConfigError(
+                f"FoldConfig.inner, {type(self.inner).__name__}, reads {unserved[0]!r}, which groups of cells do "
+                "not have; put it into a block of its own"
+            )
         if not self.inner.capabilities.bidirectional:
             raise UnsupportedCall(
                 f"{type(self.inner).__name__} is causal, and the cells of a group see each other; configure "
@@ -80,7 +81,6 @@ class Fold(SequenceLayer):
             rows_independent=inner.rows_independent,
             needs_grid=True,
             receptive_field=None,
-            reads=inner.reads - {"positions"},
         )
 
     def forward(self, x: Tensor, context: Context, state: State | None = None) -> Output:

@@ -61,12 +61,20 @@ class MixtureOfDepths(SequenceLayer):
         super().__init__()
         self.config = config
         self.block = inner_block(dim, config.block, site)
+        if self.block.first.stream != "tokens":
+            raise ConfigError(
+                f"MixtureOfDepthsConfig.block has the residual form {config.block.residual!r}, whose stream is "
+                f"{self.block.first.stream}; what the block adds to tokens needs one whose stream is tokens, such as "
+                "'pre'"
+            )
         self.router = Linear(dim, 1, bias=False)
         self.predictor = nn.Linear(dim, 1)
         own = self.block.capabilities
         # A bounded receptive field counts tokens of the whole sequence, and the block sees chosen ones.
         field = 1 if own.receptive_field == 1 else None
-        self.capabilities = Capabilities(**{**vars(own), "blockwise": False, "receptive_field": field})
+        # What the block shares is of chosen tokens only, and later layers need all.
+        changed = {"blockwise": False, "receptive_field": field, "writes": frozenset()}
+        self.capabilities = Capabilities(**{**vars(own), **changed})
 
     def forward(self, x: Tensor, context: Context | Layout, state: State | None = None) -> Output:
         context, losses = Context.of(context), {}

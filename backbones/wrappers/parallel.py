@@ -35,8 +35,6 @@ class ParallelConfig(WrapperConfig):
     scales: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.fuse not in ("norm_mean", "sum"):
-            raise ConfigError(f"ParallelConfig.fuse is {self.fuse!r}; it must be 'norm_mean' or 'sum'")
         if len(self.parts) < 2:
             raise ConfigError(f"ParallelConfig.parts is {self.parts}; it must hold two parts or more")
         if self.scales is not None and len(self.scales) != len(self.parts):

@@ -14,6 +14,7 @@ from ...backbones.config import positive
 from ...backbones.layout import Layout
 from ...backbones.norm import RMSNorm
 from ...backbones.registry import Registry
+from ...backbones.typed import Config
 from ...errors import ConfigError, UnsupportedCall
 from ..image.tokenizer import PatchTokenizer, PatchTokenizerConfig
 from .convolution import Convolution, sinusoids
@@ -21,7 +22,7 @@ from .mel import LogMel, MelConfig, SpecAugment, SpecAugmentConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrontConfig:
+class FrontConfig(Config):
     """Base of every audio front's options.
 
     Args:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...backbones.config import positive
+from ...backbones.typed import Config
 from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
 from ...utils.modes import constant_in_graphs, outliving_modes, own_precision
 
@@ -24,7 +25,7 @@ AUDIOSET_MEAN, AUDIOSET_STD = -4.2677393, 2 * 4.5689974
 
 
 @dataclass(frozen=True, kw_only=True)
-class MelConfig:
+class MelConfig(Config):
     """How a wave becomes a log-mel spectrogram; `MelConfig.whisper()` and `MelConfig.kaldi()` are the usual ones.
 
     Args:
@@ -238,7 +239,7 @@ class LogMel(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpecAugmentConfig:
+class SpecAugmentConfig(Config):
     """Masks of a spectrogram in training (SpecAugment, arXiv 1904.08779, section 2, without time warping).
 
     Args:

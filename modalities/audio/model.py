@@ -13,6 +13,7 @@ from torch import Tensor
 from ...backbones import BackboneConfig, State, list_mixers
 from ...backbones.heads import ClassificationHeadConfig
 from ...backbones.scan import scan_orders
+from ...backbones.typed import Config
 from ...errors import ConfigError
 from ..common.classifier import Classifier, parted, plain_backbone
 from .fronts import (
@@ -29,7 +30,7 @@ from .tokenizer import AudioTokenizer, AudioTokenizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class AudioClassifierConfig:
+class AudioClassifierConfig(Config):
     """An audio classifier: tokenizer, backbone and head, whose widths agree."""
 
     audio: AudioTokenizerConfig

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from ...backbones.config import configured, positive, to_plain
 from ...backbones.layout import Layout
 from ...backbones.registry import build_part
+from ...backbones.typed import Config
 from ...errors import ConfigError, UnsupportedShape
 from .fronts import FrontConfig, FrontState, list_fronts
 
 
 @dataclass(frozen=True, kw_only=True)
-class AudioTokenizerConfig:
+class AudioTokenizerConfig(Config):
     """How waves become tokens.
 
     Args:

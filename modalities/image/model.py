@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ...backbones import BackboneConfig, list_mixers
 from ...backbones.heads import ClassificationHeadConfig
+from ...backbones.typed import Config
 from ...errors import ConfigError
 from ..common.classifier import Classifier, parted, plain_backbone
 from .tokenizer import PatchTokenizer, PatchTokenizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageClassifierConfig:
+class ImageClassifierConfig(Config):
     """An image classifier: tokenizer, backbone and head, whose widths agree."""
 
     image: PatchTokenizerConfig

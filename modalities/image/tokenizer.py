@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...backbones.config import positive
 from ...backbones.layout import Layout
+from ...backbones.typed import Config
 from ...errors import ConfigError, UnsupportedShape
 from ..common.grid import GridTokenizer, check_beside, pad_to_whole, resize_kernel, resize_table, sizes, strided_product
 
@@ -19,7 +20,7 @@ POSITIONS = ("learned", "factorised", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchTokenizerConfig:
+class PatchTokenizerConfig(Config):
     """How images become tokens.
 
     Args:

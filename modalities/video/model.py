@@ -12,6 +12,7 @@ from torch import Tensor
 from ...backbones import BackboneConfig, State, list_mixers
 from ...backbones.heads import ClassificationHeadConfig
 from ...backbones.scan import needs_rows, scan_orders
+from ...backbones.typed import Config
 from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
 from ..common.classifier import Classifier, parted, plain_backbone
 from .reduction import Grid
@@ -19,7 +20,7 @@ from .tokenizer import TubeletTokenizer, TubeletTokenizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoClassifierConfig:
+class VideoClassifierConfig(Config):
     """A video classifier: tokenizer, backbone and head, whose widths agree."""
 
     video: TubeletTokenizerConfig

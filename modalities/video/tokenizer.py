@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...backbones.config import positive
 from ...backbones.layout import Layout
+from ...backbones.typed import Config
 from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
 from ..common.grid import GridTokenizer, check_beside, pad_to_whole, resize_kernel, resize_table, sizes, strided_product
 from ..image.tokenizer import PatchTokenizer
@@ -24,7 +25,7 @@ _AXES = ("t", "h", "w")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TubeletTokenizerConfig:
+class TubeletTokenizerConfig(Config):
     """How videos become tokens.
 
     Args:

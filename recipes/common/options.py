@@ -9,11 +9,12 @@ from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 
+from ...backbones.typed import Config
 from ...errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions:
+class DataOptions(Config):
     """What every data set takes. An option that is None has the data set's own default.
 
     Args:

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from ...backbones.config import BackboneConfig, FFNConfig, ObjectiveConfig, ResidualConfig
+from ...backbones.config import BackboneConfig, FFNConfig, ObjectiveConfig, ResidualConfig, scanning
 from ...backbones.registry import REGISTRIES, lookup
 from ...backbones.serialization import from_dict, to_dict
 from ...errors import ConfigError
@@ -157,6 +157,11 @@ class Trees:
                 node = node.get(key) if isinstance(node, dict) else None
             if isinstance(node, dict) and isinstance(node.get(last), dict):
                 _check_part(base, last, node[last])
+        backbone = self.values["backbone"]
+        if isinstance(backbone, dict) and backbone.get("scan") == self._scan != "both":
+            # The recipe starts with it, for mixers that scan; nobody has asked for it.
+            layers = build("backbone", backbone | {"scan": "forward"}).layers
+            backbone["scan"] = self._scan if any(map(scanning, layers)) else "forward"
         return {name: to_dict(build(name, value)) for name, value in self.values.items()}
 
 

@@ -33,7 +33,8 @@ def subjects(keep):
 
 
 every = subjects(lambda can, system: True)
-sequential = subjects(lambda can, system: can.causal and not system.train and system.layout is None)
+causal = subjects(lambda can, system: can.causal and not system.train and system.layout is None)
+sequential = subjects(lambda can, system: can.causal and can.streaming and not system.train and system.layout is None)
 
 
 def floating(state: State | None) -> list[torch.Tensor]:
@@ -102,7 +103,7 @@ def test_law_2_pieces_are_the_whole(name):
 def test_law_3_packed_is_each_alone(name):
     system, net = SYSTEMS[name], SYSTEMS[name].backbone()
     packed = Layout(cu_seqlens=offsets(torch.tensor(LENGTHS)))
-    n, t = len(LENGTHS), sum(LENGTHS)
+    n, t, resumes = len(LENGTHS), sum(LENGTHS), CAPABILITIES[name].streaming
 
     def each_alone(*, x, **parameters):
         outputs = []
@@ -110,14 +111,16 @@ def test_law_3_packed_is_each_alone(name):
         for i, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
             rows = slice(i, i + 1)
             out = functional_call(net, parameters, (first, system.context(first, rows=rows)))
-            rest = functional_call(net, parameters, (second, system.context(second, rows=rows), out.state))
+            state = out.state if resumes else None
+            rest = functional_call(net, parameters, (second, system.context(second, rows=rows), state))
             outputs.append((out.y, rest.y))
         return tuple(torch.cat(part, dim=1) for part in zip(*outputs, strict=True))
 
     def together(*, x, **parameters):
         first, second = x.split(t, 1)
         out = functional_call(net, parameters, (first, system.context(first, packed, slice(0, n))))
-        rest = functional_call(net, parameters, (second, system.context(second, packed, slice(0, n)), out.state))
+        state = out.state if resumes else None
+        rest = functional_call(net, parameters, (second, system.context(second, packed, slice(0, n)), state))
         return out.y, rest.y
 
     given = arguments(net, system.tokens(1, 2 * t))
@@ -147,7 +150,7 @@ def test_law_3_packed_images_are_each_alone(name):
     assert_equal(results(together, given), results(each_alone, given))
 
 
-@sequential
+@causal
 def test_law_4_no_token_sees_the_future(name):
     system, net = SYSTEMS[name], SYSTEMS[name].backbone()
     x = system.tokens(2, 8).requires_grad_()
@@ -173,7 +176,8 @@ def test_law_5_runs_repeat_and_change_nothing_in_place(name):
     x = system.tokens(2)
     context = system.context(x)
     flat = [t for t in torch.utils._pytree.tree_leaves(context) if isinstance(t, torch.Tensor)]
-    state = net(x, context).state if net.capabilities.causal and not system.train else None
+    resumes = net.capabilities.causal and net.capabilities.streaming and not system.train
+    state = net(x, context).state if resumes else None
     kept = [t.clone() for t in (*flat, *([] if state is None else state.tensors()))]
     first, second = (net(x, context, state) for _ in range(2))
     assert torch.equal(first.y, second.y)

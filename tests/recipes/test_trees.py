@@ -132,6 +132,7 @@ def test_every_part_is_known_by_its_name_and_by_its_class():
         ("--model.backbone.norm 3", "BackboneConfig.norm is 3; it must be true or false"),
         ("--model.pattern gla", "did you mean"),
         ("--model.ffn '{type: moe'", "--model.ffn: cannot read '{type: moe'"),
+        ("--model.mixer attention --model.scan hilbert", "scan is 'hilbert', and no mixer that it is for"),
         ("--model.mixer", "--model.mixer needs a value"),
         ("--model.training.lr x", "--model.training.lr is 'x'; it must be a number"),
         ("--model.objective.eps 1", "unrecognized arguments: --model.objective.eps"),
@@ -174,3 +175,10 @@ def test_in_python_a_recipe_takes_the_configuration_itself():
     backbone = BackboneConfig(dim=16, depth=2, pattern=("gla",), scan="both", ffn="moe")
     module = VisionClassification(backbone=backbone, patch=4)
     assert module.model.config.backbone == backbone and module.mixer == "gla"
+
+
+def test_a_recipe_s_own_scan_is_for_mixers_that_scan(capsys):
+    assert shown(capsys, "", "video")["backbone"]["scan"] == "temporal-first"
+    assert shown(capsys, "--model.mixer attention,gla", "video")["backbone"]["scan"] == "temporal-first"
+    assert shown(capsys, "--model.mixer attention", "video")["backbone"]["scan"] == "forward"
+    assert shown(capsys, "--model.mixer attention", "vision")["backbone"]["scan"] == "both"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from omnimix.backbones import Backbone, BackboneConfig, BlockConfig, Layout
+from omnimix.backbones import Backbone, BackboneConfig, BlockConfig, Layout, StageConfig
 from omnimix.backbones.mixers.cross_attention import CrossAttentionConfig
 from omnimix.backbones.residual.norms import GatedConfig
 from omnimix.errors import ConfigError, UnsupportedCall
@@ -70,5 +70,21 @@ SYSTEMS = {
             inputs=("encoder",),
         ),
         given=lambda sequences: {"shared": {"encoder": random_memory(sequences, 4, 16)}},
+    ),
+    # Each token attends to what an earlier stage made of it and of those before it.
+    "earlier_stage": System(
+        config=BackboneConfig(
+            dim=16,
+            depth=2,
+            ffn=None,
+            stages=(
+                StageConfig(dim=16, depth=1, pattern=("gla",)),
+                StageConfig(
+                    dim=16,
+                    depth=1,
+                    pattern=(BlockConfig(mixer=CrossAttentionConfig(source="stages.0", heads=2, rope=True)),),
+                ),
+            ),
+        )
     ),
 }

@@ -61,7 +61,7 @@ SYSTEMS = {
                 StageConfig(dim=8, depth=1, transition=SkipConfig(source="stages.0", source_dim=8, expand=True)),
             ),
         ),
-        grids=GRIDS[:1],
+        grids=GRIDS,
         checks=(the_skip_carries_detail,),
     ),
     # U-ViT (arXiv 2209.12152), which may as well be causal.

@@ -6,10 +6,11 @@ import dataclasses
 
 import torch
 
-from omnimix.backbones import Backbone, BackboneConfig, BlockConfig, Context, Layout
+from omnimix.backbones import Backbone, BackboneConfig, BlockConfig, Context, Layout, StageConfig
 from omnimix.backbones.ffn.rwkv import RWKVConfig
 from omnimix.backbones.mixers.attention import AttentionConfig
 from omnimix.backbones.mixers.rwkv7 import RWKV7Config
+from omnimix.backbones.wrappers.mixture_of_depths import MixtureOfDepthsConfig
 
 from . import System
 
@@ -50,6 +51,34 @@ CHECKS = (values_are_the_first_layers_or_ones_own,)
 SYSTEMS = {
     "rwkv7": _value_residual("forward"),
     "rwkv7_cross": _value_residual("cross"),
+    # What chosen tokens, another width or another direction have is not read.
+    "rwkv7_pyramid": System(
+        config=BackboneConfig(
+            dim=16,
+            depth=4,
+            pattern=(_rwkv7(),),
+            scan="both",
+            stages=(
+                StageConfig(dim=16, depth=2),
+                StageConfig(dim=8, depth=2, transition="merge"),
+            ),
+        ),
+        grids=((1, 3, 2), (2, 2, 2)),
+    ),
+    "rwkv7_depths": System(
+        config=BackboneConfig(
+            dim=16,
+            depth=3,
+            pattern=(
+                BlockConfig(mixer=MixtureOfDepthsConfig(block=_rwkv7()), ffn=None, residual="none"),
+                _rwkv7(),
+            ),
+        ),
+        compiles=False,
+    ),
+    "rwkv7_tied": System(
+        config=BackboneConfig(dim=16, depth=3, pattern=(dataclasses.replace(_rwkv7(), tie="shared"),))
+    ),
     "rwkv_channel_mixing": System(
         config=BackboneConfig(
             dim=16,
