@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ...errors import ConfigError
-from ..config import ObjectiveConfig, fraction, positive
+from ..config import ObjectiveConfig, bounded, fraction, positive
 from ..layer import Capabilities
 from ..layout import Layout, unpack
 from ..state import State
@@ -47,10 +46,7 @@ class BlockDiffusionConfig(ObjectiveConfig):
     def __post_init__(self) -> None:
         positive(self, "block")
         fraction(self, "low")
-        if not self.low < self.high <= 1:
-            raise ConfigError(
-                f"BlockDiffusionConfig.high is {self.high}; it must be above low, {self.low}, and at most 1"
-            )
+        bounded(self, "high", above=self.low, most=1, wanted=f"above low, {self.low}, and at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)

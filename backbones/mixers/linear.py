@@ -38,7 +38,7 @@ class LinearConfig(MixerConfig):
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        positive(self, "heads")
+        positive(self, "heads", "eps")
         if self.feature_map not in ("elu", "relu"):
             raise ConfigError(f"feature_map is {self.feature_map!r}; it must be 'elu' or 'relu'")
 
