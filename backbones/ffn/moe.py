@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ...kernels import grouped_mm
 from ...kernels.grouped_mm import combine, dispatch, route
-from ...utils.modes import own_precision
+from ...utils.modes import own_precision, transforming
 from ..config import FFNConfig, Site, bounded, not_negative, positive
 from ..context import Context
 from ..layer import Output
@@ -135,8 +135,10 @@ class MoE(FFN):
         logits = self._logits(tokens)
         chosen, weight, probability = self._choose(logits)
         to = route(chosen, self.config.experts)
-        with torch.no_grad():
-            self.load.add_(to.counts)
+        # Within a transform of torch.func the counts are its own.
+        if not transforming():
+            with torch.no_grad():
+                self.load.add_(to.counts)
         gate, value = self.in_proj(dispatch(tokens, to), to.counts).chunk(2, dim=-1)
         y = combine(self.out_proj(F.silu(gate) * value, to.counts), weight, to).view_as(x)
         if self.shared is not None:
