@@ -37,6 +37,10 @@ class BackendUnavailable(OmnimixError, RuntimeError):
     """A named kernel backend cannot serve the call, with the reason."""
 
 
+class NotFinite(OmnimixError, ArithmeticError):
+    """NaN or infinity where a result depends on numbers: weights or inputs that hold some, or values that overflow."""
+
+
 class MediaError(OmnimixError, OSError):
     """An image, video, audio or text file that cannot be read."""
 

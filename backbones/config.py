@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, ClassVar
 
 from ..errors import ConfigError
@@ -330,24 +332,51 @@ def resolved(entry: BlockConfig | str) -> BlockConfig:
     )
 
 
-def positive(config: Any, *names: str) -> None:
-    """Raise ConfigError unless each named field is greater than 0 (or None)."""
+def bounded(
+    config: Any,
+    *names: str,
+    least: float | int = -math.inf,
+    above: float | int = -math.inf,
+    most: float | int = math.inf,
+    below: float | int = math.inf,
+    wanted: str = "a finite number",
+) -> None:
+    """Raise ConfigError unless each named field is a finite number within the bounds (or None).
+
+    Args:
+        config: whose fields they are.
+        names: of the fields.
+        least, above: the lower bound, included or excluded.
+        most, below: the upper bound, included or excluded.
+        wanted: what the message says that the value must be.
+    """
     for name in names:
         value = getattr(config, name)
-        # Written so that NaN, which compares with nothing, is refused.
-        if value is not None and not value > 0:
-            raise ConfigError(f"{type(config).__name__}.{name} is {value}; it must be greater than 0")
+        if value is None:
+            continue
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        # NaN compares with nothing, and would pass where a comparison refuses.
+        if not (number and math.isfinite(value) and least <= value <= most and above < value < below):
+            raise ConfigError(f"{type(config).__name__}.{name} is {value!r}; it must be {wanted}")
+
+
+def positive(config: Any, *names: str) -> None:
+    """Raise ConfigError unless each named field is a finite number greater than 0 (or None)."""
+    bounded(config, *names, above=0, wanted="greater than 0 and finite")
+
+
+def not_negative(config: Any, *names: str) -> None:
+    """Raise ConfigError unless each named field is a finite number of at least 0 (or None)."""
+    bounded(config, *names, least=0, wanted="at least 0 and finite")
 
 
 def fraction(config: Any, *names: str) -> None:
     """Raise ConfigError unless each named field lies in [0, 1)."""
-    for name in names:
-        if not 0 <= getattr(config, name) < 1:
-            raise ConfigError(f"{type(config).__name__}.{name} is {getattr(config, name)}; it must be in [0, 1)")
+    bounded(config, *names, least=0, below=1, wanted="in [0, 1)")
 
 
 def divides(config: Any, name: str, total: int, what: str) -> None:
-    """Raise ConfigError unless the named field divides `total`."""
+    """Raise ConfigError unless the named field, a number above 0, divides `total`."""
     value = getattr(config, name)
     if value is not None and total % value:
         raise ConfigError(f"{type(config).__name__}.{name} is {value}; it must divide {what}, {total}")

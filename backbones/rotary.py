@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import ConfigError, UnsupportedShape
+from .config import bounded
 
 # YaRN's borders between what is stretched and what is not, in turns over the trained length (section 3.2).
 SLOW, FAST = 1.0, 32.0
@@ -37,8 +38,7 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "ntk", "yarn"):
             raise ConfigError(f"RopeScaling.kind is {self.kind!r}; it must be 'linear', 'ntk' or 'yarn'")
-        if self.factor < 1 or self.trained < 1:
-            raise ConfigError(f"RopeScaling.factor {self.factor} and trained {self.trained} must be at least 1")
+        bounded(self, "factor", "trained", least=1, wanted="at least 1 and finite")
 
 
 def rotary(

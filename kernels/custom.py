@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..utils.modes import own_precision
+from ..errors import UnsupportedCall
+from ..utils.modes import own_precision, transforming
 
+REMEDY = "take it of the backend 'reference': omnimix.kernels.using('reference')"
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -31,7 +33,13 @@ class CustomOp:
         self._function = function
         self._op = torch.library.custom_op(name, function, mutates_args=())
         self._packet = getattr(torch.ops.omnimix, name.partition("::")[2])
-        self._eager: type[torch.autograd.Function] | None = None
+
+        def refuse(ctx: Any, *gradients: Tensor | None) -> Any:
+            raise UnsupportedCall(f"{self._packet} has no derivative; {REMEDY}")
+
+        # What has no derivative says so, by whichever way it is reached.
+        self._op.register_autograd(refuse)
+        self._eager, self._transformed = self._functions(refuse, lambda ctx, inputs, output: None)
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """What the op gives for fake and meta tensors: empty tensors."""
@@ -50,25 +58,47 @@ class CustomOp:
             with own_precision(device):
                 return backward(ctx, *gradients)
 
+        self._op.register_autograd(outside, setup_context=setup)
+        self._eager, self._transformed = self._functions(outside, setup)
+
+    def _functions(self, backward: Callable[..., Any], setup: Callable[..., None]) -> tuple[type, type]:
+        """Two autograd.Functions: for plain eager calls, and for the transforms of torch.func."""
+
         def forward(ctx: Any, *arguments: Any) -> Any:
             output = self._function(*arguments)
             setup(ctx, arguments, output)
             return output
 
-        self._op.register_autograd(outside, setup_context=setup)
-        # With `setup_context` of its own, torch would look up the function's signature at every call.
-        members = {"forward": forward, "backward": outside}
+        def tangents(ctx: Any, *arguments: Any) -> Any:
+            raise UnsupportedCall(f"{self._packet} has no forward derivative; {REMEDY}")
+
+        # A transform differentiates the call within it, which may be transformed once more.
+        inner = {"forward": lambda *arguments: self(*arguments), "setup_context": setup, "vmap": self._one_by_one}
+        # With `setup_context` of its own, torch would look up the function's signature at every eager call.
+        kinds = ({"forward": forward}, inner | {"jvp": tangents})
         name = f"{self._packet}".replace(".", "_")
-        self._eager = type(name, (torch.autograd.Function,), {n: staticmethod(f) for n, f in members.items()})
+        made = [{n: staticmethod(f) for n, f in (kind | {"backward": backward}).items()} for kind in kinds]
+        return tuple(type(name, (torch.autograd.Function,), members) for members in made)
+
+    def _one_by_one(self, info: Any, dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        """torch.vmap: the calls one after another, their results stacked."""
+        pairs = list(zip(arguments, dims, strict=True))
+        # A list of numbers has a list of dimensions, all of them None.
+        rows = [
+            self(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in pairs)) for i in range(info.batch_size)
+        ]
+        if isinstance(rows[0], tuple):
+            return tuple(map(torch.stack, zip(*rows, strict=True))), (0,) * len(rows[0])
+        return torch.stack(rows), 0
 
     def __call__(self, *arguments: Any) -> Any:
         """The function's result."""
         if _heard(arguments):
-            return self._packet(*arguments)
+            # The op's own autograd has no rules for torch.func.
+            return self._transformed.apply(*arguments) if transforming() else self._packet(*arguments)
         if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
             return self._function(*arguments)
-        # An op without a formula says so itself.
-        return self._packet(*arguments) if self._eager is None else self._eager.apply(*arguments)
+        return self._eager.apply(*arguments)
 
 
 def custom_op(name: str, function: Callable[..., Any] | None = None) -> Any:

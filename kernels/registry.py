@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import BackendUnavailable, UnknownName
 from ..utils.modes import autocast_enabled, constant_in_graphs, own_precision
+from .common.checks import Argument, check_tensors
 
 Arguments = Mapping[str, Any]
 
@@ -161,6 +162,7 @@ class Op:
             a decay of shape `(heads,)` is none); the first one always has. Empty for ops on rows without order.
         cases: returns the op's cases (a function, so that nothing is built at import).
         summary: one line, the recurrence or formula.
+        tensors: what it asks of each tensor among its arguments, in the order of the public function's parameters.
         causal: whether output t depends on inputs up to t only, for all cases.
         flops: given a call's arguments, the floating-point operations of a forward pass's matrix products; None where
             these do not measure the work.
@@ -177,6 +179,7 @@ class Op:
     sequences: tuple[str, ...]
     cases: Callable[[], tuple[Case, ...]]
     summary: str
+    tensors: tuple[Argument, ...] = ()
     causal: bool = True
     flops: Callable[[Arguments], float] | None = None
     parts: Mapping[str, Callable[[Arguments], float]] = field(default_factory=dict)
@@ -189,6 +192,14 @@ class Op:
     def function(self) -> Callable[..., Any]:
         """The public function, which checks its arguments and calls `dispatch`."""
         return getattr(import_module(f".{self.name}", package="omnimix.kernels"), self.name)
+
+    def check(self, *tensors: Tensor | None) -> None:
+        """Look at the tensors of a call, in the order of `self.tensors`: the door of every op, before any backend.
+
+        Raises:
+            UnsupportedShape: a rank or dtype that the op does not serve, or several devices, with the argument's name.
+        """
+        check_tensors(self.name, self.tensors, tensors)
 
     def complete(self, arguments: Arguments) -> Arguments:
         """A call's arguments with the public function's defaults, as a backend sees them."""
@@ -256,7 +267,15 @@ class Op:
         chosen = self.choose(backend, arguments, device)
         if self.empty is not None and (nothing := self.empty(arguments)) is not None:
             return _connected(nothing, arguments)
-        return chosen.load()(**arguments)
+        run = chosen.load()
+        if torch.compiler.is_compiling():
+            return run(**arguments)
+        try:
+            return run(**arguments)
+        except RuntimeError as error:
+            if any(sign in str(error) for sign in _TOO_LARGE):
+                raise BackendUnavailable(f"{self.name}: this call needs more memory than there is: {error}") from error
+            raise
 
     def explain(self, arguments: Arguments) -> list[dict[str, str]]:
         """One row a backend: its name, whether `auto` takes it for this call, and why (not)."""
@@ -283,6 +302,8 @@ class Op:
         return rows
 
 
+# How torch says that a CPU has no memory for a tensor, or that there can be none of that size.
+_TOO_LARGE = ("can't allocate memory", "calculation overflowed", "multiplication overflow", "larger than the maximum")
 _strict: ContextVar[bool] = ContextVar("omnimix_strict", default=False)
 _using: ContextVar[str | None] = ContextVar("omnimix_using", default=None)
 _ops: dict[str, Op] = {}

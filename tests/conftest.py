@@ -54,6 +54,7 @@ torch.set_num_threads(1)
 # other packages' models, processes, compilers and interpreted kernels. In the other files single tests are marked.
 SLOW = (
     "backbones/test_decoding.py",
+    "backbones/test_decoding_faults.py",
     "backbones/test_diffusion.py",
     "cli/test_bench_*.py",
     "cli/test_compile_kernels.py",

@@ -21,6 +21,11 @@ def constant_in_graphs(function: F) -> F:
     return function
 
 
+def transforming() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp, ...) is active, outside torch.compile."""
+    return torch._C._functorch.peek_interpreter_stack() is not None and not torch.compiler.is_compiling()
+
+
 @contextlib.contextmanager
 def outliving_modes() -> Iterator[None]:
     """What is made inside is a plain tensor on the CPU that may be kept.

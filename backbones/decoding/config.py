@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...errors import ConfigError
-from ..config import positive
+from ..config import bounded, positive
 from ..typed import Config
 
 
@@ -50,16 +50,11 @@ class GenerationConfig(Config):
         positive(self, "max_tokens", "top_k", "chunk", "beams")
         object.__setattr__(self, "forbidden", tuple(self.forbidden))
         object.__setattr__(self, "stop", tuple(tuple(s) for s in self.stop))
-        if self.temperature < 0:
-            raise ConfigError(f"GenerationConfig.temperature is {self.temperature}; it must be at least 0 (greedy)")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"GenerationConfig.top_p is {self.top_p}; it must be in (0, 1]")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise ConfigError(f"GenerationConfig.min_p is {self.min_p}; it must be in [0, 1]")
-        if self.repetition_penalty <= 0:
-            raise ConfigError(
-                f"GenerationConfig.repetition_penalty is {self.repetition_penalty}; it must be above 0 (1 for none)"
-            )
+        bounded(self, "temperature", least=0, wanted="at least 0 (greedy) and finite")
+        bounded(self, "top_p", above=0, most=1, wanted="in (0, 1]")
+        bounded(self, "min_p", least=0, most=1, wanted="in [0, 1]")
+        bounded(self, "repetition_penalty", above=0, wanted="above 0 (1 for none) and finite")
+        bounded(self, "length_penalty", "end", "seed")
         if () in self.stop:
             raise ConfigError("GenerationConfig.stop holds an empty sequence; each needs at least one id")
         if self.beams > 1 and self.temperature:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import threading
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
@@ -10,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
+from ...errors import ConfigError, NotFinite, UnsupportedCall, UnsupportedShape
 from ..language import LanguageModel
 from ..layer import unfit
 from ..layout import Layout
@@ -20,17 +22,30 @@ from .config import GenerationConfig
 CAUSAL = Layout(causal=True)
 
 
+# Modules that were in training mode, and how many calls hold them in evaluation mode now: calls of several threads
+# overlap, and the first to finish must not switch dropout on under the others.
+_held: dict[torch.nn.Module, int] = {}
+_holding = threading.Lock()
+
+
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards each of its modules is as before."""
-    training = [m for m in model.modules() if m.training]
-    if training:
-        model.eval()
+    """The model in evaluation mode; once the last of overlapping calls is done, each of its modules is as before."""
+    with _holding:
+        held = [m for m in model.modules() if m.training or m in _held]
+        if any(m.training for m in held):
+            model.eval()
+        for module in held:
+            _held[module] = _held.get(module, 0) + 1
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _holding:
+            for module in held:
+                _held[module] -= 1
+                if not _held[module]:
+                    del _held[module]
+                    module.training = True
 
 
 def check_decoder(model: LanguageModel, config: GenerationConfig | None = None) -> None:
@@ -71,9 +86,20 @@ def as_lists(prompts: Sequence[Sequence[int]] | Int[Tensor, "n t"], vocabulary: 
 
 
 def last_logits(model: LanguageModel, y: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
-    """Logits of float32 or wider."""
+    """Logits of float32 or wider.
+
+    Raises:
+        NotFinite: a row holds NaN or infinity, or nothing but -infinity, from which no token can be chosen.
+    """
     logits = model.logits(y)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # NaN and infinity are the largest of their row, and stay what they are in a sum.
+    if not math.isfinite(logits.amax(-1).sum(dtype=torch.float64)):
+        raise NotFinite(
+            "the model's logits are NaN or infinite; do its weights hold such values, or do activations exceed "
+            f"{y.dtype}?"
+        )
+    return logits
 
 
 def advance(model: LanguageModel, tokens: Int[Tensor, "n"], state: State) -> tuple[Float[Tensor, "n v"], State]:

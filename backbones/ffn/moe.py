@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ...kernels import grouped_mm
 from ...kernels.grouped_mm import combine, dispatch, route
-from ...utils.modes import autocast_enabled, own_precision
-from ..config import FFNConfig, Site, positive
+from ...utils.modes import autocast_enabled, own_precision, transforming
+from ..config import FFNConfig, Site, bounded, not_negative, positive
 from ..context import Context
 from ..layer import Output
 from ..state import State
@@ -65,9 +66,8 @@ class MoEConfig(FFNConfig):
             raise ConfigError(f"MoEConfig.router is {self.router!r}; it must be 'softmax' or 'sigmoid'")
         if self.normalise and self.active == 1:
             raise ConfigError("MoEConfig.normalise is True with one active expert: its weight would always be 1")
-        for name in ("shared", "balance", "z_loss", "bias_rate"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"MoEConfig.{name} is {getattr(self, name)}; it must be at least 0")
+        not_negative(self, "shared", "balance", "z_loss", "bias_rate")
+        bounded(self, "scale")
 
 
 class _Experts(nn.Module):
@@ -112,7 +112,7 @@ class MoE(FFN):
     """
 
     load: Tensor
-    steps: Tensor
+    bias: Tensor
 
     def __init__(self, dim: int, config: MoEConfig, site: Site):
         super().__init__()
@@ -128,16 +128,18 @@ class MoE(FFN):
         # It is no part of a checkpoint: new weights begin a new count.
         self.register_load_state_dict_post_hook(_count_anew)
         if config.router == "sigmoid":
-            # The bias in steps of `bias_rate`: whole numbers are exact in whatever dtype the module is.
-            self.register_buffer("steps", torch.zeros(config.experts, dtype=torch.int32))
+            # Float32 whatever the module's dtype; see `_apply`.
+            self.register_buffer("bias", torch.zeros(config.experts, dtype=torch.float32))
 
     def forward(self, x: Float[Tensor, "b t d"], context: Context, state: State | None = None) -> Output:
         tokens = x.flatten(0, 1)
         logits = self._logits(tokens)
         chosen, weight, probability = self._choose(logits)
         to = route(chosen, self.config.experts)
-        with torch.no_grad():
-            self.load.add_(to.counts)
+        # Within a transform of torch.func the counts are its own.
+        if not transforming():
+            with torch.no_grad():
+                self.load.add_(to.counts)
         gate, value = self.in_proj(dispatch(tokens, to), to.counts).chunk(2, dim=-1)
         y = combine(self.out_proj(F.silu(gate) * value, to.counts), weight, to).view_as(x)
         if self.shared is not None:
@@ -157,7 +159,7 @@ class MoE(FFN):
             weight, chosen = scores.topk(self.config.active, dim=-1)
         else:
             scores = logits.sigmoid()
-            chosen = (scores + self.config.bias_rate * self.steps).topk(self.config.active, dim=-1).indices
+            chosen = (scores + self.bias).topk(self.config.active, dim=-1).indices
             weight = scores.gather(1, chosen)
         if self.normalise:
             weight = weight / weight.sum(-1, keepdim=True).clamp_min(LEAST)
@@ -184,8 +186,25 @@ class MoE(FFN):
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.all_reduce(load)
             # Compared without a division, so that an even load moves nothing.
-            self.steps += (load.sum() - load * load.shape[0]).sign().to(self.steps.dtype)
+            self.bias += self.config.bias_rate * (load.sum() - load * load.shape[0]).sign()
         self.load.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoE:
+        before = self.bias if self.config.router == "sigmoid" else None
+        super()._apply(fn, recurse)
+        if before is not None and self.bias.dtype != before.dtype:
+            # A choice among experts is a step: half precision would move it.
+            self.bias = before.to(self.bias.device)
+        return self
+
+    def upgrade_state(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Bring what earlier versions wrote up to date: the bias in whole steps of its rate."""
+        if (steps := state_dict.pop(f"{prefix}steps", None)) is not None:
+            state_dict[f"{prefix}bias"] = self.config.bias_rate * steps.float()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest, **options) -> None:
+        self.upgrade_state(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **options)
 
     def train(self, mode: bool = True) -> MoE:
         if mode != self.training:

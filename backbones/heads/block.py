@@ -10,10 +10,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ...errors import ConfigError
-from ..config import ObjectiveConfig, fraction, positive
+from ..config import ObjectiveConfig, bounded, fraction, positive
 from ..layer import Capabilities
-from ..layout import Layout, unpack
+from ..layout import Layout, offsets, pack_rows, unpack
 from ..state import State
 from .denoiser import Denoiser
 from .noise import LEAST_LEVEL, draw_subsets, even, generator_of, noise_levels, paired_error, scored_tokens
@@ -47,10 +46,7 @@ class BlockDiffusionConfig(ObjectiveConfig):
     def __post_init__(self) -> None:
         positive(self, "block")
         fraction(self, "low")
-        if not self.low < self.high <= 1:
-            raise ConfigError(
-                f"BlockDiffusionConfig.high is {self.high}; it must be above low, {self.low}, and at most 1"
-            )
+        bounded(self, "high", above=self.low, most=1, wanted=f"above low, {self.low}, and at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +134,7 @@ class BlockDiffusion(Denoiser):
     ) -> Iterator[_Found]:
         """The masked tokens of each block, for v variants of every row's mask; `sizes`: the rows' lengths."""
         if self.block == 1 and self.shift:
-            yield self._causal(model, tokens, masked)
+            yield self._causal(model, tokens, sizes, masked)
             return
         block = self.block
         needed = torch.stack([part.any(-1) for part in masked.split(block, dim=2)], dim=2).tolist()
@@ -166,13 +162,16 @@ class BlockDiffusion(Denoiser):
                 return
             alive = clean
 
-    def _causal(self, model: LanguageModel, tokens: Int[Tensor, "n t"], masked: Bool[Tensor, "v n t"]) -> _Found:
+    def _causal(
+        self, model: LanguageModel, tokens: Int[Tensor, "n t"], sizes: list[int], masked: Bool[Tensor, "v n t"]
+    ) -> _Found:
         """Blocks of one token, predicted at the place before, are never read masked: one pass over all."""
-        out = model.hidden(tokens, Layout(causal="block", block=1))
+        lengths = torch.tensor(sizes, device=tokens.device)
+        borders = offsets(lengths)
+        out = model.hidden(pack_rows(tokens, lengths), Layout(causal="block", block=1, cu_seqlens=borders))
         variants, rows, places = masked.nonzero().unbind(1)
-        return _Found(
-            y=out.y[rows, places - 1], where=(variants, rows, places), losses=out.losses, tokens=tokens.numel()
-        )
+        y = out.y[0, borders[rows] + places - 1]
+        return _Found(y=y, where=(variants, rows, places), losses=out.losses, tokens=out.y.shape[1])
 
     @torch.no_grad()
     def log_likelihood(

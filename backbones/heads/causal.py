@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
+from ...errors import UnsupportedCall, UnsupportedShape
 from ...kernels import cross_entropy
-from ..config import ObjectiveConfig, positive
+from ..config import ObjectiveConfig, not_negative, positive
 from ..layer import unfit
-from ..layout import Layout
+from ..layout import Layout, offsets, pack_rows
 from .objective import Likelihood, Objective, ObjectiveLoss, register_objective
 
 if TYPE_CHECKING:
@@ -38,9 +38,7 @@ class CausalConfig(ObjectiveConfig):
 
     def __post_init__(self) -> None:
         positive(self, "ahead")
-        for name in ("ahead_weight", "z_loss"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"CausalConfig.{name} is {getattr(self, name)}; it must be at least 0")
+        not_negative(self, "ahead_weight", "z_loss")
 
 
 @register_objective(
@@ -80,7 +78,10 @@ class Causal(Objective):
         lengths: Tensor | None = None,
         counted: Tensor | None = None,
     ) -> ObjectiveLoss:
-        targets = shifted(tokens, 1, cu_seqlens, lengths, counted)
+        if lengths is not None:
+            # What fills rows up is no token: layers that count tokens or compare them do not meet it.
+            tokens, counted, cu_seqlens = packed(tokens, counted, lengths)
+        targets = shifted(tokens, 1, cu_seqlens, counted)
         count = int((targets != IGNORED).sum())
         # A graph has no branch that depends on the data.
         if not torch.compiler.is_compiling() and not count:
@@ -93,7 +94,7 @@ class Causal(Objective):
         if self.config.ahead > 1:
             total = loss.new_zeros(())
             for i, layer in enumerate(self.further):
-                later = shifted(tokens, i + 2, cu_seqlens, lengths, counted)
+                later = shifted(tokens, i + 2, cu_seqlens, counted)
                 total = total + cross_entropy(out.y + F.silu(layer(out.y)), weight, later)
             parts["ahead"] = total.detach() / len(self.further)
             loss = loss + self.config.ahead_weight * total / len(self.further)
@@ -118,23 +119,26 @@ class Causal(Objective):
         seed: int = 0,
     ) -> Likelihood:
         """Exact: `samples` and `seed` have no influence. The first token of a row is given."""
-        targets = shifted(tokens, 1, None, lengths, counted)
-        scored = targets != IGNORED
-        y = model.hidden(tokens, Layout(causal=True)).y
-        nats = cross_entropy(y, model.output_weight(y), targets, reduction="none").double().sum(1)
-        best = torch.stack([model.logits(row).argmax(-1) for row in y])
-        greedy = ((best == targets) | ~scored).all(1)
-        return Likelihood(nats=nats.cpu(), greedy=greedy.cpu())
+        cu_seqlens, sizes = None, [tokens.shape[1]] * len(tokens)
+        if lengths is not None:
+            sizes = lengths.tolist()
+            tokens, counted, cu_seqlens = packed(tokens, counted, lengths)
+        targets = shifted(tokens, 1, cu_seqlens, counted)
+        y = model.hidden(tokens, Layout(causal=True, cu_seqlens=cu_seqlens)).y
+        nats = cross_entropy(y, model.output_weight(y), targets, reduction="none").double().flatten().split(sizes)
+        pairs = zip(y.flatten(0, 1).split(sizes), targets.flatten().split(sizes), strict=True)
+        greedy = [((model.logits(row).argmax(-1) == own) | (own == IGNORED)).all() for row, own in pairs]
+        return Likelihood(nats=torch.stack([row.sum() for row in nats]).cpu(), greedy=torch.stack(greedy).cpu())
 
 
-def shifted(
-    tokens: Tensor, by: int, cu_seqlens: Tensor | None, lengths: Tensor | None, counted: Tensor | None
-) -> Tensor:
+def packed(tokens: Tensor, counted: Tensor | None, lengths: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Rows of these lengths, and which of their tokens are counted, one after another in one row; their boundaries."""
+    return pack_rows(tokens, lengths), None if counted is None else pack_rows(counted, lengths), offsets(lengths)
+
+
+def shifted(tokens: Tensor, by: int, cu_seqlens: Tensor | None, counted: Tensor | None) -> Tensor:
     """For each position the token `by` places later in its sequence, `IGNORED` where there is none or it is given."""
     targets = tokens if counted is None else tokens.masked_fill(~counted, IGNORED)
-    if lengths is not None:
-        place = torch.arange(tokens.shape[1], device=tokens.device)
-        targets = targets.masked_fill(place >= lengths[:, None], IGNORED)
     targets = F.pad(targets[:, by:], (0, min(by, tokens.shape[1])), value=IGNORED)
     if cu_seqlens is not None:
         place = torch.arange(tokens.shape[1], device=tokens.device)

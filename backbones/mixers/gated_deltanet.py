@@ -35,7 +35,7 @@ class GatedDeltaNetConfig(MixerConfig):
     negative: bool = False
 
     def __post_init__(self) -> None:
-        positive(self, "heads", "conv_size")
+        positive(self, "heads", "key_ratio", "value_ratio", "conv_size")
 
 
 class _Direction(DeltaDirection):

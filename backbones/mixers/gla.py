@@ -36,7 +36,7 @@ class GLAConfig(MixerConfig):
     gate_temperature: float = 16.0
 
     def __post_init__(self) -> None:
-        positive(self, "heads", "gate_rank", "gate_temperature")
+        positive(self, "heads", "key_ratio", "gate_rank", "gate_temperature")
 
 
 class _Direction(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...kernels import long_conv, short_conv
-from ..config import MixerConfig, Site, positive
+from ..config import MixerConfig, Site, bounded, positive
 from ..context import Context
 from ..parameters import mark
 from ..state import State
@@ -44,8 +44,7 @@ class HyenaConfig(MixerConfig):
 
     def __post_init__(self) -> None:
         positive(self, "length", "conv_size", "features", "filter_dim", "filter_depth", "frequency")
-        if self.order < 2:
-            raise ConfigError(f"order is {self.order}; it must be at least 2")
+        bounded(self, "order", least=2, wanted="at least 2 and finite")
         if self.features % 2:
             raise ConfigError(f"features is {self.features}; it must be even, a sine and a cosine each")
 

@@ -38,7 +38,7 @@ class LinearConfig(MixerConfig):
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        positive(self, "heads")
+        positive(self, "heads", "eps")
         if self.feature_map not in ("elu", "relu"):
             raise ConfigError(f"feature_map is {self.feature_map!r}; it must be 'elu' or 'relu'")
 
@@ -69,8 +69,9 @@ class Linear(Mixer):
         layout, memory = context.layout, None if state is None else state["memory"]
         q, k, v = (s.unflatten(-1, (self.heads, -1)) for s in self.in_proj(x).chunk(3, dim=-1))
         q, k = self._features(q), self._features(k)
-        # A channel of ones beside the values sums φ(k): numerator and normaliser come out of one product.
-        v = F.pad(v, (0, 1), value=1.0)
+        # A channel of ones beside the values sums φ(k): numerator and normaliser come out of one product. Both grow
+        # with the sequence, out of float16's range, and are wide until they are divided.
+        v = F.pad(v.to(torch.promote_types(v.dtype, torch.float32)), (0, 1), value=1.0)
         if layout.causal is True:
             o, memory = gated_linear(q, k, v, scale=1.0, initial_state=memory, cu_seqlens=layout.cu_seqlens)
         elif layout.cu_seqlens is not None or isinstance(layout.block, Tensor):

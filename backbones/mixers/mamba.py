@@ -43,8 +43,8 @@ class MambaConfig(MixerConfig):
     dt_max: float = 0.1
 
     def __post_init__(self) -> None:
-        positive(self, "expand", "state_size", "conv_size", "dt_rank")
-        if not 0 < self.dt_min <= self.dt_max:
+        positive(self, "expand", "state_size", "conv_size", "dt_rank", "dt_min", "dt_max")
+        if self.dt_min > self.dt_max:
             raise ConfigError(f"dt_min is {self.dt_min} and dt_max {self.dt_max}; 0 < dt_min <= dt_max must hold")
 
 

@@ -20,6 +20,8 @@ from .parts.unit import unit
 from .reference.rwkv7 import reference
 from .registry import register_mixer
 
+# Small keys have length 1 too (torch.nn.functional.normalize, as in the published code).
+LENGTH_EPS = 1e-12
 # Decays are exp(-e^{-1/2} σ(·)): at least 0.545 a step.
 STRONGEST = math.exp(-0.5)
 
@@ -87,7 +89,7 @@ class _Direction(nn.Module):
         if self.value is not None:
             v = torch.lerp(v, first[self.index].to(v.dtype), self.value(xv).sigmoid().to(v.dtype))
         own, rate = v, self.rate(xa).sigmoid()
-        removal = unit(k * self.removal, self.heads)
+        removal = unit(k * self.removal, self.heads, LENGTH_EPS)
         k = (k * (1 + (rate - 1) * self.replace)).to(v.dtype)
         r, k, v, rate = (s.unflatten(-1, (self.heads, -1)) for s in (r, k, v, rate))
         o, memory = delta_rule(

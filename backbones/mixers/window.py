@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedCall
 from ...kernels import attention
-from ..config import Site, positive
+from ..config import Site, not_negative, positive
 from ..context import Context
 from ..layer import Capabilities
 from ..layout import Layout
@@ -35,6 +35,7 @@ class WindowConfig(AttentionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(self, "window")
+        not_negative(self, "sinks")
 
 
 @register_mixer(

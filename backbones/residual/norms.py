@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import ResidualConfig, Site, positive
+from ..config import ResidualConfig, Site, bounded, positive
 from ..context import Context
 from ..layer import Output, SequenceLayer
 from ..norm import RMSNorm
@@ -152,6 +152,10 @@ class GatedConfig(PreConfig):
     """
 
     gate: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bounded(self, "gate")
 
 
 @register_residual(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UnsupportedCall, UnsupportedShape
-from ..config import Site, TransitionConfig
+from ..config import Site, TransitionConfig, positive
 from ..context import Context
 from ..layer import Capabilities, Output
 from ..layout import Grid, Layout
@@ -31,6 +31,9 @@ class SkipConfig(TransitionConfig):
     source: str
     source_dim: int | None = None
     expand: bool = False
+
+    def __post_init__(self) -> None:
+        positive(self, "source_dim")
 
 
 @register_transition(

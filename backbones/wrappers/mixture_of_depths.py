@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ..block import added
-from ..config import INHERIT, BlockConfig, Site, positive
+from ..config import INHERIT, BlockConfig, Site, bounded, positive
 from ..context import Context
 from ..layer import Capabilities, Output, SequenceLayer
 from ..layout import Layout
@@ -35,9 +35,8 @@ class MixtureOfDepthsConfig(WrapperConfig):
     predictor_loss: float = 0.01
 
     def __post_init__(self) -> None:
-        positive(self, "capacity", "predictor_loss")
-        if self.capacity > 1:
-            raise ConfigError(f"MixtureOfDepthsConfig.capacity is {self.capacity}; it must be in (0, 1]")
+        positive(self, "predictor_loss")
+        bounded(self, "capacity", above=0, most=1, wanted="in (0, 1]")
         if self.block.ffn == INHERIT:
             raise ConfigError("MixtureOfDepthsConfig.block has no ffn; name one, or None")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedShape
 from ..backends import backends
-from ..common.checks import check_boundaries
+from ..common.checks import check_boundaries, check_flag, check_real, check_whole, floats, integers
 from ..registry import Case, Draw, Op, register_op
 
 
@@ -53,7 +53,9 @@ def attention(
         UnsupportedShape: shapes that do not fit, with the argument's name.
         BackendUnavailable: the named backend cannot serve the call.
     """
-    _check(q, k, v, causal, window, sinks, cu_seqlens, q_positions, k_positions)
+    OP.check(q, k, v, cu_seqlens, q_positions, k_positions)
+    _check(q, k, v, causal, cu_seqlens, q_positions, k_positions)
+    _check_options(window, sinks, scale, causal)
     return OP.dispatch(
         backend,
         q=q,
@@ -69,19 +71,24 @@ def attention(
     )
 
 
-def _check(q, k, v, causal, window, sinks, cu_seqlens, q_positions, k_positions) -> None:
+def _check_options(window, sinks, scale, causal) -> None:
+    check_whole("window", window, least=1, optional=True)
+    check_whole("sinks", sinks, least=0)
+    check_real("scale", scale, optional=True)
+    check_flag("causal", causal)
+
+
+def _check(q, k, v, causal, cu_seqlens, q_positions, k_positions) -> None:
     b, tq, h, dk = q.shape
     tk, g = k.shape[1:3]
     if k.shape[0] != b or k.shape[3] != dk:
         raise UnsupportedShape(f"k: shape {tuple(k.shape)} does not fit q's {tuple(q.shape)}")
+    if dk < 1:
+        raise UnsupportedShape(f"q: shape {tuple(q.shape)} has no channels")
     if v.shape[:3] != k.shape[:3]:
         raise UnsupportedShape(f"v: shape {tuple(v.shape)} does not start with k's {tuple(k.shape[:3])}")
     if g < 1 or h % g:
         raise UnsupportedShape(f"k: its {g} heads must divide q's {h} heads")
-    if window is not None and window < 1:
-        raise UnsupportedShape(f"window: {window} is less than 1; pass None for no window")
-    if sinks < 0:
-        raise UnsupportedShape(f"sinks: {sinks} is negative; pass 0 for none")
     if q_positions is None and tq > tk and (causal or k_positions is not None):
         raise UnsupportedShape(f"q: {tq} queries cannot be the last of {tk} keys; pass q_positions")
     for name, positions, shape in (("q_positions", q_positions, (b, tq)), ("k_positions", k_positions, (b, tk))):
@@ -132,6 +139,7 @@ OP = register_op(
         cases=_cases,
         empty=_empty,
         summary="o = softmax(scale q k^T) v over the visible keys",
+        tensors=floats(q=4, k=4, v=4) + integers(cu_seqlens=1, q_positions=2, k_positions=2, optional=True),
         causal=False,
     )
 )

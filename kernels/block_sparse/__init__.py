@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedShape
 from ..backends import backends
-from ..common.checks import check_boundaries
+from ..common.checks import check_boundaries, check_flag, check_real, check_whole, floats, integers
 from ..common.tools import triton_refusal
 from ..registry import Case, Draw, Op, register_op
 
@@ -67,8 +67,10 @@ def block_sparse(
         UnsupportedShape: shapes that do not fit, with the argument's name.
         BackendUnavailable: the named backend cannot serve the call.
     """
+    OP.check(q, k, v, blocks, cu_seqlens, q_positions)
     query_block = block_size if query_block is None else query_block
-    _check(q, k, v, blocks, block_size, query_block, causal, cu_seqlens, q_positions)
+    _check_options(block_size, query_block, scale, causal)
+    _check(q, k, v, blocks, query_block, causal, cu_seqlens, q_positions)
     return OP.dispatch(
         backend,
         q=q,
@@ -84,19 +86,24 @@ def block_sparse(
     )
 
 
-def _check(q, k, v, blocks, block_size, query_block, causal, cu_seqlens, q_positions) -> None:
+def _check_options(block_size, query_block, scale, causal) -> None:
+    check_whole("block_size", block_size, least=1)
+    check_whole("query_block", query_block, least=1)
+    check_real("scale", scale, optional=True)
+    check_flag("causal", causal)
+
+
+def _check(q, k, v, blocks, query_block, causal, cu_seqlens, q_positions) -> None:
     (b, t, h, dk), (s, g) = q.shape, k.shape[1:3]
     f = blocks.shape[2]
     if k.shape[0] != b or k.shape[3] != dk:
         raise UnsupportedShape(f"k: shape {tuple(k.shape)} does not fit q's {tuple(q.shape)}")
+    if dk < 1:
+        raise UnsupportedShape(f"q: shape {tuple(q.shape)} has no channels")
     if v.shape[:3] != k.shape[:3]:
         raise UnsupportedShape(f"v: shape {tuple(v.shape)} does not start with k's {tuple(k.shape[:3])}")
     if g < 1 or h % g:
         raise UnsupportedShape(f"k: its {g} heads must divide q's {h} heads")
-    if block_size < 1 or query_block < 1:
-        raise UnsupportedShape(f"block_size, query_block: {block_size} and {query_block}; both must be at least 1")
-    if blocks.dtype not in (torch.int32, torch.int64):
-        raise UnsupportedShape(f"blocks: dtype {blocks.dtype}; pass int32 or int64")
     if blocks.shape[0] not in (1, b) or f < 1 or h % f or (f % g and g % f):
         raise UnsupportedShape(f"blocks: shape {tuple(blocks.shape)}; pass ({b}, rows, f, n) with f one of 1, {g}, {h}")
     if q_positions is not None and tuple(q_positions.shape) != (b, t):
@@ -213,6 +220,7 @@ OP = register_op(
         flops=_flops,
         empty=_empty,
         summary="o = softmax(scale q k^T) v over the keys of the listed blocks",
+        tensors=floats(q=4, k=4, v=4) + integers(blocks=4) + integers(cu_seqlens=1, q_positions=2, optional=True),
         causal=False,
     )
 )

@@ -2,13 +2,143 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...errors import UnsupportedShape
+
+FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+NUMBERS = FLOATS | {torch.complex64, torch.complex128}
+INTEGERS = frozenset({torch.int32, torch.int64})
+ANY_RANK, RANK_FROM_1 = range(65), range(1, 65)
+# More elements than any memory holds, as an expanded tensor may have: loops would have no end and sizes overflow.
+MOST_ELEMENTS = 1 << 40
+LARGEST_INT, LARGEST = (1 << 63) - 1, sys.float_info.max
+_STRIDED = torch.strided
+
+
+class Argument(NamedTuple):
+    """What an op asks of one of its tensors, whatever the others are.
+
+    Args:
+        name: of the parameter.
+        ranks: of which its number of dimensions is one.
+        dtypes: of which its dtype is one.
+        optional: whether it may be None.
+    """
+
+    name: str
+    ranks: Sequence[int]
+    dtypes: frozenset[torch.dtype]
+    optional: bool
+
+
+def _arguments(dtypes: frozenset[torch.dtype], optional: bool, ranks: dict[str, Any]) -> tuple[Argument, ...]:
+    return tuple(
+        Argument(name, (rank,) if isinstance(rank, int) else rank, dtypes, optional) for name, rank in ranks.items()
+    )
+
+
+def floats(*, optional: bool = False, **ranks: int | Sequence[int]) -> tuple[Argument, ...]:
+    """Floating-point arguments by name, with the number of their dimensions, or those among which it is."""
+    return _arguments(FLOATS, optional, ranks)
+
+
+def numbers(*, optional: bool = False, **ranks: int | Sequence[int]) -> tuple[Argument, ...]:
+    """`floats` that may be complex."""
+    return _arguments(NUMBERS, optional, ranks)
+
+
+def integers(*, optional: bool = False, **ranks: int | Sequence[int]) -> tuple[Argument, ...]:
+    """Arguments of int32 or int64, as `floats`."""
+    return _arguments(INTEGERS, optional, ranks)
+
+
+def check_tensors(op: str, wanted: tuple[Argument, ...], given: tuple[Any, ...]) -> None:
+    """Raises UnsupportedShape unless all tensors of a call have a rank and dtype that the op serves, and one device.
+
+    Args:
+        op: its name.
+        wanted: its tensors; the first one is never None.
+        given: the call's, in the same order.
+    """
+    # A comparison of a symbolic size would be a constraint on it.
+    eager = not torch.compiler.is_compiling()
+    device = getattr(given[0], "device", None)
+    # It stands before every decoding step, so that all is looked at in one expression.
+    for x, (_, ranks, dtypes, optional) in zip(given, wanted, strict=True):
+        if x is None and optional:
+            continue
+        if not (
+            isinstance(x, Tensor)
+            and x.ndim in ranks
+            and x.dtype in dtypes
+            and x.device == device
+            and x.layout is _STRIDED
+            and not (eager and x.numel() > MOST_ELEMENTS)
+        ):
+            _refuse(op, wanted, given)
+
+
+def _refuse(op: str, wanted: tuple[Argument, ...], given: tuple[Any, ...]) -> None:
+    """Says which argument it is, and what is wrong with it."""
+    first = given[0]
+    for x, (name, ranks, dtypes, optional) in zip(given, wanted, strict=True):
+        if x is None and optional:
+            continue
+        if not isinstance(x, Tensor):
+            raise UnsupportedShape(f"{name}: {type(x).__name__} is not a tensor, which {op} takes")
+        if x.ndim not in ranks:
+            few = " or ".join(map(str, ranks)) if len(ranks) < 5 else f"at least {ranks[0]}"
+            raise UnsupportedShape(f"{name}: shape {tuple(x.shape)} has {x.ndim} dimensions; {op} takes {few}")
+        if x.dtype not in dtypes:
+            known = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
+            raise UnsupportedShape(f"{name}: dtype {x.dtype} is not served by {op}, which takes {known}")
+        if x.device != first.device:
+            raise UnsupportedShape(
+                f"{name}: it is on {x.device}, and {wanted[0].name} on {first.device}; {op} takes tensors of one device"
+            )
+        if x.layout is not _STRIDED:
+            raise UnsupportedShape(f"{name}: layout {x.layout} is not strided; pass {name}.to_dense()")
+        if x.numel() > MOST_ELEMENTS:
+            raise UnsupportedShape(f"{name}: shape {tuple(x.shape)} has more elements than {op} could ever go through")
+
+
+def check_whole(
+    name: str, value: Any, *, least: int = -LARGEST_INT, most: int = LARGEST_INT, optional: bool = False
+) -> None:
+    """Raises UnsupportedShape unless an option is a whole number from `least` to `most`; `optional`: or None."""
+    if (type(value) is int and least <= value <= most) or (value is None and optional):
+        return
+    # Symbolic integers are none of Python's.
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or not least <= value <= most:
+        above = "" if least == -LARGEST_INT else f" of at least {least}"
+        raise UnsupportedShape(f"{name}: {value!r} is not a whole number{above}, at most {most}")
+
+
+def check_real(
+    name: str, value: Any, *, least: float | int = -LARGEST, above: float | int = -math.inf, optional: bool = False
+) -> None:
+    """Raises UnsupportedShape unless an option is a finite number within its bounds; `optional`: or None."""
+    if isinstance(value, torch.SymFloat) or (value is None and optional):
+        return
+    real = isinstance(value, float | int) and not isinstance(value, bool)
+    # NaN compares with nothing, and would pass where a comparison refuses.
+    if not (real and least <= value <= (LARGEST_INT if isinstance(value, int) else LARGEST) and above < value):
+        bound = f" above {above}" if above > -math.inf else f" of at least {least}" if least > -LARGEST else ""
+        raise UnsupportedShape(f"{name}: {value!r} is not a finite number{bound}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises UnsupportedShape unless an option is True or False."""
+    if not isinstance(value, bool):
+        raise UnsupportedShape(f"{name}: {value!r} is neither True nor False")
 
 
 def check_boundaries(cu_seqlens: Tensor | None, batch: int, length: int) -> None:
@@ -19,10 +149,8 @@ def check_boundaries(cu_seqlens: Tensor | None, batch: int, length: int) -> None
     """
     if cu_seqlens is None:
         return
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+    if cu_seqlens.shape[0] < 1:
         raise UnsupportedShape(f"cu_seqlens: shape {tuple(cu_seqlens.shape)} is not (sequences + 1,)")
-    if cu_seqlens.dtype != torch.int32 and cu_seqlens.dtype != torch.int64:
-        raise UnsupportedShape(f"cu_seqlens: dtype {cu_seqlens.dtype} is neither int32 nor int64")
     if batch != 1:
         raise UnsupportedShape(f"cu_seqlens: packed sequences need batch 1, not {batch}")
     if _at_hand(cu_seqlens):
@@ -52,10 +180,14 @@ def check_matrix_recurrence(
     decay: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    scale: float | None,
 ) -> None:
     """What `gated_linear` and `delta_rule` ask of the arguments that they share; raises UnsupportedShape."""
+    check_real("scale", scale, optional=True)
     b, t, h, dv = v.shape
     g, dk = q.shape[2:]
+    if dk < 1:
+        raise UnsupportedShape(f"q: shape {tuple(q.shape)} has no channels")
     if q.shape != k.shape or q.shape[:2] != (b, t):
         raise UnsupportedShape(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be equal and start with v's {(b, t)}")
     if g < 1 or h % g:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import UnknownName, UnsupportedShape
 from ..backends import backends
+from ..common.checks import ANY_RANK, RANK_FROM_1, check_real, check_whole, floats, integers
 from ..registry import Case, Draw, Op, register_op
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -60,7 +61,9 @@ def cross_entropy(
         UnknownName: no such reduction.
         BackendUnavailable: the named backend cannot serve the call.
     """
-    _check(x, weight, target, bias, softcap, label_smoothing, reduction)
+    OP.check(x, weight, target, bias)
+    _check_options(ignore_index, z_loss, softcap, label_smoothing, reduction)
+    _check(x, weight, target, bias)
     loss = OP.dispatch(
         backend,
         x=x.reshape(-1, x.shape[-1]),
@@ -76,10 +79,19 @@ def cross_entropy(
     return loss.view(target.shape) if reduction == "none" else loss
 
 
-def _check(x, weight, target, bias, softcap, label_smoothing, reduction) -> None:
+def _check_options(ignore_index, z_loss, softcap, label_smoothing, reduction) -> None:
     if reduction not in REDUCTIONS:
         raise UnknownName("reduction", reduction, REDUCTIONS)
-    if x.ndim < 1 or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
+    check_whole("ignore_index", ignore_index)
+    check_real("z_loss", z_loss, least=0)
+    check_real("softcap", softcap, above=0, optional=True)
+    check_real("label_smoothing", label_smoothing, least=0)
+    if label_smoothing >= 1:
+        raise UnsupportedShape(f"label_smoothing: {label_smoothing} is not in [0, 1)")
+
+
+def _check(x, weight, target, bias) -> None:
+    if x.shape[-1] != weight.shape[1]:
         raise UnsupportedShape(f"weight: shape {tuple(weight.shape)} is not (classes, d) for x {tuple(x.shape)}")
     if not all(weight.shape):
         raise UnsupportedShape(f"weight: shape {tuple(weight.shape)} has an empty dimension")
@@ -92,10 +104,6 @@ def _check(x, weight, target, bias, softcap, label_smoothing, reduction) -> None
             raise UnsupportedShape(f"{name}: dtype {tensor.dtype} is not x's; pass {name}.to({x.dtype})")
     if bias is not None and tuple(bias.shape) != weight.shape[:1]:
         raise UnsupportedShape(f"bias: shape {tuple(bias.shape)} is not {tuple(weight.shape[:1])}")
-    if softcap is not None and softcap <= 0:
-        raise UnsupportedShape(f"softcap: {softcap} is not positive; pass None for no cap")
-    if not 0 <= label_smoothing < 1:
-        raise UnsupportedShape(f"label_smoothing: {label_smoothing} is not in [0, 1)")
 
 
 def _case(name: str, *, bias: bool = False, compiled: bool = False, bench: bool = False, **settings: Any) -> Case:
@@ -145,5 +153,6 @@ OP = register_op(
         # With a loss for each row the gradients wait for the backward pass.
         parts={f"cross_entropy_{backend}_rows": _product for backend in ("chunked", "triton")},
         summary="-log softmax(x W^T + b)_target, without all logits at once",
+        tensors=floats(x=RANK_FROM_1, weight=2) + integers(target=ANY_RANK) + floats(bias=1, optional=True),
     )
 )

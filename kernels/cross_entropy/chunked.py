@@ -20,7 +20,10 @@ def _softmax(
     at = torch.where(target == terms.ignore_index, 0, target)[:, None]
     hit = log.gather(1, at)
     normaliser = logits.gather(1, at) - hit
-    losses = -(1 - terms.smoothing) * hit[:, 0] + terms.z_loss * normaliser[:, 0].square()
+    losses = -(1 - terms.smoothing) * hit[:, 0]
+    if terms.z_loss:
+        # A square that overflows is no number where it is multiplied by zero.
+        losses += terms.z_loss * normaliser[:, 0].square()
     if terms.smoothing:
         losses -= terms.smoothing * log.mean(1)
     if dtype is None:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import UnsupportedShape
+from ...errors import UnsupportedCall, UnsupportedShape
 from ..common.tools import accumulate_dtype, launches
-from ..custom import custom_op
+from ..custom import REMEDY, custom_op
 
 # Logits in a chunk: enough rows for the products to run at full speed, few enough to be a small part of the memory.
 ELEMENTS = {"cpu": 2**23}
@@ -209,13 +209,15 @@ def _gradients(x: Tensor, weight: Tensor, into: list[bool]) -> tuple[Tensor, Ten
 
 def _save_gradients(ctx, inputs, output) -> None:
     ctx.into, ctx.dtype = inputs[-1], inputs[0].dtype
+    # They stay differentiable, so that a second derivative comes back here, where it is refused.
     ctx.save_for_backward(*output[1:])
-    ctx.mark_non_differentiable(*output[1:])
     # The gradients' gradients would be zeros of the weight's size.
     ctx.set_materialize_grads(False)
 
 
-def _scale(ctx, dloss, *_):
+def _scale(ctx, dloss, *second):
+    if any(g is not None for g in second):
+        raise UnsupportedCall(f"omnimix.cross_entropy's gradients have no derivative; {REMEDY}")
     if dloss is None:
         return (None,) * 10
     factor, *gradients = ctx.saved_tensors

@@ -28,7 +28,8 @@ def cross_entropy_reference(
         logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
     )
     valid = target != ignore_index
-    losses = losses + torch.where(valid, z_loss * logits.logsumexp(-1).square(), 0)
+    if z_loss:
+        losses = losses + torch.where(valid, z_loss * logits.logsumexp(-1).square(), 0)
     if reduction == "none":
         return losses
     return losses.sum() / valid.sum().clamp_min(1) if reduction == "mean" else losses.sum()

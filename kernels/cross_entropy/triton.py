@@ -64,7 +64,9 @@ def _softmax_kernel(
     # A target that is no class shows.
     hit = tl.where(known | (own == ignore_index), hit, float("nan"))
     loss = normaliser - (1 - smoothing) * hit - smoothing * tl.sum(plain, 1) / classes
-    tl.store(losses + row, loss + z_loss * normaliser * normaliser, mask=there)
+    if z_loss != 0:
+        loss += z_loss * normaliser * normaliser
+    tl.store(losses + row, loss, mask=there)
     if gradient is not None:
         into = tl.load(upstream + row, mask=there, other=0.0).to(ACC)
         factor = (into * (1 + 2 * z_loss * normaliser))[:, None]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedCall, UnsupportedShape
 from ..backends import backends
-from ..common.checks import check_matrix_recurrence, untouched
+from ..common.checks import check_matrix_recurrence, floats, integers, untouched
 from ..common.steps import one_step
 from ..common.tools import accumulate_dtype, triton_refusal
 from ..registry import Case, Draw, Op, register_op
@@ -69,8 +69,9 @@ def delta_rule(
         UnsupportedCall: one of `a` and `b` without the other, or together with `beta` or `removal`.
         BackendUnavailable: the named backend cannot serve the call.
     """
+    OP.check(q, k, v, beta, decay, removal, a, b, initial_state, cu_seqlens)
     _check_forms(beta, removal, a, b)
-    check_matrix_recurrence(q, k, v, decay, initial_state, cu_seqlens)
+    check_matrix_recurrence(q, k, v, decay, initial_state, cu_seqlens, scale)
     _check_keys(k, v, beta, {"removal": removal, "a": a, "b": b})
     return OP.dispatch(
         backend,
@@ -201,5 +202,8 @@ OP = register_op(
         flops=_flops,
         empty=_empty,
         summary="S_t = (I - b_t k_t k~_t^T) diag(e^{g_t}) S_{t-1} + b_t k_t v_t^T, o_t = scale S_t^T q_t",
+        tensors=floats(q=4, k=4, v=4)
+        + floats(beta=3, decay=(1, 3, 4), removal=4, a=4, b=4, initial_state=4, optional=True)
+        + integers(cu_seqlens=1, optional=True),
     )
 )

@@ -143,7 +143,8 @@ class Inputs:
 
     def _factors(self, steps: Tensor, total: Tensor, exact: bool) -> Decays:
         last = total[..., -1:, :]
-        reach = torch.sub(total, steps) if self.general else total
+        # Of one dtype with the sums, whatever the decays' own.
+        reach = torch.sub(total, steps.to(total.dtype)) if self.general else total
         if exact:
             into = (last - total).to(self.dtype).exp_()
             out = [x.to(self.dtype).exp() for x in ((total, reach) if self.general else (total,))]
@@ -185,7 +186,8 @@ class Inputs:
             return readers, self._stack(name, block, parts, (at.a, a_factor), (at.k, into))
         if at.beta is None:
             return readers, self._stack(name, block, parts, (at.k, into))
-        beta = self.view(block, at.beta, parts)
+        # A product of two bfloat16 tensors is rounded to bfloat16, wherever it is written.
+        beta = self.view(block, at.beta, parts).to(self.dtype)
         if not self.channel:
             return readers, self._stack(name, block, parts, (at.k, beta if into is None else beta * into))
         writers = self._stack(name, block, parts, (at.k, into))
@@ -280,7 +282,8 @@ class Inputs:
         """`(N, 2 c, v)`: above, scale times the output's gradient; below, room for the right side's."""
         *lead, c = self._lead(block, x.parts)
         both = self.scratch("doutput", *lead, 2, c, doutput.shape[-1])
-        torch.mul(self.view(block, doutput, x.parts), scale, out=both.select(-3, 0))
+        # A product with a number is rounded to the dtype of the tensor, wherever it is written.
+        both.select(-3, 0).copy_(self.view(block, doutput, x.parts)).mul_(scale)
         return both.view(-1, 2 * c, both.shape[-1])
 
     def store_output(self, block: Block, x: Operands, product: Tensor, scale: float, output: Tensor) -> None:

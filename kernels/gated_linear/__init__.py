@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedShape
 from ..backends import backends
-from ..common.checks import check_matrix_recurrence, untouched
+from ..common.checks import check_matrix_recurrence, floats, integers, untouched
 from ..common.tools import accumulate_dtype
 from ..registry import Case, Draw, Op, register_op
 
@@ -53,7 +53,8 @@ def gated_linear(
         UnsupportedShape: shapes that do not fit, with the argument's name.
         BackendUnavailable: the named backend cannot serve the call.
     """
-    check_matrix_recurrence(q, k, v, decay, initial_state, cu_seqlens)
+    OP.check(q, k, v, decay, bonus, initial_state, cu_seqlens)
+    check_matrix_recurrence(q, k, v, decay, initial_state, cu_seqlens, scale)
     of_heads = (v.shape[2], q.shape[3])
     if bonus is not None and tuple(bonus.shape) != of_heads:
         raise UnsupportedShape(f"bonus: shape {tuple(bonus.shape)} is not {of_heads}")
@@ -148,5 +149,8 @@ OP = register_op(
         flops=_flops,
         empty=_empty,
         summary="S_t = diag(e^{g_t}) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t",
+        tensors=floats(q=4, k=4, v=4)
+        + floats(decay=(1, 3, 4), bonus=2, initial_state=4, optional=True)
+        + integers(cu_seqlens=1, optional=True),
     )
 )

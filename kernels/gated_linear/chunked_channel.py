@@ -93,7 +93,8 @@ class ChannelForm(Form):
 
     def load_gradient(self, block: Block, x: Operands, gradient: Tensor) -> Tensor:
         gradient = self._view(block, gradient, x.parts)
-        return torch.mul(gradient, self.scale, out=self.scratch("doutput", *gradient.shape)).view(x.v.shape)
+        # A product with a number is rounded to the dtype of the tensor, wherever it is written.
+        return self.scratch("doutput", *gradient.shape).copy_(gradient).mul_(self.scale).view(x.v.shape)
 
     def store_gradients(self, block: Block, x: Operands, dq: Tensor, dk: Tensor, dv: Tensor, into: Adjoint) -> None:
         shape = x.extra["out"].shape

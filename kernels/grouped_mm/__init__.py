@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedShape
 from ..backends import backends
+from ..common.checks import floats, integers
 from ..registry import Case, Draw, Op, register_op
 from .routing import Route, combine, dispatch, route, scatter
 
@@ -43,12 +44,13 @@ def grouped_mm(
             counts that are negative or exceed n.
         BackendUnavailable: the named backend cannot serve the call.
     """
+    OP.check(x, weight, counts)
     _check(x, weight, counts)
     return OP.dispatch(backend, x=x, weight=weight, counts=counts)
 
 
 def _check(x, weight, counts) -> None:
-    if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[1]:
+    if x.shape[1] != weight.shape[1]:
         raise UnsupportedShape(f"weight: shape {tuple(weight.shape)} is not (experts, d, f) for x {tuple(x.shape)}")
     if weight.dtype != x.dtype:
         raise UnsupportedShape(f"weight: dtype {weight.dtype} is not that of x, {x.dtype}")
@@ -56,8 +58,6 @@ def _check(x, weight, counts) -> None:
         raise UnsupportedShape(f"weight: shape {tuple(weight.shape)} has an empty dimension")
     if tuple(counts.shape) != weight.shape[:1]:
         raise UnsupportedShape(f"counts: shape {tuple(counts.shape)} is not {tuple(weight.shape[:1])}, one per expert")
-    if counts.dtype not in (torch.int32, torch.int64):
-        raise UnsupportedShape(f"counts: dtype {counts.dtype} is neither int32 nor int64")
 
 
 def _flops(arguments: Mapping[str, Any]) -> float:
@@ -118,6 +118,7 @@ OP = register_op(
         causal=False,
         flops=_flops,
         summary="y_i = x_i W_{expert(i)} for rows sorted by expert",
+        tensors=floats(x=2, weight=3) + integers(counts=1),
     )
 )
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import UnsupportedShape
+from ...utils.modes import transforming
 
 
 class Route(NamedTuple):
@@ -67,19 +68,25 @@ class _Dispatch(torch.autograd.Function):
 
 def dispatch(x: Float[Tensor, "n d"], to: Route) -> Float[Tensor, "m d"]:
     """The rows that the experts work on: row i is the token of pair `to.order[i]`."""
+    if transforming():
+        return x.index_select(0, to.order // max(1, to.order.shape[0] // max(1, x.shape[0])))
     return _Dispatch.apply(x, to.order, to.place)
+
+
+def _combined(rows: Tensor, weight: Tensor, place: Tensor) -> Tensor:
+    choices = place.view(weight.shape).unbind(1)
+    wide = _wide(rows)
+    y = rows.index_select(0, choices[0]).to(wide) * weight[:, :1].to(wide)
+    for i, choice in enumerate(choices[1:], 1):
+        y = y.addcmul_(rows.index_select(0, choice).to(wide), weight[:, i : i + 1].to(wide))
+    return y.to(rows.dtype)
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, weight, order, place):
         ctx.save_for_backward(rows, weight, order, place)
-        choices = place.view(weight.shape).unbind(1)
-        wide = _wide(rows)
-        y = rows.index_select(0, choices[0]).to(wide) * weight[:, :1].to(wide)
-        for i, choice in enumerate(choices[1:], 1):
-            y.addcmul_(rows.index_select(0, choice).to(wide), weight[:, i : i + 1].to(wide))
-        return y.to(rows.dtype)
+        return _combined(rows, weight, place)
 
     @staticmethod
     def backward(ctx, dy):
@@ -107,6 +114,8 @@ def combine(rows: Float[Tensor, "m d"], weight: Float[Tensor, "n k"], to: Route)
     """
     if rows.shape[0] != weight.numel() or to.place.shape[0] != weight.numel():
         raise UnsupportedShape(f"weight: {tuple(weight.shape)} is not one weight for each of {rows.shape[0]} rows")
+    if transforming():
+        return _combined(rows, weight, to.place)
     return _Combine.apply(rows, weight, to.order, to.place)
 
 
@@ -158,4 +167,8 @@ def scatter(
             f"rows: {rows.shape[0]} rows need as many weights and tokens, not {tuple(weight.shape)} and "
             f"{tuple(token.shape)}"
         )
+    if transforming():
+        wide = _wide(rows)
+        weighted = rows.to(wide) * weight[:, None].to(wide)
+        return weighted.new_zeros(tokens, rows.shape[1]).index_add(0, token, weighted).to(rows.dtype)
     return _Scatter.apply(rows, weight, token, tokens)

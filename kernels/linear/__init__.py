@@ -9,7 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ...errors import UnsupportedShape
+from ...utils.modes import autocast_enabled
 from ..backends import backends
+from ..common.checks import RANK_FROM_1, floats
 from ..native import direct_limits
 from ..registry import Case, Draw, Op, register_op
 
@@ -39,10 +42,24 @@ def linear(
         The output in x's dtype.
 
     Raises:
-        RuntimeError: shapes that do not fit, as torch says it.
+        UnsupportedShape: shapes or dtypes that do not fit, with the argument's name.
         BackendUnavailable: the named backend cannot serve the call.
     """
+    OP.check(x, weight, bias)
+    _check(x, weight, bias)
     return OP.dispatch(backend, x=x, weight=weight, bias=bias)
+
+
+def _check(x, weight, bias) -> None:
+    if x.shape[-1] != weight.shape[1]:
+        raise UnsupportedShape(f"weight: shape {tuple(weight.shape)} does not fit x's {tuple(x.shape)}; it is (o, i)")
+    if bias is not None and bias.shape[0] != weight.shape[0]:
+        raise UnsupportedShape(f"bias: shape {tuple(bias.shape)} is not {tuple(weight.shape[:1])}")
+    if (weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype)) and not autocast_enabled(
+        x.device.type
+    ):
+        name, other = ("weight", weight) if weight.dtype != x.dtype else ("bias", bias)
+        raise UnsupportedShape(f"{name}: dtype {other.dtype} is not that of x, {x.dtype}")
 
 
 def _limits(arguments: Mapping[str, Any]) -> str | None:
@@ -57,8 +74,6 @@ def _limits(arguments: Mapping[str, Any]) -> str | None:
         return f"it takes 1 to {ROWS} rows, and x has others"
     if dtype != torch.float32 and dtype != torch.float64:
         return f"it takes float32 and float64, not {dtype}"
-    if weight.ndim != 2 or weight.shape[1] != width or (bias is not None and bias.shape != weight.shape[:1]):
-        return "the shapes do not fit, or the bias is broadcast; torch's function says or does it"
     for a in tensors:
         if a.dtype != dtype or a.layout is not torch.strided or a.stride(-1) != 1:
             return "it takes one dtype, and neighbouring elements in the last dimension"
@@ -94,6 +109,7 @@ OP = register_op(
         cases=_cases,
         flops=_flops,
         summary="y = x W^T + b",
+        tensors=floats(x=RANK_FROM_1, weight=2) + floats(bias=1, optional=True),
         follows_autocast=True,
     )
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedShape
 from ..backends import backends
-from ..common.checks import check_boundaries, check_state, has_shape, untouched
+from ..common.checks import check_boundaries, check_flag, check_state, has_shape, integers, numbers, untouched
 from ..registry import Case, Draw, Op, complex_of, register_op
 
 
@@ -43,6 +43,8 @@ def linear_recurrence(
         UnsupportedShape: shapes or dtypes that do not fit, with the argument's name.
         BackendUnavailable: the named backend cannot serve the call.
     """
+    OP.check(x, a, initial_state, cu_seqlens)
+    check_flag("reverse", reverse)
     _check(x, a, initial_state, cu_seqlens)
     return OP.dispatch(backend, x=x, a=a, reverse=reverse, initial_state=initial_state, cu_seqlens=cu_seqlens)
 
@@ -113,5 +115,8 @@ OP = register_op(
         traffic=_traffic,
         empty=_empty,
         summary="h_t = a_t ⊙ h_{t-1} + x_t, real or complex, forwards or back in time",
+        tensors=numbers(x=3, a=(1, 3))
+        + numbers(initial_state=2, optional=True)
+        + integers(cu_seqlens=1, optional=True),
     )
 )

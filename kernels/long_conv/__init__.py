@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedShape
 from ..backends import backends
-from ..common.checks import check_boundaries, check_state, untouched
+from ..common.checks import check_boundaries, check_state, floats, integers, untouched
 from ..registry import Case, Draw, Op, register_op
 
 
@@ -46,6 +46,7 @@ def long_conv(
         UnsupportedShape: shapes that do not fit, with the argument's name.
         BackendUnavailable: the named backend cannot serve the call.
     """
+    OP.check(u, filters, skip, initial_state, cu_seqlens)
     _check(u, filters, skip, initial_state, cu_seqlens)
     return OP.dispatch(backend, u=u, filters=filters, skip=skip, initial_state=initial_state, cu_seqlens=cu_seqlens)
 
@@ -107,5 +108,8 @@ OP = register_op(
         traffic=_traffic,
         empty=_empty,
         summary="y_t = skip u_t + sum_j filters[:, j] u_{t-j}",
+        tensors=floats(u=3, filters=2)
+        + floats(skip=1, initial_state=3, optional=True)
+        + integers(cu_seqlens=1, optional=True),
     )
 )

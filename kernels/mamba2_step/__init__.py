@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedShape
 from ..backends import backends
+from ..common.checks import floats
 from ..native import direct_limits
 from ..registry import Case, Draw, Op, register_op
 
@@ -53,6 +54,7 @@ def mamba2_step(
         UnsupportedShape: shapes that do not fit, with the argument's name.
         BackendUnavailable: the named backend cannot serve the call.
     """
+    OP.check(xbc, dt, conv_weight, conv_bias, dt_bias, A_log, D, window, memory)
     _check(xbc, dt, conv_weight, conv_bias, dt_bias, A_log, D, window, memory)
     return OP.dispatch(
         backend,
@@ -153,5 +155,6 @@ OP = register_op(
         causal=False,
         empty=_empty,
         summary="S' = e^{-dt A} S + dt B x^T, y = S'^T C + D x after the short convolution, one step",
+        tensors=floats(xbc=2, dt=2, conv_weight=2, conv_bias=1, dt_bias=1, A_log=1, D=1, window=3, memory=4),
     )
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import UnknownName, UnsupportedShape
 from ..backends import backends
+from ..common.checks import RANK_FROM_1, check_flag, check_real, check_whole, floats
 from ..common.tools import triton_refusal
 from ..registry import Case, Draw, Op, register_op
 
@@ -51,7 +52,8 @@ def norm(
         UnsupportedShape: shapes that do not fit, with the argument's name.
         BackendUnavailable: the named backend cannot serve the call.
     """
-    _check(x, weight, gate, gate_activation, groups)
+    OP.check(x, weight, gate)
+    _check(x, weight, gate, gate_activation, groups, eps, norm_before_gate)
     return OP.dispatch(
         backend,
         x=x,
@@ -64,8 +66,11 @@ def norm(
     )
 
 
-def _check(x, weight, gate, gate_activation, groups) -> None:
-    if x.ndim < 1 or x.shape[-1] < 1:
+def _check(x, weight, gate, gate_activation, groups, eps, before) -> None:
+    check_whole("groups", groups, least=1)
+    check_real("eps", eps, least=0)
+    check_flag("norm_before_gate", before)
+    if x.shape[-1] < 1:
         raise UnsupportedShape(f"x: shape {tuple(x.shape)} has no channels to normalise")
     d = x.shape[-1]
     if weight is not None and tuple(weight.shape) != (d,):
@@ -74,7 +79,7 @@ def _check(x, weight, gate, gate_activation, groups) -> None:
         raise UnsupportedShape(f"gate: shape {tuple(gate.shape)} is not that of x, {tuple(x.shape)}")
     if gate_activation not in ("silu", "sigmoid"):
         raise UnknownName("gate activation", gate_activation, ["silu", "sigmoid"])
-    if groups < 1 or d % groups:
+    if d % groups:
         raise UnsupportedShape(f"groups: {groups} does not divide x's {d} channels")
 
 
@@ -138,5 +143,6 @@ OP = register_op(
         traffic=_traffic,
         empty=lambda arguments: None if arguments["x"].numel() else torch.zeros_like(arguments["x"]),
         summary="y = weight x / sqrt(mean(x^2) + eps), times act(gate) before or after",
+        tensors=floats(x=RANK_FROM_1) + floats(weight=1, gate=RANK_FROM_1, optional=True),
     )
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedShape
 from ..backends import backends
+from ..common.checks import check_flag, floats
 from ..registry import Case, Draw, Op, register_op
 
 
@@ -40,7 +41,9 @@ def rotary(
         UnsupportedShape: shapes that do not fit, with the argument's name.
         BackendUnavailable: the named backend cannot serve the call.
     """
-    if x.ndim != 4 or angle.ndim != 3 or angle.shape[:2] != x.shape[:2]:
+    OP.check(x, angle)
+    check_flag("interleaved", interleaved)
+    if angle.shape[:2] != x.shape[:2]:
         raise UnsupportedShape(f"angle: shape {tuple(angle.shape)} is not (b, t, pairs) for x {tuple(x.shape)}")
     if 2 * angle.shape[2] > x.shape[3]:
         raise UnsupportedShape(f"angle: {angle.shape[2]} pairs need more than x's {x.shape[3]} channels")
@@ -84,6 +87,7 @@ OP = register_op(
         traffic=_traffic,
         empty=lambda arguments: None if arguments["x"].numel() else torch.zeros_like(arguments["x"]),
         summary="(x1 + i x2) e^{i angle} for pairs of channels",
+        tensors=floats(x=4, angle=3),
     )
 )
 

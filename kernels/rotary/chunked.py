@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...utils.modes import transforming
+
 
 def _of_angle(angle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosine and sine; rows that share their angles, as those of a batch mostly do, have them computed once."""
@@ -62,4 +64,6 @@ class _Rotary(torch.autograd.Function):
 
 def rotary_chunked(*, x: Tensor, angle: Tensor, interleaved: bool) -> Tensor:
     """See `omnimix.kernels.rotary`."""
+    if transforming():
+        return _turn(x, *_of_angle(angle, x.dtype), interleaved)
     return _Rotary.apply(x, angle, interleaved)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedShape
 from ..backends import backends
-from ..common.checks import check_boundaries, check_state, untouched
+from ..common.checks import check_boundaries, check_flag, check_state, floats, integers, untouched
 from ..common.tools import accumulate_dtype, triton_refusal
 from ..registry import Case, Draw, Op, register_op
 
@@ -61,6 +61,8 @@ def selective_scan(
         UnsupportedShape: shapes that do not fit, with the argument's name.
         BackendUnavailable: the named backend cannot serve the call.
     """
+    OP.check(x, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    check_flag("delta_softplus", delta_softplus)
     _check(x, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
     return OP.dispatch(
         backend,
@@ -185,5 +187,8 @@ OP = register_op(
         traffic=_traffic,
         empty=_empty,
         summary="h_t = e^{Δ_t A} h_{t-1} + Δ_t B_t x_t, y_t = (C_t h_t + D x_t) silu(z_t)",
+        tensors=floats(x=3, delta=3, A=2, B=4, C=4)
+        + floats(D=1, z=3, delta_bias=1, initial_state=3, optional=True)
+        + integers(cu_seqlens=1, optional=True),
     )
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import UnknownName, UnsupportedShape
 from ..backends import backends
-from ..common.checks import check_boundaries, check_state, untouched
+from ..common.checks import check_boundaries, check_state, floats, integers, untouched
 from ..registry import Case, Draw, Op, register_op
 
 
@@ -46,6 +46,7 @@ def short_conv(
         UnsupportedShape: shapes that do not fit, with the argument's name.
         BackendUnavailable: the named backend cannot serve the call.
     """
+    OP.check(x, weight, bias, initial_state, cu_seqlens)
     _check(x, weight, bias, activation, initial_state, cu_seqlens)
     return OP.dispatch(
         backend,
@@ -119,5 +120,8 @@ OP = register_op(
         traffic=lambda arguments: 2.0 * arguments["x"].numel() * arguments["x"].element_size(),
         empty=_empty,
         summary="y_t = act(bias + sum_j weight[:, w-1-j] x_{t-j})",
+        tensors=floats(x=3, weight=2)
+        + floats(bias=1, initial_state=3, optional=True)
+        + integers(cu_seqlens=1, optional=True),
     )
 )

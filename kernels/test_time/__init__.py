@@ -12,10 +12,13 @@ from torch import Tensor
 
 from ...errors import UnsupportedShape
 from ..backends import backends
-from ..common.checks import check_boundaries, check_state, untouched
+from ..common.checks import check_boundaries, check_real, check_state, check_whole, floats, integers, untouched
 from ..common.tools import accumulate_dtype
 from ..registry import Case, Draw, Op, register_op
 from .memory import state_parts, state_size
+
+# A mini-batch's tokens meet each other in a square, whose memory ends here; and slots without a token cost as others.
+MOST_CHUNK = 1 << 14
 
 __all__ = ["state_parts", "state_size", "test_time"]
 
@@ -61,7 +64,7 @@ def test_time(
         momentum: η, in [0, 1] (not checked, for speed); none by default.
         decay: log decay of the weights, at most 0 (not checked); none by default. Where it forgets nearly everything,
             LN sees nearly nothing and its gradient is as steep as 1 / sqrt(eps).
-        chunk: tokens in a mini-batch.
+        chunk: tokens in a mini-batch, at most 16384.
         eps: of LN.
         initial_state: what `test_time` returned last; zeros by default: w1 … b2 untouched. One per sequence: n = b, or
             the number of packed sequences. `state_size` says how large it is, `state_parts` what it holds.
@@ -76,7 +79,10 @@ def test_time(
         UnsupportedShape: shapes that do not fit, with the argument's name.
         BackendUnavailable: the named backend cannot serve the call.
     """
-    _check(q, k, v, w1, w2, b2, chunk, cu_seqlens)
+    OP.check(q, k, v, lr, w1, b1, norm_weight, norm_bias, w2, b2, momentum, decay, initial_state, cu_seqlens)
+    check_whole("chunk", chunk, least=1, most=MOST_CHUNK)
+    check_real("eps", eps, least=0)
+    _check(q, k, v, w1, w2, b2, cu_seqlens)
     _check_small(lr, w1, b1, norm_weight, norm_bias, momentum, decay, q.shape)
     _check_state(v, w1, w2, momentum, initial_state, cu_seqlens)
     return OP.dispatch(
@@ -100,14 +106,12 @@ def test_time(
     )
 
 
-def _check(q, k, v, w1, w2, b2, chunk, cu_seqlens) -> None:
+def _check(q, k, v, w1, w2, b2, cu_seqlens) -> None:
     b, t, h, size = v.shape
     if q.shape != v.shape or k.shape != v.shape:
         raise UnsupportedShape(
             f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must have one shape: v is rebuilt from k"
         )
-    if chunk < 1:
-        raise UnsupportedShape(f"chunk is {chunk}; a mini-batch has at least one token")
     if w1.shape[:2] != (h, size) or (w2 is None and w1.shape[2] != size):
         raise UnsupportedShape(f"w1: shape {tuple(w1.shape)} is not {(h, size, size if w2 is None else 'm')}")
     if (w2 is None) != (b2 is None):
@@ -234,5 +238,8 @@ OP = register_op(
         empty=_empty,
         parts={"test_time_inner": _inner_flops},
         summary="W_t = e^{decay_t} W_{t-1} + S_t, S_t = momentum_t S_{t-1} - lr_t grad l(W0), o_t = f(q_t; W_t)",
+        tensors=floats(q=4, k=4, v=4, lr=3, w1=3, b1=2, norm_weight=2, norm_bias=2)
+        + floats(w2=3, b2=2, momentum=3, decay=3, initial_state=3, optional=True)
+        + integers(cu_seqlens=1, optional=True),
     )
 )

@@ -16,7 +16,9 @@ from ...utils.modes import own_precision
 def sinusoids(length: int, dim: int, *, start: int = 0, device: torch.device) -> Float[Tensor, "length dim"]:
     """Positions `start` and on as sines, then cosines, of wavelengths from 2π to 20000π (Whisper, arXiv 2212.04356)."""
     steps = torch.arange(start, start + length, device=device, dtype=torch.float32)
-    rates = torch.exp(torch.arange(dim // 2, device=device) * (-math.log(10_000) / max(1, dim // 2 - 1)))
+    # In torch's default dtype they would be as coarse as that.
+    steps_of_rate = torch.arange(dim // 2, device=device, dtype=torch.float32)
+    rates = torch.exp(steps_of_rate * (-math.log(10_000) / max(1, dim // 2 - 1)))
     angles = steps[:, None] * rates
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ...backbones.config import positive
+from ...backbones.config import bounded, not_negative, positive
 from ...backbones.typed import Config
 from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
 from ...utils.modes import constant_in_graphs, outliving_modes, own_precision
@@ -59,8 +60,7 @@ class MelConfig(Config):
 
     def __post_init__(self) -> None:
         positive(self, "rate", "bins", "hop")
-        if self.window < 2:
-            raise ConfigError(f"MelConfig.window is {self.window}; it must be at least 2 samples")
+        bounded(self, "window", least=2, wanted="at least 2 samples")
         if self.hop > self.window:
             raise ConfigError(f"MelConfig.hop is {self.hop}; it must be at most the window, {self.window} samples")
         top = self.rate / 2 if self.high is None else self.high
@@ -73,8 +73,8 @@ class MelConfig(Config):
                 raise ConfigError(f"MelConfig.{name} is {value!r}; it must be one of {', '.join(known)}")
         if self.norm not in (None, "slaney"):
             raise ConfigError(f"MelConfig.norm is {self.norm!r}; it must be 'slaney' or None")
-        if self.std <= 0:
-            raise ConfigError(f"MelConfig.std is {self.std}; it must be above 0")
+        positive(self, "std")
+        bounded(self, "mean")
         if self.scale == "kaldi" and (self.norm is not None or self.log != "natural" or self.center or self.bins < 4):
             raise ConfigError(
                 "MelConfig.scale is 'kaldi', which has norm=None, log='natural', center=False and at least 4 bins; "
@@ -138,23 +138,63 @@ def constants(config: MelConfig, device: torch.device, dtype: torch.dtype) -> tu
 
 @lru_cache(maxsize=64)
 def _constants(config: MelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    high = config.rate / 2 if config.high is None else config.high
+    # Made in float64, whatever torch's default dtype is when they are first asked for.
     with outliving_modes():
-        if config.scale == "kaldi":
-            from torchaudio.compliance.kaldi import get_mel_banks
-
-            size = _fft_size(config)
-            banks, _ = get_mel_banks(config.bins, size, float(config.rate), config.low, high, 100.0, -500.0, 1.0)
-            filters = F.pad(banks, (0, 1)).mT.contiguous()
-            window = torch.hann_window(config.window, periodic=False)
-        else:
-            from torchaudio.functional import melscale_fbanks
-
-            filters = melscale_fbanks(
-                config.window // 2 + 1, config.low, high, config.bins, config.rate, config.norm, config.scale
+        filters = _filters(config)
+        if empty := int((filters.amax(0) == 0).sum()):
+            warnings.warn(
+                f"MelConfig: {empty} of {config.bins} filters hold no frequency of {config.window} samples; use fewer "
+                "bins, or a longer window",
+                stacklevel=2,
             )
-            window = torch.hann_window(config.window)
+        periodic = config.scale != "kaldi"
+        window = torch.hann_window(config.window, periodic=periodic, dtype=torch.float64)
         return window.to(device, dtype), filters.to(device, dtype)
+
+
+def _filters(config: MelConfig) -> Float[Tensor, "frequencies bins"]:
+    """Triangles whose corners are evenly spaced in mel; Kaldi's sides are straight in mel, the others' in Hz."""
+    top = config.rate / 2 if config.high is None else config.high
+    size = _fft_size(config)
+    hertz = torch.linspace(0, config.rate // 2, size // 2 + 1, dtype=torch.float64)
+    ends = _mel(torch.tensor([config.low, top], dtype=torch.float64), config.scale).tolist()
+    corners = torch.linspace(*ends, config.bins + 2, dtype=torch.float64)
+    if config.scale == "kaldi":
+        # It has no filter at half the rate.
+        hertz = torch.arange(size // 2 + 1, dtype=torch.float64) * (config.rate / size)
+        filters = _triangles(_mel(hertz, "kaldi"), corners)
+        filters[-1] = 0
+        return filters
+    corners = _hertz(corners, config.scale)
+    filters = _triangles(hertz, corners)
+    return filters * (2 / (corners[2:] - corners[:-2])) if config.norm == "slaney" else filters
+
+
+def _triangles(at: Tensor, corners: Tensor) -> Tensor:
+    """For each three neighbouring corners a function that rises from 0 to 1 and falls to 0 again, at `at`."""
+    widths = corners.diff()
+    rise = (at[:, None] - corners[:-2]) / widths[:-1]
+    fall = (corners[2:] - at[:, None]) / widths[1:]
+    return torch.minimum(rise, fall).clamp(min=0)
+
+
+# Slaney's scale (Auditory Toolbox) is linear up to 1000 Hz, its mel 15, and has 27 mel for a factor of 6.4 from there.
+KNEE, MELS_BELOW, SLOPE = 1000.0, 15.0, math.log(6.4) / 27
+
+
+def _mel(hertz: Tensor, scale: str) -> Tensor:
+    if scale != "slaney":
+        # HTK's; Kaldi's 1127 ln is the same.
+        return 2595 * torch.log10(1 + hertz / 700)
+    above = MELS_BELOW + torch.log(hertz.clamp(min=KNEE) / KNEE) / SLOPE
+    return torch.where(hertz < KNEE, hertz * (MELS_BELOW / KNEE), above)
+
+
+def _hertz(mel: Tensor, scale: str) -> Tensor:
+    if scale != "slaney":
+        return 700 * (10 ** (mel / 2595) - 1)
+    above = KNEE * torch.exp(SLOPE * (mel - MELS_BELOW).clamp(min=0))
+    return torch.where(mel < MELS_BELOW, mel * (KNEE / MELS_BELOW), above)
 
 
 def _fft_size(config: MelConfig) -> int:
@@ -259,9 +299,7 @@ class SpecAugmentConfig(Config):
         positive(self, "time_width", "frequency_width")
         if not 0 < self.time_share <= 1:
             raise ConfigError(f"SpecAugmentConfig.time_share is {self.time_share}; it must be in (0, 1]")
-        for name in ("time_masks", "frequency_masks"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"SpecAugmentConfig.{name} is {getattr(self, name)}; it must be at least 0")
+        not_negative(self, "time_masks", "frequency_masks")
 
 
 class SpecAugment(nn.Module):

@@ -75,6 +75,9 @@ def load_weights(model: nn.Module, file: str | Path, *, resize: bool = False) ->
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {file}: {error}; nothing was loaded") from error
     model = unwrap(model)
+    for name, module in model.named_modules():
+        if hasattr(module, "upgrade_state"):
+            module.upgrade_state(weights, f"{name}." if name else "")
     if resize:
         weights = fit_positions(weights, model)
     own = plain_names(model.state_dict())

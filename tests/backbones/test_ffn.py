@@ -278,8 +278,8 @@ def test_checkpointing_counts_twice_and_moves_the_bias_once():
     assert torch.equal(twice.load, 2 * plain.load)
     for m in (plain, twice):
         rebalance(m)
-        assert m.load.sum() == 0 and m.steps[0] == -1
-    assert torch.equal(plain.steps, twice.steps)
+        assert m.load.sum() == 0 and m.bias[0] == -0.001
+    assert torch.equal(plain.bias, twice.bias)
 
 
 def test_the_load_of_evaluation_is_its_own():
@@ -293,6 +293,30 @@ def test_the_load_of_evaluation_is_its_own():
     module.load_state_dict(module.state_dict())
     assert module.load.sum() == 0
     assert "load" not in module.state_dict()
+
+
+def test_the_bias_is_a_float_that_nothing_rounds():
+    module, x = collapsed(router="sigmoid", bias_rate=0.0)
+    bias = torch.randn(8) * 1e-3
+    module.load_state_dict(module.state_dict() | {"bias": bias})
+    assert torch.equal(module.bias, bias)
+    for converted in (copy.deepcopy(module).bfloat16(), copy.deepcopy(module).half().float(), module.double()):
+        assert converted.bias.dtype == torch.float32 and torch.equal(converted.bias, bias)
+    with torch.device("meta"):
+        shell = moe(router="sigmoid")
+    assert shell.to_empty(device="cpu").bfloat16().bias.device.type == "cpu"
+    # The bias of a checkpoint decides, to the last digit.
+    logits = module._logits(x.flatten(0, 1))
+    chosen, _, scores = module._choose(logits)
+    assert torch.equal(chosen, (scores + bias.double()).topk(2).indices)
+
+
+def test_a_bias_in_steps_loads_as_a_float():
+    module = moe(router="sigmoid", bias_rate=0.01)
+    state = module.state_dict()
+    del state["bias"]
+    module.load_state_dict(state | {"steps": torch.arange(-3, 5, dtype=torch.int32)})
+    torch.testing.assert_close(module.bias, torch.arange(-3, 5) * 0.01)
 
 
 @pytest.mark.parametrize(

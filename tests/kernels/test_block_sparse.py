@@ -144,7 +144,7 @@ def test_one_key_block_is_attention_to_it():
         ({"block_size": 0}, "block_size"),
         ({"blocks": torch.zeros(1, 3, 1, 1, dtype=torch.int64)}, "blocks: 3 rows"),
         ({"blocks": torch.zeros(1, 2, 3, 1, dtype=torch.int64)}, "with f one of"),
-        ({"blocks": torch.zeros(1, 2, 1, 1)}, "int32 or int64"),
+        ({"blocks": torch.zeros(1, 2, 1, 1)}, "which takes int32, int64"),
         ({"q_positions": torch.zeros(1, 3, dtype=torch.int64)}, "q_positions"),
         ({"q": torch.randn(1, 9, 2, 3)}, "pass q_positions"),
         ({"k": torch.randn(1, 8, 3, 3), "v": torch.randn(1, 8, 3, 2)}, "k: its 3 heads"),

@@ -197,3 +197,16 @@ def test_bad_calls_name_the_argument(change, error, named, without_shape_checks)
     arguments = {"x": torch.ones(2, 3), "weight": torch.ones(5, 3), "target": torch.zeros(2, dtype=torch.int64)}
     with pytest.raises(error, match=named):
         cross_entropy(**(arguments | change), backend="chunked")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_logits_whose_squares_overflow_cost_what_they_do_in_torch(backend, reduction):
+    x, weight = torch.eye(2), torch.tensor([[3e19, -3e19], [0.0, 1.0], [-3e19, 3e19]])
+    target, leaves = torch.tensor([0, 1]), (x.requires_grad_(), weight.requires_grad_())
+    found = cross_entropy(x, weight, target, reduction=reduction, backend=backend)
+    right = F.cross_entropy(F.linear(x, weight), target, reduction=reduction)
+    torch.testing.assert_close(found, right)
+    gradients = (torch.autograd.grad(loss.sum(), leaves) for loss in (found, right))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)

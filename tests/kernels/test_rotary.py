@@ -93,7 +93,7 @@ def test_yarn_sharpens_the_attention():
 @pytest.mark.parametrize(
     ("x", "angle", "named"),
     [
-        (torch.ones(1, 4, 6), torch.ones(1, 4, 3), "angle"),
+        (torch.ones(1, 4, 6), torch.ones(1, 4, 3), "x: shape"),
         (torch.ones(1, 4, 2, 6), torch.ones(1, 3, 3), "angle"),
         (torch.ones(1, 4, 2, 6), torch.ones(1, 4, 4), "4 pairs need more than x's 6 channels"),
         (torch.ones(1, 4, 2, 6), torch.ones(1, 4, 0), "nothing to turn"),
@@ -109,5 +109,5 @@ def test_bad_options_name_themselves(without_shape_checks):
         by_position(torch.ones(1, 2, 1, 8), torch.arange(2)[None], channels=9)
     with pytest.raises(ConfigError, match="kind is 'yarm'"):
         RopeScaling(kind="yarm")
-    with pytest.raises(ConfigError, match=r"factor 0\.5"):
+    with pytest.raises(ConfigError, match=r"factor is 0\.5"):
         RopeScaling(factor=0.5)

@@ -108,7 +108,7 @@ def test_the_state_says_what_it_holds():
     ("change", "named"),
     [
         ({"v": torch.randn(2, 11, 2, 5)}, "must have one shape"),
-        ({"chunk": 0}, "chunk is 0"),
+        ({"chunk": 0}, "chunk: 0"),
         ({"w1": torch.randn(2, 4, 5)}, "w1"),
         ({"w2": torch.randn(2, 4, 4)}, "pass both or neither"),
         ({"w2": torch.randn(2, 5, 4), "b2": torch.randn(2, 4)}, "w2"),

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from omnimix.cli.check_kernels import (
+    FLOAT32_TOLERANCE,
     Results,
     arguments_of,
     cast,
@@ -272,6 +273,24 @@ def keeps_precision(function: Function, reference: Function, arguments: Argument
     for name, x in found.named().items():
         excess = low_precision_excess(x, plain[name], truth.named()[name])
         assert excess <= 1, f"{name}: in bfloat16 the error is {excess:.2f} times what is allowed"
+
+
+def keeps_wide_what_is_wide(
+    function: Function, reference: Function, arguments: Arguments, wide: Sequence[str], *, backward: bool
+) -> None:
+    """Law 7: of inputs in bfloat16 float32 states, and gradients of float32 arguments, are right to float32.
+
+    Args:
+        wide: arguments that are in float32.
+    """
+    rounded = cast(arguments, torch.bfloat16)
+    rounded |= cast({name: arguments[name] for name in wide if name in arguments}, torch.float32)
+    found = results(function, rounded, backward=backward)
+    weights = [to(w, torch.float64) for w in weights_for(found.outputs, 0)]
+    truth = results(reference, cast(rounded, torch.float64), weights=weights, backward=backward).named()
+    for name, x in found.named().items():
+        if x.dtype in (torch.float32, torch.complex64):
+            assert error(x, truth[name]) < FLOAT32_TOLERANCE, f"{name}: an error of {error(x, truth[name]):.1e}"
 
 
 @dataclass(frozen=True, kw_only=True)

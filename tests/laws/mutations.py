@@ -214,9 +214,10 @@ RWKV7 = _of(
     (
         "rwkv7:_Direction.forward",
         "key not normalised",
-        "unit(k * self.removal, self.heads)",
+        "unit(k * self.removal, self.heads, LENGTH_EPS)",
         "(k * self.removal).unflatten(-1, (self.heads, -1))",
     ),
+    ("rwkv7:_Direction.forward", "short keys shortened", "self.heads, LENGTH_EPS)", "self.heads)"),
     ("rwkv7:_Direction.__init__", "group norm over all channels", "nn.GroupNorm(heads,", "nn.GroupNorm(1,"),
     ("rwkv7:_Direction.forward", "gate dropped", "o * self.gate(xg)", "o + 0 * self.gate(xg)"),
 )

@@ -184,6 +184,20 @@ def test_keeps_precision_in_bfloat16(subject):
     checker.keeps_precision(subject.call, subject.reference, subject.draw(2, 65))
 
 
+# What callers keep in float32 among inputs in bfloat16, and ops whose states are inputs, in the dtype of these.
+WIDE, WINDOWS = ("initial_state", "decay", "A", "w1", "b1", "w2", "b2"), ("short_conv", "long_conv")
+
+
+@of(lambda s: s.stateful and is_optimised(s) and not is_interpreted(s) and s.op.name not in WINDOWS)
+def test_states_of_bfloat16_inputs_are_right_to_float32(subject):
+    for time in (1, 70):
+        for backward in subject.modes(2, time):
+            with told(f"{time} steps"), mode(backward):
+                checker.keeps_wide_what_is_wide(
+                    subject.call, subject.reference, subject.draw(2, time), WIDE, backward=backward
+                )
+
+
 @subjects(lambda s: is_optimised(s) and not is_interpreted(s))
 def test_stays_finite(subject):
     checker.stays_finite(subject.call, subject.case, 1024, torch.float32, backward=True)

@@ -122,8 +122,31 @@ def test_constants_made_under_inference_serve_training():
     assert x.grad.any()
 
 
+@pytest.mark.parametrize(
+    "config", [MelConfig(), MelConfig.whisper(), MelConfig.kaldi()], ids=["htk", "slaney", "kaldi"]
+)
+def test_constants_made_under_another_default_dtype_are_the_same(config):
+    _constants.cache_clear()
+    x = waves(1, 4000)
+    right = LogMel(config)(x)
+    for dtype in (torch.bfloat16, torch.float64):
+        _constants.cache_clear()
+        torch.set_default_dtype(dtype)
+        try:
+            found = LogMel(config)(x)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(found, right) and torch.equal(LogMel(config)(x), right)
+
+
+def test_filters_without_a_frequency_are_told_of():
+    _constants.cache_clear()
+    with pytest.warns(UserWarning, match="of 80 filters hold no frequency"):
+        LogMel(MelConfig(bins=80, window=128, hop=64))(waves(1, 500))
+
+
 def test_usual_configurations_have_no_empty_filters():
-    _constants.cache_clear()  # torchaudio warns of them when it makes them
+    _constants.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for config in (MelConfig(), MelConfig(scale="slaney"), MelConfig.whisper(), MelConfig.whisper(bins=128)):

@@ -9,9 +9,9 @@ from torch import Tensor
 from ....kernels import norm
 
 
-def unit(x: Float[Tensor, "b t d"], heads: int) -> Float[Tensor, "b t h k"]:
-    """Split `x` (b, t, h · k) into heads, each of length 1."""
+def unit(x: Float[Tensor, "b t d"], heads: int, eps: float = 1e-6) -> Float[Tensor, "b t h k"]:
+    """Split `x` (b, t, h · k) into heads, each of length 1: x / √(Σ x² + eps)."""
     size = x.shape[-1] // heads
     # An RMS of size ** -0.5 is a length of 1.
     weight = torch.full((x.shape[-1],), size**-0.5, dtype=x.dtype, device=x.device)
-    return norm(x, weight, groups=heads, eps=1e-6 / size).unflatten(-1, (heads, -1))
+    return norm(x, weight, groups=heads, eps=eps / size).unflatten(-1, (heads, -1))

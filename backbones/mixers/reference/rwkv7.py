@@ -18,8 +18,9 @@ def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
     The time mixing of RWKV-7 (arXiv 2503.14456, section 4).
 
     x_□ = x_t + (x_{t−1} − x_t) μ_□; w = exp(−e^{−1/2} σ(lora_w)), a = σ(lora_a), g = lora_g with a sigmoid inside;
-    κ = k ⊙ ξ, κ̂ its head's direction, k̃ = k ⊙ lerp(1, a, α); S_t = S_{t−1}(diag(w) − κ̂ᵀ(a ⊙ κ̂)) + vᵀ k̃ (eq. 17, with
-    v as rows); then group norm of S r, plus the bonus (r · (ρ ⊙ k̃)ᵀ) v, times g, projected.
+    κ = k ⊙ ξ, κ̂ its head's direction, of length 1 however short κ is (as in the published code),
+    k̃ = k ⊙ lerp(1, a, α); S_t = S_{t−1}(diag(w) − κ̂ᵀ(a ⊙ κ̂)) + vᵀ k̃ (eq. 17, with v as rows); then group norm
+    of S r, plus the bonus (r · (ρ ⊙ k̃)ᵀ) v, times g, projected.
 
     The values are the layer's own: the published mix with the first layer's values is not part of the mixer.
     The paper has one direction; in two, each owns all but the output projection.
@@ -41,7 +42,7 @@ def _run(config: Any, branch: nn.Module, x: Tensor) -> Tensor:
     w = torch.exp(-math.exp(-0.5) * torch.sigmoid(_low_rank(xw, branch.decay, torch.tanh)))
     a = torch.sigmoid(_low_rank(xa, branch.rate))
     g = _low_rank(xg, branch.gate, torch.sigmoid)
-    kappa = unit(heads_of(k * branch.removal, h))
+    kappa = unit(heads_of(k * branch.removal, h), 1e-12)
     k = k * (1 + (a - 1) * branch.replace)
     r, w, k, v, a = (heads_of(s, h) for s in (r, w, k, v, a))
     # 64e-5 for heads of 64 channels.
