@@ -127,7 +127,8 @@ class StageConfig:
     transition: TransitionConfig | str | None = None
 
     def __post_init__(self) -> None:
-        positive(self, "dim", "depth")
+        positive(self, "dim")
+        positive(self, "depth", most=DEEPEST)
         object.__setattr__(self, "pattern", checked_pattern(self.pattern, empty=True))
         if isinstance(self.transition, str):
             object.__setattr__(self, "transition", lookup(TransitionConfig, self.transition).config())
@@ -168,7 +169,8 @@ class BackboneConfig:
     inputs: tuple[str, ...] | list[str] = ()
 
     def __post_init__(self) -> None:
-        positive(self, "dim", "depth", "norm_eps")
+        positive(self, "dim", "norm_eps")
+        positive(self, "depth", most=DEEPEST)
         fraction(self, "drop_path")
         object.__setattr__(self, "pattern", checked_pattern(self.pattern))
         object.__setattr__(self, "stages", tuple(self.stages))
@@ -294,13 +296,36 @@ def checked_pattern(pattern: Any, *, empty: bool = False) -> tuple[str | BlockCo
     return tuple(pattern)
 
 
-def positive(config: Any, *names: str) -> None:
-    """Raise ConfigError unless each named field is greater than 0 (or None)."""
+# The validators of fields refuse NaN, which compares with nothing, and sizes beyond all that is built: a number in a
+# file must not be able to fill a machine.
+LARGEST = 1 << 30
+DEEPEST = 4096
+
+
+def positive(config: Any, *names: str, most: int = LARGEST) -> None:
+    """Raise ConfigError unless each named field is greater than 0 (or None), and at most `most`."""
     for name in names:
         value = getattr(config, name)
-        # Written so that NaN, which compares with nothing, is refused.
-        if value is not None and not value > 0:
-            raise ConfigError(f"{type(config).__name__}.{name} is {value}; it must be greater than 0")
+        if value is not None and not 0 < value <= most:
+            what = "greater than 0" if not value > 0 else f"at most {most:,}"
+            raise ConfigError(f"{type(config).__name__}.{name} is {value}; it must be {what}")
+
+
+def not_negative(config: Any, *names: str, most: int = LARGEST) -> None:
+    """Raise ConfigError unless each named field is 0 or greater (or None), and at most `most`."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 <= value <= most:
+            what = "at least 0" if not value >= 0 else f"at most {most:,}"
+            raise ConfigError(f"{type(config).__name__}.{name} is {value}; it must be {what}")
+
+
+def proportion(config: Any, *names: str) -> None:
+    """Raise ConfigError unless each named field is in (0, 1] (or None)."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 < value <= 1:
+            raise ConfigError(f"{type(config).__name__}.{name} is {value}; it must be in (0, 1]")
 
 
 def fraction(config: Any, *names: str) -> None:

@@ -37,7 +37,7 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "ntk", "yarn"):
             raise ConfigError(f"RopeScaling.kind is {self.kind!r}; it must be 'linear', 'ntk' or 'yarn'")
-        if self.factor < 1 or self.trained < 1:
+        if not (1 <= self.factor < torch.inf and self.trained >= 1):
             raise ConfigError(f"RopeScaling.factor {self.factor} and trained {self.trained} must be at least 1")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -114,7 +115,8 @@ def _fits(hint: Any, value: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(_fits(inner[1], item) for item in value.values())
     if hint in (int, float):
-        return isinstance(value, int | hint) and not isinstance(value, bool)
+        # NaN and infinity are no values of any option, and JSON can hold them.
+        return isinstance(value, int | hint) and not isinstance(value, bool) and abs(value) < math.inf
     return not isinstance(hint, type) or isinstance(value, hint)
 
 

@@ -17,6 +17,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"
+        self.weights = path / "model.safetensors"
         self.metrics = path / "metrics.json"
         self.report = path / "report.png"
         self.samples = path / "samples.txt"
@@ -38,7 +39,7 @@ class RunFolder:
         for path in (Path(run), Path("runs") / run):
             folder = RunFolder(path)
             if folder.config.is_file():
-                if not (path / "model.safetensors").is_file():
+                if not folder.weights.is_file():
                     raise CheckpointError(f"the run {str(path)!r} has no model yet; go on with --resume")
                 return folder
         raise CheckpointError(f"{run!r} is no run: it holds no config.yaml")

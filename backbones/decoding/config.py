@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...errors import ConfigError
-from ..config import positive
+from ..config import not_negative, positive, proportion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +49,11 @@ class GenerationConfig:
         positive(self, "max_tokens", "top_k", "chunk", "beams")
         object.__setattr__(self, "forbidden", tuple(self.forbidden))
         object.__setattr__(self, "stop", tuple(tuple(s) for s in self.stop))
-        if self.temperature < 0:
-            raise ConfigError(f"GenerationConfig.temperature is {self.temperature}; it must be at least 0 (greedy)")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"GenerationConfig.top_p is {self.top_p}; it must be in (0, 1]")
+        not_negative(self, "temperature")
+        proportion(self, "top_p")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ConfigError(f"GenerationConfig.min_p is {self.min_p}; it must be in [0, 1]")
-        if self.repetition_penalty <= 0:
-            raise ConfigError(
-                f"GenerationConfig.repetition_penalty is {self.repetition_penalty}; it must be above 0 (1 for none)"
-            )
+        positive(self, "repetition_penalty")
         if () in self.stop:
             raise ConfigError("GenerationConfig.stop holds an empty sequence; each needs at least one id")
         if self.beams > 1 and self.temperature:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
-from ..config import positive
+from ..config import not_negative, positive, proportion
 from ..language import LanguageModel
 from ..layout import Layout
 from ..state import State
@@ -64,16 +64,10 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         positive(self, "steps", "block")
-        if self.length < 0:
-            raise ConfigError(f"DiffusionConfig.length is {self.length}; it must be at least 0")
+        not_negative(self, "length", "temperature")
+        proportion(self, "threshold", "top_p")
         if self.remask not in REMASK:
             raise ConfigError(f"DiffusionConfig.remask is {self.remask!r}; it must be one of {', '.join(REMASK)}")
-        if not 0 < self.threshold <= 1:
-            raise ConfigError(f"DiffusionConfig.threshold is {self.threshold}; it must be in (0, 1]")
-        if self.temperature < 0:
-            raise ConfigError(f"DiffusionConfig.temperature is {self.temperature}; it must be at least 0 (greedy)")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"DiffusionConfig.top_p is {self.top_p}; it must be in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)

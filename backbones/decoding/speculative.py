@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...errors import ConfigError, UnsupportedCall
-from ..config import positive
+from ...errors import UnsupportedCall
+from ..config import not_negative, positive
 from ..language import LanguageModel
 from ..state import State
 from .config import GenerationConfig
@@ -40,8 +40,7 @@ class SpeculationConfig:
 
     def __post_init__(self) -> None:
         positive(self, "ahead")
-        if self.again < 0:
-            raise ConfigError(f"SpeculationConfig.again is {self.again}; it must be at least 0")
+        not_negative(self, "again")
 
 
 @dataclass(frozen=True, kw_only=True)

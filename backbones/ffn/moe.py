@@ -14,7 +14,7 @@ from ...errors import ConfigError
 from ...kernels import grouped_mm
 from ...kernels.grouped_mm import combine, dispatch, route
 from ...utils.modes import own_precision
-from ..config import FFNConfig, Site, positive
+from ..config import FFNConfig, Site, not_negative, positive
 from ..context import Context
 from ..layer import Output
 from ..state import State
@@ -65,9 +65,7 @@ class MoEConfig(FFNConfig):
             raise ConfigError(f"MoEConfig.router is {self.router!r}; it must be 'softmax' or 'sigmoid'")
         if self.normalise and self.active == 1:
             raise ConfigError("MoEConfig.normalise is True with one active expert: its weight would always be 1")
-        for name in ("shared", "balance", "z_loss", "bias_rate"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"MoEConfig.{name} is {getattr(self, name)}; it must be at least 0")
+        not_negative(self, "shared", "balance", "z_loss", "bias_rate")
 
 
 class _Experts(nn.Module):

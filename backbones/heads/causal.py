@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
+from ...errors import UnsupportedCall, UnsupportedShape
 from ...kernels import cross_entropy
-from ..config import ObjectiveConfig, positive
+from ..config import DEEPEST, ObjectiveConfig, not_negative, positive
 from ..layer import unfit
 from ..layout import Layout
 from .objective import Likelihood, Objective, ObjectiveLoss, register_objective
@@ -37,10 +37,8 @@ class CausalConfig(ObjectiveConfig):
     z_loss: float = 0.0
 
     def __post_init__(self) -> None:
-        positive(self, "ahead")
-        for name in ("ahead_weight", "z_loss"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"CausalConfig.{name} is {getattr(self, name)}; it must be at least 0")
+        positive(self, "ahead", most=DEEPEST)
+        not_negative(self, "ahead_weight", "z_loss")
 
 
 @register_objective(

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...errors import ConfigError, UnsupportedCall
-from ..config import fraction
+from ..config import fraction, not_negative
 from ..layout import Layout
 
 POOLS = ("mean", "max", "class_token", "none")
@@ -33,8 +33,7 @@ class ClassificationHeadConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.classes < 0:
-            raise ConfigError(f"classes is {self.classes}; it must be at least 0")
+        not_negative(self, "classes")
         if self.pool not in POOLS:
             raise ConfigError(f"pool is {self.pool!r}; it must be one of {', '.join(POOLS)}")
         fraction(self, "dropout")

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..config import ObjectiveConfig, fraction
+from ..config import ObjectiveConfig, fraction, not_negative
 from ..layout import Layout
 from .denoiser import Denoiser
 from .noise import (
@@ -59,8 +59,7 @@ class MaskedConfig(ObjectiveConfig):
         fraction(self, "eps")
         if self.complementary and self.eps >= 0.5:
             raise ConfigError(f"{type(self).__name__}.eps is {self.eps}; with complementary it must be below 0.5")
-        if self.anneal_steps < 0:
-            raise ConfigError(f"{type(self).__name__}.anneal_steps is {self.anneal_steps}; it must be at least 0")
+        not_negative(self, "anneal_steps")
 
 
 @register_objective(

@@ -49,9 +49,7 @@ class TTTConfig(MixerConfig):
     forget: bool = False
 
     def __post_init__(self) -> None:
-        positive(self, "heads", "hidden_ratio", "chunk")
-        if self.base_lr is not None and self.base_lr <= 0:
-            raise ConfigError(f"base_lr is {self.base_lr}; it must be above 0")
+        positive(self, "heads", "hidden_ratio", "chunk", "base_lr")
         if self.model not in ("linear", "mlp"):
             raise ConfigError(f"model is {self.model!r}; it must be 'linear' or 'mlp'")
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from ...backbones.config import not_negative
 from ...errors import ConfigError
 from ...modalities.data.sources import FolderSource, Source, check_classes, find_source, find_splits, read_utf8
 from ..common.loading import uniform
@@ -42,9 +43,7 @@ class AudioAugment:
     noise: float | None = 15.0
 
     def __post_init__(self) -> None:
-        for name in ("shift", "gain"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"augment.{name} is {getattr(self, name)}; it must be at least 0")
+        not_negative(self, "shift", "gain")
 
     def __call__(self, wave: Float[Tensor, "n"], preprocess: AudioPreprocess, seed: int) -> Float[Tensor, "m"]:
         place, shift, gain, noise = uniform(seed, [(0, 0)], 4)[0].tolist()

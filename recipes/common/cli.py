@@ -11,6 +11,8 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -23,19 +25,22 @@ from lightning.pytorch.utilities import rank_zero_only
 from ...backbones.serialization import to_dict
 from ...errors import CheckpointError, ConfigError, OmnimixError
 from ...modalities import load_weights
-from ...utils.console import emit
+from ...modalities.common.weights import check_fits, stored_shapes
+from ...utils.console import emit, say
 from ...utils.files import replace_file
 from ...utils.options import add_json, add_threads, set_threads
 from ...utils.run_folder import RunFolder
-from .arguments import argument, configurations, prepared, with_run_config
+from .arguments import argument, configurations, prepared
 from .history import History
 from .migration import migrated_files
 from .options import RecipeData, options_argument
 from .parser import Parser
 from .ranks import same_again, share_threads, trainer_of_torchrun
+from .stored import shapes_of_state, stored_config
 from .training import AverageWeights, Interrupted, LastCheckpoint, SeedEveryStep, precision
 from .trees import EPILOG, build, epilog, tree_defaults
 
+OTHER_MODEL = "it is of another model; leave out options that change the model, or start anew with --overwrite"
 _OF_THE_CALL = ("overwrite", "resume", "ckpt_path", "weights_only", "json", "run")
 
 
@@ -80,10 +85,16 @@ class RecipeCLI(LightningCLI):
         self.history = history or History()
         self.callbacks = callbacks
         self.task = recipe.split("_")[0]
-        argv, base, self.configuration = configurations(argv, recipe)
         _quiet()
-        with migrated_files(argv) as argv, prepared(argv, base, model, data) as (argv, file):
-            self._start(model, data, str(file), argv)
+        run = _run_of(command, argv, self.task)
+        with (
+            contextlib.nullcontext(argv)
+            if run is None
+            else stored_config(argv, run, data, fit=command == "fit") as argv
+        ):
+            argv, base, self.configuration = configurations(argv, recipe)
+            with migrated_files(argv) as argv, prepared(argv, base, model, data) as (argv, file):
+                self._start(model, data, str(file), argv)
 
     def _start(self, model: type[pl.LightningModule], data: type[RecipeData], file: str, argv: list[str]) -> None:
         """Parse with the defaults of a file, and do what is typed."""
@@ -158,7 +169,8 @@ class RecipeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         if self.options.threads is not None:
             set_threads(self.options.threads)
-            os.environ["OMP_NUM_THREADS"] = str(self.options.threads)  # of the processes that Lightning starts
+            # Of the processes that Lightning starts.
+            os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
         else:
             share_threads()
         if self.command == "fit":
@@ -167,6 +179,9 @@ class RecipeCLI(LightningCLI):
                 self.folder.check(overwrite=self.options.overwrite, resume=self.options.resume)
         else:
             self.folder = RunFolder.finished(self.options.run)
+        shapes = self._stored_shapes()
+        if shapes is not None:
+            self.parser.add_instantiator(partial(self._fitting, *shapes), self.model_class, prepend=True)
 
     def instantiate_classes(self) -> None:
         try:
@@ -181,6 +196,31 @@ class RecipeCLI(LightningCLI):
         model = self.options.model
         for name in tree_defaults(self.model_class):
             model[name] = build(name, model[name])
+
+    def _stored_shapes(self) -> tuple[Path, dict[str, tuple[int, ...]]] | None:
+        """The file of the run whose weights are to be loaded, with their shapes; None for a model that begins anew."""
+        if self.command != "fit":
+            return self.folder.weights, stored_shapes(self.folder.weights)
+        if not self.options.resume or not self.folder.last.is_file():
+            return None
+        shapes = shapes_of_state(self.folder.last)
+        return None if shapes is None else (self.folder.last, shapes)
+
+    def _fitting(
+        self, file: Path, shapes: dict[str, tuple[int, ...]], cls: type[pl.LightningModule], *args: Any, **kwargs: Any
+    ) -> pl.LightningModule:
+        """The recipe's module, once it is sure that the weights in `file` are those of such a model.
+
+        The sizes in a configuration may be anything: nothing of such a size is made before.
+        """
+        make = partial(cls, *args, **kwargs)
+        try:
+            check_fits(lambda: make().model, shapes, file, depth=kwargs["backbone"].depth)
+        except CheckpointError as error:
+            if self.command != "fit":
+                raise
+            raise CheckpointError(f"cannot go on from {str(file)!r}: {OTHER_MODEL} ({error})") from error
+        return make()
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self.options.trainer
@@ -229,7 +269,7 @@ class RecipeCLI(LightningCLI):
         if self.options.resume:
             ckpt_path = str(folder.last) if folder.last.is_file() else None
             if ckpt_path is None:
-                print(f"no state was saved in {folder.checkpoints} yet: starting from the beginning")
+                say(f"no state was saved in {folder.checkpoints} yet: starting from the beginning")
         if rank_zero_only.rank == 0:
             folder.create(resume=self.options.resume)
             self._save_config()
@@ -269,7 +309,7 @@ class RecipeCLI(LightningCLI):
         }
 
     def _load(self, module: pl.LightningModule) -> None:
-        load_weights(module.model, self.folder.path / "model.safetensors")
+        load_weights(module.model, self.folder.weights)
 
     def _save_config(self) -> None:
         config = self.options.clone()
@@ -308,8 +348,6 @@ def run_fit(
     """
     name, runs = argument(argv, "--name", task), argument(argv, "--runs", "runs")
     folder = RunFolder.named(runs, name)
-    if "--resume" in argv:
-        argv = with_run_config(argv, folder)
     cli = None
     try:
         cli = make("fit", argv)
@@ -322,7 +360,9 @@ def run_fit(
         done = "stopped" if cli is None else "stopped behind the training, before the report was done"
         place = "" if runs == "runs" else f" --runs {shlex.quote(runs)}"
         again = f"{same_again(f'omnimix {task} fit')} --name {name}{place} --resume"
-        print(f"\n{str(stop) or done}\ngo on with: {again}")
+        print()
+        say(str(stop) or done)
+        say(f"go on with: {again}")
         return 130
     return 0
 
@@ -330,8 +370,6 @@ def run_fit(
 def evaluate(command: str, argv: list[str], make: Callable[[str, list[str]], RecipeCLI]) -> int:
     """Measure the run that `--run` names with its own configuration, and print the numbers."""
     run = argument(argv, "--run", "")
-    if run:
-        argv = with_run_config(argv, RunFolder.finished(run))
     cli = make(command, argv)
     row = {"run": str(cli.folder.path), **{name: float(value) for name, value in cli.measured[0].items()}}
     if cli.trainer.is_global_zero:
@@ -339,11 +377,21 @@ def evaluate(command: str, argv: list[str], make: Callable[[str, list[str]], Rec
     return 0
 
 
+def _run_of(command: str, argv: list[str], task: str) -> RunFolder | None:
+    """The run whose configuration a command begins with: the one to resume, or to evaluate."""
+    if command != "fit":
+        run = argument(argv, "--run", "")
+        return RunFolder.finished(run) if run else None
+    if "--resume" not in argv:
+        return None
+    return RunFolder.named(argument(argv, "--runs", "runs"), argument(argv, "--name", task))
+
+
 def _why_not_resumed(error: Exception) -> str | None:
     """What is wrong with the saved state, if that is what `error` says."""
     text = str(error)
     if "loading state_dict" in text:
-        return "it is of another model; leave out options that change the model, or start anew with --overwrite"
+        return OTHER_MODEL
     if isinstance(error, EOFError | pickle.UnpicklingError) or "PytorchStreamReader" in text:
         return "it is damaged; start anew with --overwrite"
     return None

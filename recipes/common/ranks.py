@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...errors import ConfigError
+from ...utils.options import cores
 
 T = TypeVar("T")
 
@@ -61,8 +62,7 @@ def trainer_of_torchrun(config: Any) -> dict[str, Any]:
 def share_threads() -> None:
     """Under torchrun, which gives each process one thread: a part of the cores for each."""
     if local_processes() > 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // local_processes()))
+        torch.set_num_threads(max(1, cores() // local_processes()))
 
 
 def from_all_ranks(trainer: pl.Trainer, value: T) -> list[T]:

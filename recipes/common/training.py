@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from torch import Tensor, nn
 
+from ...backbones.config import not_negative, positive
 from ...errors import ConfigError, OmnimixError, UnknownName
 from ...utils.devices import native_bf16
 from .loading import mix
@@ -56,8 +57,7 @@ class TrainingConfig:
         for name, known in (("optimizer", ("adamw", "muon")), ("schedule", ("cosine", "wsd"))):
             if getattr(self, name) not in known:
                 raise UnknownName(f"training.{name}", getattr(self, name), known)
-        if not self.lr > 0:
-            raise ConfigError(f"training.lr is {self.lr}; it must be above 0")
+        positive(self, "lr")
         parts(self, "min_lr", "warmup", "decay", "momentum", "ema")
         for name in ("momentum", "ema"):
             if getattr(self, name) == 1:
@@ -74,13 +74,6 @@ def parts(config: TrainingConfig, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"training.{name} is {getattr(config, name)}; it must be a part between 0 and 1")
-
-
-def not_negative(config: TrainingConfig, *names: str) -> None:
-    """Raise ConfigError where a named field is below 0."""
-    for name in names:
-        if getattr(config, name) < 0:
-            raise ConfigError(f"training.{name} is {getattr(config, name)}; it must be at least 0")
 
 
 def precision(wanted: str | None, accelerator: str, parameters: int) -> str:

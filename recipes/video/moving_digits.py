@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...modalities.common.encode import write_video
 from ...modalities.data.sources import VIDEO_SUFFIXES, Source, find_splits
+from ...utils.options import cores
 from ..common.loading import mix
 from ..common.synthetic import generated_folder
 from ..vision.data import stratified_split
@@ -141,7 +141,7 @@ def write_clips(folder: Path, train: int, val: int) -> None:
         digit = images[members[int(torch.randint(len(members), (), generator=generator))]]
         write_clip(folder / split / motion / f"{number:05d}.mp4", digit, motion, generator)
 
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = cores()
     with ThreadPoolExecutor(workers) as pool:
         for _ in _with_progress(pool.map(job, jobs), len(jobs), f"writing {len(jobs):,} clips as mp4 files, once"):
             pass

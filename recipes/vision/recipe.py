@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ...backbones import BackboneConfig
+from ...backbones.config import not_negative
 from ...modalities import ImageClassifier
 from ...modalities.image.model import image_classifier
 from ..common.classification import Classification, ClassificationTrainingConfig, Look, finish
 from ..common.cli import RecipeCLI, evaluate, run_fit
-from ..common.training import not_negative, parts
+from ..common.training import parts
 from .data import DigitsData, ImageData, TensorData
 from .folders import ImageFolderData
 
