@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import gc
 import os
@@ -73,6 +72,8 @@ def usage(group: str | None = None) -> str:
 
 
 def unknown(words: list[str]) -> int:
+    import difflib
+
     tried = " ".join(words)
     near = difflib.get_close_matches(tried, COMMANDS, n=1) or difflib.get_close_matches(
         words[0], [*COMMANDS, *{name.split()[0] for name in COMMANDS}], n=1
@@ -191,5 +192,19 @@ def of_the_system(error: OSError, lost: bool) -> str | None:
     return f"{error.strerror}{'' if name is None else f': {str(name)!r}'}; {REMEDIES[error.errno]}"
 
 
+def without_the_current_folder() -> None:
+    """Import nothing from the current folder, which `python -m` puts in front of all packages.
+
+    The files of a stranger's run may lie there. Where omnimix itself does, its user's packages do too.
+    """
+    here = os.getcwd()
+    if getattr(sys.flags, "safe_path", False) or os.path.dirname(os.path.dirname(os.path.abspath(__file__))) == here:
+        return
+    sys.path[:1] = [] if sys.path[:1] in ([""], [here]) else sys.path[:1]
+    # Of the processes that are started.
+    os.environ["PYTHONSAFEPATH"] = "1"
+
+
 if __name__ == "__main__":
+    without_the_current_folder()
     sys.exit(main())
