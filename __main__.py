@@ -79,7 +79,7 @@ def unknown(words: list[str]) -> int:
         words[0], [*COMMANDS, *{name.split()[0] for name in COMMANDS}], n=1
     )
     hint = f"did you mean 'omnimix {near[0]}'?" if near else "see omnimix --help"
-    print(f"omnimix: error: no command is called {tried!r}; {hint}", file=sys.stderr)
+    complain(f"no command is called {tried!r}; {hint}")
     return 2
 
 
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     except OmnimixError as error:
         if debug:
             raise
-        print(f"omnimix: error: {error}", file=sys.stderr)
+        complain(error)
         return 2
     except OSError as error:
         lost = output_is_lost()
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         text = of_the_system(error, lost)
         if debug or text is None:
             raise
-        print(f"omnimix: error: {text}", file=sys.stderr)
+        complain(text)
         return 2
     except SystemExit as error:
         # So rich ends a program whose reader is gone.
@@ -145,6 +145,12 @@ def main(argv: list[str] | None = None) -> int:
         raise
     except KeyboardInterrupt:
         return 130
+
+
+def complain(error: object) -> None:
+    from .utils.console import say
+
+    say(f"omnimix: error: {error}", error=True, keep="\n")
 
 
 def output_is_lost() -> bool:

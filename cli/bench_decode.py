@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UnknownName
+from ..utils.console import say
 from ..utils.devices import usable_device, where_on
 from ..utils.options import add_device, add_json, add_threads, set_threads
 from .bench_blocks import HIDDEN
@@ -268,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shape = f"{sizes.depth} layers, {sizes.dim} wide, {sizes.vocabulary} tokens, batch {sizes.batch}"
     emit(f"decoding in {options.dtype} on {where}: {shape}; prompt of {plan.prompt} tokens", rows, options.json)
     for name, why in left_out.items():
-        print(f"left out: {name}: {why}", file=sys.stderr)
+        say(f"left out: {name}: {why}", error=True)
     if options.plot and rows:
         plot(rows, options.plot)
     return 0

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from ..modalities.data.sources import (
     has_split,
 )
 from ..modalities.data.tar import TarIndex
-from ..utils.console import emit, write_atomically
+from ..utils.console import emit, markup, say, write_atomically
 from ..utils.options import add_json
 
 KINDS = {"image": IMAGE_SUFFIXES, "video": VIDEO_SUFFIXES, "audio": AUDIO_SUFFIXES}
@@ -287,7 +286,7 @@ def main(argv: list[str]) -> int:
 
         def seen(split: str, done: int, total: int) -> None:
             if split not in tasks:
-                tasks[split] = bar.add_task(split, total=total)
+                tasks[split] = bar.add_task(markup(split), total=total)
             bar.update(tasks[split], completed=done)
 
         written = shard_folder(
@@ -303,7 +302,7 @@ def main(argv: list[str]) -> int:
             seen=seen,
         )
     for reason in [reason for part in written for reason in part.problems.values()][:10]:
-        print(f"skipped: {reason}", file=sys.stderr)
+        say(f"skipped: {reason}", error=True)
     rows = [
         {
             "split": part.split,

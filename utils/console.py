@@ -60,13 +60,17 @@ def emit(title: str, rows: list[dict[str, Any]], json: str | None = None) -> Non
         write_atomically(json, json_module.dumps(rows, indent=1, default=str) + "\n")
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=markup(title), title_justify="left")
+    def cell(value: Any) -> Text:
+        return Text(visible(value))
+
+    table = Table(title=cell(title), title_justify="left")
     for i, key in enumerate(rows[0] if rows else ["(nothing)"]):
         number = bool(rows) and isinstance(rows[0][key], int | float) and not isinstance(rows[0][key], bool)
-        table.add_column(markup(key), justify="right" if number else "left", no_wrap=i == 0)
+        table.add_column(cell(key), justify="right" if number else "left", no_wrap=i == 0)
     for row in rows:
-        table.add_row(*(_text(value) for value in row.values()))
+        table.add_row(*(cell(_text(value)) for value in row.values()))
     console = Console()
     # A pipe has no width: let the rows be as long as they are, so that grep finds whole lines.
     if not console.is_terminal:
@@ -82,4 +86,4 @@ def short_number(value: float) -> str:
 def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return "" if value is None else markup(value)
+    return "" if value is None else str(value)

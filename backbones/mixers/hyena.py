@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...kernels import long_conv, short_conv
-from ..config import MixerConfig, Site, positive
+from ..config import DEEPEST, MixerConfig, Site, positive
 from ..context import Context
 from ..parameters import mark
 from ..state import State
@@ -43,7 +43,8 @@ class HyenaConfig(MixerConfig):
     frequency: float = 10.0
 
     def __post_init__(self) -> None:
-        positive(self, "length", "conv_size", "features", "filter_dim", "filter_depth", "frequency")
+        positive(self, "length", "conv_size", "features", "filter_dim", "frequency")
+        positive(self, "order", "filter_depth", most=DEEPEST)
         if self.order < 2:
             raise ConfigError(f"order is {self.order}; it must be at least 2")
         if self.features % 2:

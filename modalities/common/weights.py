@@ -61,11 +61,20 @@ def stored_shapes(file: str | Path) -> dict[str, Shape]:
     Raises:
         CheckpointError: the file is missing or corrupt.
     """
+    return {current_name(_unmarked(name)): tuple(found.get_shape()) for name, found in _header(file).items()}
+
+
+def stored_types(file: str | Path) -> dict[str, str]:
+    """What safetensors calls the types of the tensors in a file, by their names there. Errors: see `stored_shapes`."""
+    return {name: found.get_dtype() for name, found in _header(file).items()}
+
+
+def _header(file: str | Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="pt") as opened:
-            return {current_name(_unmarked(name)): tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+            return {name: opened.get_slice(name) for name in opened.keys()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {file}: {error}; nothing was loaded") from error
 
@@ -92,8 +101,8 @@ def check_fits(
         try:
             with torch.device("meta"):
                 own = plain_names(unwrap(make()).state_dict())
-        except OmnimixError:
-            raise
+        except OmnimixError as error:
+            raise CheckpointError(f"{file} does not fit the model: {error}; nothing was loaded") from error
         except (RuntimeError, ValueError, OverflowError, MemoryError, TypeError) as error:
             # Sizes beyond what a tensor can have.
             what = " ".join(str(error).split())

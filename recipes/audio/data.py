@@ -17,6 +17,7 @@ from ...modalities.data.sources import FolderSource, Source, check_classes, find
 from ..common.loading import uniform
 from ..common.media import MediaData, Samples
 from ..common.options import LOADING, LoadingOptions
+from ..common.synthetic import MOST
 from .preprocess import SUFFIXES, AudioPreprocess
 from .sounds import RATE, SECONDS, SOUNDS, sounds_folder
 
@@ -225,8 +226,8 @@ class SoundsData(AudioData):
         super().__init__(loading=loading)
         self.augment = augment
         for name, count in (("train", train), ("val", val)):
-            if count < 1:
-                raise ConfigError(f"data.{name} is {count}; it must be at least 1")
+            if not 1 <= count <= MOST:
+                raise ConfigError(f"data.{name} is {count}; it must be 1 to {MOST:,}")
         if seconds is not None and seconds < SECONDS:
             raise ConfigError(
                 f"data.seconds is {seconds}; it must be at least {SECONDS}: a part of a sound has no class"

@@ -360,8 +360,7 @@ def run_fit(
         done = "stopped" if cli is None else "stopped behind the training, before the report was done"
         place = "" if runs == "runs" else f" --runs {shlex.quote(runs)}"
         again = f"{same_again(f'omnimix {task} fit')} --name {name}{place} --resume"
-        print()
-        say(str(stop) or done)
+        say(f"\n{str(stop) or done}", keep="\n")
         say(f"go on with: {again}")
         return 130
     return 0

@@ -11,6 +11,9 @@ from pathlib import Path
 from ...utils.cache import cache_folder
 from ...utils.files import one_at_a_time
 
+# Files of a split at most: a number in a run's configuration must not fill a disk.
+MOST = 100_000
+
 
 def generated_folder(name: str, write: Callable[[Path], None]) -> Path:
     """The folder `name` of the cache, made now where it is not there yet: whole or not at all.
