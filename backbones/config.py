@@ -302,13 +302,18 @@ LARGEST = 1 << 30
 DEEPEST = 4096
 
 
+def called(config: Any) -> str:
+    """What messages call a configuration: what users write before its fields, or its class."""
+    return getattr(config, "called", type(config).__name__)
+
+
 def positive(config: Any, *names: str, most: int = LARGEST) -> None:
     """Raise ConfigError unless each named field is greater than 0 (or None), and at most `most`."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not 0 < value <= most:
             what = "greater than 0" if not value > 0 else f"at most {most:,}"
-            raise ConfigError(f"{type(config).__name__}.{name} is {value}; it must be {what}")
+            raise ConfigError(f"{called(config)}.{name} is {value}; it must be {what}")
 
 
 def not_negative(config: Any, *names: str, most: int = LARGEST) -> None:
@@ -317,7 +322,7 @@ def not_negative(config: Any, *names: str, most: int = LARGEST) -> None:
         value = getattr(config, name)
         if value is not None and not 0 <= value <= most:
             what = "at least 0" if not value >= 0 else f"at most {most:,}"
-            raise ConfigError(f"{type(config).__name__}.{name} is {value}; it must be {what}")
+            raise ConfigError(f"{called(config)}.{name} is {value}; it must be {what}")
 
 
 def proportion(config: Any, *names: str) -> None:
@@ -325,14 +330,14 @@ def proportion(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and not 0 < value <= 1:
-            raise ConfigError(f"{type(config).__name__}.{name} is {value}; it must be in (0, 1]")
+            raise ConfigError(f"{called(config)}.{name} is {value}; it must be in (0, 1]")
 
 
 def fraction(config: Any, *names: str) -> None:
     """Raise ConfigError unless each named field lies in [0, 1)."""
     for name in names:
         if not 0 <= getattr(config, name) < 1:
-            raise ConfigError(f"{type(config).__name__}.{name} is {getattr(config, name)}; it must be in [0, 1)")
+            raise ConfigError(f"{called(config)}.{name} is {getattr(config, name)}; it must be in [0, 1)")
 
 
 def divides(config: Any, name: str, total: int, what: str) -> None:

@@ -19,6 +19,7 @@ from ..kernels.common.tools import interpreting
 from ..kernels.registry import Case, Draw, Op, get_op, ops
 from ..utils.console import say
 from ..utils.devices import usable_device, where_on
+from ..utils.files import replace_file
 from ..utils.options import add_device, add_json, add_threads, set_threads
 from .bench_kernels_peers import PEERS, Peer, served, times
 from .check_kernels import call_of, cast, differentiable
@@ -330,7 +331,7 @@ def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    replace_file(path, lambda part: figure.savefig(part, dpi=150, format="png"))
     pyplot.close(figure)
 
 

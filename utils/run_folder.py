@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import CheckpointError, ConfigError
+from .files import PART
 
 
 class RunFolder:
@@ -59,3 +60,7 @@ class RunFolder:
         if self.path.exists() and not resume:
             shutil.rmtree(self.path)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        # What a process that was killed while it wrote has left.
+        for folder in (self.path, self.checkpoints):
+            for left in folder.glob(f".*{PART}"):
+                left.unlink(missing_ok=True)

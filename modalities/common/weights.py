@@ -204,7 +204,7 @@ def read_config(file: str | Path) -> dict[str, Any]:
     content = {"details": {}, "format": 1} | content
     for name, kind, what in (("model", str, "a name"), ("config", dict, "a mapping"), ("details", dict, "a mapping")):
         if not isinstance(content[name], kind):
-            raise CheckpointError(f"{file}: {name} must be {what}, and is not; nothing was loaded")
+            raise CheckpointError(f"{file} does not describe a model: {name} must be {what}; nothing was loaded")
     if type(content["format"]) is not int or content["format"] not in range(1, FORMAT + 1):
         raise CheckpointError(
             f"{file} has format {content['format']!r}, written by omnimix {content.get('omnimix', '?')}; this version "

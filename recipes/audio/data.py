@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,8 @@ class AudioAugment:
         noise: decibels from the clip's power down to that of the loudest white noise; from there to 40 decibels less
             all are equally likely. None adds none.
     """
+
+    called: ClassVar[str] = "augment"
 
     place: bool = True
     shift: float = 0.0

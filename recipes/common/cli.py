@@ -12,7 +12,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -20,12 +19,12 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from ...backbones.serialization import to_dict
 from ...errors import CheckpointError, ConfigError, OmnimixError
 from ...modalities import load_weights
-from ...modalities.common.weights import check_fits, stored_shapes
 from ...utils.console import emit, say
 from ...utils.files import replace_file
 from ...utils.options import add_json, add_threads, set_threads
@@ -35,12 +34,11 @@ from .history import History
 from .migration import migrated_files
 from .options import RecipeData, options_argument
 from .parser import Parser
-from .ranks import same_again, share_threads, trainer_of_torchrun
-from .stored import shapes_of_state, stored_config
-from .training import AverageWeights, Interrupted, LastCheckpoint, SeedEveryStep, precision
+from .ranks import losses_named, same_again, share_threads, trainer_of_torchrun
+from .stored import OTHER_MODEL, build_fitting, stored_config
+from .training import AverageWeights, Interrupted, LastCheckpoint, SeedEveryStep, WholeFiles, precision
 from .trees import EPILOG, build, epilog, tree_defaults
 
-OTHER_MODEL = "it is of another model; leave out options that change the model, or start anew with --overwrite"
 _OF_THE_CALL = ("overwrite", "resume", "ckpt_path", "weights_only", "json", "run")
 
 
@@ -179,9 +177,9 @@ class RecipeCLI(LightningCLI):
                 self.folder.check(overwrite=self.options.overwrite, resume=self.options.resume)
         else:
             self.folder = RunFolder.finished(self.options.run)
-        shapes = self._stored_shapes()
-        if shapes is not None:
-            self.parser.add_instantiator(partial(self._fitting, *shapes), self.model_class, prepend=True)
+        if self.command != "fit" or self.options.resume:
+            make = partial(build_fitting, self.folder, fit=self.command == "fit")
+            self.parser.add_instantiator(make, self.model_class, prepend=True)
 
     def instantiate_classes(self) -> None:
         try:
@@ -196,31 +194,6 @@ class RecipeCLI(LightningCLI):
         model = self.options.model
         for name in tree_defaults(self.model_class):
             model[name] = build(name, model[name])
-
-    def _stored_shapes(self) -> tuple[Path, dict[str, tuple[int, ...]]] | None:
-        """The file of the run whose weights are to be loaded, with their shapes; None for a model that begins anew."""
-        if self.command != "fit":
-            return self.folder.weights, stored_shapes(self.folder.weights)
-        if not self.options.resume or not self.folder.last.is_file():
-            return None
-        shapes = shapes_of_state(self.folder.last)
-        return None if shapes is None else (self.folder.last, shapes)
-
-    def _fitting(
-        self, file: Path, shapes: dict[str, tuple[int, ...]], cls: type[pl.LightningModule], *args: Any, **kwargs: Any
-    ) -> pl.LightningModule:
-        """The recipe's module, once it is sure that the weights in `file` are those of such a model.
-
-        The sizes in a configuration may be anything: nothing of such a size is made before.
-        """
-        make = partial(cls, *args, **kwargs)
-        try:
-            check_fits(lambda: make().model, shapes, file, depth=kwargs["backbone"].depth)
-        except CheckpointError as error:
-            if self.command != "fit":
-                raise
-            raise CheckpointError(f"cannot go on from {str(file)!r}: {OTHER_MODEL} ({error})") from error
-        return make()
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self.options.trainer
@@ -262,7 +235,10 @@ class RecipeCLI(LightningCLI):
         config.setdefault("enable_checkpointing", None)
         if not sys.stdout.isatty():
             config["enable_progress_bar"] = False
-        return super()._instantiate_trainer(config, [*callbacks, *ours])
+        trainer = super()._instantiate_trainer(config, [*callbacks, *ours])
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # and no plugin of the user's
+            trainer.strategy.checkpoint_io = WholeFiles()
+        return trainer
 
     def fit(self, model: pl.LightningModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         folder = self.folder
@@ -348,18 +324,19 @@ def run_fit(
     """
     name, runs = argument(argv, "--name", task), argument(argv, "--runs", "runs")
     folder = RunFolder.named(runs, name)
+    place = "" if runs == "runs" else f" --runs {shlex.quote(runs)}"
+    again = f"{same_again(f'omnimix {task} fit')} --name {name}{place} --resume"
     cli = None
     try:
-        cli = make("fit", argv)
-        finish(cli)
+        with losses_named(f"; go on with: {again}"):
+            cli = make("fit", argv)
+            finish(cli)
     except (Interrupted, KeyboardInterrupt) as stop:
         if rank_zero_only.rank != 0:
             return 0  # a failure of theirs would make whoever started them stop the first before it has spoken
         if not folder.config.is_file():
             raise
         done = "stopped" if cli is None else "stopped behind the training, before the report was done"
-        place = "" if runs == "runs" else f" --runs {shlex.quote(runs)}"
-        again = f"{same_again(f'omnimix {task} fit')} --name {name}{place} --resume"
         say(f"\n{str(stop) or done}", keep="\n")
         say(f"go on with: {again}")
         return 130
@@ -369,7 +346,8 @@ def run_fit(
 def evaluate(command: str, argv: list[str], make: Callable[[str, list[str]], RecipeCLI]) -> int:
     """Measure the run that `--run` names with its own configuration, and print the numbers."""
     run = argument(argv, "--run", "")
-    cli = make(command, argv)
+    with losses_named():
+        cli = make(command, argv)
     row = {"run": str(cli.folder.path), **{name: float(value) for name, value in cli.measured[0].items()}}
     if cli.trainer.is_global_zero:
         emit(f"{command} {run}", [row], cli.options.json)

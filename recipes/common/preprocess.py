@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ...backbones.config import positive
+from ...backbones.config import called, positive
 from ...backbones.serialization import from_dict
 from ...errors import CheckpointError, ConfigError, UnknownName
 from ...modalities import read_details
@@ -74,9 +74,9 @@ def check_square(config: Any) -> None:
     """Raise ConfigError unless `size`, `channels` and `crop` of a configuration can be of square images."""
     positive(config, "size", most=LONGEST)
     if config.channels not in (1, 3):
-        raise ConfigError(f"{type(config).__name__}.channels is {config.channels}; it must be 1 (grey) or 3")
+        raise ConfigError(f"{called(config)}.channels is {config.channels}; it must be 1 (grey) or 3")
     if not SMALLEST <= config.crop <= 1:
-        raise ConfigError(f"{type(config).__name__}.crop is {config.crop}; it must be in [{SMALLEST}, 1]")
+        raise ConfigError(f"{called(config)}.crop is {config.crop}; it must be in [{SMALLEST}, 1]")
 
 
 def check_statistics(config: Any) -> None:
@@ -84,8 +84,6 @@ def check_statistics(config: Any) -> None:
     for name in ("mean", "std"):
         values = getattr(config, name)
         if len(values) != config.channels or not all(map(math.isfinite, values)):
-            raise ConfigError(
-                f"{type(config).__name__}.{name} is {list(values)}; it must be {config.channels} finite numbers"
-            )
+            raise ConfigError(f"{called(config)}.{name} is {list(values)}; it must be {config.channels} finite numbers")
     if not all(value > 0 for value in config.std):
-        raise ConfigError(f"{type(config).__name__}.std is {list(config.std)}; each must be above 0")
+        raise ConfigError(f"{called(config)}.std is {list(config.std)}; each must be above 0")

@@ -14,6 +14,7 @@ import pickle
 import tempfile
 import typing
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import yaml
 
 from ...backbones.serialization import current_name
 from ...errors import CheckpointError
+from ...modalities.common.weights import check_fits, stored_shapes
 from ...utils.console import say
 from ...utils.options import cores
 from ...utils.run_folder import RunFolder
@@ -31,6 +33,7 @@ from .options import RecipeData
 from .parser import subclasses
 from .trees import SHORT, TREES, short_forms
 
+OTHER_MODEL = "it is of another model; leave out options that change the model, or start anew with --overwrite"
 # Of a file; ours have some 4 kB.
 _LARGEST, _VALUES, _DEPTH = 1 << 20, 100_000, 40
 # Fields beside `trainer`, `model` and `data`; the folder itself says what `name` and `runs` are.
@@ -296,7 +299,34 @@ def _imports(hint: Any) -> bool:
     return hint not in (list, dict, tuple, set)
 
 
-def shapes_of_state(file: Path) -> dict[str, tuple[int, ...]] | None:
+def build_fitting(folder: RunFolder, cls: type[Any], *arguments: Any, fit: bool, **options: Any) -> Any:
+    """A recipe's module, once it is sure that the weights of a run are those of such a module.
+
+    The sizes in a configuration may be anything: nothing of such a size is made before. A run that is resumed before
+    it has saved a state begins anew.
+
+    Args:
+        cls: the recipe's module; the rest are its arguments.
+        fit: whether the run is resumed.
+
+    Raises:
+        CheckpointError: the weights are of another module.
+    """
+    file = folder.last if fit else folder.weights
+    shapes = (_shapes_of_state(file) if file.is_file() else None) if fit else stored_shapes(file)
+    make = partial(cls, *arguments, **options)
+    if shapes is None:
+        return make()
+    try:
+        check_fits(lambda: make().model, shapes, file, depth=options["backbone"].depth)
+    except CheckpointError as error:
+        if not fit:
+            raise
+        raise CheckpointError(f"cannot go on from {str(file)!r}: {OTHER_MODEL} ({error})") from error
+    return make()
+
+
+def _shapes_of_state(file: Path) -> dict[str, tuple[int, ...]] | None:
     """The shapes of the model in a saved state of training; None where it is damaged, which resuming says."""
     try:
         state = torch.load(file, mmap=True, map_location="cpu", weights_only=True)["state_dict"]

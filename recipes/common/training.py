@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import errno
+import io
 import os
 import signal
-import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
 from ...backbones.config import not_negative, positive
 from ...errors import ConfigError, OmnimixError, UnknownName
 from ...utils.devices import native_bf16
+from ...utils.files import replace_file
 from .loading import mix
 from .ranks import Agreement
 from .strategies import load_whole, local, whole_as
@@ -41,6 +42,8 @@ class TrainingConfig:
         momentum: of Muon.
         ema: decay of the averaged weights, which are what is measured and saved; 0 is no averaging.
     """
+
+    called: ClassVar[str] = "training"
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
@@ -204,7 +207,7 @@ class Interrupted(OmnimixError):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps `last.ckpt` complete: written beside it and then renamed, at each epoch's end and when the run is stopped.
+    """Keeps `last.ckpt`, at each epoch's end and when the run is stopped.
 
     Ctrl-C and SIGTERM let the step finish, save, and end the run; a second Ctrl-C ends it at once. A step of several
     batches is whole before anything is saved, and so is a validation that follows it. Of several processes it is enough
@@ -227,7 +230,8 @@ class LastCheckpoint(Checkpoint):
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread may hear signals
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._ask)
+            # None is a handler that Python has not installed and cannot name; the system's own stands in for it.
+            self._handlers[number] = signal.signal(number, self._ask) or signal.SIG_DFL
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self._asked:
@@ -270,21 +274,20 @@ class LastCheckpoint(Checkpoint):
         self._restore_handlers()
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Write `last.ckpt`; where that fails an older one stays, and nothing else does.
+        """Write `last.ckpt`; where that fails an older one stays, and nothing else does."""
+        trainer.save_checkpoint(self.path)
 
-        Raises:
-            OSError: it cannot be written; the error names the file, or the folder of temporary files.
-        """
-        beside = self.path.with_suffix(".part")
-        try:
-            trainer.save_checkpoint(beside)
-            if trainer.is_global_zero:
-                os.replace(beside, self.path)
-        except OSError as error:
-            # Lightning writes a temporary file and moves it; where the write fails no file is named.
-            if error.filename is None:
-                error.filename = str(beside) if error.errno == errno.EFBIG else tempfile.gettempdir()
-            raise
-        finally:
-            if trainer.is_global_zero:
-                beside.unlink(missing_ok=True)
+
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints that appear whole or not at all; an error names the file."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        if "://" in str(path):  # of a store that is no disk
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        # In memory first: of a full disk torch does not give the system's error.
+        whole = io.BytesIO()
+        torch.save(checkpoint, whole)
+        replace_file(path, lambda part: part.write_bytes(whole.getbuffer()))

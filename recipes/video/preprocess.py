@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from ...backbones.config import positive
+from ...backbones.config import called, positive
 from ...errors import ConfigError, UnknownName
 from ...modalities.video.files import VideoReader
 from ...modalities.video.sampling import Dense, Sampling, Segments, Uniform, views
@@ -36,6 +36,8 @@ class ClipConfig:
         crop: the part of the shorter side that is kept of held-out clips.
     """
 
+    called: ClassVar[str] = "clip"
+
     size: int = 112
     channels: Literal[1, 3] = 3
     frames: int = 8
@@ -53,8 +55,7 @@ def _check(config: Any) -> None:
     positive(config, "rate", most=FASTEST)
     if config.frames * config.size**2 > PIXELS:
         raise ConfigError(
-            f"{type(config).__name__}.frames is {config.frames} and size {config.size}; a clip has at most {PIXELS:,} "
-            "pixels"
+            f"{called(config)}.frames is {config.frames} and size {config.size}; a clip has at most {PIXELS:,} pixels"
         )
     if config.sampling not in SAMPLINGS:
         raise UnknownName("clip.sampling", config.sampling, SAMPLINGS)
