@@ -18,7 +18,7 @@ from ...utils.options import cores
 
 T = TypeVar("T")
 # What torch says in a process whose workers, or whose partners, have ended.
-_WORKER = re.compile(r"DataLoader worker \(pid[^)]*\)+ (exited unexpectedly|is killed by signal: \w+)")
+_WORKER = re.compile(r"DataLoader worker \(pid.*?\) (exited unexpectedly|is killed by signal: \w+)")
 _PARTNER = re.compile(
     r"Connection (?:closed|reset) by peer|Broken pipe|remote process exited|Timed out waiting \d+ms|NCCL [\w ]*error|"
     r"Socket Timeout|connection was (?:closed|reset)|heartbeat",
