@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import gc
 import os
@@ -73,12 +72,14 @@ def usage(group: str | None = None) -> str:
 
 
 def unknown(words: list[str]) -> int:
+    import difflib
+
     tried = " ".join(words)
     near = difflib.get_close_matches(tried, COMMANDS, n=1) or difflib.get_close_matches(
         words[0], [*COMMANDS, *{name.split()[0] for name in COMMANDS}], n=1
     )
     hint = f"did you mean 'omnimix {near[0]}'?" if near else "see omnimix --help"
-    print(f"omnimix: error: no command is called {tried!r}; {hint}", file=sys.stderr)
+    complain(f"no command is called {tried!r}; {hint}")
     return 2
 
 
@@ -126,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     except OmnimixError as error:
         if debug:
             raise
-        print(f"omnimix: error: {error}", file=sys.stderr)
+        complain(error)
         return 2
     except OSError as error:
         lost = output_is_lost()
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         text = of_the_system(error, lost)
         if debug or text is None:
             raise
-        print(f"omnimix: error: {text}", file=sys.stderr)
+        complain(text)
         return 2
     except SystemExit as error:
         # So rich ends a program whose reader is gone.
@@ -144,6 +145,12 @@ def main(argv: list[str] | None = None) -> int:
         raise
     except KeyboardInterrupt:
         return 130
+
+
+def complain(error: object) -> None:
+    from .utils.console import say
+
+    say(f"omnimix: error: {error}", error=True, keep="\n")
 
 
 def output_is_lost() -> bool:
@@ -191,5 +198,19 @@ def of_the_system(error: OSError, lost: bool) -> str | None:
     return f"{error.strerror}{'' if name is None else f': {str(name)!r}'}; {REMEDIES[error.errno]}"
 
 
+def without_the_current_folder() -> None:
+    """Import nothing from the current folder, which `python -m` puts in front of all packages.
+
+    The files of a stranger's run may lie there. Where omnimix itself does, its user's packages do too.
+    """
+    here = os.getcwd()
+    if getattr(sys.flags, "safe_path", False) or os.path.dirname(os.path.dirname(os.path.abspath(__file__))) == here:
+        return
+    sys.path[:1] = [] if sys.path[:1] in ([""], [here]) else sys.path[:1]
+    # Of the processes that are started.
+    os.environ["PYTHONSAFEPATH"] = "1"
+
+
 if __name__ == "__main__":
+    without_the_current_folder()
     sys.exit(main())

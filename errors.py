@@ -49,6 +49,10 @@ class CheckpointError(OmnimixError, RuntimeError):
     """A checkpoint or weights file that is corrupt or does not fit; nothing of it has been loaded."""
 
 
+class LostProcess(OmnimixError, RuntimeError):
+    """A process that works for this one, or together with it, has ended."""
+
+
 class MissingPackage(OmnimixError, ImportError):
     """An optional package is needed, with the command that installs it."""
 

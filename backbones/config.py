@@ -130,7 +130,8 @@ class StageConfig(Config):
     transition: TransitionConfig | str | None = None
 
     def __post_init__(self) -> None:
-        positive(self, "dim", "depth")
+        positive(self, "dim")
+        positive(self, "depth", most=DEEPEST)
         object.__setattr__(self, "transition", configured(TransitionConfig, self.transition))
 
 
@@ -170,7 +171,8 @@ class BackboneConfig(Config):
     inputs: tuple[str, ...] | list[str] = ()
 
     def __post_init__(self) -> None:
-        positive(self, "dim", "depth", "norm_eps")
+        positive(self, "dim", "norm_eps")
+        positive(self, "depth", most=DEEPEST)
         fraction(self, "drop_path")
         if not self.pattern:
             raise ConfigError("pattern is (); it must be a list of mixer names, such as ['gla']")
@@ -357,17 +359,34 @@ def bounded(
         number = isinstance(value, Real) and not isinstance(value, bool)
         # NaN compares with nothing, and would pass where a comparison refuses.
         if not (number and math.isfinite(value) and least <= value <= most and above < value < below):
-            raise ConfigError(f"{type(config).__name__}.{name} is {value!r}; it must be {wanted}")
+            raise ConfigError(f"{called(config)}.{name} is {value!r}; it must be {wanted}")
 
 
-def positive(config: Any, *names: str) -> None:
-    """Raise ConfigError unless each named field is a finite number greater than 0 (or None)."""
+# A number in a file must not be able to fill a machine.
+LARGEST = 1 << 30
+DEEPEST = 4096
+
+
+def called(config: Any) -> str:
+    """What messages call a configuration: what users write before its fields, or its class."""
+    return getattr(config, "called", type(config).__name__)
+
+
+def positive(config: Any, *names: str, most: int = LARGEST) -> None:
+    """Raise ConfigError unless each named field is a finite number greater than 0 (or None), and at most `most`."""
     bounded(config, *names, above=0, wanted="greater than 0 and finite")
+    bounded(config, *names, most=most, wanted=f"at most {most:,}")
 
 
-def not_negative(config: Any, *names: str) -> None:
-    """Raise ConfigError unless each named field is a finite number of at least 0 (or None)."""
+def not_negative(config: Any, *names: str, most: int = LARGEST) -> None:
+    """Raise ConfigError unless each named field is a finite number of at least 0 (or None), and at most `most`."""
     bounded(config, *names, least=0, wanted="at least 0 and finite")
+    bounded(config, *names, most=most, wanted=f"at most {most:,}")
+
+
+def proportion(config: Any, *names: str) -> None:
+    """Raise ConfigError unless each named field is in (0, 1] (or None)."""
+    bounded(config, *names, above=0, most=1, wanted="in (0, 1]")
 
 
 def fraction(config: Any, *names: str) -> None:

@@ -58,9 +58,8 @@ def from_dict(cls: type[T], values: Any) -> T:
     if hasattr(cls, "upgrade"):
         values = cls.upgrade(values)
     if "type" in values and values["type"] != getattr(cls, "type", None):
-        raise ConfigError(
-            f"type is {values['type']!r}, and these are the options of {getattr(cls, 'type', cls.__name__)!r}"
-        )
+        own = getattr(cls, "type", cls.__name__)
+        raise ConfigError(f"type is {values['type']!r}, and these are the options of {own!r}")
     values = {key: value for key, value in values.items() if key != "type"}
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in values:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Callable
@@ -103,7 +104,8 @@ def _fits(hint: Any, value: Any) -> bool:
             _fits(inner[0], key) and _fits(inner[1], item) for key, item in value.items()
         )
     if hint in (int, float):
-        return isinstance(value, int | hint) and not isinstance(value, bool)
+        # NaN and infinity are no values of any option, and JSON can hold them.
+        return isinstance(value, int | hint) and not isinstance(value, bool) and abs(value) < math.inf
     return not isinstance(hint, type) or isinstance(value, hint)
 
 

@@ -22,6 +22,7 @@ from ..backbones.ffn import get_ffn
 from ..backbones.layout import Layout
 from ..errors import ConfigError, UnknownName
 from ..kernels.registry import using
+from ..utils.console import say
 from ..utils.devices import usable_device, where_on
 from ..utils.options import add_device, add_json, add_threads, set_threads
 from .bench_kernels import DTYPES, Stopwatch, peak_bytes
@@ -271,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = where_on(device)
     emit(f"blocks in {options.dtype} on {where}", rows, options.json)
     for name, why in left_out.items():
-        print(f"left out: {name}: {why}", file=sys.stderr)
+        say(f"left out: {name}: {why}", error=True)
     return 0
 
 

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UnknownName
+from ..utils.console import say
 from ..utils.devices import usable_device, where_on
+from ..utils.files import replace_file
 from ..utils.options import add_device, add_json, add_threads, set_threads
 from .bench_blocks import HIDDEN
 from .bench_decode_models import DEFAULT, MODELS, OURS, PEERS, THEIRS, Decoder, Sizes, build
@@ -219,7 +221,7 @@ def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False, fontsize="small")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, format="png")
+    replace_file(path, lambda part: figure.savefig(part, dpi=150, format="png"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -268,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shape = f"{sizes.depth} layers, {sizes.dim} wide, {sizes.vocabulary} tokens, batch {sizes.batch}"
     emit(f"decoding in {options.dtype} on {where}: {shape}; prompt of {plan.prompt} tokens", rows, options.json)
     for name, why in left_out.items():
-        print(f"left out: {name}: {why}", file=sys.stderr)
+        say(f"left out: {name}: {why}", error=True)
     if options.plot and rows:
         plot(rows, options.plot)
     return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,9 @@ from torch import Tensor
 from ..errors import BackendUnavailable, ConfigError, UnknownName
 from ..kernels.common.tools import interpreting
 from ..kernels.registry import Case, Draw, Op, get_op, ops
+from ..utils.console import say
 from ..utils.devices import usable_device, where_on
+from ..utils.files import replace_file
 from ..utils.options import add_device, add_json, add_threads, set_threads
 from .bench_kernels_peers import PEERS, Peer, served, times
 from .check_kernels import call_of, cast, differentiable
@@ -330,7 +331,7 @@ def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    replace_file(path, lambda part: figure.savefig(part, dpi=150, format="png"))
     pyplot.close(figure)
 
 
@@ -367,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     roofs = f"a large matrix product runs at {bench.roofs.gemm:.0f} GFLOP/s, a copy at {bench.roofs.copy:.0f} GB/s"
     emit(f"kernels in {options.dtype} on {where}; {roofs}", bench.rows, options.json)
     for name, why in bench.left_out.items():
-        print(f"left out: {name}: {why}", file=sys.stderr)
+        say(f"left out: {name}: {why}", error=True)
     if options.plot and bench.rows:
         plot(bench.rows, options.plot)
     return 0

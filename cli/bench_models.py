@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import ConfigError, UnknownName
 from ..utils.devices import usable_device, where_on
+from ..utils.files import replace_file
 from ..utils.options import add_device, add_json, add_threads, set_threads
 from .bench_kernels import DTYPES, Stopwatch, gemm_rate
 from .bench_models_peers import MEDIA, medium
@@ -106,7 +107,7 @@ def plot(rows: Sequence[dict[str, Any]], path: str, unit: str) -> None:
         axis.minorticks_off()
         axis.legend(fontsize="small")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    replace_file(path, lambda part: figure.savefig(part, dpi=150, format="png"))
     pyplot.close(figure)
 
 

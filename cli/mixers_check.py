@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, MissingPackage
+from ..utils.console import say
 
 ROOT = Path(__file__).resolve().parents[1]
 LAWS = (
@@ -56,11 +57,11 @@ def main(argv: list[str]) -> int:
     )
     failed = []
     for i, (title, run) in enumerate(steps, 1):
-        print(f"[{i}/{len(steps)}] {title}", flush=True)
+        say(f"[{i}/{len(steps)}] {title}")
         if not run():
             failed.append(title)
     verdict = f"failed: {', '.join(failed)}" if failed else "all passed"
-    print(f"{options.name}: {verdict}, {time.perf_counter() - start:.0f} s")
+    say(f"{options.name}: {verdict}, {time.perf_counter() - start:.0f} s")
     return 1 if failed else 0
 
 
@@ -69,7 +70,7 @@ def _lint(entry: Any) -> bool:
     commands = (["check", "--quiet"], ["format", "--check", "--quiet"])
     runs = [subprocess.run([sys.executable, "-m", "ruff", *words, *sorted(files)], cwd=ROOT) for words in commands]
     if runs[1].returncode:
-        print("  not formatted; run `make format`")
+        say("  not formatted; run `make format`")
     return not any(run.returncode for run in runs)
 
 
@@ -85,9 +86,9 @@ def _readme(write: bool) -> bool:
         return True
     if write:
         file.write_text(f"{before}{TABLE[0]}{found}{TABLE[1]}{after}", encoding="utf-8")
-        print("  the table of mixers has been written")
+        say("  the table of mixers has been written")
         return True
-    print("  the table of mixers in README.md is not the registry's; add --write")
+    say("  the table of mixers in README.md is not the registry's; add --write")
     return False
 
 

@@ -6,9 +6,6 @@ import argparse
 import json
 import os
 import re
-import shutil
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +25,8 @@ from ..modalities.data.sources import (
     has_split,
 )
 from ..modalities.data.tar import TarIndex
-from ..utils.console import emit, write_atomically
+from ..utils.console import emit, markup, say, write_atomically
+from ..utils.files import hidden_folder
 from ..utils.options import add_json
 
 KINDS = {"image": IMAGE_SUFFIXES, "video": VIDEO_SUFFIXES, "audio": AUDIO_SUFFIXES}
@@ -110,21 +108,16 @@ def shard_folder(
         sources[split] = find_source(root, split, KINDS[kind], known)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".part"))
-    except OSError as error:
-        raise ConfigError(f"{str(out.parent)!r} cannot be written: {error.strerror}") from error
-    try:
-        limits = {"maxcount": samples, "maxsize": nbytes}
-        written = [_write(sources[s], s, root, folder, limits, seed, policy, seen) for s in splits]
-        classes = list(sources[splits[0]].classes)
-        write_atomically(folder / "classes.json", json.dumps(classes, indent=1) + "\n")
-        _put(folder, out)
+        with hidden_folder(out) as folder:
+            limits = {"maxcount": samples, "maxsize": nbytes}
+            written = [_write(sources[s], s, root, folder, limits, seed, policy, seen) for s in splits]
+            classes = list(sources[splits[0]].classes)
+            write_atomically(folder / "classes.json", json.dumps(classes, indent=1) + "\n")
+            _put(folder, out)
     except MediaError:  # of a file that is read
         raise
     except OSError as error:
         raise ConfigError(f"the shards cannot be written to {str(out)!r}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     for part in written:
         part.shards = [out / shard.name for shard in part.shards]
     return written
@@ -145,21 +138,15 @@ def _check_target(out: Path, overwrite: bool) -> None:
 
 def _put(folder: Path, out: Path) -> None:
     """Put the finished folder in the place of `out`."""
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    if not out.exists():
-        folder.rename(out)
-        return
-    old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".old"))
-    out.rename(old / "replaced")
+    old = folder.with_name("replaced")
+    if out.exists():
+        out.rename(old)
     try:
         folder.rename(out)
     except OSError:
-        (old / "replaced").rename(out)
+        if old.exists():
+            old.rename(out)
         raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _write(
@@ -287,7 +274,7 @@ def main(argv: list[str]) -> int:
 
         def seen(split: str, done: int, total: int) -> None:
             if split not in tasks:
-                tasks[split] = bar.add_task(split, total=total)
+                tasks[split] = bar.add_task(markup(split), total=total)
             bar.update(tasks[split], completed=done)
 
         written = shard_folder(
@@ -303,7 +290,7 @@ def main(argv: list[str]) -> int:
             seen=seen,
         )
     for reason in [reason for part in written for reason in part.problems.values()][:10]:
-        print(f"skipped: {reason}", file=sys.stderr)
+        say(f"skipped: {reason}", error=True)
     rows = [
         {
             "split": part.split,

@@ -19,9 +19,10 @@ from ..backbones.heads.causal import IGNORED
 from ..backbones.language import LanguageModel, LanguageModelConfig
 from ..backbones.layer import Output
 from ..backbones.layout import Layout
-from ..backbones.serialization import from_dict, to_dict
+from ..backbones.serialization import to_dict
 from ..backbones.state import State
 from ..errors import CheckpointError, UnsupportedCall, UnsupportedShape
+from .checked import Checked, build_config
 from .importing import load_language_model, source_hidden, wanted
 from .padding import Rows
 
@@ -81,11 +82,11 @@ class OmnimixConfig(PretrainedConfig):
         """The configuration of the omnimix model.
 
         Raises:
-            CheckpointError: there is none, which no model of ours leaves out.
+            CheckpointError: there is none, or it describes no model.
         """
         if not self.omnimix:
             raise CheckpointError("the configuration has no entry 'omnimix', which describes the model")
-        return from_dict(LanguageModelConfig, self.omnimix)
+        return build_config(LanguageModelConfig, self.omnimix, "config.json, omnimix:")
 
 
 # What transformers calls the cache; until 5.23 past_key_values.
@@ -165,7 +166,7 @@ class _Traced:
         return self.model.output_weight(y)
 
 
-class OmnimixForCausalLM(PreTrainedModel, GenerationMixin):
+class OmnimixForCausalLM(Checked, PreTrainedModel, GenerationMixin):
     """A `LanguageModel` with a causal objective as transformers' model.
 
     Padding, left or right, is dropped before the backbone sees it (the rows are packed), so the answer does not depend

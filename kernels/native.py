@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..utils.cache import cache_folder
+from ..utils.console import say
 from ..utils.modes import constant_in_graphs, outliving_modes
 from .common.checks import check_edges
 
@@ -145,7 +146,7 @@ def _build(op: str) -> str | None:
 
 
 def _compile(op: str, compiler: str, library: Path) -> str | None:
-    print(f"omnimix: compiling the native kernels of {op}, once (some seconds) ...", file=sys.stderr, flush=True)
+    say(f"omnimix: compiling the native kernels of {op}, once (some seconds) ...", error=True)
     # Under a name of its own first: another process must never load half a library.
     handle, scratch = tempfile.mkstemp(prefix=f"{op}-", suffix=".part", dir=library.parent)
     os.close(handle)

@@ -13,7 +13,18 @@ from ..backbones import LanguageModel
 from ..errors import CheckpointError, ConfigError, UnknownName
 from .audio.model import AUDIO_MODELS, AudioClassifier, audio_classifier
 from .common.classifier import SHORT
-from .common.weights import CONFIG, WEIGHTS, build_config, load_weights, read_config, save_weights, unwrap, write_config
+from .common.weights import (
+    CONFIG,
+    WEIGHTS,
+    build_config,
+    check_fits,
+    load_weights,
+    read_config,
+    save_weights,
+    stored_shapes,
+    unwrap,
+    write_config,
+)
 from .image.model import VISION_MODELS, ImageClassifier, image_classifier
 from .video.model import VIDEO_MODELS, VideoClassifier, video_classifier
 
@@ -131,12 +142,15 @@ def load_model(folder: str | Path, *, size: int | tuple[int, ...] | None = None)
     if content["model"] not in _classes:
         raise CheckpointError(f"{file}: {UnknownName('class of models', content['model'], _classes)}")
     config = build_config(_classes[content["model"]].config_class, content["config"], file)
+    weights = Path(folder) / WEIGHTS
+    depth = getattr(getattr(config, "backbone", None), "depth", None)
+    check_fits(partial(build_model, config), stored_shapes(weights), weights, depth=depth)
     if size is not None:
         if not hasattr(config, "resized"):
             raise ConfigError(f"size is {size}, but a {content['model']} has none; leave it out")
         config = config.resized(size)
     model = build_model(config)
-    load_weights(model, Path(folder) / WEIGHTS, resize=size is not None)
+    load_weights(model, weights, resize=size is not None)
     return model.eval()
 
 

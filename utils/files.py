@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # of Windows
+    fcntl = None
+
+# What is beside a file, or a folder, until it is whole.
+PART = ".part"
 
 
 def replace_file(target: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
@@ -20,20 +30,76 @@ def replace_file(target: str | os.PathLike[str], write: Callable[[Path], Any]) -
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
+    with _named(target):
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=PART)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            _write(temporary, target, write)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _write(temporary: Path, target: Path, write: Callable[[Path], Any]) -> None:
+    write(temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    # mkstemp's files are private; these have the rights that any new file has.
+    mask = os.umask(0)
+    os.umask(mask)
+    temporary.chmod(0o666 & ~mask)
+    temporary.replace(target)
+
+
+@contextlib.contextmanager
+def _named(target: Path) -> Iterator[None]:
+    """Errors of the system name the file that was to be written: of a full disk they name none, or the one beside."""
     try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        # mkstemp's files are private; these have the rights that any new file has.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        temporary.replace(target)
+        yield
+    except OSError as error:
+        name = error.filename2 or error.filename
+        if error.errno is not None and (name is None or str(name).endswith(PART)):
+            error.filename, error.filename2 = str(target), None
+        raise
+
+
+@contextlib.contextmanager
+def hidden_folder(target: Path) -> Iterator[Path]:
+    """A new folder, in a hidden one beside `target`, for what is to take the place of `target` when it is whole.
+
+    The hidden one is locked while its process lives, and goes with it. One that a killed process has left is removed
+    by the next that makes `target`; what had given way to it, `replaced` in the hidden folder, comes back first.
+
+    Args:
+        target: its folder must exist.
+    """
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*{PART}"):
+        with contextlib.suppress(OSError), _lock(left / "lock"):
+            if (left / "replaced").exists() and not os.path.lexists(target):
+                (left / "replaced").rename(target)
+            shutil.rmtree(left)
+    hidden = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=PART))
+    try:
+        with _lock(hidden / "lock"):
+            # mkdtemp's folder is private; one inside has the rights that any new folder has.
+            (hidden / "whole").mkdir()
+            yield hidden / "whole"
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(file: Path) -> Iterator[None]:
+    """Hold a lock on a file, which ends with the process; BlockingIOError where another holds it."""
+    if fcntl is None:
+        if file.exists():
+            raise BlockingIOError(f"{file} is there, and this system does not tell whether its process lives")
+        file.touch()
+        yield
+        return
+    with file.open("a") as opened:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
 
 
 def replace_tensors(target: str | os.PathLike[str], tensors: Mapping[str, Any], about: Mapping[str, str]) -> None:
@@ -72,9 +138,7 @@ def one_at_a_time(target: str | os.PathLike[str]) -> Iterator[None]:
     Raises:
         OSError: the folder cannot be written.
     """
-    try:
-        import fcntl
-    except ImportError:
+    if fcntl is None:
         yield
         return
     target = Path(target)

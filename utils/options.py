@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from ..errors import ConfigError
+from .console import say
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +31,13 @@ def add_threads(parser: argparse.ArgumentParser, kind: Any = int) -> None:
     )
 
 
+def cores() -> int:
+    """How many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def set_threads(threads: int | None) -> None:
-    """Let torch use so many processor threads; None leaves them as they are.
+    """Let torch use so many processor threads, at most one a core; None leaves them as they are.
 
     Raises:
         ConfigError: fewer than one.
@@ -41,4 +48,6 @@ def set_threads(threads: int | None) -> None:
         raise ConfigError(f"threads is {threads}; it must be at least 1")
     import torch
 
-    torch.set_num_threads(threads)
+    if threads > cores():
+        say(f"threads is {threads}; this machine has {cores()} cores, and so many are used", error=True)
+    torch.set_num_threads(min(threads, cores()))

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import CheckpointError, ConfigError
+from .files import PART
 
 
 class RunFolder:
@@ -20,6 +21,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"
+        self.weights = path / "model.safetensors"
         self.metrics = path / "metrics.json"
         self.report = path / "report.png"
         self.samples = path / "samples.txt"
@@ -42,7 +44,7 @@ class RunFolder:
         for path in (Path(run), Path("runs") / run):
             folder = RunFolder(path)
             if folder.config.is_file():
-                if not (path / "model.safetensors").is_file():
+                if not folder.weights.is_file():
                     raise CheckpointError(f"the run {str(path)!r} has no model yet; go on with --resume")
                 return folder
         raise CheckpointError(f"{run!r} is no run: it holds no config.yaml")
@@ -65,6 +67,10 @@ class RunFolder:
         if self.path.exists() and not resume:
             self.path.rename(self._older)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        # What a process that was killed while it wrote has left.
+        for folder in (self.path, self.checkpoints):
+            for left in folder.glob(f".*{PART}"):
+                left.unlink(missing_ok=True)
 
     def commit(self) -> None:
         """Delete the older run of this name."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...errors import ConfigError
-from ..config import bounded, positive
+from ..config import bounded, positive, proportion
 from ..typed import Config
 
 
@@ -51,7 +51,7 @@ class GenerationConfig(Config):
         object.__setattr__(self, "forbidden", tuple(self.forbidden))
         object.__setattr__(self, "stop", tuple(tuple(s) for s in self.stop))
         bounded(self, "temperature", least=0, wanted="at least 0 (greedy) and finite")
-        bounded(self, "top_p", above=0, most=1, wanted="in (0, 1]")
+        proportion(self, "top_p")
         bounded(self, "min_p", least=0, most=1, wanted="in [0, 1]")
         bounded(self, "repetition_penalty", above=0, wanted="above 0 (1 for none) and finite")
         bounded(self, "length_penalty", "end", "seed")

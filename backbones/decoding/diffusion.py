@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
-from ..config import bounded, not_negative, positive
+from ..config import bounded, not_negative, positive, proportion
 from ..language import LanguageModel
 from ..layout import Layout
 from ..state import State
@@ -68,7 +68,7 @@ class DiffusionConfig(Config):
         not_negative(self, "length")
         if self.remask not in REMASK:
             raise ConfigError(f"DiffusionConfig.remask is {self.remask!r}; it must be one of {', '.join(REMASK)}")
-        bounded(self, "threshold", "top_p", above=0, most=1, wanted="in (0, 1]")
+        proportion(self, "threshold", "top_p")
         bounded(self, "temperature", least=0, wanted="at least 0 (greedy) and finite")
         bounded(self, "end", "seed")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedCall, UnsupportedShape
 from ...kernels import cross_entropy
-from ..config import ObjectiveConfig, not_negative, positive
+from ..config import DEEPEST, ObjectiveConfig, not_negative, positive
 from ..layer import unfit
 from ..layout import Layout, offsets, pack_rows
 from .objective import Likelihood, Objective, ObjectiveLoss, register_objective
@@ -37,7 +37,7 @@ class CausalConfig(ObjectiveConfig):
     z_loss: float = 0.0
 
     def __post_init__(self) -> None:
-        positive(self, "ahead")
+        positive(self, "ahead", most=DEEPEST)
         not_negative(self, "ahead_weight", "z_loss")
 
 

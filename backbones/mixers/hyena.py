@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...kernels import long_conv, short_conv
-from ..config import MixerConfig, Site, bounded, positive
+from ..config import DEEPEST, MixerConfig, Site, bounded, positive
 from ..context import Context
 from ..parameters import mark
 from ..state import State
@@ -43,8 +43,9 @@ class HyenaConfig(MixerConfig):
     frequency: float = 10.0
 
     def __post_init__(self) -> None:
-        positive(self, "length", "conv_size", "features", "filter_dim", "filter_depth", "frequency")
-        bounded(self, "order", least=2, wanted="at least 2 and finite")
+        positive(self, "length", "conv_size", "features", "filter_dim", "frequency")
+        positive(self, "order", "filter_depth", most=DEEPEST)
+        bounded(self, "order", least=2, wanted="at least 2")
         if self.features % 2:
             raise ConfigError(f"features is {self.features}; it must be even, a sine and a cosine each")
 

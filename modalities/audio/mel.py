@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ...backbones.config import bounded, not_negative, positive
+from ...backbones.config import bounded, not_negative, positive, proportion
 from ...backbones.typed import Config
 from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
 from ...utils.modes import constant_in_graphs, outliving_modes, own_precision
@@ -23,6 +23,10 @@ LOGS = ("natural", "log10", "whisper")
 FLOOR = 1e-10  # of energies before their logarithm, as Whisper has it
 # AST (arXiv 2104.01778) divides by twice the deviation of AudioSet's features.
 AUDIOSET_MEAN, AUDIOSET_STD = -4.2677393, 2 * 4.5689974
+
+
+# Samples a second, and what is counted in samples.
+FASTEST = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +63,9 @@ class MelConfig(Config):
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        positive(self, "rate", "bins", "hop")
+        positive(self, "rate", "hop", "window", "std", most=FASTEST)
+        positive(self, "bins", most=4096)
+        bounded(self, "mean", least=-FASTEST, most=FASTEST)
         bounded(self, "window", least=2, wanted="at least 2 samples")
         if self.hop > self.window:
             raise ConfigError(f"MelConfig.hop is {self.hop}; it must be at most the window, {self.window} samples")
@@ -73,8 +79,6 @@ class MelConfig(Config):
                 raise ConfigError(f"MelConfig.{name} is {value!r}; it must be one of {', '.join(known)}")
         if self.norm not in (None, "slaney"):
             raise ConfigError(f"MelConfig.norm is {self.norm!r}; it must be 'slaney' or None")
-        positive(self, "std")
-        bounded(self, "mean")
         if self.scale == "kaldi" and (self.norm is not None or self.log != "natural" or self.center or self.bins < 4):
             raise ConfigError(
                 "MelConfig.scale is 'kaldi', which has norm=None, log='natural', center=False and at least 4 bins; "
@@ -297,9 +301,8 @@ class SpecAugmentConfig(Config):
 
     def __post_init__(self) -> None:
         positive(self, "time_width", "frequency_width")
-        if not 0 < self.time_share <= 1:
-            raise ConfigError(f"SpecAugmentConfig.time_share is {self.time_share}; it must be in (0, 1]")
-        not_negative(self, "time_masks", "frequency_masks")
+        proportion(self, "time_share")
+        not_negative(self, "time_masks", "frequency_masks", most=1024)
 
 
 class SpecAugment(nn.Module):

@@ -11,9 +11,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ...backbones.config import not_negative
 from ...backbones.parameters import mark
 from ...errors import ConfigError
 from ...utils.modes import own_precision
+
+# Pixels or frames along an axis.
+LONGEST = 1 << 16
 
 
 def sizes(config: Any, name: str, axes: tuple[str, ...]) -> tuple[int, ...]:
@@ -24,9 +28,9 @@ def sizes(config: Any, name: str, axes: tuple[str, ...]) -> tuple[int, ...]:
     """
     value = getattr(config, name)
     found = (value,) * len(axes) if isinstance(value, int) else tuple(value)
-    if len(found) != len(axes) or min(found) < 1:
+    if len(found) != len(axes) or not all(1 <= each <= LONGEST for each in found):
         raise ConfigError(
-            f"{type(config).__name__}.{name} is {value!r}; it must be a number or ({', '.join(axes)}), >= 1"
+            f"{type(config).__name__}.{name} is {value!r}; it must be a number or ({', '.join(axes)}), 1 to {LONGEST}"
         )
     return found
 
@@ -144,8 +148,7 @@ def check_beside(config: Any) -> None:
     """Raise ConfigError where `class_token` or `registers` of `config` are no values of theirs."""
     if config.class_token not in (None, "first", "middle"):
         raise ConfigError(f"class_token is {config.class_token!r}; it must be 'first', 'middle' or None")
-    if config.registers < 0:
-        raise ConfigError(f"registers is {config.registers}; it must be at least 0")
+    not_negative(config, "registers")
 
 
 def fit_positions(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

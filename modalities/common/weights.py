@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from ...backbones.serialization import current_name, from_dict, to_dict
-from ...errors import CheckpointError, ConfigError
+from ...errors import CheckpointError, ConfigError, OmnimixError, UnknownName
 from ...utils.files import replace_file, replace_tensors
 from .grid import fit_positions
 
 # Of what `write_config` writes. Version 0.1 wrote none, which is 1.
 FORMAT = 2
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+Shape = tuple[int, ...]
+# The largest config.json; the tables of names in ours have some kB.
+_LARGEST = 16 << 20
 # Marks that torch.compile and data parallel wrappers leave in parameter names.
 _WRAPPERS = ("_orig_mod.", "module.")
 
@@ -25,9 +30,12 @@ def plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state dict in today's names, without the marks that torch.compile and data-parallel wrappers leave in them."""
     plain = {}
     for name, tensor in weights.items():
-        name = name.replace(_WRAPPERS[0], "")
-        plain[current_name(name.removeprefix(_WRAPPERS[1]))] = tensor
+        plain[current_name(_unmarked(name))] = tensor
     return plain
+
+
+def _unmarked(name: str) -> str:
+    return name.replace(_WRAPPERS[0], "").removeprefix(_WRAPPERS[1])
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -58,6 +66,76 @@ def save_weights(model: nn.Module, file: str | Path) -> None:
     replace_tensors(file, weights, {"format": "pt"})
 
 
+def stored_shapes(file: str | Path) -> dict[str, Shape]:
+    """The shapes of the tensors in a safetensors file, by today's names, from its header alone.
+
+    Raises:
+        CheckpointError: the file is missing or corrupt.
+    """
+    return {current_name(_unmarked(name)): tuple(found.get_shape()) for name, found in _header(file).items()}
+
+
+def stored_types(file: str | Path) -> dict[str, str]:
+    """What safetensors calls the types of the tensors in a file, by their names there. Errors: see `stored_shapes`."""
+    return {name: found.get_dtype() for name, found in _header(file).items()}
+
+
+def _header(file: str | Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_slice(name) for name in opened.keys()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}; nothing was loaded") from error
+
+
+def check_fits(
+    make: Callable[[], nn.Module], shapes: Mapping[str, Shape], file: str | Path, *, depth: int | None = None
+) -> None:
+    """Raise CheckpointError unless stored weights are those of the model that `make` returns.
+
+    It is made without memory: sizes that a stranger's configuration asks for cost nothing.
+
+    Args:
+        make: returns the model; on the device "meta" too.
+        shapes: of the stored weights, by name.
+        file: that holds them.
+        depth: the number of blocks that the configuration asks for, where the model has a backbone.
+    """
+    blocks = {found[1] for name in shapes if (found := re.match(r"backbone\.blocks\.(\d+)\.", name))}
+    if depth is not None and depth > len(blocks):
+        raise CheckpointError(
+            f"{file} does not fit the model: it has {len(blocks)} blocks, and the model {depth}; nothing was loaded"
+        )
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                own = plain_names(unwrap(make()).state_dict())
+        except OmnimixError as error:
+            raise CheckpointError(f"{file} does not fit the model: {error}; nothing was loaded") from error
+        except (RuntimeError, ValueError, OverflowError, MemoryError, TypeError) as error:
+            # Sizes beyond what a tensor can have.
+            what = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{file} does not fit the model, which cannot be: {what}; nothing was loaded"
+            ) from error
+    _compare({name: tuple(tensor.shape) for name, tensor in own.items()}, shapes, file)
+
+
+def _compare(own: Mapping[str, Shape], stored: Mapping[str, Shape], file: str | Path) -> None:
+    problems = [f"{name} is missing" for name in own.keys() - stored.keys()]
+    problems += [f"{name} is unknown to the model" for name in stored.keys() - own.keys()]
+    problems += [
+        f"{name} is {stored[name]}, and in the model {own[name]}"
+        for name in own.keys() & stored.keys()
+        if own[name] != stored[name]
+    ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise CheckpointError(f"{file} does not fit the model: {shown}; nothing was loaded")
+
+
 def load_weights(model: nn.Module, file: str | Path, *, resize: bool = False) -> None:
     """Load a safetensors file into a module, all of it or nothing.
 
@@ -65,7 +143,8 @@ def load_weights(model: nn.Module, file: str | Path, *, resize: bool = False) ->
         resize: fit position tables that were made for another image size.
 
     Raises:
-        CheckpointError: the file is missing or corrupt, or its names or shapes are not the module's.
+        CheckpointError: the file is missing or corrupt, its names or shapes are not the module's, or it holds
+            integers in place of numbers, NaN or infinity.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -74,6 +153,7 @@ def load_weights(model: nn.Module, file: str | Path, *, resize: bool = False) ->
         weights = plain_names(load_file(file))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {file}: {error}; nothing was loaded") from error
+    check_finite(weights, file)
     model = unwrap(model)
     for name, module in model.named_modules():
         if hasattr(module, "upgrade_state"):
@@ -84,19 +164,23 @@ def load_weights(model: nn.Module, file: str | Path, *, resize: bool = False) ->
     for name, first in first_names(own).items():
         if name not in weights and first in weights:
             weights[name] = weights[first]
-    problems = [f"{name} is missing" for name in own.keys() - weights.keys()]
-    problems += [f"{name} is unknown to the model" for name in weights.keys() - own.keys()]
-    problems += [
-        f"{name} is {tuple(weights[name].shape)}, and in the model {tuple(own[name].shape)}"
-        for name in own.keys() & weights.keys()
-        if own[name].shape != weights[name].shape
-    ]
-    if problems:
-        shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise CheckpointError(f"{file} does not fit the model: {shown}; nothing was loaded")
+    _compare(*({name: tuple(t.shape) for name, t in each.items()} for each in (own, weights)), file)
+    for name, tensor in own.items():
+        if weights[name].is_floating_point() != tensor.is_floating_point():
+            raise CheckpointError(
+                f"{file}: {name} is {weights[name].dtype}, and in the model {tensor.dtype}; nothing was loaded"
+            )
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
+
+
+def check_finite(weights: Mapping[str, Tensor], file: str | Path) -> None:
+    """Raise CheckpointError where weights hold NaN or infinity, whose answers mean nothing."""
+    for name, tensor in weights.items():
+        # The sum of finite numbers may overflow, which the numbers themselves then decide.
+        if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{file}: {name} holds NaN or infinity; train anew, or from an earlier state")
 
 
 def write_config(config: Any, kind: str, file: str | Path, details: dict[str, Any] | None = None) -> None:
@@ -123,13 +207,22 @@ def read_config(file: str | Path) -> dict[str, Any]:
         CheckpointError: the file is missing, is no such JSON, or was written in a newer format.
     """
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        with Path(file).open("rb") as opened:
+            raw = opened.read(_LARGEST + 1)
+        if len(raw) > _LARGEST:
+            raise ValueError(f"it has more than {_LARGEST:,} bytes")
+        content = json.loads(raw.decode("utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {file}: {error}; nothing was loaded") from error
+    except RecursionError as error:
+        raise CheckpointError(f"cannot read {file}: it is nested too deeply; nothing was loaded") from error
     if not isinstance(content, dict) or not {"model", "config"} <= content.keys():
         raise CheckpointError(f"{file} must hold 'model' and 'config', and does not; nothing was loaded")
     content = {"details": {}, "format": 1} | content
-    if content["format"] not in range(1, FORMAT + 1):
+    for name, kind, what in (("model", str, "a name"), ("config", dict, "a mapping"), ("details", dict, "a mapping")):
+        if not isinstance(content[name], kind):
+            raise CheckpointError(f"{file} does not describe a model: {name} must be {what}; nothing was loaded")
+    if type(content["format"]) is not int or content["format"] not in range(1, FORMAT + 1):
         raise CheckpointError(
             f"{file} has format {content['format']!r}, written by omnimix {content.get('omnimix', '?')}; this version "
             f"reads formats 1 to {FORMAT}: upgrade omnimix; nothing was loaded"
@@ -141,5 +234,5 @@ def build_config(config_class: type, values: Any, file: str | Path) -> Any:
     """A configuration from a file's plain values; what is wrong with them is a CheckpointError."""
     try:
         return from_dict(config_class, values)
-    except (ConfigError, TypeError, AttributeError) as error:
+    except (ConfigError, UnknownName, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{file} does not describe a model: {error}; nothing was loaded") from error

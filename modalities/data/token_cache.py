@@ -17,6 +17,7 @@ import numpy as np
 
 from ...errors import CheckpointError, ConfigError, MediaError
 from ...utils.cache import cache_folder
+from ...utils.console import markup
 from ...utils.files import one_at_a_time, replace_file
 from ..text.tokenizer import WORDS, Tokenizer, load_tokenizer, train_bpe
 from .corpus import Corpus, Document, held_out, place
@@ -323,5 +324,5 @@ def _progress(corpus: Corpus, what: str) -> Iterator[Callable[[Document], None]]
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=corpus.nbytes)
+        task = bar.add_task(markup(what), total=corpus.nbytes)
         yield lambda d: bar.advance(task, len(d.text) or sum(len(m["content"]) for m in d.messages or []))

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from ...backbones.config import not_negative
 from ...errors import ConfigError
 from ...modalities.data.sources import FolderSource, Source, check_classes, find_source, find_splits, read_utf8
 from ..common.loading import uniform
 from ..common.media import MediaData, Samples
 from ..common.options import LOADING, LoadingOptions
+from ..common.synthetic import MOST
 from .preprocess import SUFFIXES, AudioPreprocess
 from .sounds import RATE, SECONDS, SOUNDS, sounds_folder
 
@@ -36,15 +39,15 @@ class AudioAugment:
             all are equally likely. None adds none.
     """
 
+    called: ClassVar[str] = "augment"
+
     place: bool = True
     shift: float = 0.0
     gain: float = 6.0
     noise: float | None = 15.0
 
     def __post_init__(self) -> None:
-        for name in ("shift", "gain"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"augment.{name} is {getattr(self, name)}; it must be at least 0")
+        not_negative(self, "shift", "gain")
 
     def __call__(self, wave: Float[Tensor, "n"], preprocess: AudioPreprocess, seed: int) -> Float[Tensor, "m"]:
         place, shift, gain, noise = uniform(seed, [(0, 0)], 4)[0].tolist()
@@ -226,8 +229,8 @@ class SoundsData(AudioData):
         super().__init__(loading=loading)
         self.augment = augment
         for name, count in (("train", train), ("val", val)):
-            if count < 1:
-                raise ConfigError(f"data.{name} is {count}; it must be at least 1")
+            if not 1 <= count <= MOST:
+                raise ConfigError(f"data.{name} is {count}; it must be 1 to {MOST:,}")
         if seconds is not None and seconds < SECONDS:
             raise ConfigError(
                 f"data.seconds is {seconds}; it must be at least {SECONDS}: a part of a sound has no class"

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ...modalities.audio.mel import LogMel
+from ...utils.console import say
 from ..common.classification import Baseline
 from ..common.loading import mix
 from ..common.media import Samples
@@ -40,7 +41,7 @@ def order_blind(train: Samples, val: Samples, mel: LogMel, *, classes: int, epoc
         mel: what the model sees of a moment.
         seed: of weights and order.
     """
-    print(f"training a model that does not hear the order of what it hears, {epochs} epochs", flush=True)
+    say(f"training a model that does not hear the order of what it hears, {epochs} epochs")
     begun = time.monotonic()
     every = max(1, -(-len(train) // _MOST))
     spectrograms, labels = _hear(train, range(0, len(train), every), mel)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...errors import CheckpointError, MediaError
-from ...modalities import load_model, read_details
+from ...modalities import load_model
 from ...modalities.audio.model import AudioClassifier
 from ...utils.console import emit
 from ...utils.run_folder import RunFolder
@@ -74,7 +74,7 @@ class Predictor:
                 f"the model in {str(folder)!r} is of the class {type(model).__name__}, and no classifier of sounds"
             )
         self.model = model
-        self.preprocess = AudioPreprocess.from_dict(read_details(folder).get("preprocess", {}))
+        self.preprocess = AudioPreprocess.of_model(folder, model)
 
     def heard(
         self, files: list[Path], timeline: bool | None = None, top: int = 1, every: int = 4, policy: str = "skip"

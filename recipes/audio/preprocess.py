@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...backbones.config import positive
 from ...modalities.audio.files import read_audio
 from ...modalities.data.sources import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from ..common.preprocess import Preprocess
 
 # Many sets of sounds are sets of videos, whose pictures nobody needs here.
+# Samples a second, and the seconds of what a model hears.
+FASTEST, LONGEST = 1 << 20, 3600
 SUFFIXES = AUDIO_SUFFIXES | VIDEO_SUFFIXES
 
 
@@ -29,6 +33,14 @@ class AudioPreprocess(Preprocess):
 
     rate: int
     seconds: float | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "rate", most=FASTEST)
+        positive(self, "seconds", most=LONGEST)
+
+    def of_the_model(self, model: nn.Module) -> dict[str, tuple[Any, Any]]:
+        return {"rate": (self.rate, model.tokenizer.config.rate)}
 
     def read(self, media: Path | str | bytes) -> Float[Tensor, "n"]:
         """The whole sound of a file.

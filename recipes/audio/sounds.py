@@ -12,7 +12,6 @@ filters, with formants that can glide.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...modalities.common.encode import write_audio
+from ...utils.console import say
 from ..common.synthetic import generated_folder
 
 RATE = 16_000
@@ -115,7 +115,7 @@ def draw_sounds(name: str, split: Split) -> list[Float[Tensor, "samples"]]:
 def write_sounds(folder: Path, splits: tuple[Split, ...]) -> None:
     """Write `folder/SPLIT/CLASS/VOICE_TAKE.wav`, every other file as `.flac`."""
     total = sum(split.clips for split in splits) * len(SOUNDS)
-    print(f"writing {total:,} sounds, once, into {folder}", file=sys.stderr, flush=True)
+    say(f"writing {total:,} sounds, once, into {folder}", error=True)
     for split in splits:
         for name in SOUNDS:
             (folder / split.name / name).mkdir(parents=True)

@@ -14,7 +14,6 @@ from typing import Any
 import yaml
 
 from ...errors import ConfigError
-from ...utils.run_folder import RunFolder
 from .. import CONFIGS, RECIPES
 from .options import RecipeData
 from .trees import DataTrees, Trees
@@ -28,15 +27,6 @@ def argument(argv: list[str], name: str, default: str) -> str:
         if word.startswith(f"{name}="):
             return word.partition("=")[2]
     return default
-
-
-def with_run_config(argv: list[str], folder: RunFolder) -> list[str]:
-    """The command line with the configuration that a run was started with in front, so that flags still win.
-
-    Where the run has a tokenizer, that is the one: learnt again, from text that has changed since, it would be another.
-    """
-    own = ["--config", str(folder.config)] if folder.config.is_file() else []
-    return [*own, *([f"--data.tokenizer={folder.path}"] if folder.tokenizer.is_file() else []), *argv]
 
 
 def configurations(argv: list[str], recipe: str) -> tuple[list[str], Path, str]:
@@ -89,7 +79,7 @@ def prepared(argv: list[str], base: Path, model: type, data: type[RecipeData]) -
     """
     defaults = _defaults(base, argv)
     # Of an unknown data set the parser says what is wrong with its name.
-    chosen = data_class(data, [*_class_paths(defaults.get("data")), *_data_paths(argv)][-1]) or data
+    chosen = data_class(data, [*_class_paths(defaults.get("data")), *data_paths(argv)][-1]) or data
     both = trees, options = Trees(model), DataTrees(chosen)
     with tempfile.TemporaryDirectory() as folder:
 
@@ -163,7 +153,7 @@ def _defaults(base: Path, argv: list[str]) -> dict[str, Any]:
     """
     content = yaml.safe_load(base.read_text(encoding="utf-8"))
     own = _name(_class_paths(content["data"])[0])
-    named = [_name(path) for path in _data_paths(argv)]
+    named = [_name(path) for path in data_paths(argv)]
     if not named:
         _check_root(argv, base, own)
     if any(name != own for name in named):
@@ -171,7 +161,7 @@ def _defaults(base: Path, argv: list[str]) -> dict[str, Any]:
     return content
 
 
-def _data_paths(argv: list[str]) -> list[str]:
+def data_paths(argv: list[str]) -> list[str]:
     """The data sets that a command line names, and those that the files in it name, in their order."""
     found: list[str] = []
     for i, word in enumerate(argv):

@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from ...backbones.serialization import to_dict
 from ...modalities import save_model
 from ...modalities.common.classifier import Classifier, pattern_name
-from ...utils.console import emit
+from ...utils.console import emit, say
 from .cli import RecipeCLI
 from .media import IGNORED
 from .optimisers import optimise
@@ -284,5 +284,5 @@ def _say(cli: RecipeCLI, metrics: dict[str, Any], look: Look) -> None:
     }
     emit(f"on held-out {look.noun}", [row])
     for path, reason in sorted(cli.datamodule.unreadable.items()):
-        print(f"skipped: {path} ({reason})")
-    print(f"picture: {folder.report}    numbers: {folder.metrics}    model: {folder.path / 'model.safetensors'}")
+        say(f"skipped: {path} ({reason})")
+    say(f"picture: {folder.report}    numbers: {folder.metrics}    model: {folder.weights}")

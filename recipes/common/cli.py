@@ -11,6 +11,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -18,22 +19,24 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from ...backbones.serialization import to_dict
 from ...errors import CheckpointError, ConfigError, OmnimixError
 from ...modalities import load_weights
-from ...utils.console import emit
+from ...utils.console import emit, say
 from ...utils.files import replace_file
 from ...utils.options import add_json, add_threads, set_threads
 from ...utils.run_folder import RunFolder
-from .arguments import argument, configurations, prepared, with_run_config
+from .arguments import argument, configurations, prepared
 from .history import History
 from .migration import migrated_files
 from .options import RecipeData, options_argument
 from .parser import Parser
-from .ranks import same_again, share_threads, trainer_of_torchrun
-from .training import AverageWeights, Begin, Interrupted, LastCheckpoint, SeedEveryStep, precision
+from .ranks import losses_named, same_again, share_threads, trainer_of_torchrun
+from .stored import OTHER_MODEL, build_fitting, stored_config
+from .training import AverageWeights, Begin, Interrupted, LastCheckpoint, SeedEveryStep, WholeFiles, precision
 from .trees import EPILOG, build, epilog, tree_defaults
 
 _OF_THE_CALL = ("overwrite", "resume", "ckpt_path", "weights_only", "json", "run")
@@ -80,10 +83,16 @@ class RecipeCLI(LightningCLI):
         self.history = history or History()
         self.callbacks = callbacks
         self.task = recipe.split("_")[0]
-        argv, base, self.configuration = configurations(argv, recipe)
         _quiet()
-        with migrated_files(argv) as argv, prepared(argv, base, model, data) as (argv, file):
-            self._start(model, data, str(file), argv)
+        run = _run_of(command, argv, self.task)
+        with (
+            contextlib.nullcontext(argv)
+            if run is None
+            else stored_config(argv, run, data, fit=command == "fit") as argv
+        ):
+            argv, base, self.configuration = configurations(argv, recipe)
+            with migrated_files(argv) as argv, prepared(argv, base, model, data) as (argv, file):
+                self._start(model, data, str(file), argv)
 
     def _start(self, model: type[pl.LightningModule], data: type[RecipeData], file: str, argv: list[str]) -> None:
         """Parse with the defaults of a file, and do what is typed."""
@@ -158,7 +167,8 @@ class RecipeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         if self.options.threads is not None:
             set_threads(self.options.threads)
-            os.environ["OMP_NUM_THREADS"] = str(self.options.threads)  # of the processes that Lightning starts
+            # Of the processes that Lightning starts.
+            os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
         else:
             share_threads()
         if self.command == "fit":
@@ -167,6 +177,9 @@ class RecipeCLI(LightningCLI):
                 self.folder.check(overwrite=self.options.overwrite, resume=self.options.resume)
         else:
             self.folder = RunFolder.finished(self.options.run)
+        if self.command != "fit" or self.options.resume:
+            make = partial(build_fitting, self.folder, fit=self.command == "fit")
+            self.parser.add_instantiator(make, self.model_class, prepend=True)
 
     def instantiate_classes(self) -> None:
         try:
@@ -223,14 +236,17 @@ class RecipeCLI(LightningCLI):
         config.setdefault("enable_checkpointing", None)
         if not sys.stdout.isatty():
             config["enable_progress_bar"] = False
-        return super()._instantiate_trainer(config, [*callbacks, *ours])
+        trainer = super()._instantiate_trainer(config, [*callbacks, *ours])
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # and no plugin of the user's
+            trainer.strategy.checkpoint_io = WholeFiles()
+        return trainer
 
     def fit(self, model: pl.LightningModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         folder = self.folder
         if self.options.resume:
             ckpt_path = str(folder.last) if folder.last.is_file() else None
             if ckpt_path is None:
-                print(f"no state was saved in {folder.checkpoints} yet: starting from the beginning")
+                say(f"no state was saved in {folder.checkpoints} yet: starting from the beginning")
         if rank_zero_only.rank == 0:
             folder.create(resume=self.options.resume)
             if not self.options.resume:
@@ -282,7 +298,7 @@ class RecipeCLI(LightningCLI):
         }
 
     def _load(self, module: pl.LightningModule) -> None:
-        load_weights(module.model, self.folder.path / "model.safetensors")
+        load_weights(module.model, self.folder.weights)
 
     def _begin(self) -> None:
         """After the first step the configuration has proved to work: it replaces that of the run so far."""
@@ -327,21 +343,21 @@ def run_fit(
     """
     name, runs = argument(argv, "--name", task), argument(argv, "--runs", "runs")
     folder = RunFolder.named(runs, name)
-    if "--resume" in argv:
-        argv = with_run_config(argv, folder)
+    place = "" if runs == "runs" else f" --runs {shlex.quote(runs)}"
+    again = f"{same_again(f'omnimix {task} fit')} --name {name}{place} --resume"
     cli = None
     try:
-        cli = make("fit", argv)
-        finish(cli)
+        with losses_named(f"; go on with: {again}"):
+            cli = make("fit", argv)
+            finish(cli)
     except (Interrupted, KeyboardInterrupt) as stop:
         if rank_zero_only.rank != 0:
             return 0  # a failure of theirs would make whoever started them stop the first before it has spoken
         if not folder.config.is_file():
             raise
         done = "stopped" if cli is None else "stopped behind the training, before the report was done"
-        place = "" if runs == "runs" else f" --runs {shlex.quote(runs)}"
-        again = f"{same_again(f'omnimix {task} fit')} --name {name}{place} --resume"
-        print(f"\n{str(stop) or done}\ngo on with: {again}")
+        say(f"\n{str(stop) or done}", keep="\n")
+        say(f"go on with: {again}")
         return 130
     return 0
 
@@ -349,20 +365,29 @@ def run_fit(
 def evaluate(command: str, argv: list[str], make: Callable[[str, list[str]], RecipeCLI]) -> int:
     """Measure the run that `--run` names with its own configuration, and print the numbers."""
     run = argument(argv, "--run", "")
-    if run:
-        argv = with_run_config(argv, RunFolder.finished(run))
-    cli = make(command, argv)
+    with losses_named():
+        cli = make(command, argv)
     row = {"run": str(cli.folder.path), **{name: float(value) for name, value in cli.measured[0].items()}}
     if cli.trainer.is_global_zero:
         emit(f"{command} {run}", [row], cli.options.json)
     return 0
 
 
+def _run_of(command: str, argv: list[str], task: str) -> RunFolder | None:
+    """The run whose configuration a command begins with: the one to resume, or to evaluate."""
+    if command != "fit":
+        run = argument(argv, "--run", "")
+        return RunFolder.finished(run) if run else None
+    if "--resume" not in argv:
+        return None
+    return RunFolder.named(argument(argv, "--runs", "runs"), argument(argv, "--name", task))
+
+
 def _why_not_resumed(error: Exception) -> str | None:
     """What is wrong with the saved state, if that is what `error` says."""
     text = str(error)
     if "loading state_dict" in text:
-        return "it is of another model; leave out options that change the model, or start anew with --overwrite"
+        return OTHER_MODEL
     if isinstance(error, EOFError | pickle.UnpicklingError) or "PytorchStreamReader" in text:
         return "it is damaged; start anew with --overwrite"
     return None

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from ...utils.console import short_number
+from ...utils.console import say, short_number
 from .optimisers import planned_steps
 
 
@@ -36,7 +36,7 @@ class History(Callback):
         self.rows.append({"seconds": self.seconds, **row})
         if self.lines and trainer.is_global_zero:
             measured = sorted((name, value) for name, value in row.items() if name not in ("epoch", "step"))
-            print(head, *(f"{name} {short_number(value)}" for name, value in measured), sep="  ", flush=True)
+            say("  ".join([head, *(f"{name} {short_number(value)}" for name, value in measured)]))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._since = time.monotonic()

@@ -12,6 +12,7 @@ from torch.utils.data import default_collate
 
 from ...errors import MediaError
 from ...modalities.data.sources import UNNAMED, Source
+from ...utils.console import say
 from .loading import EpochLoader, Key, mix, own_key
 from .options import LOADING, LoadingOptions, RecipeData
 from .preprocess import Preprocess
@@ -147,7 +148,7 @@ class MediaData(RecipeData):
                 raise MediaError(f"{reason} (data.policy 'skip' leaves such files out)")
             if name not in self.unreadable:
                 self.unreadable[name] = reason
-                print(f"skipped: {name} ({reason})", flush=True)
+                say(f"skipped: {name} ({reason})")
         self._read += len(batch["label"]) + len(problems)
         self._failed += len(problems)
         if self._failed > self.loading.max_unreadable * max(self._read, ENOUGH):

@@ -46,7 +46,7 @@ class Parser(LightningArgumentParser):
     def _with_hint(self, message: str) -> str:
         unknown = re.search(r"Expected a dot import path string: (\w+)", message)
         if unknown is not None:
-            return str(UnknownName("class", unknown[1], [c.__name__ for c in _subclasses(pl.LightningDataModule)]))
+            return str(UnknownName("class", unknown[1], [c.__name__ for c in subclasses(pl.LightningDataModule)]))
         unknown = re.search(r"Option '(\w+)' is not accepted", message)
         if unknown is not None:
             own = {option.lstrip("-") for action in self._options() for option in action.option_strings}
@@ -90,7 +90,7 @@ def _plain(message: str) -> str:
     return re.sub(r"^(--[\w.]+): --([\w.]+: )", r"\1.\2", f"{option}: {rest}") if keys else rest
 
 
-def _subclasses(cls: type) -> set[type]:
+def subclasses(cls: type) -> set[type]:
     """The classes of omnimix that derive from `cls`."""
-    found = {child for direct in cls.__subclasses__() for child in (direct, *_subclasses(direct))}
+    found = {child for direct in cls.__subclasses__() for child in (direct, *subclasses(direct))}
     return {child for child in found if child.__module__.split(".")[0] == __package__.split(".")[0]}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
@@ -10,9 +13,58 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...errors import ConfigError
+from ...errors import ConfigError, LostProcess, OmnimixError
+from ...utils.options import cores
 
 T = TypeVar("T")
+# What torch says in a process whose workers, or whose partners, have ended.
+_WORKER = re.compile(r"DataLoader worker \(pid.*?\) (exited unexpectedly|is killed by signal: \w+)")
+_PARTNER = re.compile(
+    r"Connection (?:closed|reset) by peer|Broken pipe|remote process exited|Timed out waiting \d+ms|NCCL [\w ]*error|"
+    r"Socket Timeout|connection was (?:closed|reset)|heartbeat",
+    re.IGNORECASE,
+)
+
+
+def lost_process(error: BaseException) -> str | None:
+    """Which process has ended and what helps, where that is what an error comes from; None where it is not."""
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and before not in chain:
+        chain.append(before)
+    for each in chain:
+        text = str(each)
+        worker = _WORKER.search(text)
+        if worker is not None:
+            how = worker[1].replace("is killed", "it was killed")
+            return f"a process that reads ahead has ended ({how}); if memory ran out, lower data.workers"
+        if isinstance(each, dist.DistError) or (isinstance(each, RuntimeError) and _PARTNER.search(text)):
+            if world_size() > 1 or started_by_torchrun():
+                return f"a process that trains together with this one has ended ({_first_line(text)})"
+        if isinstance(each, ConnectionError | EOFError) and "in DataLoader worker process" not in text:
+            return f"a process that works for this one has ended ({type(each).__name__})"
+    return None
+
+
+@contextlib.contextmanager
+def losses_named(remedy: str = "") -> Iterator[None]:
+    """Within it, what the loss of another process raises is a LostProcess.
+
+    Args:
+        remedy: what follows the reason.
+    """
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        reason = None if isinstance(error, OmnimixError) else lost_process(error)
+        if reason is None:
+            raise
+        raise LostProcess(f"{reason}{remedy}") from error
+
+
+def _first_line(text: str) -> str:
+    """The reason in what gloo or NCCL say, without the place in their sources."""
+    found = _PARTNER.search(text)
+    return found[0] if found else text.split("\n")[0][:200]
 
 
 def started_by_torchrun() -> bool:
@@ -61,8 +113,7 @@ def trainer_of_torchrun(config: Any) -> dict[str, Any]:
 def share_threads() -> None:
     """Under torchrun, which gives each process one thread: a part of the cores for each."""
     if local_processes() > 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // local_processes()))
+        torch.set_num_threads(max(1, cores() // local_processes()))
 
 
 def from_all_ranks(trainer: pl.Trainer, value: T) -> list[T]:

@@ -7,7 +7,6 @@ import os
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from matplotlib.font_manager import findfont, get_font
 from torch import Tensor
 
 from ...utils.console import short_number, write_atomically
+from ...utils.files import replace_file
 
 INK, GRID, RIGHT, WRONG = "#1f2430", "#d9dde5", "#2a7f62", "#c8374a"
 LINES = ("#3566b8", "#e08a1e", "#2a7f62", "#8a4fb0")
@@ -63,9 +63,7 @@ def write_report(
             row.panels, part.subfigures(1, len(widths), width_ratios=widths, squeeze=False)[0], strict=True
         ):
             panel.draw(place)
-    beside = Path(path).with_name(f".{Path(path).name}.part")
-    figure.savefig(beside, dpi=110, format="png")
-    os.replace(beside, path)
+    replace_file(path, lambda part: figure.savefig(part, dpi=110, format="png"))
 
 
 def write_metrics(path: str | os.PathLike[str], metrics: dict[str, Any]) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from ...utils.cache import cache_folder
-from ...utils.files import one_at_a_time
+from ...utils.files import hidden_folder, one_at_a_time
+
+# Files of a split at most: a number in a run's configuration must not fill a disk.
+MOST = 100_000
 
 
 def generated_folder(name: str, write: Callable[[Path], None]) -> Path:
@@ -27,17 +27,12 @@ def generated_folder(name: str, write: Callable[[Path], None]) -> Path:
 
 
 def _made(folder: Path, write: Callable[[Path], None]) -> Path:
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        # mkdtemp's folder is private; one inside has the rights that any new folder has.
-        (beside / "whole").mkdir()
-        write(beside / "whole")
+    with hidden_folder(folder) as whole:
+        write(whole)
         try:
-            os.rename(beside / "whole", folder)
+            whole.rename(folder)
         except OSError:
             # Another process was faster, and wrote the same.
             if not folder.is_dir():
                 raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return folder

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import errno
+import io
 import os
 import signal
-import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
+from ...backbones.config import not_negative, positive
 from ...errors import ConfigError, OmnimixError, UnknownName
 from ...utils.devices import native_bf16
+from ...utils.files import replace_file
 from .loading import mix
 from .ranks import Agreement
 from .strategies import load_whole, local, whole_as
@@ -42,6 +44,8 @@ class TrainingConfig:
         ema: decay of the averaged weights, which are what is measured and saved; 0 is no averaging.
     """
 
+    called: ClassVar[str] = "training"
+
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
     min_lr: float = 0.01
@@ -57,8 +61,7 @@ class TrainingConfig:
         for name, known in (("optimizer", ("adamw", "muon")), ("schedule", ("cosine", "wsd"))):
             if getattr(self, name) not in known:
                 raise UnknownName(f"training.{name}", getattr(self, name), known)
-        if not self.lr > 0:
-            raise ConfigError(f"training.lr is {self.lr}; it must be above 0")
+        positive(self, "lr")
         parts(self, "min_lr", "warmup", "decay", "momentum", "ema")
         for name in ("momentum", "ema"):
             if getattr(self, name) == 1:
@@ -75,13 +78,6 @@ def parts(config: TrainingConfig, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"training.{name} is {getattr(config, name)}; it must be a part between 0 and 1")
-
-
-def not_negative(config: TrainingConfig, *names: str) -> None:
-    """Raise ConfigError where a named field is below 0."""
-    for name in names:
-        if getattr(config, name) < 0:
-            raise ConfigError(f"training.{name} is {getattr(config, name)}; it must be at least 0")
 
 
 def precision(wanted: str | None, accelerator: str, parameters: int) -> str:
@@ -229,7 +225,7 @@ class Begin(pl.Callback):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps `last.ckpt` complete: written beside it and then renamed, at each epoch's end and when the run is stopped.
+    """Keeps `last.ckpt`, at each epoch's end and when the run is stopped.
 
     Ctrl-C and SIGTERM let the step finish, save, and end the run; a second Ctrl-C ends it at once. A step of several
     batches is whole before anything is saved, and so is a validation that follows it. Of several processes it is enough
@@ -252,7 +248,8 @@ class LastCheckpoint(Checkpoint):
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread may hear signals
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._ask)
+            # None is a handler that Python has not installed and cannot name; the system's own stands in for it.
+            self._handlers[number] = signal.signal(number, self._ask) or signal.SIG_DFL
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self._asked:
@@ -295,21 +292,20 @@ class LastCheckpoint(Checkpoint):
         self._restore_handlers()
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Write `last.ckpt`; where that fails an older one stays, and nothing else does.
+        """Write `last.ckpt`; where that fails an older one stays, and nothing else does."""
+        trainer.save_checkpoint(self.path)
 
-        Raises:
-            OSError: it cannot be written; the error names the file, or the folder of temporary files.
-        """
-        beside = self.path.with_suffix(".part")
-        try:
-            trainer.save_checkpoint(beside)
-            if trainer.is_global_zero:
-                os.replace(beside, self.path)
-        except OSError as error:
-            # Lightning writes a temporary file and moves it; where the write fails no file is named.
-            if error.filename is None:
-                error.filename = str(beside) if error.errno == errno.EFBIG else tempfile.gettempdir()
-            raise
-        finally:
-            if trainer.is_global_zero:
-                beside.unlink(missing_ok=True)
+
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints that appear whole or not at all; an error names the file."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        if "://" in str(path):  # of a store that is no disk
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        # In memory first: of a full disk torch does not give the system's error.
+        whole = io.BytesIO()
+        torch.save(checkpoint, whole)
+        replace_file(path, lambda part: part.write_bytes(whole.getbuffer()))

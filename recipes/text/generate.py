@@ -17,7 +17,7 @@ from rich.text import Text
 from ...backbones.decoding import DiffusionConfig, GenerationConfig, Prefix, load_prefix, save_prefix
 from ...errors import ConfigError
 from ...modalities.text.text_generator import TextGenerator
-from ...utils.console import emit
+from ...utils.console import emit, visible
 from ...utils.devices import usable_device
 from ...utils.options import add_device, add_json
 from ...utils.run_folder import RunFolder
@@ -115,14 +115,15 @@ def unmasked(
         def show(sequences: list[list[int]]) -> None:
             spans = groupby(sequences[0], mask.__eq__)
             shown = ("░" * len(list(ids)) if hidden else writer.tokenizer.decode(list(ids)) for hidden, ids in spans)
-            live.update(Text("".join(shown)), refresh=True)
+            live.update(Text(visible("".join(shown), keep="\n\t")), refresh=True)
 
         [result] = writer.generate([prompt], config, stop=stop, numbers=[number], watch=show)
     return result.text
 
 
 def _show(text: str) -> None:
-    sys.stdout.write(text)
+    # A model may have learned escape sequences, which a terminal would obey; a file gets what was written.
+    sys.stdout.write(visible(text, keep="\n\t") if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 

@@ -16,7 +16,7 @@ from ...backbones.serialization import to_dict
 from ...errors import ConfigError
 from ...modalities import save_model
 from ...modalities.common.classifier import pattern_name
-from ...utils.console import emit
+from ...utils.console import emit, say
 from ..common.cli import RecipeCLI, evaluate, run_fit
 from ..common.history import StepHistory
 from ..common.loading import mix
@@ -257,5 +257,5 @@ def _say(cli: RecipeCLI, metrics: dict[str, Any]) -> None:
         "tokens / s": f"{metrics['tokens_per_second'] or 0:,.0f}",
     }
     emit("on held-out text", [row])
-    print(f"picture: {folder.report}    numbers: {folder.metrics}    samples: {folder.samples}")
-    print(f"write with it: omnimix text generate --run {folder.path}")
+    say(f"picture: {folder.report}    numbers: {folder.metrics}    samples: {folder.samples}")
+    say(f"write with it: omnimix text generate --run {folder.path}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +17,10 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...modalities.common.encode import write_video
 from ...modalities.data.sources import VIDEO_SUFFIXES, Source, find_splits
+from ...utils.console import markup, say
+from ...utils.options import cores
 from ..common.loading import mix
-from ..common.synthetic import generated_folder
+from ..common.synthetic import MOST, generated_folder
 from ..vision.data import stratified_split
 from ..vision.folders import Augment
 from .data import LOADING, VideoData, VideoOptions
@@ -141,7 +142,7 @@ def write_clips(folder: Path, train: int, val: int) -> None:
         digit = images[members[int(torch.randint(len(members), (), generator=generator))]]
         write_clip(folder / split / motion / f"{number:05d}.mp4", digit, motion, generator)
 
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = cores()
     with ThreadPoolExecutor(workers) as pool:
         for _ in _with_progress(pool.map(job, jobs), len(jobs), f"writing {len(jobs):,} clips as mp4 files, once"):
             pass
@@ -165,12 +166,12 @@ def write_clip(path: Path, digit: Float[Tensor, "h w"], motion: str, generator: 
 
 def _with_progress(steps: Iterable[None], total: int, text: str) -> Iterable[None]:
     if not sys.stderr.isatty():
-        print(text, file=sys.stderr, flush=True)
+        say(text, error=True)
         return steps
     from rich.console import Console
     from rich.progress import track
 
-    return track(steps, description=text, total=total, console=Console(stderr=True), transient=True)
+    return track(steps, description=markup(text), total=total, console=Console(stderr=True), transient=True)
 
 
 class MovingDigitsData(VideoData):
@@ -201,8 +202,9 @@ class MovingDigitsData(VideoData):
         super().__init__(loading=loading)
         self.augment = augment
         for name, count in (("train", train), ("val", val)):
-            if count < len(MOTIONS):
-                raise ConfigError(f"data.{name} is {count}; it must be at least {len(MOTIONS)}, a clip of each class")
+            if not len(MOTIONS) <= count <= MOST:
+                least = f"at least {len(MOTIONS)}, a clip of each class"
+                raise ConfigError(f"data.{name} is {count}; it must be {least}, and at most {MOST:,}")
         self._counts = train, val
         self.preprocess = VideoPreprocess(
             classes=tuple(sorted(MOTIONS)),

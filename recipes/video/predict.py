@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from ...errors import CheckpointError, ConfigError, MediaError
-from ...modalities import load_model, read_details
+from ...modalities import load_model
 from ...modalities.data.sources import VIDEO_SUFFIXES
 from ...modalities.video.files import VideoReader
 from ...modalities.video.model import VideoClassifier
-from ...utils.console import emit
+from ...utils.console import emit, markup, say, visible
 from ...utils.run_folder import RunFolder
 from ..common.prediction import (
     LONG,
@@ -92,7 +92,7 @@ class Predictor:
                 f"the model in {str(folder)!r} is of the class {type(model).__name__}, and no classifier of clips"
             )
         self.model = model
-        self.preprocess = VideoPreprocess.from_dict(read_details(folder).get("preprocess", {}))
+        self.preprocess = VideoPreprocess.of_model(folder, model)
         self.classes = self.preprocess.classes
         self.top = top
         self.timeline = Timeline(model, self.preprocess, every)
@@ -162,13 +162,14 @@ def _progress(path: Path, duration: float, aloud: bool) -> Iterator[tuple[Any, A
         yield lambda time: None, lambda line: None
         return
     if not sys.stdout.isatty():
-        yield lambda time: None, lambda line: print(line, flush=True)
+        yield lambda time: None, say
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.text import Text
 
     columns = (BarColumn(), TextColumn("{task.completed:.1f} of {task.total:.1f} s"), TimeRemainingColumn())
     with Progress(*columns, transient=True) as bar:
-        task = bar.add_task(path.name, total=duration)
-        # Plainly: a name may hold brackets, which are markup, and lines are as long as they are.
-        plain = partial(bar.console.print, markup=False, highlight=False, soft_wrap=True)
-        yield lambda time: bar.update(task, completed=time), plain
+        task = bar.add_task(markup(path.name), total=duration)
+        # Lines are as long as they are.
+        plain = partial(bar.console.print, highlight=False, soft_wrap=True)
+        yield lambda time: bar.update(task, completed=time), lambda line: plain(Text(visible(line)))

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...backbones.config import positive
+from ...backbones.config import called, positive
 from ...errors import ConfigError, UnknownName
 from ...modalities.video.files import VideoReader
 from ...modalities.video.sampling import Dense, Sampling, Segments, Uniform, views
-from ..common.preprocess import Preprocess
+from ..common.preprocess import LONGEST, Preprocess, check_square, check_statistics
 
 SAMPLINGS = ("uniform", "segments", "dense")
+# Of a clip: pixels of all its frames, and frames a second.
+PIXELS, FASTEST = 1 << 28, 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,8 @@ class ClipConfig:
         crop: the part of the shorter side that is kept of held-out clips.
     """
 
+    called: ClassVar[str] = "clip"
+
     size: int = 112
     channels: Literal[1, 3] = 3
     frames: int = 8
@@ -42,15 +46,19 @@ class ClipConfig:
     crop: float = 0.9
 
     def __post_init__(self) -> None:
-        positive(self, "size", "frames")
-        if self.channels not in (1, 3):
-            raise ConfigError(f"clip.channels is {self.channels}; it must be 1 (grey) or 3")
-        if self.sampling not in SAMPLINGS:
-            raise UnknownName("clip.sampling", self.sampling, SAMPLINGS)
-        if not self.rate > 0:
-            raise ConfigError(f"clip.rate is {self.rate}; it must be above 0")
-        if not 0 < self.crop <= 1:
-            raise ConfigError(f"clip.crop is {self.crop}; it must be a part above 0, at most 1")
+        _check(self)
+
+
+def _check(config: Any) -> None:
+    check_square(config)
+    positive(config, "frames", most=LONGEST)
+    positive(config, "rate", most=FASTEST)
+    if config.frames * config.size**2 > PIXELS:
+        raise ConfigError(
+            f"{called(config)}.frames is {config.frames} and size {config.size}; a clip has at most {PIXELS:,} pixels"
+        )
+    if config.sampling not in SAMPLINGS:
+        raise UnknownName("clip.sampling", config.sampling, SAMPLINGS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +80,17 @@ class VideoPreprocess(Preprocess):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     seconds: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self)
+        check_statistics(self)
+        positive(self, "seconds")
+
+    def of_the_model(self, model: nn.Module) -> dict[str, tuple[Any, Any]]:
+        config = model.config.video
+        shape = (self.frames, self.size, self.size)
+        return {"channels": (self.channels, config.channels), "frames and size": (shape, config.size)}
 
     @property
     def sampler(self) -> Sampling:

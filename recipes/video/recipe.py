@@ -14,6 +14,7 @@ from torch import Tensor
 from ...backbones import BackboneConfig
 from ...errors import ConfigError
 from ...modalities.video.model import VideoClassifier, video_classifier
+from ...utils.console import say
 from ..common.classification import Baseline, Classification, ClassificationTrainingConfig, Look, finish
 from ..common.cli import RecipeCLI, evaluate, interruptible, run_fit
 from ..common.training import AverageWeights, SeedEveryStep
@@ -150,7 +151,7 @@ def one_frame_baseline(cli: RecipeCLI) -> Baseline | None:
     epochs = len(cli.history.rows) if module.one_frame_epochs is None else module.one_frame_epochs
     if not epochs:
         return None
-    print(f"training a model that sees one frame of each clip, epochs: {epochs}", flush=True)
+    say(f"training a model that sees one frame of each clip, epochs: {epochs}")
     begun = time.monotonic()
     torch.manual_seed(cli.options.seed_everything)
     single = module.of_one_frame()

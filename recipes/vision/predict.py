@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 
-from ...errors import MediaError
-from ...modalities import load_model, read_details
+from ...errors import CheckpointError, MediaError
+from ...modalities import ImageClassifier, load_model
 from ...modalities.data.sources import IMAGE_SUFFIXES
 from ...utils.console import emit
 from ...utils.options import add_json
 from ...utils.run_folder import RunFolder
 from ..common.prediction import named_files, ranked, unreadable
 from .preprocess import ImagePreprocess
+
+# Of images that are prepared and run together.
+PIXELS = 1 << 24
 
 
 def main(argv: list[str]) -> int:
@@ -47,7 +50,12 @@ def predict_files(
         MediaError: an unreadable file, with `policy="raise"`.
     """
     model = load_model(folder)
-    preprocess = ImagePreprocess.from_dict(read_details(folder).get("preprocess", {}))
+    if not isinstance(model, ImageClassifier):
+        raise CheckpointError(
+            f"the model in {str(folder)!r} is of the class {type(model).__name__}, and no classifier of images"
+        )
+    preprocess = ImagePreprocess.of_model(folder, model)
+    batch_size = max(1, min(batch_size, PIXELS // preprocess.size**2))
     rows: list[dict[str, Any]] = []
     for at in range(0, len(files), batch_size):
         images, readable = [], []

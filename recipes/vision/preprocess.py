@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...modalities.image.files import load_image
-from ..common.preprocess import Preprocess
+from ..common.preprocess import Preprocess, check_square, check_statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,15 @@ class ImagePreprocess(Preprocess):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_square(self)
+        check_statistics(self)
+
+    def of_the_model(self, model: nn.Module) -> dict[str, tuple[Any, Any]]:
+        config = model.config.image
+        return {"channels": (self.channels, config.channels), "size": ((self.size, self.size), config.size)}
 
     def load(self, source: object) -> Float[Tensor, "c h w"]:
         """Read, resize the shorter side, cut out the centre, normalise.

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ...backbones import BackboneConfig
+from ...backbones.config import not_negative
 from ...modalities import ImageClassifier
 from ...modalities.image.model import image_classifier
 from ..common.classification import Classification, ClassificationTrainingConfig, Look, finish
 from ..common.cli import RecipeCLI, evaluate, run_fit
-from ..common.training import not_negative, parts
+from ..common.training import parts
 from .data import DigitsData, ImageData, TensorData
 from .folders import ImageFolderData
 
@@ -96,10 +97,12 @@ def mixing(training: VisionTrainingConfig, classes: int) -> Any:
     from torchvision.transforms import v2
 
     ways: list[Any] = []
-    if training.mixup > 0:
-        ways.append(v2.MixUp(alpha=training.mixup, num_classes=classes))
-    if training.cutmix > 0:
-        ways.append(v2.CutMix(alpha=training.cutmix, num_classes=classes))
+    # Their distributions look at their own values, which a model that is made without memory would not have.
+    with torch.device("cpu"):
+        if training.mixup > 0:
+            ways.append(v2.MixUp(alpha=training.mixup, num_classes=classes))
+        if training.cutmix > 0:
+            ways.append(v2.CutMix(alpha=training.cutmix, num_classes=classes))
     if not ways:
         return None
     share = training.mix_probability

@@ -8,10 +8,12 @@ import pytest
 import yaml
 
 from omnimix.__main__ import main
+from omnimix.errors import LostProcess
 from omnimix.recipes import CONFIGS, RECIPES
 from omnimix.recipes.audio.recipe import AudioClassification
 from omnimix.recipes.common.cli import interruptible, run_fit
 from omnimix.recipes.common.parser import Parser
+from omnimix.recipes.common.ranks import lost_process
 from omnimix.recipes.common.training import Interrupted
 from omnimix.recipes.common.trees import DataTrees, Trees
 from omnimix.recipes.text.recipe import TextGeneration
@@ -143,3 +145,41 @@ def test_lightnings_silent_exit_stays_an_interrupt():
             raise SystemExit(1)  # noqa: B904 - as Lightning does
     with pytest.raises(SystemExit), interruptible():
         raise SystemExit(3)
+
+
+LOST = {
+    "DataLoader worker (pid 7) is killed by signal: Killed. ": "it was killed by signal: Killed",
+    "DataLoader worker (pid(s) 7, 8) exited unexpectedly": "exited unexpectedly",
+}
+
+
+@pytest.mark.parametrize("error", [*map(RuntimeError, LOST), ConnectionResetError(104, "reset"), EOFError()])
+def test_a_lost_worker_is_one_line(error, tmp_path):
+    def make(command, argv):
+        raise error
+
+    with pytest.raises(LostProcess) as found:
+        run_fit("vision", ["--runs", str(tmp_path), "--name", "mine"], make, lambda cli: None)
+    text = str(found.value)
+    assert LOST.get(str(error), "has ended") in text and "\n" not in text
+    assert text.endswith(f"go on with: omnimix vision fit --name mine --runs {tmp_path} --resume")
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_lost_rank_is_one_line(together, tmp_path, monkeypatch):
+    monkeypatch.setattr("omnimix.recipes.common.ranks.world_size", lambda: 2 if together else 1)
+    gloo = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:28733"
+
+    def make(command, argv):
+        raise RuntimeError(gloo)
+
+    with pytest.raises(RuntimeError) as found:
+        run_fit("vision", ["--runs", str(tmp_path)], make, lambda cli: None)
+    assert isinstance(found.value, LostProcess) == together
+    if together:
+        assert "trains together with this one has ended (Connection closed by peer); go on with" in str(found.value)
+
+
+def test_errors_of_a_sample_are_no_lost_process():
+    for error in (EOFError("Caught EOFError in DataLoader worker process 0."), RuntimeError("size mismatch")):
+        assert lost_process(error) is None

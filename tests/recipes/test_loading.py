@@ -1,13 +1,16 @@
 """Batches that follow from (seed, epoch, index)."""
 
 import itertools
+import os
+import signal
 import time
 
 import pytest
 import torch
 
-from omnimix.errors import ConfigError, MediaError
+from omnimix.errors import ConfigError, LostProcess, MediaError
 from omnimix.recipes.common.loading import EpochLoader, mix, own_key, uniform
+from omnimix.recipes.common.ranks import losses_named
 
 
 class Keys:
@@ -141,3 +144,16 @@ def test_workers_that_hang_are_an_error():
 def test_an_empty_set_raises():
     with pytest.raises(ConfigError, match="empty"):
         EpochLoader(Keys(0), batch_size=2)
+
+
+class Dying(Keys):
+    """Ends the process that reads it, as a system does that has no memory left."""
+
+    def __getitem__(self, key):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_ends_is_named():
+    loader = EpochLoader(Dying(4), batch_size=2, workers=1)
+    with pytest.raises(LostProcess, match="a process that reads ahead has ended"), losses_named():
+        epochs(loader, 0)

@@ -1,8 +1,7 @@
 """The parts that every recipe trains with."""
 
-import errno
 import itertools
-import tempfile
+import signal
 
 import lightning.pytorch as pl
 import pytest
@@ -12,7 +11,7 @@ from torch import nn
 from omnimix.backbones import Backbone, BackboneConfig, no_weight_decay
 from omnimix.errors import ConfigError
 from omnimix.recipes.common.optimisers import cosine, parameter_groups
-from omnimix.recipes.common.training import AverageWeights, LastCheckpoint, precision
+from omnimix.recipes.common.training import AverageWeights, LastCheckpoint, WholeFiles, precision
 from omnimix.recipes.vision.recipe import VisionTrainingConfig
 
 
@@ -72,22 +71,45 @@ def test_impossible_numbers_raise(wrong):
         VisionTrainingConfig(**wrong)
 
 
-@pytest.mark.parametrize(
-    ("code", "names", "said"),
-    [
-        (errno.ENOSPC, ("temporary", None, "last.part"), "last.part"),
-        (errno.ENOSPC, (), tempfile.gettempdir()),
-        (errno.EFBIG, (), "last.part"),
-    ],
-)
-def test_a_full_disk_leaves_the_older_checkpoint_alone(tmp_path, monkeypatch, code, names, said):
-    def save_checkpoint(path):
-        path.write_bytes(b"half")
-        raise OSError(code, "full", *names)
+@pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt"])
+@pytest.mark.parametrize("older", [True, False])
+def test_a_full_disk_leaves_whole_files_alone(name, older, tmp_path):
+    resource = pytest.importorskip("resource")
+    before = {name: b"older"} if older else {}
+    if older:
+        (tmp_path / name).write_bytes(b"older")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(OSError, match="too large") as wrong:
+            WholeFiles().save_checkpoint({"state_dict": {"w": torch.zeros(1 << 16)}}, tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert wrong.value.filename == str(tmp_path / name)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    WholeFiles().save_checkpoint({"a": 1}, tmp_path / name)
+    assert torch.load(tmp_path / name, weights_only=True) == {"a": 1}
 
-    (tmp_path / "last.ckpt").write_bytes(b"older")
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL, signal.default_int_handler])
+def test_the_handler_that_was_there_is_restored(handler, tmp_path):
+    """Ctrl-C is ignored in what a shell has started in the background, for example."""
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    monkeypatch.setattr(trainer, "save_checkpoint", save_checkpoint)
-    with pytest.raises(OSError, match=said):
-        LastCheckpoint(tmp_path).save(trainer)
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("last.ckpt", b"older")]
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        last = LastCheckpoint(tmp_path)
+        last.on_train_start(trainer, pl.LightningModule())
+        assert signal.getsignal(signal.SIGINT) == last._ask
+        last.on_exception(trainer, pl.LightningModule(), RuntimeError())
+        assert signal.getsignal(signal.SIGINT) == handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_handler_that_python_does_not_know_gives_way_to_the_system_s(tmp_path, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    last = LastCheckpoint(tmp_path)
+    last.on_train_start(trainer, pl.LightningModule())
+    assert set(last._handlers.values()) == {signal.SIG_DFL}
+    last.on_train_end(trainer, pl.LightningModule())

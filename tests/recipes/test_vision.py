@@ -125,7 +125,7 @@ vision.fit(["--name", "killed", "--runs", {str(runs)!r}, *{TINY!r}])
 def test_ctrl_c_saves_and_says_how_to_go_on(runs, capsys, monkeypatch):
     from omnimix.recipes.vision.recipe import VisionClassification
 
-    step = VisionClassification.training_step
+    step, before = VisionClassification.training_step, signal.getsignal(signal.SIGINT)
 
     def interrupted(self, batch, index):
         if self.global_step == 8:
@@ -136,7 +136,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(runs, capsys, monkeypatch):
         patch.setattr(VisionClassification, "training_step", interrupted)
         assert main(["vision", "fit", "--runs", str(runs), *TINY]) == 130
     assert f"omnimix vision fit --name vision --runs {runs} --resume" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) == before
     assert main(["vision", "fit", "--runs", str(runs), "--resume"]) == 0
     assert_same_weights(runs / "whole", runs / "vision")
     # Curves and seconds reach back before the stop.
