@@ -143,8 +143,8 @@ def load_model(folder: str | Path, *, size: int | tuple[int, ...] | None = None)
         raise CheckpointError(f"{file}: {UnknownName('class of models', content['model'], _classes)}")
     config = build_config(_classes[content["model"]].config_class, content["config"], file)
     weights = Path(folder) / WEIGHTS
-    depth = getattr(getattr(config, "backbone", None), "depth", None)
-    check_fits(partial(build_model, config), stored_shapes(weights), weights, depth=depth)
+    backbone = getattr(config, "backbone", None)
+    check_fits(partial(build_model, config), stored_shapes(weights), weights, backbone=backbone)
     if size is not None:
         if not hasattr(config, "resized"):
             raise ConfigError(f"size is {size}, but a {content['model']} has none; leave it out")

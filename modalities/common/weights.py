@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...backbones.config import BackboneConfig
 from ...backbones.serialization import current_name, from_dict, to_dict
 from ...errors import CheckpointError, ConfigError, OmnimixError, UnknownName
 from ...utils.files import replace_file, replace_tensors
@@ -49,20 +50,26 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def first_names(weights: dict[str, Tensor]) -> dict[str, str]:
-    """Each name of a state dict -> the first name of its tensor: blocks that share weights name them several times."""
-    first: dict[Any, str] = {}
-    return {
-        name: first.setdefault((t.data_ptr(), t.shape, t.stride()) if t.numel() and not t.is_meta else name, name)
-        for name, t in weights.items()
-    }
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Each name in a module's state dict -> the first one of its tensor: blocks that share weights name it again."""
+    first: dict[int, str] = {}
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    return {name: first.setdefault(id(tensor), name) for name, tensor in plain_names(tensors).items()}
+
+
+def stored_as(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights as they were stored, in the names and forms that the model has, each name of a shared one included."""
+    for name, module in model.named_modules():
+        if hasattr(module, "upgrade_state"):
+            module.upgrade_state(weights, f"{name}." if name else "")
+    shared = {name: weights[first] for name, first in first_names(model).items() if first in weights}
+    return shared | weights
 
 
 def save_weights(model: nn.Module, file: str | Path) -> None:
     """Write a module's state dict as safetensors, each tensor once; the file appears whole or not at all."""
-    state = plain_names(unwrap(model).state_dict())
-    first = first_names(state)
-    weights = {name: t.detach().cpu().contiguous() for name, t in state.items() if first[name] == name}
+    state, first = plain_names(unwrap(model).state_dict()), first_names(unwrap(model))
+    weights = {name: t.detach().cpu().contiguous() for name, t in state.items() if first.get(name, name) == name}
     replace_tensors(file, weights, {"format": "pt"})
 
 
@@ -91,7 +98,11 @@ def _header(file: str | Path) -> dict[str, Any]:
 
 
 def check_fits(
-    make: Callable[[], nn.Module], shapes: Mapping[str, Shape], file: str | Path, *, depth: int | None = None
+    make: Callable[[], nn.Module],
+    shapes: Mapping[str, Shape],
+    file: str | Path,
+    *,
+    backbone: BackboneConfig | None = None,
 ) -> None:
     """Raise CheckpointError unless stored weights are those of the model that `make` returns.
 
@@ -101,17 +112,21 @@ def check_fits(
         make: returns the model; on the device "meta" too.
         shapes: of the stored weights, by name.
         file: that holds them.
-        depth: the number of blocks that the configuration asks for, where the model has a backbone.
+        backbone: what the configuration asks for, where the model has one.
     """
     blocks = {found[1] for name in shapes if (found := re.match(r"backbone\.blocks\.(\d+)\.", name))}
-    if depth is not None and depth > len(blocks):
+    # Blocks that share all their weights are stored once.
+    if backbone is not None and backbone.depth > len(blocks) and not any(entry.tie for entry in backbone.layers):
         raise CheckpointError(
-            f"{file} does not fit the model: it has {len(blocks)} blocks, and the model {depth}; nothing was loaded"
+            f"{file} does not fit the model: it has {len(blocks)} blocks, and the model {backbone.depth}; nothing was "
+            "loaded"
         )
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
-                own = plain_names(unwrap(make()).state_dict())
+                model = unwrap(make())
+                stored = stored_as({name: torch.empty(shape) for name, shape in shapes.items()}, model)
+                own = plain_names(model.state_dict())
         except OmnimixError as error:
             raise CheckpointError(f"{file} does not fit the model: {error}; nothing was loaded") from error
         except (RuntimeError, ValueError, OverflowError, MemoryError, TypeError) as error:
@@ -120,7 +135,7 @@ def check_fits(
             raise CheckpointError(
                 f"{file} does not fit the model, which cannot be: {what}; nothing was loaded"
             ) from error
-    _compare({name: tuple(tensor.shape) for name, tensor in own.items()}, shapes, file)
+    _compare(*({name: tuple(t.shape) for name, t in each.items()} for each in (own, stored)), file)
 
 
 def _compare(own: Mapping[str, Shape], stored: Mapping[str, Shape], file: str | Path) -> None:
@@ -155,15 +170,10 @@ def load_weights(model: nn.Module, file: str | Path, *, resize: bool = False) ->
         raise CheckpointError(f"cannot read {file}: {error}; nothing was loaded") from error
     check_finite(weights, file)
     model = unwrap(model)
-    for name, module in model.named_modules():
-        if hasattr(module, "upgrade_state"):
-            module.upgrade_state(weights, f"{name}." if name else "")
+    weights = stored_as(weights, model)
     if resize:
         weights = fit_positions(weights, model)
     own = plain_names(model.state_dict())
-    for name, first in first_names(own).items():
-        if name not in weights and first in weights:
-            weights[name] = weights[first]
     _compare(*({name: tuple(t.shape) for name, t in each.items()} for each in (own, weights)), file)
     for name, tensor in own.items():
         if weights[name].is_floating_point() != tensor.is_floating_point():

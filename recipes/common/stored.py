@@ -318,7 +318,7 @@ def build_fitting(folder: RunFolder, cls: type[Any], *arguments: Any, fit: bool,
     if shapes is None:
         return make()
     try:
-        check_fits(lambda: make().model, shapes, file, depth=options["backbone"].depth)
+        check_fits(lambda: make().model, shapes, file, backbone=options["backbone"])
     except CheckpointError as error:
         if not fit:
             raise
