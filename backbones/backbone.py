@@ -45,6 +45,8 @@ class Backbone(SequenceLayer):
     def __init__(self, config: BackboneConfig):
         super().__init__()
         self.config = config
+        # A plain backbone is one stage.
+        self.stages = config.stages or (StageConfig(dim=config.dim, depth=config.depth),)
         self.checkpointing = False
         self.blocks = nn.ModuleList(self._blocks())
         tie_blocks(self.blocks, [entry.tie for entry in config.layers])
@@ -58,11 +60,6 @@ class Backbone(SequenceLayer):
         self._stateful = {name: block for name, block, layer in self._layers() if _keeps_state(layer)}
         # What is published for later layers though no layer writes it.
         self._published = frozenset(n for n in reads if n == "input" or n.startswith(("blocks.", "stages.")))
-
-    @property
-    def stages(self) -> tuple[StageConfig, ...]:
-        """The stages; a plain backbone is one."""
-        return self.config.stages or (StageConfig(dim=self.config.dim, depth=self.config.depth),)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Backbone:
         shared = shared_parameters(self)
