@@ -16,12 +16,10 @@ from ..state import State
 from .base import ScanMixer, heads_for
 from .parts.low_rank import LowRank
 from .parts.token_shift import token_shift
-from .parts.unit import unit
+from .parts.unit import LENGTH_EPS, unit
 from .reference.rwkv7 import reference
 from .registry import register_mixer
 
-# Small keys have length 1 too (torch.nn.functional.normalize, as in the published code).
-LENGTH_EPS = 1e-12
 # Decays are exp(-e^{-1/2} σ(·)): at least 0.545 a step.
 STRONGEST = math.exp(-0.5)
 

@@ -207,7 +207,7 @@ def outcome(op: Op, backend: str, arguments: dict[str, Any], rng: random.Random)
             outputs = call_of(op, backend)(**arguments)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         wanting = [o for o in outputs if o.requires_grad and o.is_floating_point()]
-        if wanting:
+        if train and wanting:
             gradients = torch.autograd.grad(sum(o.double().sum() for o in wanting), leaves, allow_unused=True)
             for leaf, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None and gradient.shape != leaf.shape:

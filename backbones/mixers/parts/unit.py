@@ -8,6 +8,9 @@ from torch import Tensor
 
 from ....kernels import norm
 
+# For keys that have length 1 however short they are (RWKV-7, as torch.nn.functional.normalize).
+LENGTH_EPS = 1e-12
+
 
 def unit(x: Float[Tensor, "b t d"], heads: int, eps: float = 1e-6) -> Float[Tensor, "b t h k"]:
     """Split `x` (b, t, h · k) into heads, each of length 1: x / √(Σ x² + eps)."""
