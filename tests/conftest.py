@@ -63,6 +63,7 @@ SLOW = (
     "kernels/test_export.py",
     "kernels/test_triton_*.py",
     "laws/test_examples.py",
+    "laws/test_fuzz.py",
     "laws/test_law_8.py",
     "laws/test_low_precision.py",
     "laws/test_mixer_mutations.py",
