@@ -326,7 +326,7 @@ def using(backend: str) -> Iterator[None]:
     Raises:
         UnknownName: no op has a backend of this name.
     """
-    known = sorted({b.name for op in ops() for b in op.backends})
+    known = sorted({"auto", *(b.name for op in ops() for b in op.backends)})
     if backend not in known:
         raise UnknownName("backend", backend, known)
     token = _using.set(backend)
