@@ -28,9 +28,12 @@ class Checked:
         file = Path(source) / WEIGHTS
         types = stored_types(file) if file.is_file() else {}
         blocks = {found[1] for name in types if (found := re.match(r"model\.backbone\.blocks\.(\d+)\.", name))}
-        depth = config.language_model().backbone.depth
-        if blocks and depth > len(blocks):
-            raise CheckpointError(f"{file} has {len(blocks)} blocks, and the model {depth}; nothing was loaded")
+        backbone = config.language_model().backbone
+        # Blocks that share all their weights are stored once.
+        if blocks and backbone.depth > len(blocks) and not any(entry.tie for entry in backbone.layers):
+            raise CheckpointError(
+                f"{file} has {len(blocks)} blocks, and the model {backbone.depth}; nothing was loaded"
+            )
         try:
             loaded = super().from_pretrained(source, *arguments, config=config, **options)
         except (RuntimeError, OverflowError) as error:

@@ -16,12 +16,10 @@ needs_compiler = pytest.mark.skipif(native.machine_refusal() is not None, reason
 
 
 def op(**step) -> Op:
-    """Two backends: `step` for inputs of one element, and `any`; both are `torch.neg` here."""
-    first = Backend(name="step", module="torch", function="neg", **step)
-    return Op(
-        name="neg", backends=(first, Backend(name="any", module="torch", function="neg")), sequences=(), cases=tuple,
-        summary="-x",
-    )  # fmt: skip
+    """Two backends: `native` for inputs of one element, and `chunked`; both are `torch.neg` here."""
+    first = Backend(name="native", module="torch", function="neg", **step)
+    other = Backend(name="chunked", module="torch", function="neg")
+    return Op(name="neg", backends=(first, other), sequences=(), cases=tuple, summary="-x")
 
 
 def one(arguments):
@@ -36,28 +34,28 @@ def test_a_call_of_another_kind_is_passed_over_without_a_word(recwarn):
     entry = op(limits=one)
     for enabled in (True, False):
         with strict(enabled):
-            assert (chosen(entry, 1), chosen(entry, 2)) == ("step", "any")
-            with using("step"):
-                assert (chosen(entry, 1), chosen(entry, 2)) == ("step", "any")
-            with using("any"):
-                assert chosen(entry, 1) == "any"
+            assert (chosen(entry, 1), chosen(entry, 2)) == ("native", "chunked")
+            with using("native"):
+                assert (chosen(entry, 1), chosen(entry, 2)) == ("native", "chunked")
+            with using("chunked"):
+                assert chosen(entry, 1) == "chunked"
     assert not recwarn.list
-    with pytest.raises(BackendUnavailable, match="'step' cannot serve this call: it takes one element"):
-        chosen(entry, 2, "step")
+    with pytest.raises(BackendUnavailable, match="'native' cannot serve this call: it takes one element"):
+        chosen(entry, 2, "native")
 
 
 def test_what_a_machine_cannot_serve_is_said_and_strict_mode_raises():
     entry = op(limits=one, refuse=lambda arguments: "there is no compiler")
-    with pytest.warns(UserWarning, match="'any' serves this call on cpu, because step: there is no compiler"):
-        assert chosen(entry, 1) == "any"
+    with pytest.warns(UserWarning, match="'chunked' serves this call on cpu, because native: there is no compiler"):
+        assert chosen(entry, 1) == "chunked"
     with strict():
-        assert chosen(entry, 2) == "any"
+        assert chosen(entry, 2) == "chunked"
         with pytest.raises(BackendUnavailable, match="no compiler"):
             chosen(entry, 1)
-    for context in (using("step"), strict(False)):
+    for context in (using("native"), strict(False)):
         with context, pytest.raises(BackendUnavailable, match="no compiler"):
-            chosen(entry, 1, "step")
-    with using("step"), pytest.raises(BackendUnavailable, match="no compiler"):
+            chosen(entry, 1, "native")
+    with using("native"), pytest.raises(BackendUnavailable, match="no compiler"):
         chosen(entry, 1)
 
 
