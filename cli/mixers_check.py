@@ -95,6 +95,8 @@ def _readme(write: bool) -> bool:
 def _pytest(name: str, files: tuple[str, ...], options: str) -> bool:
     """Run what concerns the mixer in these files, in a process of its own."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    # The plugin and the tests lie in the checkout, which `python -m omnimix` has kept its children from importing.
+    environment.pop("PYTHONSAFEPATH", None)
     environment["OMP_NUM_THREADS"] = "1"
     if ROOT.name == __package__.split(".")[0]:
         # This checkout, and not one that may be installed.

@@ -256,7 +256,7 @@ class RecipeCLI(LightningCLI):
                 self.trainer.fit(model, ckpt_path=ckpt_path, **{**kwargs, "weights_only": True})
         except BaseException as error:
             if rank_zero_only.rank == 0 and not self.begin.done and folder.restore():
-                print(f"stopped before the first step; the run {str(folder.path)!r} is as it was")
+                say(f"stopped before the first step; the run {str(folder.path)!r} is as it was")
                 if isinstance(error, KeyboardInterrupt):
                     raise SystemExit(130) from error  # there is nothing of this run to resume
             self._explain(error, ckpt_path)
