@@ -129,7 +129,9 @@ def _described(hint: Any, value: Any) -> str:
         elif origin is dict:
             texts.append(f"a mapping of names to {_described(inner[1], None)}")
         elif option in REGISTRIES:
-            texts.append(f"the options of a {REGISTRIES[option].kind}")
+            texts.append(
+                f"the options of {'an' if REGISTRIES[option].kind[0] in 'aeiou' else 'a'} {REGISTRIES[option].kind}"
+            )
         else:
             texts.append(_NAMES.get(option) or f"a {getattr(option, '__name__', option)}")
     return " or ".join(dict.fromkeys(texts))
