@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from ...backbones import Backbone
 from ...backbones.serialization import current_name
+from ...backbones.tie import shared_parameters
 from ...errors import ConfigError
 
 
@@ -110,12 +111,18 @@ def shard(module: pl.LightningModule, mesh: DeviceMesh) -> None:
 def shard_backbone(backbone: Backbone, mesh: DeviceMesh, *, root: bool = True) -> None:
     """Shard each block and transition of a backbone by itself, and with `root` what is left.
 
-    What blocks share is sharded before them, each module by itself: a block would otherwise take it for its own.
+    What blocks share is sharded before them: a block would otherwise take it for its own.
     """
     parts = [*backbone.blocks, *backbone.transitions.values()]
     uses = Counter(id(module) for part in parts for module in part.modules())
-    for module in backbone.modules():
-        if uses[id(module)] > 1 and next(module.parameters(recurse=False), None) is not None:
+    # Modules that have a parameter in common, and are not one module, belong into one group.
+    together = {id(slot[0]): [module for module, _ in slots] for slots in shared_parameters(backbone) for slot in slots}
+    # From the leaves upwards, as FSDP2 asks; the first module of a group comes last, behind what all of them hold.
+    for module in reversed([*backbone.modules()]):
+        if (group := together.get(id(module))) is not None:
+            if group[0] is module:
+                fully_shard(group, mesh=mesh)
+        elif uses[id(module)] > 1 and next(module.parameters(recurse=False), None) is not None:
             fully_shard(module, mesh=mesh)
     for part in parts:
         fully_shard(part, mesh=mesh)
