@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast lint format clean
+.PHONY: demo test test-fast coverage lint docs format clean
 
 .venv/.stamp: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -19,13 +19,26 @@ test: .venv/.stamp
 test-fast: .venv/.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
+# Branches that tests reach; kernels in Triton are left out, since they run in its interpreter.
+coverage: .venv/.stamp
+	$(BIN)/coverage erase
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov
+	$(BIN)/coverage report
+
 lint: .venv/.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -q tests/test_words.py
+
+# The site, in site/. Strict: a broken link or an unknown name is an error.
+docs: .venv/.stamp
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: .venv/.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist *.egg-info runs
+	rm -rf .venv build dist *.egg-info runs site

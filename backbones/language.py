@@ -151,8 +151,8 @@ class LanguageModel(nn.Module):
         self,
         tokens: Int[Tensor, "b t"],
         *,
-        cu_seqlens: Int[Tensor, "n_plus_1"] | None = None,
-        lengths: Int[Tensor, "b"] | None = None,
+        cu_seqlens: Int[Tensor, " n_plus_1"] | None = None,
+        lengths: Int[Tensor, " b"] | None = None,
         counted: Bool[Tensor, "b t"] | None = None,
     ) -> ObjectiveLoss:
         """The objective's loss; see `Objective.loss`."""

@@ -168,7 +168,7 @@ class Layout(Immutable):
         place = torch.arange(t, device=x.device)
         return (torch.searchsorted(self.cu_seqlens.long(), place, right=True) - 1)[None]
 
-    def positions(self, x: Tensor, start: Int[Tensor, "n"] | None = None) -> Int[Tensor, "b t"]:
+    def positions(self, x: Tensor, start: Int[Tensor, " n"] | None = None) -> Int[Tensor, "b t"]:
         """Each token's index in its sequence, counted from 0 or from its sequence's `start`."""
         place = torch.arange(x.shape[1], device=x.device)
         if self.cu_seqlens is None:
@@ -178,7 +178,7 @@ class Layout(Immutable):
         place = place - self.cu_seqlens.long()[sequence]
         return (place if start is None else place + start[sequence])[None]
 
-    def lengths(self, x: Tensor) -> Int[Tensor, "n"]:
+    def lengths(self, x: Tensor) -> Int[Tensor, " n"]:
         """Tokens in each sequence of `x` (b, t, ...)."""
         if self.cu_seqlens is None:
             return torch.full((x.shape[0],), x.shape[1], device=x.device)
@@ -197,7 +197,7 @@ class Layout(Immutable):
         ends = place - place % self.block + self.block - 1
         return ends.clamp(max=last) if isinstance(last, int) else torch.minimum(ends, last)
 
-    def block_boundaries(self, x: Tensor) -> Int[Tensor, "n_plus_1"]:
+    def block_boundaries(self, x: Tensor) -> Int[Tensor, " n_plus_1"]:
         """Offsets of the blocks in all tokens of `x`, (b · t) of them, sequence after sequence."""
         place = self.positions(x).reshape(-1)
         first = place % self.block == 0 if isinstance(self.block, int) else place == 0
@@ -208,7 +208,7 @@ class Layout(Immutable):
         return torch.cat([starts, starts.new_tensor([place.numel()])])
 
     @staticmethod
-    def pack(x: Tensor, lengths: Int[Tensor, "n"], *, causal: bool = True) -> tuple[Tensor, Layout]:
+    def pack(x: Tensor, lengths: Int[Tensor, " n"], *, causal: bool = True) -> tuple[Tensor, Layout]:
         """Rows of `x` (n, t, ...), filled up at their ends, as one row without the fill, and its layout."""
         return pack_rows(x, lengths), Layout(causal=causal, cu_seqlens=offsets(lengths))
 
@@ -235,23 +235,23 @@ def _checked_grid(grid: Any, cu_seqlens: Tensor | None) -> Grid | tuple[Grid, ..
     return grids if several else grids[0]
 
 
-def offsets(lengths: Int[Tensor, "n"]) -> Int[Tensor, "n_plus_1"]:
+def offsets(lengths: Int[Tensor, " n"]) -> Int[Tensor, " n_plus_1"]:
     """`cu_seqlens` of sequences of these lengths."""
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
 
-def pack_rows(x: Tensor, lengths: Int[Tensor, "n"]) -> Tensor:
+def pack_rows(x: Tensor, lengths: Int[Tensor, " n"]) -> Tensor:
     """The first `lengths` tokens of each row of `x` (n, t, ...), concatenated: (1, sum, ...)."""
     return x[torch.arange(x.shape[1], device=x.device) < lengths[:, None]][None]
 
 
-def unpack(x: Tensor, cu_seqlens: Int[Tensor, "n_plus_1"], fill: int = 0) -> Tensor:
+def unpack(x: Tensor, cu_seqlens: Int[Tensor, " n_plus_1"], fill: int = 0) -> Tensor:
     """Packed `x` (1, t, ...) as one row a sequence, `(n, longest, ...)`, filled up at the end with `fill`."""
     rows = x[0].split(cu_seqlens.diff().tolist())
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
 
 
-def repack(x: Tensor, cu_seqlens: Int[Tensor, "n_plus_1"]) -> Tensor:
+def repack(x: Tensor, cu_seqlens: Int[Tensor, " n_plus_1"]) -> Tensor:
     """The inverse of `unpack`."""
     return torch.cat([row[:length] for row, length in zip(x, cu_seqlens.diff().tolist(), strict=True)])[None]
 

@@ -86,7 +86,7 @@ def frequencies(
     scaling: RopeScaling | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> Float[Tensor, "r"]:
+) -> Float[Tensor, " r"]:
     """base^(-i/r) for i = 0 ... r - 1, in radians a position, scaled."""
     if scaling is not None and scaling.kind == "ntk" and pairs > 1:
         base *= scaling.factor ** (pairs / (pairs - 1))

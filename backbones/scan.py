@@ -112,7 +112,7 @@ def _apply(x: Tensor, order: str, layout: Layout, *, inverse: bool) -> Tensor:
     return x.index_select(1, index.to(x.device))
 
 
-def _packed_permutation(order: str, layout: Layout, *, inverse: bool) -> Int[Tensor, "t"]:
+def _packed_permutation(order: str, layout: Layout, *, inverse: bool) -> Int[Tensor, " t"]:
     """The permutations of packed grids, one after the other."""
     start, parts, extra = 0, [], list(layout.extra)
     for grid in layout.grid:
@@ -126,7 +126,7 @@ def _packed_permutation(order: str, layout: Layout, *, inverse: bool) -> Int[Ten
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
-def _reversed_in_place(cu_seqlens: Int[Tensor, "n_plus_1"], length: int) -> Int[Tensor, "t"]:
+def _reversed_in_place(cu_seqlens: Int[Tensor, " n_plus_1"], length: int) -> Int[Tensor, " t"]:
     """Index that reverses each packed sequence where it stands; its own inverse."""
     cu_seqlens = cu_seqlens.long()
     position = torch.arange(length, device=cu_seqlens.device)
@@ -155,7 +155,7 @@ def _grid_permutation(order: str, grid: tuple[int, int, int], extra: tuple[int, 
         return index, torch.argsort(index)
 
 
-def _visits(order: str, t: int, h: int, w: int) -> Int[Tensor, "n"]:
+def _visits(order: str, t: int, h: int, w: int) -> Int[Tensor, " n"]:
     """Raster indices of the grid's cells in the order of their visit."""
     cells = torch.arange(t * h * w).view(t, h, w)
     if order == "columns":
@@ -173,7 +173,7 @@ def _visits(order: str, t: int, h: int, w: int) -> Int[Tensor, "n"]:
     return cells.reshape(-1)
 
 
-def _snake(cells: Int[Tensor, "t h w"]) -> Int[Tensor, "n"]:
+def _snake(cells: Int[Tensor, "t h w"]) -> Int[Tensor, " n"]:
     """Rows alternately left to right and right to left; each frame continues where the last one ended."""
     rows = cells.clone()
     rows[:, 1::2] = rows[:, 1::2].flip(2)
@@ -182,7 +182,7 @@ def _snake(cells: Int[Tensor, "t h w"]) -> Int[Tensor, "n"]:
     return frames.reshape(-1)
 
 
-def _windows(cells: Int[Tensor, "t h w"]) -> Int[Tensor, "n"]:
+def _windows(cells: Int[Tensor, "t h w"]) -> Int[Tensor, " n"]:
     """Window by window, raster order inside each; windows at the edge may be smaller (LocalMamba, arXiv 2403.09338)."""
     return torch.cat(
         [
@@ -194,7 +194,7 @@ def _windows(cells: Int[Tensor, "t h w"]) -> Int[Tensor, "n"]:
     )
 
 
-def _hilbert(h: int, w: int) -> Int[Tensor, "n"]:
+def _hilbert(h: int, w: int) -> Int[Tensor, " n"]:
     """Raster indices along the Hilbert curve of the enclosing power-of-two square, without its cells outside."""
     bits = max(1, (max(h, w) - 1).bit_length())
     steps = torch.arange(4**bits)

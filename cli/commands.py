@@ -22,7 +22,7 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
 
 def list_mixers(argv: list[str]) -> None:
     parser = _parser("list mixers", "The sequence mixers, and what each declares to serve.")
-    parser.add_argument("--markdown", action="store_true", help="print the table as it stands in the README")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown, as it stands in the documentation")
     options = parser.parse_args(argv)
     if options.markdown:
         print(markdown(mixer_rows()), end="")
@@ -45,9 +45,9 @@ def mixer_rows() -> list[dict[str, Any]]:
         )
         streams = f"streams, {'constant state' if forward.constant_state else 'growing cache'}"
         diffusion = {"masked": both.bidirectional, "block": both.blockwise and both.streaming}
-        whole = "both ways" if forward.bidirectional else "by scans" if both.bidirectional else "no"
-        live = "streams" if forward.causal and forward.streaming else "no streams"
-        lengths = "any lengths packed" if both.packed else "one length a batch"
+        whole = "bidirectional" if forward.bidirectional else "scans" if both.bidirectional else "no"
+        live = "streams" if forward.causal and forward.streaming else "no streaming"
+        lengths = "packed" if both.packed else "one length per batch"
         rows.append(
             {
                 "mixer": name,

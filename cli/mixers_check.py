@@ -30,16 +30,17 @@ PLUGIN = "tests.laws.one_mixer"
 COMPILED = "tests/laws/compiled.py"
 PLAIN = "--import-mode=importlib"
 CHECKED = f"{PLAIN} --jaxtyping-packages=omnimix,beartype.beartype --strict-markers"
+PAGE = "docs/concepts/mixers.md"
 TABLE = ("<!-- mixers -->\n", "<!-- /mixers -->")
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="omnimix mixers check",
-        description="Run all that concerns one mixer: lint, its row in the README, laws, reference and compilation.",
+        description="Run all that concerns one mixer: lint, its row in the documentation, laws, reference and compilation.",
     )
     parser.add_argument("name", help="the mixer")
-    parser.add_argument("--write", action="store_true", help="put the table of mixers into the README")
+    parser.add_argument("--write", action="store_true", help="update the table of mixers in the documentation")
     options = parser.parse_args(argv)
     for package in ("pytest", "ruff"):
         if find_spec(package) is None:
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int:
     entry, start = get_mixer(options.name), time.perf_counter()
     steps = (
         ("lint", lambda: _lint(entry)),
-        ("README", lambda: _readme(options.write)),
+        ("documentation", lambda: _table(options.write)),
         ("laws", lambda: _pytest(options.name, LAWS, CHECKED)),
         ("compilation", lambda: _pytest(options.name, (COMPILED,), PLAIN)),
     )
@@ -74,10 +75,10 @@ def _lint(entry: Any) -> bool:
     return not any(run.returncode for run in runs)
 
 
-def _readme(write: bool) -> bool:
+def _table(write: bool) -> bool:
     from .commands import markdown, mixer_rows
 
-    file = ROOT / "README.md"
+    file = ROOT / PAGE
     text = file.read_text(encoding="utf-8")
     before, rest = text.split(TABLE[0])
     table, after = rest.split(TABLE[1], 1)
@@ -88,7 +89,7 @@ def _readme(write: bool) -> bool:
         file.write_text(f"{before}{TABLE[0]}{found}{TABLE[1]}{after}", encoding="utf-8")
         say("  the table of mixers has been written")
         return True
-    say("  the table of mixers in README.md is not the registry's; add --write")
+    say(f"  the table of mixers in {PAGE} is not the registry's; add --write")
     return False
 
 

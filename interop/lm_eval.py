@@ -192,7 +192,7 @@ class OmnimixLM(TemplateLM):
                 yield part
                 bar.update(len(part))
 
-    def _exact(self, rows: list[list[int]], given: list[int]) -> tuple[Float[Tensor, "n"], Bool[Tensor, "n"]]:
+    def _exact(self, rows: list[list[int]], given: list[int]) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
         """−log p of each row's tokens behind the first `given`, and whether each is the most probable one."""
         device = self.model.embedding.weight.device
         nats = torch.zeros(len(rows), dtype=torch.float64, device=device)
@@ -232,7 +232,7 @@ class OmnimixLM(TemplateLM):
             nats.index_add_(0, rows, cost.double())
             wrong.index_add_(0, rows, (logits.argmax(-1) != targets).long())
 
-    def _bound(self, rows: list[list[int]], given: list[int]) -> tuple[Float[Tensor, "n"], Bool[Tensor, "n"]]:
+    def _bound(self, rows: list[list[int]], given: list[int]) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
         """An estimated bound on −log p, and whether greedy unmasking writes the row."""
         device = self.model.embedding.weight.device
         lengths = torch.tensor([len(row) for row in rows])

@@ -78,15 +78,15 @@ class TimmModel(Classifier):
         """Tokens beside the grid."""
         return len(self.tokenizer.extra(1))
 
-    def forward(self, x: Float[Tensor, "b *media"]) -> Float[Tensor, "b *t classes"]:
+    def forward(self, x: Float[Tensor, " b *media"]) -> Float[Tensor, " b *t classes"]:
         """Logits; pooled features with `num_classes=0`; one vector a token with `global_pool=""`."""
         return self.forward_head(self.forward_features(x))
 
-    def forward_features(self, x: Float[Tensor, "b *media"]) -> Float[Tensor, "b t d"]:
+    def forward_features(self, x: Float[Tensor, " b *media"]) -> Float[Tensor, "b t d"]:
         """Class token and registers, then the grid in raster order, after the last norm."""
         return prefix_first(*super().forward_features(x))
 
-    def forward_head(self, x: Float[Tensor, "b t d"], pre_logits: bool = False) -> Float[Tensor, "b *t classes"]:
+    def forward_head(self, x: Float[Tensor, "b t d"], pre_logits: bool = False) -> Float[Tensor, " b *t classes"]:
         """Logits from what `forward_features` returned, or with `pre_logits` what the classifier is given."""
         prefix = self.num_prefix_tokens
         layout = Layout(causal=False, grid=(1, 1, x.shape[1] - prefix), extra=tuple(range(prefix)))

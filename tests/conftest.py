@@ -73,7 +73,7 @@ SLOW = (
     "recipes/*",
     "test_contributing.py",
     "test_package.py",
-    "test_readme.py",
+    "test_docs.py",
 )
 
 

@@ -117,7 +117,7 @@ class _Canvas:
         share = config.steps and config.steps * (self.number + 1) // n - config.steps * self.number // n
         self.left = len(self.hidden()) if config.steps is None else max(1, share)
 
-    def hidden(self) -> Int[Tensor, "m"]:
+    def hidden(self) -> Int[Tensor, " m"]:
         """Places of the block's tokens that are not yet known."""
         return self.start + (self.tokens[self.start : self.stop] == self.mask).nonzero()[:, 0]
 
@@ -129,7 +129,7 @@ class _Canvas:
         self._enter()
         return True
 
-    def reveal(self, logits: Float[Tensor, "m v"], haste: Float[Tensor, "m"]) -> None:
+    def reveal(self, logits: Float[Tensor, "m v"], haste: Float[Tensor, " m"]) -> None:
         """Make some hidden tokens known, at least so many that the steps that are left suffice for all."""
         config, hidden = self.config, self.hidden()
         choice, log_probs = self._choose(logits)
@@ -149,7 +149,7 @@ class _Canvas:
         self.left = max(1, self.left - 1)
         self.steps += 1
 
-    def _choose(self, logits: Float[Tensor, "m v"]) -> tuple[Int[Tensor, "m"], Float[Tensor, "m"]]:
+    def _choose(self, logits: Float[Tensor, "m v"]) -> tuple[Int[Tensor, " m"], Float[Tensor, " m"]]:
         config = self.config
         if config.temperature:
             flat = logits / config.temperature
@@ -246,7 +246,7 @@ class _Filler:
         return found
 
     def _pass(
-        self, pieces: list[Int[Tensor, "_"]], state: State | None
+        self, pieces: list[Int[Tensor, " _"]], state: State | None
     ) -> tuple[Sequence[Float[Tensor, "_ d"]], State | None]:
         lengths = [len(piece) for piece in pieces]
         ragged = len(set(lengths)) > 1

@@ -208,7 +208,7 @@ def generate(
 
 def stream(
     model: LanguageModel,
-    prompt: Sequence[int] | Int[Tensor, "t"],
+    prompt: Sequence[int] | Int[Tensor, " t"],
     config: GenerationConfig | None = None,
     *,
     prefix: Prefix | None = None,

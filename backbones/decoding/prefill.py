@@ -102,7 +102,7 @@ def last_logits(model: LanguageModel, y: Float[Tensor, "n d"]) -> Float[Tensor, 
     return logits
 
 
-def advance(model: LanguageModel, tokens: Int[Tensor, "n"], state: State) -> tuple[Float[Tensor, "n v"], State]:
+def advance(model: LanguageModel, tokens: Int[Tensor, " n"], state: State) -> tuple[Float[Tensor, "n v"], State]:
     """Read one token a sequence. `model.hidden` would check the ids, which are our own, at every step."""
     out = model.backbone(model.embedding(tokens[:, None]), CAUSAL, state)
     return last_logits(model, out.y[:, 0]), out.state

@@ -44,7 +44,7 @@ class Prefix:
         return len(self.tokens)
 
 
-def read_prefix(model: LanguageModel, tokens: Sequence[int] | Int[Tensor, "t"], *, chunk: int | None = None) -> Prefix:
+def read_prefix(model: LanguageModel, tokens: Sequence[int] | Int[Tensor, " t"], *, chunk: int | None = None) -> Prefix:
     """Read a text once, for `generate` and `stream` to go on from.
 
     Args:

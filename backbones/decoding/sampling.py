@@ -84,7 +84,7 @@ def generator(seed: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-def draw(probabilities: Float[Tensor, "n v"], generators: Sequence[torch.Generator]) -> Int[Tensor, "n"]:
+def draw(probabilities: Float[Tensor, "n v"], generators: Sequence[torch.Generator]) -> Int[Tensor, " n"]:
     """One token a row, by its own generator: the first whose cumulative probability exceeds a uniform number."""
     uniform = torch.cat([torch.rand(1, 1, generator=g, dtype=torch.float64) for g in generators])
     total = probabilities.double().cumsum(-1)
@@ -123,7 +123,7 @@ class Sampler:
         self.generators = [generator(config.seed, n) for n in numbers] if config.temperature else []
         self.seen = seen_tokens(prompts, vocabulary, device) if config.repetition_penalty != 1 else None
 
-    def choose(self, logits: Float[Tensor, "n v"]) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
+    def choose(self, logits: Float[Tensor, "n v"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
         """The next tokens, and their log-probabilities before any filter or temperature."""
         if self.config.temperature:
             chosen = draw(filtered(logits, self.config, self.seen).softmax(-1, dtype=torch.float64), self.generators)

@@ -79,7 +79,7 @@ class _Experts(nn.Module):
         # As the linear layers of a backbone.
         nn.init.trunc_normal_(self.weight, std=0.02)
 
-    def forward(self, rows: Float[Tensor, "m d"], counts: Int[Tensor, "e"]) -> Float[Tensor, "m f"]:
+    def forward(self, rows: Float[Tensor, "m d"], counts: Int[Tensor, " e"]) -> Float[Tensor, "m f"]:
         device = rows.device.type
         # Of torch's own layers autocast takes care.
         dtype = torch.get_autocast_dtype(device) if autocast_enabled(device) else self.weight.dtype
@@ -227,6 +227,6 @@ def rebalance(module: nn.Module) -> None:
             layer.rebalance()
 
 
-def expert_loads(module: nn.Module) -> dict[str, Int[Tensor, "e"]]:
+def expert_loads(module: nn.Module) -> dict[str, Int[Tensor, " e"]]:
     """The tokens that each expert has had, by the name of the `moe` within `module`; see `MoE` for since when."""
     return {name: layer.load.clone() for name, layer in module.named_modules() if isinstance(layer, MoE)}

@@ -54,7 +54,7 @@ class _Found:
     """Masked tokens of one block: the backbone's outputs that predict them and their (variant, row, place)."""
 
     y: Float[Tensor, "m d"]
-    where: tuple[Int[Tensor, "m"], Int[Tensor, "m"], Int[Tensor, "m"]]
+    where: tuple[Int[Tensor, " m"], Int[Tensor, " m"], Int[Tensor, " m"]]
     losses: dict[str, Tensor]
     tokens: int
 
@@ -211,7 +211,7 @@ class BlockDiffusion(Denoiser):
         return Likelihood(nats=nats, error=torch.stack(errors).cpu(), samples=samples, bound=True)
 
     def _draw(
-        self, row: Int[Tensor, "t"], scored: Bool[Tensor, "t_padded"], samples: int, seed: int
+        self, row: Int[Tensor, " t"], scored: Bool[Tensor, " t_padded"], samples: int, seed: int
     ) -> tuple[Bool[Tensor, "s t_padded"], Float[Tensor, "s t_padded"]]:
         """For each sample which tokens are masked, and what they count; each block draws for itself."""
         generator = generator_of(seed, row)

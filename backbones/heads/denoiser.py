@@ -52,11 +52,11 @@ class Denoiser(Objective):
             )
 
     def token_nats(
-        self, model: LanguageModel, y: Float[Tensor, "n d"], targets: Int[Tensor, "n"]
-    ) -> Float[Tensor, "n"]:
+        self, model: LanguageModel, y: Float[Tensor, "n d"], targets: Int[Tensor, " n"]
+    ) -> Float[Tensor, " n"]:
         """What each masked token costs, given the backbone's output where it is predicted."""
         return cross_entropy(y, model.output_weight(y), targets, reduction="none")
 
-    def haste(self, logits: Float[Tensor, "n v"]) -> Float[Tensor, "n"]:
+    def haste(self, logits: Float[Tensor, "n v"]) -> Float[Tensor, " n"]:
         """By which factor each masked token is revealed sooner, or later, than its share of the time left says."""
         return torch.ones_like(logits[:, 0])

@@ -169,8 +169,8 @@ class Masked(Denoiser):
         return Likelihood(nats=torch.stack(nats), error=torch.stack(errors), samples=samples, bound=True)
 
     def _sampled_nats(
-        self, model: LanguageModel, row: Int[Tensor, "t"], scored: Bool[Tensor, "t"], samples: int, seed: int
-    ) -> Float[Tensor, "s"]:
+        self, model: LanguageModel, row: Int[Tensor, " t"], scored: Bool[Tensor, " t"], samples: int, seed: int
+    ) -> Float[Tensor, " s"]:
         """Independent estimates of one sequence's bound."""
         places = scored.nonzero()[:, 0]
         if not len(places):

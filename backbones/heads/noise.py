@@ -22,7 +22,7 @@ LEAST_LEVEL = 1e-3
 
 def noise_levels(
     n: int, device: torch.device, *, low: float = 0.0, high: float = 1.0, stratified: bool = True
-) -> Float[Tensor, "n"]:
+) -> Float[Tensor, " n"]:
     """n masking probabilities, each uniform in (low, high], from torch's global generator.
 
     Stratified, every n-th part of the range holds one, in random order (MDLM, arXiv 2406.07524, appendix; the
@@ -36,8 +36,8 @@ def noise_levels(
 
 def scored_tokens(
     tokens: Int[Tensor, "b t"],
-    cu_seqlens: Int[Tensor, "n_plus_1"] | None,
-    lengths: Int[Tensor, "b"] | None,
+    cu_seqlens: Int[Tensor, " n_plus_1"] | None,
+    lengths: Int[Tensor, " b"] | None,
     counted: Bool[Tensor, "b t"] | None,
 ) -> Bool[Tensor, "b t"]:
     """Which tokens are scored: the counted ones, but for padding and the first of each sequence, which is given.
@@ -58,15 +58,15 @@ def scored_tokens(
 
 
 def pack_rows(
-    tokens: Int[Tensor, "b t"], scored: Bool[Tensor, "b t"], lengths: Int[Tensor, "b"]
-) -> tuple[Int[Tensor, "1 total"], Bool[Tensor, "1 total"], Int[Tensor, "n_plus_1"]]:
+    tokens: Int[Tensor, "b t"], scored: Bool[Tensor, "b t"], lengths: Int[Tensor, " b"]
+) -> tuple[Int[Tensor, "1 total"], Bool[Tensor, "1 total"], Int[Tensor, " n_plus_1"]]:
     """Rows that are filled up at their ends, without the filling: in one row, with the borders."""
     kept = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
     borders = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     return tokens[kept][None], scored[kept][None], borders
 
 
-def sequence_of(tokens: Int[Tensor, "b t"], cu_seqlens: Int[Tensor, "n_plus_1"] | None) -> Int[Tensor, "b t"]:
+def sequence_of(tokens: Int[Tensor, "b t"], cu_seqlens: Int[Tensor, " n_plus_1"] | None) -> Int[Tensor, "b t"]:
     """The number of the sequence that each token belongs to."""
     if cu_seqlens is None:
         return torch.arange(tokens.shape[0], device=tokens.device)[:, None].expand_as(tokens)
@@ -74,7 +74,7 @@ def sequence_of(tokens: Int[Tensor, "b t"], cu_seqlens: Int[Tensor, "n_plus_1"] 
     return (torch.searchsorted(cu_seqlens.long(), place, right=True) - 1)[None]
 
 
-def generator_of(seed: int, tokens: Int[Tensor, "t"]) -> torch.Generator:
+def generator_of(seed: int, tokens: Int[Tensor, " t"]) -> torch.Generator:
     """A source of draws that depends on the seed and the sequence, not on what else is in its batch; on the CPU."""
     digest = hashlib.blake2b(f"{seed} {tokens.tolist()}".encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
@@ -82,7 +82,7 @@ def generator_of(seed: int, tokens: Int[Tensor, "t"]) -> torch.Generator:
 
 def draw_subsets(
     candidates: int, samples: int, generator: torch.Generator
-) -> tuple[Bool[Tensor, "s c"], Float[Tensor, "s"]]:
+) -> tuple[Bool[Tensor, "s c"], Float[Tensor, " s"]]:
     """Which of the candidates each sample masks, and what each of its masked tokens counts, (candidates / masked).
 
     How many is uniform in 1 … candidates: samples 2k and 2k + 1 draw from the k-th of samples / 2 equal parts of that
@@ -96,7 +96,7 @@ def draw_subsets(
     return rank < size[:, None], candidates / size.double()
 
 
-def paired_error(values: Float[Tensor, "s"]) -> Float[Tensor, ""]:
+def paired_error(values: Float[Tensor, " s"]) -> Float[Tensor, ""]:
     """The standard error of the mean of values that were drawn in pairs, each pair from a stratum of its own.
 
     A stratum's variance is estimated by (x − y)² / 2 without bias, the mean of its pair has half of it.

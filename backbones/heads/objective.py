@@ -45,11 +45,11 @@ class Likelihood:
         greedy: whether every scored token is the model's most probable one; None where it was not asked for.
     """
 
-    nats: Float[Tensor, "n"]
-    error: Float[Tensor, "n"] | None = None
+    nats: Float[Tensor, " n"]
+    error: Float[Tensor, " n"] | None = None
     samples: int = 0
     bound: bool = False
-    greedy: Bool[Tensor, "n"] | None = None
+    greedy: Bool[Tensor, " n"] | None = None
 
 
 class Objective(nn.Module, ABC):
@@ -76,8 +76,8 @@ class Objective(nn.Module, ABC):
         model: LanguageModel,
         tokens: Int[Tensor, "b t"],
         *,
-        cu_seqlens: Int[Tensor, "n_plus_1"] | None = None,
-        lengths: Int[Tensor, "b"] | None = None,
+        cu_seqlens: Int[Tensor, " n_plus_1"] | None = None,
+        lengths: Int[Tensor, " b"] | None = None,
         counted: Bool[Tensor, "b t"] | None = None,
     ) -> ObjectiveLoss:
         """The loss of a batch of sequences. What is drawn at random is drawn from torch's global generator.
@@ -98,7 +98,7 @@ class Objective(nn.Module, ABC):
         model: LanguageModel,
         tokens: Int[Tensor, "b t"],
         *,
-        lengths: Int[Tensor, "b"] | None = None,
+        lengths: Int[Tensor, " b"] | None = None,
         counted: Bool[Tensor, "b t"] | None = None,
         samples: int = 32,
         seed: int = 0,

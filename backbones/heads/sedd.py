@@ -40,8 +40,8 @@ class Sedd(Masked):
     """
 
     def token_nats(
-        self, model: LanguageModel, y: Float[Tensor, "n d"], targets: Int[Tensor, "n"]
-    ) -> Float[Tensor, "n"]:
+        self, model: LanguageModel, y: Float[Tensor, "n d"], targets: Int[Tensor, " n"]
+    ) -> Float[Tensor, " n"]:
         weight = model.output_weight(y)
         plain = cross_entropy(y, weight, targets, reduction="none")
         # log n from the cross-entropy, which knows the normaliser, and the target's logit, a product of two rows.
@@ -49,6 +49,6 @@ class Sedd(Masked):
         normaliser = plain + logit - log(self.vocabulary)
         return plain + normaliser.exp() - normaliser - 1
 
-    def haste(self, logits: Float[Tensor, "n v"]) -> Float[Tensor, "n"]:
+    def haste(self, logits: Float[Tensor, "n v"]) -> Float[Tensor, " n"]:
         """Tweedie τ-leaping (SEDD, equation 19): from t to s, y appears with probability (t − s)/t · e^{z_y}/v."""
         return logits.logsumexp(-1).sub(log(self.vocabulary)).exp()

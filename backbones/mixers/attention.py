@@ -96,7 +96,8 @@ class Attention(Mixer):
         if self.rope_base is not None:
             # Queries and keys in one call.
             qk = rotary(qk, context.positions_of(x), self.rope_base)
-        q, k = qk[:, :, :heads], qk[:, :, heads:]
+        # A split, whose gradients are joined; those of slices would be padded and added.
+        q, k = qk.split((heads, qk.shape[2] - heads), dim=2)
         if not torch.is_grad_enabled():
             # A cache must not keep the queries' memory.
             k, v = k.contiguous(), v.contiguous()

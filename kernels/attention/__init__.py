@@ -23,7 +23,7 @@ def attention(
     window: int | None = None,
     sinks: int = 0,
     scale: float | None = None,
-    cu_seqlens: Int[Tensor, n_plus_1] | None = None,
+    cu_seqlens: Int[Tensor, " n_plus_1"] | None = None,
     q_positions: Int[Tensor, "b tq"] | None = None,
     k_positions: Int[Tensor, "b tk"] | None = None,
     backend: str = "auto",

@@ -32,7 +32,7 @@ def block_sparse(
     query_block: int | None = None,
     causal: bool = True,
     scale: float | None = None,
-    cu_seqlens: Int[Tensor, "n_plus_1"] | None = None,
+    cu_seqlens: Int[Tensor, " n_plus_1"] | None = None,
     q_positions: Int[Tensor, "b t"] | None = None,
     backend: str = "auto",
 ) -> Float[Tensor, "b t h v"]:

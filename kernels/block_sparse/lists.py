@@ -69,7 +69,7 @@ def sinks(
 
 def global_tokens(
     t: int,
-    tokens: Int[Tensor, "m"],
+    tokens: Int[Tensor, " m"],
     *,
     block_size: int,
     query_block: int,
@@ -181,7 +181,7 @@ def by_mean_key(
     block_size: int,
     number: int,
     causal: bool = True,
-    counts: Int[Tensor, "b"] | None = None,
+    counts: Int[Tensor, " b"] | None = None,
 ) -> Lists:
     """A list for each query and head: its own block, and those whose mean key has the highest product with the query
     (MoBA, arXiv 2502.13189, eq. 5 to 7).
@@ -238,7 +238,7 @@ def by_compressed_attention(
     local: int = 2,
     causal: bool = True,
     scale: float | None = None,
-    lengths: Int[Tensor, "b"] | None = None,
+    lengths: Int[Tensor, " b"] | None = None,
 ) -> Lists:
     """A list for each query and key-value head: the blocks that hold what its compressed attention looks at (NSA, arXiv
     2502.11089, eq. 8 to 12).

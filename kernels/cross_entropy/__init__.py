@@ -22,7 +22,7 @@ def cross_entropy(
     weight: Float[Tensor, "v d"],
     target: Int[Tensor, "*rows"],
     *,
-    bias: Float[Tensor, "v"] | None = None,
+    bias: Float[Tensor, " v"] | None = None,
     ignore_index: int = -100,
     z_loss: float = 0.0,
     softcap: float | None = None,

@@ -29,7 +29,7 @@ def delta_rule(
     b: Float[Tensor, "b t g k"] | None = None,
     scale: float | None = None,
     initial_state: Float[Tensor, "n h k v"] | None = None,
-    cu_seqlens: Int[Tensor, "n_plus_1"] | None = None,
+    cu_seqlens: Int[Tensor, " n_plus_1"] | None = None,
     backend: str = "auto",
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "n h k v"]]:
     """S_t = (I - β_t k_t k̃_tᵀ) diag(exp(decay_t)) S_{t-1} + β_t k_t v_tᵀ,  o_t = scale · S_tᵀ q_t.

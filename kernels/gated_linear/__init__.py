@@ -25,7 +25,7 @@ def gated_linear(
     bonus: Float[Tensor, "h k"] | None = None,
     scale: float | None = None,
     initial_state: Float[Tensor, "n h k v"] | None = None,
-    cu_seqlens: Int[Tensor, "n_plus_1"] | None = None,
+    cu_seqlens: Int[Tensor, " n_plus_1"] | None = None,
     backend: str = "auto",
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "n h k v"]]:
     """S_t = diag(exp(decay_t)) S_{t-1} + k_t v_tᵀ,  o_t = scale · S_tᵀ q_t.

@@ -19,7 +19,7 @@ from .routing import Route, combine, dispatch, route, scatter
 def grouped_mm(
     x: Float[Tensor, "n d"],
     weight: Float[Tensor, "e d f"],
-    counts: Int[Tensor, "e"],
+    counts: Int[Tensor, " e"],
     *,
     backend: str = "auto",
 ) -> Float[Tensor, "n f"]:

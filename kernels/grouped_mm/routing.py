@@ -25,9 +25,9 @@ class Route(NamedTuple):
         counts: rows of each expert. Where pairs chose no expert, they add up to fewer than m.
     """
 
-    order: Int[Tensor, "m"]
-    place: Int[Tensor, "m"]
-    counts: Int[Tensor, "e"]
+    order: Int[Tensor, " m"]
+    place: Int[Tensor, " m"]
+    counts: Int[Tensor, " e"]
 
 
 def route(chosen: Int[Tensor, "n k"], experts: int) -> Route:
@@ -149,7 +149,7 @@ def _add_sorted(rows: Tensor, token: Tensor, tokens: int) -> Tensor:
 
 
 def scatter(
-    rows: Float[Tensor, "m d"], weight: Float[Tensor, "m"], token: Int[Tensor, "m"], tokens: int
+    rows: Float[Tensor, "m d"], weight: Float[Tensor, " m"], token: Int[Tensor, " m"], tokens: int
 ) -> Float[Tensor, "n d"]:
     """y_i = Σ weight_r · rows_r over the rows r of token i: for tokens with unequal numbers of rows (expert choice).
 

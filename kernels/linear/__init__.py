@@ -23,7 +23,7 @@ ROWS = 4
 def linear(
     x: Float[Tensor, "*rows i"],
     weight: Float[Tensor, "o i"],
-    bias: Float[Tensor, o] | None = None,
+    bias: Float[Tensor, " o"] | None = None,
     *,
     backend: str = "auto",
 ) -> Float[Tensor, "*rows o"]:

@@ -21,7 +21,7 @@ def linear_recurrence(
     *,
     reverse: bool = False,
     initial_state: Float[Tensor, "s d"] | Complex[Tensor, "s d"] | None = None,
-    cu_seqlens: Int[Tensor, "s_plus_1"] | None = None,
+    cu_seqlens: Int[Tensor, " s_plus_1"] | None = None,
     backend: str = "auto",
 ) -> tuple[Float[Tensor, "b t d"] | Complex[Tensor, "b t d"], Float[Tensor, "s d"] | Complex[Tensor, "s d"]]:
     """h_t = a_t ⊙ h_{t-1} + x_t  (LRU, arXiv 2303.06349, eq. 1; RG-LRU, arXiv 2402.19427, eq. 4).

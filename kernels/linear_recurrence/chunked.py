@@ -103,7 +103,7 @@ def _backward(dh, dfinal, h, a, initial_state, cu_seqlens, reverse) -> tuple[Ten
             grown = segment.rows_of(dh, steps, wide).clone()
             factors = _per_step(segment.rows_of(a, steps, wide).conj_physical(), grown.shape[1])
             rows = list(zip(grown.unbind(1), factors, strict=True))
-            factor = None
+            last = factor = None
             for row, own in rows if reverse else reversed(rows):
                 if factor is None:
                     row += carry

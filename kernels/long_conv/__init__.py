@@ -18,9 +18,9 @@ def long_conv(
     u: Float[Tensor, "b t d"],
     filters: Float[Tensor, "h l"],
     *,
-    skip: Float[Tensor, d] | None = None,
+    skip: Float[Tensor, " d"] | None = None,
     initial_state: Float[Tensor, "n d l_minus_1"] | None = None,
-    cu_seqlens: Int[Tensor, n_plus_1] | None = None,
+    cu_seqlens: Int[Tensor, " n_plus_1"] | None = None,
     backend: str = "auto",
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "n d l_minus_1"]]:
     """y_t = skip ⊙ u_t + Σ_j filters[:, j] · u_{t-j}, j = 0 … l-1 (S4, arXiv 2111.00396, eq. 4; Hyena, 2302.10866).

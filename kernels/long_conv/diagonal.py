@@ -21,7 +21,7 @@ def multiply(x: Pair, y: Pair) -> Pair:
     return x[0] * y[0] - x[1] * y[1], x[0] * y[1] + x[1] * y[0]
 
 
-def powers(log_a: Pair, exponents: Float[Tensor, "m"]) -> Pair:
+def powers(log_a: Pair, exponents: Float[Tensor, " m"]) -> Pair:
     """a^exponents: (d, n) -> (d, n, m), from the logarithm's real (at most 0) and imaginary part."""
     modulus = (log_a[0][..., None] * exponents).exp()
     angle = log_a[1][..., None] * exponents

@@ -21,7 +21,7 @@ WIDEST = 8192
 
 def norm(
     x: Float[Tensor, "*rows d"],
-    weight: Float[Tensor, d] | None = None,
+    weight: Float[Tensor, " d"] | None = None,
     *,
     gate: Float[Tensor, "*rows d"] | None = None,
     gate_activation: Literal["silu", "sigmoid"] = "silu",

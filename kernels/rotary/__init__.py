@@ -12,6 +12,7 @@ from torch import Tensor
 from ...errors import UnsupportedShape
 from ..backends import backends
 from ..common.checks import check_flag, floats
+from ..native import direct_limits
 from ..registry import Case, Draw, Op, register_op
 
 
@@ -32,7 +33,7 @@ def rotary(
         angle: in radians; keep it in float32, in which positions up to 2²⁴ are exact.
         interleaved: whether neighbours (0, 1), (2, 3), ... are pairs (RoFormer), or halves (0, r), (1, r + 1), ...
             (GPT-NeoX, Llama).
-        backend: "auto", "reference", "chunked" or "triton".
+        backend: "auto", "reference", "chunked", "native" or "triton".
 
     Returns:
         The output in x's dtype, computed in float32, or float64 where x is.
@@ -50,6 +51,18 @@ def rotary(
     if not angle.shape[2]:
         raise UnsupportedShape(f"x: there is nothing to turn in {tuple(x.shape)} by {tuple(angle.shape)} angles")
     return OP.dispatch(backend, x=x, angle=angle, interleaved=interleaved)
+
+
+def _limits(arguments: Mapping[str, Any]) -> str | None:
+    """Why native.cpp is not for this call."""
+    x, angle = arguments["x"], arguments["angle"]
+    if (reason := direct_limits((x, angle), differentiable=True)) is not None:
+        return reason
+    if x.dtype not in (torch.float32, torch.float64):
+        return f"it takes float32 and float64, not {x.dtype}"
+    if angle.requires_grad and torch.is_grad_enabled():
+        return "it computes no gradient of the angles"
+    return None
 
 
 def _case(name: str, k: int, pairs: int, *, compiled: bool = False, bench: bool = False, **settings: Any) -> Case:
@@ -81,7 +94,7 @@ def _traffic(arguments: Mapping[str, Any]) -> float:
 OP = register_op(
     Op(
         name="rotary",
-        backends=backends("rotary", "triton", "chunked", "reference"),
+        backends=backends("rotary", "native", "triton", "chunked", "reference", native=_limits),
         sequences=("x", "angle"),
         cases=_cases,
         traffic=_traffic,

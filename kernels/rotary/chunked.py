@@ -11,7 +11,7 @@ from torch import Tensor
 from ...utils.modes import transforming
 
 
-def _of_angle(angle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def of_angle(angle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosine and sine; rows that share their angles, as those of a batch mostly do, have them computed once."""
     theta = (angle[:1] if angle.stride(0) == 0 else angle).to(torch.promote_types(dtype, torch.float32))
     return theta.cos(), theta.sin()
@@ -45,7 +45,7 @@ def _into_angle(x: Tensor, dx: Tensor, r: int, interleaved: bool) -> Tensor:
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, angle, interleaved):
-        cos, sin = _of_angle(angle, x.dtype)
+        cos, sin = of_angle(angle, x.dtype)
         ctx.interleaved, ctx.dtype = interleaved, angle.dtype
         # Learned angles themselves, so that a second derivative reaches them.
         ctx.save_for_backward(*((x, angle) if ctx.needs_input_grad[1] else (cos, sin)))
@@ -57,7 +57,7 @@ class _Rotary(torch.autograd.Function):
             cos, sin = ctx.saved_tensors
             return _turn(dy, cos, -sin, ctx.interleaved), None, None
         x, angle = ctx.saved_tensors
-        cos, sin = _of_angle(angle, dy.dtype)
+        cos, sin = of_angle(angle, dy.dtype)
         dx = _turn(dy, cos, -sin, ctx.interleaved)
         return dx, _into_angle(x, dx, cos.shape[-1], ctx.interleaved).to(ctx.dtype), None
 
@@ -65,5 +65,5 @@ class _Rotary(torch.autograd.Function):
 def rotary_chunked(*, x: Tensor, angle: Tensor, interleaved: bool) -> Tensor:
     """See `omnimix.kernels.rotary`."""
     if transforming():
-        return _turn(x, *_of_angle(angle, x.dtype), interleaved)
+        return _turn(x, *of_angle(angle, x.dtype), interleaved)
     return _Rotary.apply(x, angle, interleaved)

@@ -26,12 +26,12 @@ def selective_scan(
     B: Float[Tensor, "b t g n"],
     C: Float[Tensor, "b t g n"],
     *,
-    D: Float[Tensor, "d"] | None = None,
+    D: Float[Tensor, " d"] | None = None,
     z: Float[Tensor, "b t d"] | None = None,
-    delta_bias: Float[Tensor, "d"] | None = None,
+    delta_bias: Float[Tensor, " d"] | None = None,
     delta_softplus: bool = False,
     initial_state: Float[Tensor, "s d n"] | None = None,
-    cu_seqlens: Int[Tensor, "s_plus_1"] | None = None,
+    cu_seqlens: Int[Tensor, " s_plus_1"] | None = None,
     backend: str = "auto",
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "s d n"]]:
     """h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t,  y_t = (C_t · h_t + D x_t) · silu(z_t)  (Mamba, arXiv 2312.00752, eq. 2).

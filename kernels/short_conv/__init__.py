@@ -17,11 +17,11 @@ from ..registry import Case, Draw, Op, register_op
 def short_conv(
     x: Float[Tensor, "b t d"],
     weight: Float[Tensor, "d w"],
-    bias: Float[Tensor, d] | None = None,
+    bias: Float[Tensor, " d"] | None = None,
     *,
     activation: Literal["silu"] | None = None,
     initial_state: Float[Tensor, "n d w_minus_1"] | None = None,
-    cu_seqlens: Int[Tensor, n_plus_1] | None = None,
+    cu_seqlens: Int[Tensor, " n_plus_1"] | None = None,
     backend: str = "auto",
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "n d w_minus_1"]]:
     """y_t = act(bias + Σ_j weight[:, w-1-j] · x_{t-j}), j = 0 … w-1: one filter a channel (Mamba, arXiv 2312.00752).

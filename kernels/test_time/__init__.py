@@ -40,7 +40,7 @@ def test_time(
     chunk: int = 16,
     eps: float = 1e-6,
     initial_state: Float[Tensor, "n h s"] | None = None,
-    cu_seqlens: Int[Tensor, n_plus_1] | None = None,
+    cu_seqlens: Int[Tensor, " n_plus_1"] | None = None,
     backend: str = "auto",
 ) -> tuple[Float[Tensor, "b t h k"], Float[Tensor, "n h s"]]:
     """W_t = e^{decay_t} W_{t-1} + S_t,  S_t = momentum_t S_{t-1} − lr_t ∇ℓ(W°; k_t, v_t),  o_t = f(q_t; W_t).

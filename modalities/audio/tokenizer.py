@@ -95,7 +95,7 @@ class AudioTokenizer(nn.Module):
         tokens, state = self.front.stream(waves, state)
         return tokens, Layout(causal=True), state
 
-    def _packed(self, waves: Sequence[Float[Tensor, "_"]]) -> tuple[Float[Tensor, "1 t d"], Layout]:
+    def _packed(self, waves: Sequence[Float[Tensor, " _"]]) -> tuple[Float[Tensor, "1 t d"], Layout]:
         rows: dict[int, tuple[Tensor, Layout]] = {}
         # Clips of one length go through the front together.
         for length in dict.fromkeys(clip.shape[0] for clip in waves):

@@ -83,7 +83,7 @@ def pad_to_whole(media: Float[Tensor, "b c *sizes"], kernel: tuple[int, ...]) ->
 
 
 def strided_product(
-    media: Float[Tensor, "b c *sizes"], weight: Float[Tensor, "d c *kernel"], bias: Float[Tensor, "d"] | None
+    media: Float[Tensor, "b c *sizes"], weight: Float[Tensor, "d c *kernel"], bias: Float[Tensor, " d"] | None
 ) -> Float[Tensor, "b t d"]:
     """A convolution whose stride is its kernel, in raster order, as one matrix product."""
     batch, channels, *extent = media.shape

@@ -59,7 +59,7 @@ class Clip:
     """
 
     frames: UInt8[Tensor, "t c h w"]
-    times: Float64[Tensor, "t"]
+    times: Float64[Tensor, " t"]
 
 
 class _Frame(NamedTuple):

@@ -49,7 +49,7 @@ class AudioAugment:
     def __post_init__(self) -> None:
         not_negative(self, "shift", "gain")
 
-    def __call__(self, wave: Float[Tensor, "n"], preprocess: AudioPreprocess, seed: int) -> Float[Tensor, "m"]:
+    def __call__(self, wave: Float[Tensor, " n"], preprocess: AudioPreprocess, seed: int) -> Float[Tensor, " m"]:
         place, shift, gain, noise = uniform(seed, [(0, 0)], 4)[0].tolist()
         wave = preprocess.fit(wave, place) if self.place else preprocess.fit(wave)
         moved = round((2 * shift - 1) * self.shift * preprocess.rate)
@@ -78,7 +78,7 @@ class LoadAudio:
     def __init__(self, preprocess: AudioPreprocess, augment: AudioAugment | None = None):
         self.preprocess, self.augment = preprocess, augment
 
-    def __call__(self, media: Path | bytes | Tensor, seed: int | None) -> dict[str, Float[Tensor, "n"]]:
+    def __call__(self, media: Path | bytes | Tensor, seed: int | None) -> dict[str, Float[Tensor, " n"]]:
         wave = media if isinstance(media, Tensor) else self.preprocess.read(media)
         if seed is None or self.augment is None:
             return {"audio": self.preprocess.fit(wave)}

@@ -66,7 +66,7 @@ def order_blind(train: Samples, val: Samples, mel: LogMel, *, classes: int, epoc
     return Baseline(name="order unheard", acc1=acc1, seconds=time.monotonic() - begun)
 
 
-def _hear(samples: Samples, indices: range, mel: LogMel) -> tuple[list[Float[Tensor, "t bins"]], Int[Tensor, "n"]]:
+def _hear(samples: Samples, indices: range, mel: LogMel) -> tuple[list[Float[Tensor, "t bins"]], Int[Tensor, " n"]]:
     spectrograms, labels = [], []
     for index in indices:
         sample = samples[0, index]
@@ -77,7 +77,7 @@ def _hear(samples: Samples, indices: range, mel: LogMel) -> tuple[list[Float[Ten
 
 
 def _logits(
-    model: FrameBag, spectrograms: list[Float[Tensor, "_ bins"]], chosen: Int[Tensor, "b"]
+    model: FrameBag, spectrograms: list[Float[Tensor, "_ bins"]], chosen: Int[Tensor, " b"]
 ) -> Float[Tensor, "b classes"]:
     """Of clips of one length together, of several lengths one by one."""
     batch = [spectrograms[i] for i in chosen.tolist()]

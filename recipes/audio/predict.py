@@ -117,7 +117,7 @@ class Predictor:
                 waves = []
         return clips + self._classes(waves, top), rows
 
-    def _is_long(self, wave: Float[Tensor, "n"]) -> bool:
+    def _is_long(self, wave: Float[Tensor, " n"]) -> bool:
         seconds = self.preprocess.seconds
         return seconds is not None and wave.shape[0] >= LONG * seconds * self.preprocess.rate
 
@@ -133,7 +133,7 @@ class Predictor:
             for row in ranked(path, own, self.preprocess.classes, top)
         ]
 
-    def _timeline(self, path: Path, wave: Float[Tensor, "n"], every: int) -> list[dict[str, Any]]:
+    def _timeline(self, path: Path, wave: Float[Tensor, " n"], every: int) -> list[dict[str, Any]]:
         return [
             {
                 "file": str(path),
@@ -148,7 +148,7 @@ class Predictor:
         ]
 
     @torch.inference_mode()
-    def moments(self, wave: Float[Tensor, "n"], every: int) -> Iterator[Moment]:
+    def moments(self, wave: Float[Tensor, " n"], every: int) -> Iterator[Moment]:
         """What windows say, each for the stretch around its middle; the first and the last for the ends too."""
         rate, length = self.preprocess.rate, wave.shape[0]
         size = round((self.preprocess.seconds or _WINDOW) * rate)

@@ -42,7 +42,7 @@ class AudioPreprocess(Preprocess):
     def of_the_model(self, model: nn.Module) -> dict[str, tuple[Any, Any]]:
         return {"rate": (self.rate, model.tokenizer.config.rate)}
 
-    def read(self, media: Path | str | bytes) -> Float[Tensor, "n"]:
+    def read(self, media: Path | str | bytes) -> Float[Tensor, " n"]:
         """The whole sound of a file.
 
         Raises:
@@ -50,11 +50,11 @@ class AudioPreprocess(Preprocess):
         """
         return read_audio(media, rate=self.rate)[0][0]
 
-    def load(self, media: Path | str | bytes) -> Float[Tensor, "n"]:
+    def load(self, media: Path | str | bytes) -> Float[Tensor, " n"]:
         """What the model is to hear of a file. Errors: see `read`."""
         return self.fit(self.read(media))
 
-    def fit(self, wave: Float[Tensor, "n"], place: float = 0.5) -> Float[Tensor, "m"]:
+    def fit(self, wave: Float[Tensor, " n"], place: float = 0.5) -> Float[Tensor, " m"]:
         """The part of a clip, or the clip in the silence around it, `place` of the way from the first possible place
         to the last."""
         if self.seconds is None:

@@ -83,7 +83,7 @@ class Score:
     strength: Float[Array, "n frames harmonics"]
 
 
-def draw_sounds(name: str, split: Split) -> list[Float[Tensor, "samples"]]:
+def draw_sounds(name: str, split: Split) -> list[Float[Tensor, " samples"]]:
     """All clips of a class, of different lengths, within -1 .. 1.
 
     Args:
@@ -146,14 +146,14 @@ def _times() -> Float[Array, "1 frames"]:
     return np.arange(_FRAMES)[None] * (_STEP / RATE)
 
 
-def _ramp(x: Float[Array, "_ frames"], at: Float[Array, "n"], width: Float[Array, "n"]) -> Float[Array, "n frames"]:
+def _ramp(x: Float[Array, "_ frames"], at: Float[Array, " n"], width: Float[Array, " n"]) -> Float[Array, "n frames"]:
     """0 before `at`, 1 behind it, and half a cosine over `width` around it."""
     u = np.clip((x - at[:, None]) / width[:, None] + 0.5, 0, 1)
     return 0.5 - 0.5 * np.cos(np.pi * u)
 
 
 def _pitch(
-    rng: np.random.Generator, base: Float[Array, "n"], edges: Float[Array, "n borders"], glide: float
+    rng: np.random.Generator, base: Float[Array, " n"], edges: Float[Array, "n borders"], glide: float
 ) -> Float[Array, "n frames"]:
     """A pitch that drifts up or down by at most `glide` semitones and wavers."""
     t, n = _times(), len(base)
@@ -166,7 +166,7 @@ def _pitch(
 def _speech(
     rng: np.random.Generator,
     split: Split,
-    voice: Int[Array, "n"],
+    voice: Int[Array, " n"],
     parts: list[str],
     edges: Float[Array, "n borders"],
 ) -> Score:
@@ -200,7 +200,7 @@ def _speech(
 def _notes(
     rng: np.random.Generator,
     split: Split,
-    voice: Int[Array, "n"],
+    voice: Int[Array, " n"],
     parts: list[str],
     edges: Float[Array, "n borders"],
 ) -> Score:

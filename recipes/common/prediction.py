@@ -103,7 +103,7 @@ def named_files(words: Sequence[str], suffixes: Collection[str], noun: str) -> l
     return files
 
 
-def ranked(path: Path, logits: Float[Tensor, "classes"], classes: Sequence[str], top: int) -> list[dict[str, Any]]:
+def ranked(path: Path, logits: Float[Tensor, " classes"], classes: Sequence[str], top: int) -> list[dict[str, Any]]:
     """One row a class, the likeliest first; `top` of them, or all where there are fewer.
 
     Raises:

@@ -20,7 +20,7 @@ class Moment:
 
     start: float
     stop: float
-    probabilities: Float[Tensor, "classes"]
+    probabilities: Float[Tensor, " classes"]
 
 
 @dataclass(frozen=True, kw_only=True)

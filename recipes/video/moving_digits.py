@@ -49,7 +49,7 @@ class Way:
     angle: float
     spin: float
 
-    def at(self, times: Float[Tensor, "t"]) -> tuple[Float[Tensor, "t 2"], Float[Tensor, "t"], Float[Tensor, "t"]]:
+    def at(self, times: Float[Tensor, " t"]) -> tuple[Float[Tensor, "t 2"], Float[Tensor, " t"], Float[Tensor, " t"]]:
         """Centre (x, y), size and angle at seconds from the middle of the clip."""
         centre = torch.tensor(self.centre) + times[:, None] * torch.tensor(self.velocity)
         return centre, self.size * torch.exp(self.growth * times), self.angle + self.spin * times
@@ -80,7 +80,7 @@ def draw_way(motion: str, seconds: float, generator: torch.Generator) -> Way:
 
 
 def render(
-    digit: Float[Tensor, "h w"], way: Way, times: Float[Tensor, "t"], side: int, generator: torch.Generator
+    digit: Float[Tensor, "h w"], way: Way, times: Float[Tensor, " t"], side: int, generator: torch.Generator
 ) -> UInt8[Tensor, "t 3 side side"]:
     """The frames at seconds from the middle of the clip.
 
@@ -135,7 +135,7 @@ def write_clips(folder: Path, train: int, val: int) -> None:
             (folder / split / motion).mkdir(parents=True)
     jobs = [("train", halves[0], n) for n in range(train)] + [("val", halves[1], n) for n in range(val)]
 
-    def job(work: tuple[str, Int[Tensor, "n"], int]) -> None:
+    def job(work: tuple[str, Int[Tensor, " n"], int]) -> None:
         split, members, number = work
         motion = MOTIONS[number % len(MOTIONS)]
         generator = torch.Generator().manual_seed(mix(("train", "val").index(split), number))

@@ -67,7 +67,7 @@ class TensorImages:
     def __init__(
         self,
         images: Float[Tensor, "n c h w"],
-        labels: Int[Tensor, "n"],
+        labels: Int[Tensor, " n"],
         preprocess: ImagePreprocess,
         *,
         jitter: Jitter | None = None,
@@ -210,7 +210,7 @@ class DigitsData(TensorData):
         )
 
 
-def stratified_split(labels: Int[Tensor, "n"], holdout: float) -> tuple[Int[Tensor, "a"], Int[Tensor, "b"]]:
+def stratified_split(labels: Int[Tensor, " n"], holdout: float) -> tuple[Int[Tensor, " a"], Int[Tensor, " b"]]:
     """Indices to train on and to hold out: of every class the same part, the same for every seed of a run."""
     generator = torch.Generator().manual_seed(0)
     train, val = [], []

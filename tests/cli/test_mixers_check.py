@@ -36,16 +36,18 @@ def test_no_test_at_all_is_a_failure(tmp_path: Path):
     assert not mixers_check._pytest("mamba", (str(file),), mixers_check.PLAIN)
 
 
-def test_lint_and_the_readme_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_lint_and_the_table_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     assert mixers_check._lint(get_mixer("gla"))
-    readme = (mixers_check.ROOT / "README.md").read_text(encoding="utf-8")
+    page = (mixers_check.ROOT / mixers_check.PAGE).read_text(encoding="utf-8")
     mark = mixers_check.TABLE[0]
     monkeypatch.setattr(mixers_check, "ROOT", tmp_path)
-    (tmp_path / "README.md").write_text(readme.replace(f"{mark}| mixer |", f"{mark}| name |"), encoding="utf-8")
-    assert not mixers_check._readme(write=False)
+    copy = tmp_path / mixers_check.PAGE
+    copy.parent.mkdir(parents=True)
+    copy.write_text(page.replace(f"{mark}| mixer |", f"{mark}| name |"), encoding="utf-8")
+    assert not mixers_check._table(write=False)
     assert "add --write" in capsys.readouterr().out
-    assert mixers_check._readme(write=True)
-    assert (tmp_path / "README.md").read_text(encoding="utf-8") == readme
+    assert mixers_check._table(write=True)
+    assert copy.read_text(encoding="utf-8") == page
 
 
 def test_what_cannot_be_checked_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -217,7 +217,7 @@ def known_filled(slots: Tensor) -> bool:
     return room is not None and room.filled
 
 
-def extended(cache: Tensor, new: Tensor, count: Int[Tensor, "n"]) -> Tensor:
+def extended(cache: Tensor, new: Tensor, count: Int[Tensor, " n"]) -> Tensor:
     """`cache` (n, s, g, d) and the tokens of `new` (n, t, g, d), each row's from slot `count` on."""
     index = count[:, None] + torch.arange(new.shape[1], device=new.device)
     index = index[..., None, None].expand_as(new)

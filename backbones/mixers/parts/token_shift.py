@@ -11,7 +11,7 @@ from ....kernels import short_conv
 def token_shift(
     x: Float[Tensor, "b t d"],
     last: Float[Tensor, "n d 1"] | None = None,
-    cu_seqlens: Int[Tensor, "n_plus_1"] | None = None,
+    cu_seqlens: Int[Tensor, " n_plus_1"] | None = None,
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "n d 1"]]:
     """Give every token the one before it in its sequence.
 
