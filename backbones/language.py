@@ -14,7 +14,7 @@ from ..kernels import linear
 from .backbone import Backbone
 from .config import BackboneConfig, ObjectiveConfig, configured, positive, to_plain
 from .context import Context
-from .heads import ObjectiveLoss, list_objectives
+from .heads import ObjectiveLoss
 from .layer import Output
 from .layout import Layout
 from .registry import entry_of
@@ -40,8 +40,6 @@ class LanguageModelConfig(Config):
 
     def __post_init__(self) -> None:
         positive(self, "vocabulary")
-        if self.objective is None:
-            raise ConfigError(f"objective is None; it must be one of {', '.join(list_objectives())}")
         object.__setattr__(self, "objective", configured(ObjectiveConfig, self.objective))
 
     @staticmethod

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
+from ...errors import UnsupportedCall, UnsupportedShape
 from ..config import bounded, not_negative, positive, proportion
 from ..language import LanguageModel
 from ..layout import Layout
@@ -23,7 +23,6 @@ from .generate import Generation
 from .prefill import as_lists, evaluating, last_logits
 from .sampling import draw, generator, keep_top_p
 
-REMASK = ("low_confidence", "random", "threshold", "ancestral")
 Watch = Callable[[list[list[int]]], None]
 
 
@@ -66,8 +65,6 @@ class DiffusionConfig(Config):
     def __post_init__(self) -> None:
         positive(self, "steps", "block")
         not_negative(self, "length")
-        if self.remask not in REMASK:
-            raise ConfigError(f"DiffusionConfig.remask is {self.remask!r}; it must be one of {', '.join(REMASK)}")
         proportion(self, "threshold", "top_p")
         bounded(self, "temperature", least=0, wanted="at least 0 (greedy) and finite")
         bounded(self, "end", "seed")
