@@ -94,7 +94,7 @@ def _held(hint: Any, value: Any) -> Any:
 
 
 def _entries(hint: Any, count: int) -> tuple[Any, ...]:
-    """The types of the entries of a tuple or list of the type `hint` that has `count`, or should have another number."""
+    """The types of the entries that a tuple or list of the type `hint` has, or should have, where it has `count`."""
     inner = typing.get_args(hint)
     return inner if typing.get_origin(hint) is tuple and inner[-1] is not Ellipsis else inner[:1] * count
 
