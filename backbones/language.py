@@ -153,7 +153,14 @@ class LanguageModel(nn.Module):
         lengths: Int[Tensor, "b"] | None = None,
         counted: Bool[Tensor, "b t"] | None = None,
     ) -> ObjectiveLoss:
-        """The objective's loss; see `Objective.loss`."""
+        """The objective's loss; see `Objective.loss`.
+
+        Raises:
+            UnsupportedCall: both `cu_seqlens` and `lengths`.
+            UnsupportedShape: no token is left to be scored.
+        """
+        if cu_seqlens is not None and lengths is not None:
+            raise UnsupportedCall("cu_seqlens, lengths: a row is packed or filled up at its end; pass one of them")
         return self.objective.loss(self, tokens, cu_seqlens=cu_seqlens, lengths=lengths, counted=counted)
 
     def init_state(
