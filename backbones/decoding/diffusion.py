@@ -31,7 +31,7 @@ class DiffusionConfig(Config):
     """Options of `diffuse`.
 
     Args:
-        length: tokens that are written behind each prompt; 0 only fills in the prompt's own mask tokens.
+        length: tokens that are generated after each prompt; 0 only fills in the prompt's own mask tokens.
         steps: passes through the model for each sequence, shared out evenly over its blocks, at least one each; by
             default as many as there are hidden tokens.
         block: tokens that are written at a time. Under objective "masked" (and "sedd") blocks are counted from the
@@ -45,7 +45,7 @@ class DiffusionConfig(Config):
         threshold: for `remask="threshold"`.
         temperature: divides the logits before tokens are drawn; at 0 the most probable ones are taken.
         top_p: draw among the fewest most probable tokens that have this probability together.
-        end: the id after which a text is finished. Blocks behind one that holds it are not written.
+        end: the id after which a text is finished. Blocks after one that holds it are not written.
         seed: of the draws; each sequence has a generator of its own, seeded by this and the sequence's number.
         cache: whether what lies before a block is read once and kept as a state, or read again in each step. By
             default, where it is exact.
@@ -75,7 +75,7 @@ class Diffusion(Generation):
     """What was written; `log_probs` are those with which the tokens were revealed, before temperature and top-p.
 
     Args:
-        sequences: prompts, their mask tokens filled in, and what was written behind them.
+        sequences: prompts, their mask tokens filled in, and what was generated after them.
         steps: in how many steps each.
     """
 
@@ -158,7 +158,7 @@ class _Canvas:
         return choice.cpu(), log_probs.double().cpu()
 
     def written(self) -> tuple[list[int], bool]:
-        """What stands behind the prompt, up to the end token, and whether there is one."""
+        """What follows the prompt, up to the end token, and whether there is one."""
         tokens = self.tokens[self.prompt :].tolist()
         ended = self.config.end is not None and self.config.end in tokens
         return tokens[: tokens.index(self.config.end) + 1] if ended else tokens, ended
@@ -262,7 +262,7 @@ def diffuse(
     numbers: Sequence[int] | None = None,
     watch: Watch | None = None,
 ) -> Diffusion:
-    """Write behind each prompt, and fill in its mask tokens; all its other tokens stay. Each as it would be alone.
+    """Continue each prompt, and fill in its mask tokens; all its other tokens stay. Each as it would be alone.
 
     Args:
         prompts: ids, of any lengths; `model.mask_token` among them stands for tokens to be filled in.
