@@ -305,8 +305,8 @@ struct Backward {
                   chunks * tile, CHUNK * tile, block * L});
     }
 
-    // From the state at `from` over n tokens to that at `to`. KEEP: the states before each token are kept. READ:
-    // adds to dq.
+    // Computes the state at `to` from that at `from`, n tokens earlier. KEEP: it also keeps the states before each token.
+    // READ: it also adds to dq.
     template <int W, bool BEFORE, bool KEEP, bool READ>
     void replay(int t0, int n, int64_t value, int64_t key, const S* from, S* to) const {
         Tile<S, W> s;
