@@ -156,7 +156,8 @@ class Backbone(SequenceLayer):
             state: of the call before.
             taps: layers whose outputs are wanted in `shared`, before the last norm: "blocks.3", a tensor (b, t, d), or
                 "stages.1", a `Memory` with the tokens "x" and their layout.
-            depth: stop after so many blocks; in a stage of another width than the last one's without the last norm.
+            depth: stop after so many blocks, the only ones that `taps` may then name; in a stage of another width than
+                the last one's without the last norm.
 
         Returns:
             The tokens after the last norm, at `context.keep` where it is given; the state where the layout is causal;
@@ -168,7 +169,7 @@ class Backbone(SequenceLayer):
         """
         depth = self._depth(depth)
         entered = self._entered(x, Context.of(context), state, depth)
-        self._check_taps(taps)
+        self._check_taps(taps, depth)
         run = _Pass(entered, state, self._published | set(taps), self.checkpointing and torch.is_grad_enabled())
         tokens = x
         run.publish("input", lambda: tokens)
@@ -202,10 +203,11 @@ class Backbone(SequenceLayer):
             raise ConfigError(f"depth is {depth}; it must be from 1 to {self.config.depth}, the backbone's own")
         return depth
 
-    def _check_taps(self, taps: Sequence[str]) -> None:
+    def _check_taps(self, taps: Sequence[str], depth: int) -> None:
         if not taps:
             return
-        known = [f"blocks.{i}" for i in range(self.config.depth)] + [f"stages.{i}" for i in range(len(self.stages))]
+        stages = [i for i, _, blocks in self._sections() if blocks.start < depth]
+        known = [f"blocks.{i}" for i in range(depth)] + [f"stages.{i}" for i in stages]
         for tap in (taps,) if isinstance(taps, str) else taps:
             if isinstance(taps, str) or tap not in known:
                 raise ConfigError(f"taps is {taps!r}; it must be a sequence of names out of {', '.join(known)}")
@@ -232,8 +234,8 @@ class Backbone(SequenceLayer):
 
     def _entered(self, x: Tensor, context: Context, state: State | None, depth: int) -> Context:
         """The context, checked, with positions where a layer reads them."""
-        if x.shape[-1] != self.config.dim:
-            raise UnsupportedShape(f"x has {x.shape[-1]} channels, and the backbone {self.config.dim}")
+        if x.ndim != 3 or x.shape[-1] != self.config.dim:
+            raise UnsupportedShape(f"x: shape {tuple(x.shape)} is not (b, t, {self.config.dim}), the backbone's tokens")
         context.check(x)
         if state is not None:
             self._check_state(x, context, state, depth)

@@ -322,18 +322,6 @@ def configured(base: type, given: Any) -> Any:
     return given
 
 
-def resolved(entry: BlockConfig | str) -> BlockConfig:
-    """An entry outside a pattern, for blocks inside wrappers: names become configurations, residual "pre"."""
-    entry = BlockConfig.of(entry)
-    return BlockConfig(
-        mixer=configured(MixerConfig, entry.mixer),
-        ffn=None if entry.ffn == INHERIT else configured(FFNConfig, entry.ffn),
-        residual=configured(ResidualConfig, "pre" if entry.residual == INHERIT else entry.residual),
-        scan=entry.scan,
-        tie=entry.tie,
-    )
-
-
 def bounded(
     config: Any,
     *names: str,
@@ -398,4 +386,4 @@ def divides(config: Any, name: str, total: int, what: str) -> None:
     """Raise ConfigError unless the named field, a number above 0, divides `total`."""
     value = getattr(config, name)
     if value is not None and total % value:
-        raise ConfigError(f"{type(config).__name__}.{name} is {value}; it must divide {what}, {total}")
+        raise ConfigError(f"{called(config)}.{name} is {value}; it must divide {what}, {total}")

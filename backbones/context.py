@@ -96,13 +96,7 @@ class Context(Immutable):
         Raises:
             UnsupportedCall: nothing is, or a memory.
         """
-        found = self.read(name, reader)
-        if not isinstance(found, Tensor):
-            raise UnsupportedCall(
-                f"{reader} reads {name!r} as a tensor (b, t, ...) with a row for each token, and context.shared holds "
-                f"a {type(found).__name__} there"
-            )
-        return found
+        return self._read_as(Tensor, "a tensor (b, t, ...) with a row for each token", name, reader)
 
     def memory(self, name: str, reader: str, *tensors: str) -> Memory:
         """The memory that is shared under `name`, which must hold `tensors`.
@@ -110,16 +104,22 @@ class Context(Immutable):
         Raises:
             UnsupportedCall: nothing is, or something else.
         """
-        found = self.read(name, reader)
-        if not isinstance(found, Memory):
-            raise UnsupportedCall(
-                f"{reader} reads {name!r} as a Memory, tokens with a length of their own, and context.shared holds a "
-                f"{type(found).__name__} there; pass Memory({{{tensors[0]!r}: ...}}, positions), or read a stage, as "
-                "in 'stages.0'"
-            )
+        wanted = (
+            "a Memory, tokens with a length of their own: pass "
+            f"Memory({{{tensors[0]!r}: ...}}, positions), or read a stage, as in 'stages.0'"
+        )
+        found = self._read_as(Memory, wanted, name, reader)
         if missing := [tensor for tensor in tensors if tensor not in found.tensors]:
             known = ", ".join(map(repr, found.tensors)) or "nothing"
             raise UnsupportedCall(f"{reader} reads {missing[0]!r} of the Memory {name!r}, which holds {known}")
+        return found
+
+    def _read_as(self, kind: type, wanted: str, name: str, reader: str) -> Any:
+        found = self.read(name, reader)
+        if not isinstance(found, kind):
+            raise UnsupportedCall(
+                f"{reader} reads {name!r} as {wanted}; context.shared holds a {type(found).__name__} there"
+            )
         return found
 
     def positions_of(self, x: Tensor) -> Int[Tensor, "b t"]:
@@ -195,9 +195,9 @@ class Context(Immutable):
         Raises:
             UnsupportedShape: an index that does not fit.
         """
-        if index.ndim != 2 or index.shape[0] != x.shape[0]:
-            raise UnsupportedShape(f"index: shape {tuple(index.shape)} does not fit x, {tuple(x.shape)}")
         layout, mask = self.layout, index.dtype == torch.bool
+        if index.ndim != 2 or index.shape[0] != x.shape[0] or (mask and index.shape[1] != x.shape[1]):
+            raise UnsupportedShape(f"index: shape {tuple(index.shape)} does not fit x, {tuple(x.shape)}")
 
         def pick(t: Tensor) -> Tensor:
             if mask:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from ..errors import UnsupportedCall
+from ..errors import ConfigError, UnsupportedCall
 from .config import ObjectiveConfig
 from .heads import get_objective
 from .language import LanguageModel, LanguageModelConfig
@@ -17,9 +17,9 @@ def convert(model: LanguageModel, objective: str = "masked", options: ObjectiveC
     """A model for `objective` that starts from what `model` has learned (arXiv 2410.17891, 2508.15487).
 
     All weights are copied. The mask token's embedding is the mean of the others. Predictions stay where they were, at
-    the place before each token (`shift=True`). Attention needs nothing to look both ways; mixers that only look
-    backwards become `scan="both"`, where each layer's backward direction starts as a copy of its forward one. Then
-    train it; `MaskedConfig.anneal_steps` opens the view ahead step by step.
+    the place before each token (`shift=True`). Attention is bidirectional as it is; causal mixers become
+    `scan="both"`, where each layer's backward direction starts as a copy of its forward one. Then train it;
+    `MaskedConfig.anneal_steps` opens the view ahead step by step.
 
     Args:
         model: of objective "causal"; it is not changed. Layers that predict several tokens ahead are left out.
@@ -28,7 +28,8 @@ def convert(model: LanguageModel, objective: str = "masked", options: ObjectiveC
 
     Raises:
         UnsupportedCall: the model or the objective is not of that kind, the options do not shift, or a mixer cannot
-            look both ways.
+            be bidirectional.
+        ConfigError: the options are another objective's.
     """
     if model.objective.decoder != "autoregressive":
         raise UnsupportedCall(f"model: its objective is {model.config.objective.type!r} already; pass a causal model")
@@ -36,6 +37,10 @@ def convert(model: LanguageModel, objective: str = "masked", options: ObjectiveC
     if kind.build.decoder != "diffusion":
         raise UnsupportedCall(f"objective: {objective!r} is none of diffusion; use 'masked', 'block' or 'sedd'")
     options = kind.config(shift=True) if options is None else options
+    if type(options) is not kind.config:
+        raise ConfigError(
+            f"options is a {type(options).__name__}; objective {objective!r} takes a {kind.config.__name__}"
+        )
     if not options.shift:
         raise UnsupportedCall(
             "options.shift is False, but the model has learned to predict each token at the place before it; set "

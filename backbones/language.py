@@ -14,7 +14,7 @@ from ..kernels import linear
 from .backbone import Backbone
 from .config import BackboneConfig, ObjectiveConfig, configured, positive, to_plain
 from .context import Context
-from .heads import ObjectiveLoss, list_objectives
+from .heads import ObjectiveLoss
 from .layer import Output
 from .layout import Layout
 from .registry import entry_of
@@ -40,8 +40,6 @@ class LanguageModelConfig(Config):
 
     def __post_init__(self) -> None:
         positive(self, "vocabulary")
-        if self.objective is None:
-            raise ConfigError(f"objective is None; it must be one of {', '.join(list_objectives())}")
         object.__setattr__(self, "objective", configured(ObjectiveConfig, self.objective))
 
     @staticmethod
@@ -155,7 +153,14 @@ class LanguageModel(nn.Module):
         lengths: Int[Tensor, " b"] | None = None,
         counted: Bool[Tensor, "b t"] | None = None,
     ) -> ObjectiveLoss:
-        """The objective's loss; see `Objective.loss`."""
+        """The objective's loss; see `Objective.loss`.
+
+        Raises:
+            UnsupportedCall: both `cu_seqlens` and `lengths`.
+            UnsupportedShape: no token is left to be scored.
+        """
+        if cu_seqlens is not None and lengths is not None:
+            raise UnsupportedCall("cu_seqlens, lengths: a row is packed or filled up at its end; pass one of them")
         return self.objective.loss(self, tokens, cu_seqlens=cu_seqlens, lengths=lengths, counted=counted)
 
     def init_state(

@@ -11,15 +11,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .. import kernels
-from ..errors import ConfigError, UnsupportedShape
+from ..errors import UnsupportedShape
 from .config import bounded
+from .typed import Config
 
 # YaRN's borders between what is stretched and what is not, in turns over the trained length (section 3.2).
 SLOW, FAST = 1.0, 32.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class RopeScaling:
+class RopeScaling(Config):
     """How a model trained on short sequences is stretched to longer ones.
 
     Args:
@@ -36,8 +37,6 @@ class RopeScaling:
     trained: int = 4096
 
     def __post_init__(self) -> None:
-        if self.kind not in ("linear", "ntk", "yarn"):
-            raise ConfigError(f"RopeScaling.kind is {self.kind!r}; it must be 'linear', 'ntk' or 'yarn'")
         bounded(self, "factor", "trained", least=1, wanted="at least 1 and finite")
 
 

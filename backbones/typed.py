@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any
@@ -15,13 +15,18 @@ from typing import Any
 from ..errors import ConfigError
 from .registry import REGISTRIES
 
+# Generic types of fields that hold tuples.
+_LISTS = (tuple, list, Sequence)
+# What a float can hold.
+_LARGEST = sys.float_info.max
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Base of configurations: dataclasses that refuse values of another type than their fields have.
 
-    This happens before `__post_init__` of a subclass, which may rely on it. Lists become tuples, and integers in fields
-    of real numbers floats.
+    This happens before `__post_init__` of a subclass, which may rely on it. Lists and ranges become tuples, and
+    integers in fields of real numbers floats.
 
     Raises:
         ConfigError: a value of another type, with the class, the field, the value and what is allowed.
@@ -79,12 +84,19 @@ def options(hint: Any) -> tuple[Any, ...]:
 
 def _held(hint: Any, value: Any) -> Any:
     """`value` as a field of the type `hint` holds it."""
-    inner = [typing.get_args(option)[0] for option in options(hint) if typing.get_origin(option) in (tuple, list)]
-    if isinstance(value, list) and inner:
-        return tuple(_held(inner[0], item) for item in value)
-    if type(value) is int and float in options(hint) and int not in options(hint):
+    listed = next((option for option in options(hint) if typing.get_origin(option) in _LISTS), None)
+    if listed is not None and isinstance(value, list | tuple | range):
+        each = _entries(listed, len(value))
+        return tuple(map(_held, each, value)) if len(each) == len(value) else tuple(value)
+    if type(value) is int and float in options(hint) and int not in options(hint) and abs(value) <= _LARGEST:
         return float(value)
     return value
+
+
+def _entries(hint: Any, count: int) -> tuple[Any, ...]:
+    """The types of the entries that a tuple or list of the type `hint` has, or should have, where it has `count`."""
+    inner = typing.get_args(hint)
+    return inner if typing.get_origin(hint) is tuple and inner[-1] is not Ellipsis else inner[:1] * count
 
 
 def _fits(hint: Any, value: Any) -> bool:
@@ -94,18 +106,19 @@ def _fits(hint: Any, value: Any) -> bool:
         return any(_fits(option, value) for option in inner)
     if origin is typing.Literal:
         return any(value == word and type(value) is type(word) for word in inner)
-    if origin in (tuple, list):
+    if origin in _LISTS:
         if not isinstance(value, tuple):
             return False
-        each = inner if origin is tuple and inner[-1] is not Ellipsis else inner[:1] * len(value)
+        each = _entries(hint, len(value))
         return len(each) == len(value) and all(map(_fits, each, value))
     if origin is dict:
         return isinstance(value, dict) and all(
             _fits(inner[0], key) and _fits(inner[1], item) for key, item in value.items()
         )
     if hint in (int, float):
-        # NaN and infinity are no values of any option, and JSON can hold them.
-        return isinstance(value, int | hint) and not isinstance(value, bool) and abs(value) < math.inf
+        # NaN, infinity and what no float can hold are no values of any option, and JSON can hold them.
+        number = isinstance(value, int | hint) and not isinstance(value, bool)
+        return number and abs(value) <= _LARGEST
     return not isinstance(hint, type) or isinstance(value, hint)
 
 
@@ -124,7 +137,7 @@ def _described(hint: Any, value: Any) -> str:
             texts.append(f"one of {', '.join(map(repr, inner))}{hint_at}")
         elif origin is tuple and inner[-1] is not Ellipsis:
             texts.append(f"a list of {len(inner)}, each {_described(inner[0], None)}")
-        elif origin in (tuple, list):
+        elif origin in _LISTS:
             texts.append(f"a list, each entry {_described(inner[0], None)}")
         elif origin is dict:
             texts.append(f"a mapping of names to {_described(inner[1], None)}")

@@ -83,16 +83,23 @@ class CustomOp:
     def _one_by_one(self, info: Any, dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
         """torch.vmap: the calls one after another, their results stacked."""
         pairs = list(zip(arguments, dims, strict=True))
+        if not info.batch_size:
+            # Of no calls the results have shapes too: those of one call on zeros, which is not kept.
+            pairs = [
+                (x.new_zeros(*x.shape[:dim], 1, *x.shape[dim + 1 :]) if isinstance(dim, int) else x, dim)
+                for x, dim in pairs
+            ]
         # A list of numbers has a list of dimensions, all of them None.
         rows = [
-            self(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in pairs)) for i in range(info.batch_size)
+            self(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in pairs))
+            for i in range(max(1, info.batch_size))
         ]
         if isinstance(rows[0], tuple):
-            return tuple(map(torch.stack, zip(*rows, strict=True))), (0,) * len(rows[0])
-        return torch.stack(rows), 0
+            return tuple(torch.stack(row)[: info.batch_size] for row in zip(*rows, strict=True)), (0,) * len(rows[0])
+        return torch.stack(rows)[: info.batch_size], 0
 
     def __call__(self, *arguments: Any) -> Any:
-        """The function's result."""
+        """Give the function's result, by the way that the call needs."""
         if _heard(arguments):
             # The op's own autograd has no rules for torch.func.
             return self._transformed.apply(*arguments) if transforming() else self._packet(*arguments)

@@ -54,7 +54,7 @@ struct Math {
     using I = typename Vector<S>::I;
     static constexpr int lanes = Vector<S>::lanes;
 
-    // The first `width` elements; zeros behind them.
+    // The first `width` elements, followed by zeros.
     static inline V load(const S* from, int width) {
         V v = {};
         if (width == lanes)

@@ -220,5 +220,5 @@ def segments(batch: int, length: int, cu_seqlens: Tensor | None, chunk: int) -> 
     # Looked at once more: a compiled graph has no door.
     check_edges(cu_seqlens.tolist(), length)
     edges = cu_seqlens.to(torch.int64)
-    start, number = edges[:-1], torch.arange(edges.shape[0] - 1)
+    start, number = edges[:-1], torch.arange(edges.shape[0] - 1, device=edges.device)
     return torch.stack([torch.zeros_like(start), start, edges[1:], start // chunk + number], dim=1)

@@ -28,7 +28,7 @@ class _Hypothesis:
 
 @dataclass(kw_only=True)
 class _Search:
-    """The search behind one prompt.
+    """The search after one prompt.
 
     Args:
         running: hypotheses that go on, best first.
@@ -62,7 +62,7 @@ class _Search:
 def search(
     model: LanguageModel, prompts: list[list[int]], config: GenerationConfig, prefix: Prefix | None
 ) -> Generation:
-    """The best text behind each prompt by total log-probability over length ** length_penalty.
+    """The best text after each prompt by total log-probability over length ** length_penalty.
 
     Of every prompt's hypotheses the 2 · beams best continuations are looked at; one that ends is kept only if it is
     among the first `beams`. The search is over when as many are kept as there are beams and the best that goes on is

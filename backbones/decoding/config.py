@@ -48,8 +48,6 @@ class GenerationConfig(Config):
 
     def __post_init__(self) -> None:
         positive(self, "max_tokens", "top_k", "chunk", "beams")
-        object.__setattr__(self, "forbidden", tuple(self.forbidden))
-        object.__setattr__(self, "stop", tuple(tuple(s) for s in self.stop))
         bounded(self, "temperature", least=0, wanted="at least 0 (greedy) and finite")
         proportion(self, "top_p")
         bounded(self, "min_p", least=0, most=1, wanted="in [0, 1]")

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
+from ...errors import UnsupportedCall, UnsupportedShape
 from ..config import bounded, not_negative, positive, proportion
 from ..language import LanguageModel
 from ..layout import Layout
@@ -23,7 +23,6 @@ from .generate import Generation
 from .prefill import as_lists, evaluating, last_logits
 from .sampling import draw, generator, keep_top_p
 
-REMASK = ("low_confidence", "random", "threshold", "ancestral")
 Watch = Callable[[list[list[int]]], None]
 
 
@@ -32,7 +31,7 @@ class DiffusionConfig(Config):
     """Options of `diffuse`.
 
     Args:
-        length: tokens that are written behind each prompt; 0 only fills in the prompt's own mask tokens.
+        length: tokens that are generated after each prompt; 0 only fills in the prompt's own mask tokens.
         steps: passes through the model for each sequence, shared out evenly over its blocks, at least one each; by
             default as many as there are hidden tokens.
         block: tokens that are written at a time. Under objective "masked" (and "sedd") blocks are counted from the
@@ -46,7 +45,7 @@ class DiffusionConfig(Config):
         threshold: for `remask="threshold"`.
         temperature: divides the logits before tokens are drawn; at 0 the most probable ones are taken.
         top_p: draw among the fewest most probable tokens that have this probability together.
-        end: the id after which a text is finished. Blocks behind one that holds it are not written.
+        end: the id after which a text is finished. Blocks after one that holds it are not written.
         seed: of the draws; each sequence has a generator of its own, seeded by this and the sequence's number.
         cache: whether what lies before a block is read once and kept as a state, or read again in each step. By
             default, where it is exact.
@@ -66,8 +65,6 @@ class DiffusionConfig(Config):
     def __post_init__(self) -> None:
         positive(self, "steps", "block")
         not_negative(self, "length")
-        if self.remask not in REMASK:
-            raise ConfigError(f"DiffusionConfig.remask is {self.remask!r}; it must be one of {', '.join(REMASK)}")
         proportion(self, "threshold", "top_p")
         bounded(self, "temperature", least=0, wanted="at least 0 (greedy) and finite")
         bounded(self, "end", "seed")
@@ -78,7 +75,7 @@ class Diffusion(Generation):
     """What was written; `log_probs` are those with which the tokens were revealed, before temperature and top-p.
 
     Args:
-        sequences: prompts, their mask tokens filled in, and what was written behind them.
+        sequences: prompts, their mask tokens filled in, and what was generated after them.
         steps: in how many steps each.
     """
 
@@ -161,7 +158,7 @@ class _Canvas:
         return choice.cpu(), log_probs.double().cpu()
 
     def written(self) -> tuple[list[int], bool]:
-        """What stands behind the prompt, up to the end token, and whether there is one."""
+        """What follows the prompt, up to the end token, and whether there is one."""
         tokens = self.tokens[self.prompt :].tolist()
         ended = self.config.end is not None and self.config.end in tokens
         return tokens[: tokens.index(self.config.end) + 1] if ended else tokens, ended
@@ -265,7 +262,7 @@ def diffuse(
     numbers: Sequence[int] | None = None,
     watch: Watch | None = None,
 ) -> Diffusion:
-    """Write behind each prompt, and fill in its mask tokens; all its other tokens stay. Each as it would be alone.
+    """Continue each prompt, and fill in its mask tokens; all its other tokens stay. Each as it would be alone.
 
     Args:
         prompts: ids, of any lengths; `model.mask_token` among them stands for tokens to be filled in.

@@ -1,4 +1,4 @@
-"""Writing text token by token: prompts are read together, then all sequences go on as one batch of single steps."""
+"""Writing text token by token: prompts are read together, then all sequences continue as one batch of single steps."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def finish_reason(written: Sequence[int], config: GenerationConfig) -> Reason | 
 def start(
     model: LanguageModel, prompts: list[list[int]], chunk: int | None, prefix: Prefix | None
 ) -> tuple[Float[Tensor, "n v"], State]:
-    """Logits after each prompt and the states, all behind `prefix` where there is one."""
+    """Logits after each prompt and the states, all after `prefix` where there is one."""
     if prefix is None:
         return read(model, prompts, chunk)
     device = model.embedding.weight.device
@@ -166,7 +166,7 @@ def generate(
     """Go on with each prompt; each is written as it would be alone.
 
     Args:
-        prompts: ids, of any lengths; an empty one only behind a prefix.
+        prompts: ids, of any lengths; an empty one only after a prefix.
         config: how; greedy by default.
         prefix: what all prompts are behind, read before (`read_prefix`).
         numbers: by which, with the seed, each prompt draws; its place by default. So a prompt is written the same in

@@ -2,7 +2,7 @@
 
 Leviathan et al., arXiv 2211.17192, algorithm 1. What is written has exactly the large model's distribution; greedy, it
 is the large model's text. A recurrent state cannot be cut back to the last token that was accepted: after a rejection
-the model goes on from the state before the call and reads the accepted tokens again, together with the next proposals.
+the model resumes from the state before the call and reads the accepted tokens again, together with the next proposals.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Speculation:
 
 
 class _Reader:
-    """A model at a place in a text: a state, and what was written behind it but not read into it yet."""
+    """A model at a place in a text: a state, and what was generated after it but not read into it yet."""
 
     def __init__(self, model: LanguageModel, prompt: list[int], config: GenerationConfig):
         self.model, self.device = model, model.embedding.weight.device
@@ -78,7 +78,7 @@ class _Reader:
             _, self.state = read(model, [prompt[:-1]], config.chunk)
 
     def look(self, tokens: list[int], state: State | None, count: int) -> tuple[Float[Tensor, "count v"], State]:
-        """Read `tokens` behind `state`: logits after each of the last `count`, and the state after all."""
+        """Read `tokens` from `state`: logits after each of the last `count`, and the state after all."""
         self.calls += 1
         ids = torch.tensor([tokens], device=self.device)
         out = self.model.backbone(self.model.embedding(ids), CAUSAL, state)
@@ -92,7 +92,7 @@ def speculate(
     config: GenerationConfig | None = None,
     speculation: SpeculationConfig | None = None,
 ) -> Speculation:
-    """Go on with each prompt, one after the other, as `generate` does, in fewer calls of `model`.
+    """Continue each prompt, one after the other, as `generate` does, in fewer calls of `model`.
 
     Args:
         model: whose text it is.
@@ -198,7 +198,7 @@ class _Text:
             logits, state = self.draft.look(proposals[-1:], state, 1)
 
     def _distribution(self, logits: Float[Tensor, "1 v"], further: list[int]) -> Float[Tensor, "1 v"]:
-        """How the next token is chosen behind the text and `further`."""
+        """How the next token is chosen after the text and `further`."""
         seen = None
         if self.config.repetition_penalty != 1:
             seen = seen_tokens([self.prompt + self.written + further], logits.shape[1], logits.device)

@@ -62,8 +62,6 @@ class MoEConfig(FFNConfig):
         positive(self, "experts", "active", "ratio")
         if self.active > self.experts:
             raise ConfigError(f"MoEConfig.active is {self.active}; there are {self.experts} experts to choose from")
-        if self.router not in ("softmax", "sigmoid"):
-            raise ConfigError(f"MoEConfig.router is {self.router!r}; it must be 'softmax' or 'sigmoid'")
         if self.normalise and self.active == 1:
             raise ConfigError("MoEConfig.normalise is True with one active expert: its weight would always be 1")
         not_negative(self, "shared", "balance", "z_loss", "bias_rate")

@@ -229,7 +229,7 @@ class _Piece:
     """One block of several sequences: clean copies first, then masked ones; packed where their lengths differ.
 
     Args:
-        clean: rows of `tokens` that go on behind this block, which are read as they are.
+        clean: rows of `tokens` that continue after this block, which are read unmasked.
         noisy: (variant, row) of the masks under which they are read.
     """
 

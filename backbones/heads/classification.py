@@ -10,12 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ...errors import ConfigError, UnsupportedCall
+from ...errors import UnsupportedCall
 from ..config import fraction, not_negative
 from ..layout import Layout
 from ..typed import Config
-
-POOLS = ("mean", "max", "class_token", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +33,6 @@ class ClassificationHeadConfig(Config):
 
     def __post_init__(self) -> None:
         not_negative(self, "classes")
-        if self.pool not in POOLS:
-            raise ConfigError(f"pool is {self.pool!r}; it must be one of {', '.join(POOLS)}")
         fraction(self, "dropout")
 
 

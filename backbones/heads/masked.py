@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ..config import ObjectiveConfig, fraction, not_negative
-from ..layout import Layout
+from ..layout import Layout, offsets, pack_rows
 from .denoiser import Denoiser
 from .noise import (
     LEAST_LEVEL,
@@ -19,10 +19,8 @@ from .noise import (
     even,
     generator_of,
     noise_levels,
-    pack_rows,
     paired_error,
     scored_tokens,
-    sequence_of,
 )
 from .objective import Likelihood, ObjectiveLoss, register_objective
 
@@ -89,7 +87,7 @@ class Masked(Denoiser):
 
         A token sees what came before and its own block of T^(step / anneal_steps) tokens, of T in the longest
         sequence: none but itself at step 0, as the autoregressive model did, the whole sequence from step
-        `anneal_steps` on. Evaluation always looks both ways. (DiffuLLaMA, arXiv 2410.17891, section 3.3, opens single
+        `anneal_steps` on. Evaluation is always bidirectional. (DiffuLLaMA, arXiv 2410.17891, section 3.3, opens single
         entries of the mask instead; blocks are what every mixer of omnimix can do.)
         """
         if self.config.anneal_steps:
@@ -112,12 +110,12 @@ class Masked(Denoiser):
     ) -> ObjectiveLoss:
         scored = scored_tokens(tokens, cu_seqlens, lengths, counted)
         if lengths is not None:
-            tokens, scored, cu_seqlens = pack_rows(tokens, scored, lengths)
+            tokens, scored, cu_seqlens = pack_rows(tokens, lengths), pack_rows(scored, lengths), offsets(lengths)
         config = self.config
         n = len(tokens) if cu_seqlens is None else len(cu_seqlens) - 1
         high = 1 - config.eps if config.complementary else 1.0
         levels = noise_levels(n, tokens.device, low=config.eps, high=high, stratified=config.stratified)
-        rate = levels[sequence_of(tokens, cu_seqlens)]
+        rate = levels[Layout(causal=False, cu_seqlens=cu_seqlens).sequence_of(tokens)]
         masked = scored & (torch.rand_like(rate) < rate)
         if config.complementary:
             masked, rate, tokens, cu_seqlens = _doubled(masked, scored & ~masked, rate, tokens, cu_seqlens)

@@ -57,23 +57,6 @@ def scored_tokens(
     return scored
 
 
-def pack_rows(
-    tokens: Int[Tensor, "b t"], scored: Bool[Tensor, "b t"], lengths: Int[Tensor, " b"]
-) -> tuple[Int[Tensor, "1 total"], Bool[Tensor, "1 total"], Int[Tensor, " n_plus_1"]]:
-    """Rows that are filled up at their ends, without the filling: in one row, with the borders."""
-    kept = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-    borders = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    return tokens[kept][None], scored[kept][None], borders
-
-
-def sequence_of(tokens: Int[Tensor, "b t"], cu_seqlens: Int[Tensor, " n_plus_1"] | None) -> Int[Tensor, "b t"]:
-    """The number of the sequence that each token belongs to."""
-    if cu_seqlens is None:
-        return torch.arange(tokens.shape[0], device=tokens.device)[:, None].expand_as(tokens)
-    place = torch.arange(tokens.shape[1], device=tokens.device)
-    return (torch.searchsorted(cu_seqlens.long(), place, right=True) - 1)[None]
-
-
 def generator_of(seed: int, tokens: Int[Tensor, " t"]) -> torch.Generator:
     """A source of draws that depends on the seed and the sequence, not on what else is in its batch; on the CPU."""
     digest = hashlib.blake2b(f"{seed} {tokens.tolist()}".encode(), digest_size=7).digest()

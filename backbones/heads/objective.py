@@ -40,7 +40,7 @@ class Likelihood:
     Args:
         nats: one a sequence; float64, on the CPU.
         error: the standard error of each; None where `nats` is exact.
-        samples: draws behind each value; 0 where it is exact.
+        samples: draws from which each value is estimated; 0 where it is exact.
         bound: whether the value is an upper bound on −log p in expectation (diffusion) and not −log p itself.
         greedy: whether every scored token is the model's most probable one; None where it was not asked for.
     """
@@ -83,7 +83,7 @@ class Objective(nn.Module, ABC):
         """The loss of a batch of sequences. What is drawn at random is drawn from torch's global generator.
 
         Args:
-            tokens: one sequence a row; or, with `cu_seqlens`, all of them behind each other in one row.
+            tokens: one sequence a row; or, with `cu_seqlens`, all of them concatenated in one row.
             cu_seqlens: 0, then the running total of the sequences' lengths.
             lengths: of rows that are filled up at their ends; None where all are full.
             counted: tokens that are scored; the others are given (prompts). None for all that can be.

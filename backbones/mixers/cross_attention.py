@@ -82,7 +82,7 @@ class CrossAttention(Mixer):
     def mix(self, x: Tensor, context: Context, state: State | None) -> Output:
         positions, layout = context.positions_of(x), context.layout
         memory = self._memory(context, layout.sequences(len(x)))
-        if memory.positions.shape[1] == 0:
+        if not memory.positions.numel():
             return Output(self.out_proj(torch.zeros_like(x)))
         q = self.q_proj(x).unflatten(-1, (-1, self.size))
         q = rotary(q, positions, self.config.rope_base) if self.config.rope else q

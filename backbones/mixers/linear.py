@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...errors import ConfigError
 from ...kernels import gated_linear
 from ...utils.modes import own_precision
 from ..config import MixerConfig, Site, positive
@@ -39,8 +38,6 @@ class LinearConfig(MixerConfig):
 
     def __post_init__(self) -> None:
         positive(self, "heads", "eps")
-        if self.feature_map not in ("elu", "relu"):
-            raise ConfigError(f"feature_map is {self.feature_map!r}; it must be 'elu' or 'relu'")
 
 
 @register_mixer(

@@ -42,8 +42,6 @@ class S4DConfig(MixerConfig):
         positive(self, "state_size", "dt_min", "dt_max")
         if self.state_size % 2:
             raise ConfigError(f"state_size is {self.state_size}; it must be even, for conjugate pairs")
-        if self.init not in ("lin", "inv"):
-            raise ConfigError(f"init is {self.init!r}; it must be 'lin' or 'inv'")
         if self.dt_min > self.dt_max:
             raise ConfigError(f"dt_min is {self.dt_min} and dt_max {self.dt_max}; 0 < dt_min <= dt_max must hold")
 

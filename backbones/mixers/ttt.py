@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...errors import ConfigError
 from ...kernels import test_time
 from ...kernels.test_time import state_size
 from ..config import MixerConfig, Site, positive
@@ -50,8 +49,6 @@ class TTTConfig(MixerConfig):
 
     def __post_init__(self) -> None:
         positive(self, "heads", "hidden_ratio", "chunk", "base_lr")
-        if self.model not in ("linear", "mlp"):
-            raise ConfigError(f"model is {self.model!r}; it must be 'linear' or 'mlp'")
 
 
 class _Direction(nn.Module):

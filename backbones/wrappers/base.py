@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ...errors import ConfigError
 from ..block import Block
-from ..config import INHERIT, BlockConfig, MixerConfig, Site, resolved
+from ..config import INHERIT, BlockConfig, FFNConfig, MixerConfig, ResidualConfig, Site, configured
 from ..context import Context
 from ..layer import Output, SequenceLayer
 from ..layout import Layout
@@ -36,7 +37,23 @@ class InnerBlock(Block):
 
 def inner_block(dim: int, entry: BlockConfig | str, site: Site) -> InnerBlock:
     """A block inside a wrapper."""
-    entry = resolved(entry)
+    entry = _resolved(entry)
     if entry.scan != INHERIT:
         site = dataclasses.replace(site, scan=scan_orders(entry.scan))
     return InnerBlock(dim, entry, site)
+
+
+def _resolved(entry: BlockConfig | str) -> BlockConfig:
+    """An entry outside a pattern, which has no backbone to inherit from: by default without ffn, residual "pre"."""
+    entry = BlockConfig.of(entry)
+    if entry.tie is not None:
+        raise ConfigError(
+            f"BlockConfig.tie is {entry.tie!r} of a block inside a wrapper, without effect; set it on the entry "
+            "of the pattern that holds the wrapper"
+        )
+    return BlockConfig(
+        mixer=configured(MixerConfig, entry.mixer),
+        ffn=None if entry.ffn == INHERIT else configured(FFNConfig, entry.ffn),
+        residual=configured(ResidualConfig, "pre" if entry.residual == INHERIT else entry.residual),
+        scan=entry.scan,
+    )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ..block import added
-from ..config import INHERIT, BlockConfig, Site, bounded, positive
+from ..config import INHERIT, BlockConfig, Site, positive, proportion
 from ..context import Context
 from ..layer import Capabilities, Output, SequenceLayer
 from ..layout import Layout
@@ -36,7 +36,7 @@ class MixtureOfDepthsConfig(WrapperConfig):
 
     def __post_init__(self) -> None:
         positive(self, "predictor_loss")
-        bounded(self, "capacity", above=0, most=1, wanted="in (0, 1]")
+        proportion(self, "capacity")
         if self.block.ffn == INHERIT:
             raise ConfigError("MixtureOfDepthsConfig.block has no ffn; name one, or None")
 
@@ -81,8 +81,10 @@ class MixtureOfDepths(SequenceLayer):
         if self.training:
             chosen = self._top(logits, context.layout)
             target = torch.zeros_like(guess).scatter(1, chosen, 1.0) if chosen.dtype != torch.bool else chosen.to(guess)
-            miss = F.binary_cross_entropy_with_logits(guess, target)
-            losses["depth_predictor"] = self.config.predictor_loss * miss
+            # A mean over no tokens is no number.
+            if guess.numel():
+                miss = F.binary_cross_entropy_with_logits(guess, target)
+                losses["depth_predictor"] = self.config.predictor_loss * miss
         else:
             chosen = guess > 0
         tokens, inner = context.take(chosen, x)

@@ -57,7 +57,7 @@ def block_sparse(
         cu_seqlens: for packed sequences (b = 1, t = s): 0, then the running total of their lengths, int32 or int64.
             Rows, blocks and positions then count within each sequence; their rows follow each other in `blocks`.
         q_positions: positions of the queries; by default they are the last t keys. Where causal, keys may
-            stand behind the last position that are not yet any (a cache with room).
+            come after the last position and hold no token yet (a cache with spare capacity).
         backend: "auto", "reference", "chunked" or "triton".
 
     Returns:

@@ -56,7 +56,7 @@ def delta_rule(
         removal: k̃, the key whose value is removed. Not in the general form.
         a, b: the rank-one part of the general form; both or none.
         scale: factor on the output; k ** -0.5 by default.
-        initial_state: the state to go on from, zeros by default; one per sequence: n = b, or the number of packed
+        initial_state: the state to resume from, zeros by default; one per sequence: n = b, or the number of packed
             sequences.
         cu_seqlens: for packed sequences (b = 1): 0, then the running total of their lengths, int32 or int64.
         backend: "auto", "reference", "chunked", "native" (one step without gradients, on CPUs) or "triton".

@@ -41,7 +41,7 @@ def gated_linear(
             `(b, t, h)` a scalar per step and head (Mamba-2), `(b, t, h, k)` per channel (GLA).
         bonus: RWKV-6's weight on the current token.
         scale: factor on the output; k ** -0.5 by default.
-        initial_state: the state to go on from, zeros by default; one per sequence: n = b, or the number of packed
+        initial_state: the state to resume from, zeros by default; one per sequence: n = b, or the number of packed
             sequences.
         cu_seqlens: for packed sequences (b = 1): 0, then the running total of their lengths, int32 or int64.
         backend: "auto", "reference", "chunked", "native" (on CPUs) or "triton".

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..common.chunked_plan import Block, Packing, batch_blocks, saved_states
 from ..custom import custom_op
-from .bonus import current
+from .bonus import with_bonus
 from .chunked_channel import ChannelForm
 from .chunked_forms import Adjoint, Form
 from .chunked_scalar import ScalarForm
@@ -31,6 +31,7 @@ def gated_linear_chunked(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """See `omnimix.kernels.gated_linear`."""
     t, h = v.shape[1:3]
     if t == 1 and cu_seqlens is None:
         return _one_step(q, k, v, decay, bonus, scale, initial_state)
@@ -38,16 +39,7 @@ def gated_linear_chunked(
     decay = v.new_zeros(h, dtype=wide) if decay is None else decay
     if decay.dim() == 1:
         decay = decay.to(wide)
-    dtype = v.dtype
-    if bonus is not None:
-        # Two paths lead to q, k and v: their gradients are to be added before they are rounded.
-        q, k, v, bonus = (x.to(wide) for x in (q, k, v, bonus))
-    inputs = (q, k, v, decay, initial_state)
-    train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    output, state, _ = _forward(q, k, v, decay, initial_state, cu_seqlens, scale, bonus is not None, train)
-    if bonus is not None:
-        output = output + scale * current(q, k, bonus) * v
-    return output.to(dtype), state
+    return with_bonus(_forward, q, k, v, decay, bonus, scale, initial_state, cu_seqlens)
 
 
 def _one_step(

@@ -111,7 +111,7 @@ void allot(S** const (&arrays)[N], const int64_t (&sizes)[N]) {
     for (int i = 0; i < N; i++) *arrays[i] = at, at += padded<S>(sizes[i]);
 }
 
-// Copies n elements into whole vectors, with zeros behind them.
+// Copies n elements into whole vectors, followed by zeros.
 template <class S>
 void copy(S* to, const S* from, int64_t n, S factor = 1) {
     using M = Math<S>;
@@ -160,8 +160,6 @@ inline void store(const Tile<S, W>& tile, S* to, int64_t width) {
 #pragma GCC unroll 2
         for (int w = 0; w < W; w++) Math<S>::store(to + r * width + w * Math<S>::lanes, tile[r][w], Math<S>::lanes);
 }
-
-// ---------------------------------------------------------------------------------------------------------- forward
 
 // What a forward task works on: the heads' states, keys by values, and a chunk's tokens of one head, one a row.
 template <class S>
@@ -258,8 +256,6 @@ void forward(const Task<S>& task) {
         write(task.state(v[FINAL], task.sequence, head), work.states + (head - task.first_head) * size);
 }
 
-// --------------------------------------------------------------------------------------------------------- backward
-
 // Sums of neighbours, of a's in the first half and of b's in the second.
 template <class S>
 inline typename Math<S>::V fold(typename Math<S>::V a, typename Math<S>::V b) {
@@ -309,8 +305,8 @@ struct Backward {
                   chunks * tile, CHUNK * tile, block * L});
     }
 
-    // Goes on from the state at `from` for n tokens to that at `to`. KEEP: the states before each token are kept. READ:
-    // adds to dq.
+    // Computes the state at `to` from that at `from`, n tokens earlier. KEEP: it also keeps the states before each token.
+    // READ: it also adds to dq.
     template <int W, bool BEFORE, bool KEEP, bool READ>
     void replay(int t0, int n, int64_t value, int64_t key, const S* from, S* to) const {
         Tile<S, W> s;
@@ -534,8 +530,6 @@ void run(const View* views, const int64_t* numbers, bool back) {
         back ? backward(task) : forward(task);
     }
 }
-
-// ---------------------------------------------------------------------------------------------------------- one step
 
 namespace single {
 

@@ -14,7 +14,7 @@ from .. import native
 from ..common.steps import tasks
 from ..common.tools import accumulate_dtype, unit_stride
 from ..custom import custom_op
-from .bonus import current
+from .bonus import with_bonus
 
 # Tokens between the saved states, a multiple of the chunks in native.cpp: the fewer, the more memory they take; the
 # more, the less of a block stays in the second-level cache.
@@ -39,16 +39,7 @@ def gated_linear_native(
     """See `omnimix.kernels.gated_linear`."""
     if v.shape[1] == 1 and cu_seqlens is None and native.direct(q, k, v, decay, bonus, initial_state):
         return _step(q, k, v, decay, bonus, scale, initial_state)
-    dtype = v.dtype
-    if bonus is not None:
-        # Two paths lead to q, k and v: their gradients are to be added before they are rounded.
-        q, k, v, bonus = (x.to(accumulate_dtype(dtype)) for x in (q, k, v, bonus))
-    inputs = (q, k, v, decay, initial_state)
-    train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    output, state, _ = _forward(q, k, v, decay, initial_state, cu_seqlens, scale, bonus is not None, train)
-    if bonus is not None:
-        output = (output + scale * current(q, k, bonus) * v).to(dtype)
-    return output, state
+    return with_bonus(_forward, q, k, v, decay, bonus, scale, initial_state, cu_seqlens)
 
 
 def _step(
@@ -98,7 +89,7 @@ def _division(q: Tensor, v: Tensor, sequences: int) -> tuple[int, int, int]:
 
 
 def _numbers(q: Tensor, v: Tensor, decay: Tensor | None, sequences: int, scale: float, exclusive: bool) -> list[int]:
-    """Sizes and options; the last but one are the parts of heads and of values."""
+    """Sizes and options; the three last are the parts of heads, those of values, and the scale."""
     threads, heads, values = _division(q, v, sequences)
     kind = KINDS[None if decay is None else decay.dim()]
     sizes = [v.shape[0] * v.shape[1], v.shape[1], q.shape[2], v.shape[2], q.shape[3], v.shape[3], BLOCK]

@@ -25,7 +25,7 @@ def grouped_mm(
 ) -> Float[Tensor, "n f"]:
     """y_i = x_i W_{expert(i)}: the first counts[0] rows of x belong to expert 0, the next counts[1] to expert 1, ...
 
-    (MegaBlocks, arXiv 2211.15841: no row is dropped and none is padded.) Rows behind the last expert's belong to none:
+    (MegaBlocks, arXiv 2211.15841: no row is dropped and none is padded.) Rows after the last expert's belong to none:
     their output and their gradient are zero, and so is the gradient of an expert without rows. See `routing.py` for
     sorting tokens by expert, and for adding up what comes out.
 

@@ -68,14 +68,14 @@ def _limits(arguments: Mapping[str, Any]) -> str | None:
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if (reason := direct_limits(tensors)) is not None:
         return reason
-    width, size, dtype = x.shape[-1] if x.ndim else 0, x.numel(), x.dtype
+    width, size, dtype = x.shape[-1], x.numel(), x.dtype
     if size > ROWS * width or size == 0:
         # Without the number: to write it down, torch.compile would fix the length.
         return f"it takes 1 to {ROWS} rows, and x has others"
     if dtype != torch.float32 and dtype != torch.float64:
         return f"it takes float32 and float64, not {dtype}"
     for a in tensors:
-        if a.dtype != dtype or a.layout is not torch.strided or a.stride(-1) != 1:
+        if a.dtype != dtype or a.stride(-1) != 1:
             return "it takes one dtype, and neighbouring elements in the last dimension"
     return None
 

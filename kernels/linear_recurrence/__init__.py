@@ -31,7 +31,7 @@ def linear_recurrence(
         a: the factors, `(b, t, d)` or the same at every step, `(d,)`; complex where x is. Of magnitude at most 1, or
             the recurrence may overflow (not checked, for speed).
         reverse: whether to run back in time: h_t = a_t ⊙ h_{t+1} + x_t. The final state is then that of the first step.
-        initial_state: the state to go on from, zeros by default; one per sequence: s = b, or the number of packed
+        initial_state: the state to resume from, zeros by default; one per sequence: s = b, or the number of packed
             sequences.
         cu_seqlens: for packed sequences (b = 1): 0, then the running total of their lengths, int32 or int64.
         backend: "auto", "reference", "chunked", "native" or "triton".

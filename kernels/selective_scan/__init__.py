@@ -49,7 +49,7 @@ def selective_scan(
         z: gate of the output; none by default.
         delta_bias: added to `delta`, before the softplus.
         delta_softplus: whether Δ = softplus(delta + delta_bias).
-        initial_state: the state to go on from, zeros by default; one per sequence: s = b, or the number of packed
+        initial_state: the state to resume from, zeros by default; one per sequence: s = b, or the number of packed
             sequences.
         cu_seqlens: for packed sequences (b = 1): 0, then the running total of their lengths, int32 or int64.
         backend: "auto", "reference", "chunked", "native" or "triton".

@@ -17,7 +17,8 @@ from ..common.tools import accumulate_dtype
 from ..registry import Case, Draw, Op, register_op
 from .memory import state_parts, state_size
 
-# A mini-batch's tokens meet each other in a square, whose memory ends here; and slots without a token cost as others.
+# The products within a mini-batch take memory that grows with the square of its tokens, and an incomplete mini-batch
+# costs as much as a full one.
 MOST_CHUNK = 1 << 14
 
 __all__ = ["state_parts", "state_size", "test_time"]

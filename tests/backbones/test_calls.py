@@ -57,6 +57,17 @@ def test_taps_that_are_none_are_refused(taps):
         net()(X, Layout(), taps=taps)
 
 
+def test_taps_after_the_last_block_that_runs_are_refused():
+    with pytest.raises(ConfigError, match=r"taps is .*names out of blocks\.0, stages\.0$"):
+        net()(X, Layout(), taps=("blocks.1",), depth=1)
+
+
+@pytest.mark.parametrize("shape", [(6, 16), (2, 6, 8), (2, 6, 1, 16)])
+def test_what_are_no_tokens_of_its_width_is_refused(shape, without_shape_checks):
+    with pytest.raises(UnsupportedShape, match=r"x: shape .* is not \(b, t, 16\)"):
+        net()(torch.zeros(shape), Layout())
+
+
 @pytest.mark.parametrize("depth", [0, -1, 3])
 def test_a_depth_that_is_none_is_refused(depth):
     with pytest.raises(ConfigError, match=f"depth is {depth}; it must be from 1 to 2"):

@@ -186,6 +186,29 @@ def test_attention_to_an_empty_memory_is_zero(causal):
 
 
 @pytest.mark.parametrize("causal", [True, False])
+def test_no_sequences_attend_to_no_memories(causal):
+    net = backbone(pattern=(BlockConfig(mixer=CrossAttentionConfig(source="image")),), inputs=("image",))
+    memory = Memory({"x": tokens(0, 3, 16)}, torch.zeros(0, 3, dtype=torch.int64))
+    assert net(tokens(0, 5, 16), Context(Layout(causal=causal), shared={"image": memory})).y.shape == (0, 5, 16)
+
+
+@pytest.mark.parametrize("shape", [(0, 6, 16), (2, 0, 16)])
+def test_depths_without_tokens_have_no_loss_that_is_no_number(shape):
+    out = backbone(pattern=(depths(mixer="gla"),)).train()(tokens(*shape), Layout())
+    assert out.y.shape == shape and all(loss.isfinite() for loss in out.losses.values())
+
+
+def test_a_tie_of_a_block_inside_a_wrapper_is_refused():
+    with pytest.raises(ConfigError, match="tie is 'a' of a block inside a wrapper"):
+        backbone(2, pattern=(depths(mixer="gla", tie="a"),))
+
+
+def test_a_mask_has_the_length_of_its_tokens():
+    with pytest.raises(UnsupportedShape, match=r"index: shape \(2, 3\) does not fit x, \(2, 4, 16\)"):
+        Context().take(torch.ones(2, 3, dtype=torch.bool), tokens(2, 4, 16))
+
+
+@pytest.mark.parametrize("causal", [True, False])
 def test_attention_to_an_earlier_stage_serves_packed_sequences(causal):
     cross = BlockConfig(mixer=CrossAttentionConfig(source="stages.0", heads=2, rope=True))
     net = backbone(2, stages=(stage(pattern=("attention",)), stage(pattern=(cross,))))

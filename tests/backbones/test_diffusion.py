@@ -360,6 +360,8 @@ def test_conversion_copies_weights_and_mask_annealing_opens_the_view():
     assert torch.allclose(opened.loss(row).nats, wanted)
     with pytest.raises(UnsupportedCall, match="set shift=True"):
         om.convert(net, "masked", MaskedConfig())
+    with pytest.raises(ConfigError, match="options is a MaskedConfig; objective .sedd. takes a SeddConfig"):
+        om.convert(net, "sedd", MaskedConfig(shift=True))
     with pytest.raises(UnsupportedCall, match="pass a causal model"):
         om.convert(opened)
 

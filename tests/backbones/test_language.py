@@ -100,6 +100,8 @@ def test_rows_filled_up_at_their_ends_are_packed_sequences():
     found, wanted = net.loss(padded, lengths=torch.tensor(LENGTHS)), net.loss(packed, cu_seqlens=BORDERS)
     assert found.count == wanted.count
     assert error(found.loss, wanted.loss) < 1e-9 and error(found.nats, wanted.nats) < 1e-9
+    with pytest.raises(UnsupportedCall, match="pass one of them"):
+        net.loss(packed, cu_seqlens=BORDERS, lengths=torch.tensor([12]))
 
 
 def test_the_loss_is_what_the_logits_say():

@@ -67,6 +67,9 @@ def test_a_backbone_refuses_values_of_a_wrong_type(changes, message):
         (MixtureOfDepthsConfig, {"block": "gla/mlp"}, "MixtureOfDepthsConfig.block is 'gla/mlp'.*a BlockConfig"),
         (BlockConfig, {"mixer": MLPConfig()}, "BlockConfig.mixer is MLPConfig.*options of a mixer or a name or null"),
         (StageConfig, {"dim": 8, "depth": "2"}, "StageConfig.depth is '2'; it must be an integer"),
+        (om.GenerationConfig, {"forbidden": {1}}, "GenerationConfig.forbidden is .1.; it must be a list, each entry"),
+        (om.GenerationConfig, {"stop": "end"}, "GenerationConfig.stop is .end.; it must be a list, each entry a list"),
+        (PostConfig, {"multiplier": 10**310}, "PostConfig.multiplier is 1000.*; it must be a number"),
     ],
     ids=str,
 )
@@ -101,6 +104,7 @@ def test_lists_become_tuples_and_integers_floats():
     config = BackboneConfig(dim=8, depth=2, pattern=["gla"], stages=[StageConfig(dim=8, depth=2)], drop_path=0)
     assert config.pattern == ("gla",) and isinstance(config.stages, tuple) and type(config.drop_path) is float
     assert FoldConfig(inner="gla", window=[3, 4]).window == (3, 4)
+    assert om.GenerationConfig(forbidden=range(2), stop=[[1], (2, 3)]).stop == ((1,), (2, 3))
     assert pickle.loads(pickle.dumps(config)) == config
     assert om.Backbone(config).config is config
 

@@ -8,7 +8,7 @@ import torch
 from omnimix.backbones import Backbone, BackboneConfig, Layout
 from omnimix.cli.check_kernels import call_of, differentiable
 from omnimix.errors import UnsupportedCall
-from omnimix.kernels import Draw, norm, ops, using
+from omnimix.kernels import Draw, gated_linear, native, norm, ops, using
 
 # Their derivatives are torch's own: SDPA on CPUs has no second one, and says so itself.
 OURS = [op for op in ops() if op.name != "attention"]
@@ -57,6 +57,24 @@ def test_torch_func_differentiates_and_maps(op, backend, without_shape_checks):
     by_sample = torch.func.vmap(torch.func.grad(loss, every))(*stacked)
     for found, right in zip(by_sample, gradients(loss, halves), strict=True):
         torch.testing.assert_close(found[1], right)
+
+
+@pytest.mark.parametrize("backend", ["native", "chunked"])
+def test_no_samples_have_results_of_no_samples(backend, without_shape_checks):
+    if backend == "native" and native.machine_refusal() is not None:
+        pytest.skip(native.machine_refusal())
+    x, q, v = torch.zeros(0, 3, 4), torch.zeros(0, 1, 3, 2, 4), torch.zeros(0, 1, 3, 2, 5)
+
+    def normed(x):
+        return norm(x, backend=backend)
+
+    def mixed(q, v):
+        return gated_linear(q, q, v, backend=backend)
+
+    assert torch.func.vmap(normed)(x).shape == x.shape
+    assert [out.shape for out in torch.func.vmap(mixed)(q, v)] == [v.shape, (0, 1, 2, 4, 5)]
+    assert torch.func.vmap(torch.func.grad(lambda x: normed(x).square().sum()))(x).shape == x.shape
+    assert torch.func.vmap(torch.func.grad(lambda q, v: mixed(q, v)[0].square().sum()))(q, v).shape == q.shape
 
 
 @pytest.mark.parametrize(("op", "backend"), [c for c in CALLS if c.values[0] in OURS])

@@ -114,7 +114,7 @@ class WindowCache(KVCache):
             return super().fresh(rows, layout)
 
         def cut(x: Tensor, empty: int = 0) -> Tensor:
-            """The latest first, as `kept` has them; of few tokens all, and empty slots behind them."""
+            """The latest first, as `kept` has them; where there are few tokens all of them, then empty slots."""
             if t <= self.slots:
                 return F.pad(x.flip(1), (0, 0) * (x.ndim - 2) + (0, self.slots - t), value=empty)
             last = x[:, t - (self.window - 1) :].flip(1)
