@@ -32,7 +32,10 @@ COMMANDS = {
     "list models": (".cli.commands:list_models", "the models that create_model builds by name"),
     "list recipes": (".cli.commands:list_recipes", "the training recipes and their configurations"),
     "env": (".cli.commands:env", "versions, devices, and the backend of every kernel with the reason"),
-    "mixers check": (".cli.mixers_check:main", "run all that concerns one mixer: lint, documentation, laws, compilation"),
+    "mixers check": (
+        ".cli.mixers_check:main",
+        "run all that concerns one mixer: lint, documentation, laws, compilation",
+    ),
     "kernels check": (".cli.check_kernels:main", "compare every kernel with the float64 oracle on this device"),
     "kernels compile": (".cli.compile_kernels:main", "compile the Triton kernels ahead of time for named GPUs"),
     "kernels explain": (".cli.commands:explain", "which backend serves an op, and why"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import UnsupportedShape
+from ..utils.modes import observed, outliving_modes
 from .config import bounded
 from .typed import Config
 
@@ -86,7 +88,22 @@ def frequencies(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, " r"]:
-    """base^(-i/r) for i = 0 ... r - 1, in radians a position, scaled."""
+    """base^(-i/r) for i = 0 ... r - 1, in radians a position, scaled; they are not to be changed."""
+    if observed() or torch.device(device).type != "cpu":
+        return _frequencies(pairs, base, scaling, device, dtype)
+    return _kept_frequencies(pairs, base, scaling, dtype)
+
+
+@lru_cache(maxsize=256)
+def _kept_frequencies(pairs: int, base: float, scaling: RopeScaling | None, dtype: torch.dtype) -> Tensor:
+    """Every layer of a model asks for the same ones in every call."""
+    with outliving_modes():
+        return _frequencies(pairs, base, scaling, "cpu", dtype)
+
+
+def _frequencies(
+    pairs: int, base: float, scaling: RopeScaling | None, device: torch.device | str, dtype: torch.dtype
+) -> Tensor:
     if scaling is not None and scaling.kind == "ntk" and pairs > 1:
         base *= scaling.factor ** (pairs / (pairs - 1))
     plain = base ** (-torch.arange(pairs, device=device, dtype=dtype) / pairs)

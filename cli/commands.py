@@ -22,7 +22,9 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
 
 def list_mixers(argv: list[str]) -> None:
     parser = _parser("list mixers", "The sequence mixers, and what each declares to serve.")
-    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown, as it stands in the documentation")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print the table as Markdown, as it stands in the documentation"
+    )
     options = parser.parse_args(argv)
     if options.markdown:
         print(markdown(mixer_rows()), end="")

@@ -37,7 +37,7 @@ TABLE = ("<!-- mixers -->\n", "<!-- /mixers -->")
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="omnimix mixers check",
-        description="Run all that concerns one mixer: lint, its row in the documentation, laws, reference and compilation.",
+        description="Run all that concerns one mixer: lint, its row in the docs, laws, reference and compilation.",
     )
     parser.add_argument("name", help="the mixer")
     parser.add_argument("--write", action="store_true", help="update the table of mixers in the documentation")

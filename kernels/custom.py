@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..errors import UnsupportedCall
-from ..utils.modes import own_precision, transforming
+from ..utils.modes import observed, own_precision, transforming
 
 REMEDY = "take it of the backend 'reference': omnimix.kernels.using('reference')"
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -115,16 +115,11 @@ def custom_op(name: str, function: Callable[..., Any] | None = None) -> Any:
 
 def _heard(arguments: tuple[Any, ...]) -> bool:
     """Whether a call must go through torch's dispatcher."""
-    if torch.compiler.is_compiling():
+    if observed() or forward_ad._current_level >= 0:
         return True
     for x in arguments:
         if isinstance(x, Tensor) and (
             type(x) not in _PLAIN or not (x.is_cpu or x.is_cuda) or x.is_neg() or x.is_conj()
         ):
             return True
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    )
+    return False

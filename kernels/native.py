@@ -77,17 +77,16 @@ def _failure(op: str) -> str | None:
     return None if op in _libraries else machine_refusal() or _build(op)
 
 
-def direct_limits(arguments: Iterable[Any], *, cpu: bool = True, differentiable: bool = False) -> str | None:
+def direct_limits(arguments: Iterable[Any], *, cpu: bool = True) -> str | None:
     """Why a kernel may not be called on these tensors at once, without torch's dispatcher; None where it may.
 
     A custom op takes longer than the work of a decoding step. Without it no gradient is computed, and nobody is served
     who listens to the dispatcher: no compiler or tracer, no mode, no transform of torch.func, no forward derivative, no
-    autocast, no class of tensors. `cpu`: whether it takes tensors on CPUs only. `differentiable`: whether it has a
-    backward pass of its own.
+    autocast, no class of tensors. `cpu`: whether it takes tensors on CPUs only.
     """
     if torch.compiler.is_compiling():
         return "it cannot be traced by torch.compile"
-    gradients = not differentiable and torch.is_grad_enabled()
+    gradients = torch.is_grad_enabled()
     for x in arguments:
         kind = type(x)
         if kind is not Tensor and kind is not torch.nn.Parameter:

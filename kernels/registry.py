@@ -260,7 +260,8 @@ class Op:
             warnings.warn(message, stacklevel=4)
 
     def dispatch(self, backend: str, **arguments: Any) -> Any:
-        device = device_of(arguments)
+        # The first tensor is never None.
+        device = arguments[self.tensors[0].name].device.type if self.tensors else device_of(arguments)
         if not self.follows_autocast and autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return self.dispatch(backend, **arguments)

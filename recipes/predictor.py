@@ -162,7 +162,8 @@ def load(source: str | Path, *, device: str = "cpu") -> Predictor | TextGenerato
         if isinstance(model, kind):
             return Predictor(model, preprocess.of_model(folder, model)).to(place)
     raise CheckpointError(
-        f"the model in {str(folder)!r} is a {type(model).__name__}, which has no predictor; use omnimix.modalities.load_model"
+        f"the model in {str(folder)!r} is a {type(model).__name__}, which has no predictor; use "
+        "omnimix.modalities.load_model"
     )
 
 

@@ -17,7 +17,7 @@ WORDS = {
     r"(go|goes|went|going|gone) on\b": "continue, resume",
     r"\bbehind\b": "after, following; concatenated",
     r"\bwords? (of (a|the) (vocabulary|model|text))": "tokens, vocabulary size, text",
-    r"\b(write|writes|written|wrote|writing) (on|text|words|tokens|by diffusion|token by token|from left)\b": "generate",
+    r"\b(writ(e|es|ten|ing)|wrote) (on|text|words|tokens|by diffusion|token by token|from left)\b": "generate",
     r"from left to right": "autoregressive",
     r"pass(es)? through the model": "denoising steps",
     r"\ba (part|share) (between 0|in \[0|of 1\b)|part between 0 and 1": "a fraction in [0, 1]",

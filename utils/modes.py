@@ -26,6 +26,16 @@ def transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None and not torch.compiler.is_compiling()
 
 
+def observed() -> bool:
+    """Whether a compiler, a tracer, a mode or a transform of torch.func sees what torch computes now."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 @contextlib.contextmanager
 def outliving_modes() -> Iterator[None]:
     """What is made inside is a plain tensor on the CPU that may be kept.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UnsupportedShape
+from ...utils.modes import observed
 
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 NUMBERS = FLOATS | {torch.complex64, torch.complex128}
@@ -159,11 +160,7 @@ def check_boundaries(cu_seqlens: Tensor | None, batch: int, length: int) -> None
 
 def _at_hand(x: Tensor) -> bool:
     """Whether a tensor's values can be read at once, by nobody who records what is done with it."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is None
+    return type(x) is Tensor and x.is_cpu and not observed()
 
 
 def check_edges(edges: Sequence[int], length: int) -> None:

@@ -66,12 +66,12 @@ def _limits(arguments: Mapping[str, Any]) -> str | None:
     """Why native.cpp is not for this call."""
     x, weight, bias = arguments["x"], arguments["weight"], arguments["bias"]
     tensors = (x, weight) if bias is None else (x, weight, bias)
+    # First why most calls in training are not for it; a comparison while torch.compile traces would fix the length.
+    if not torch.compiler.is_compiling() and not 0 < x.numel() <= ROWS * x.shape[-1]:
+        return f"it takes 1 to {ROWS} rows, and x has others"
     if (reason := direct_limits(tensors)) is not None:
         return reason
-    width, size, dtype = x.shape[-1], x.numel(), x.dtype
-    if size > ROWS * width or size == 0:
-        # Without the number: to write it down, torch.compile would fix the length.
-        return f"it takes 1 to {ROWS} rows, and x has others"
+    dtype = x.dtype
     if dtype != torch.float32 and dtype != torch.float64:
         return f"it takes float32 and float64, not {dtype}"
     for a in tensors:

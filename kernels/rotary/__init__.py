@@ -12,7 +12,6 @@ from torch import Tensor
 from ...errors import UnsupportedShape
 from ..backends import backends
 from ..common.checks import check_flag, floats
-from ..native import direct_limits
 from ..registry import Case, Draw, Op, register_op
 
 
@@ -53,18 +52,6 @@ def rotary(
     return OP.dispatch(backend, x=x, angle=angle, interleaved=interleaved)
 
 
-def _limits(arguments: Mapping[str, Any]) -> str | None:
-    """Why native.cpp is not for this call."""
-    x, angle = arguments["x"], arguments["angle"]
-    if (reason := direct_limits((x, angle), differentiable=True)) is not None:
-        return reason
-    if x.dtype not in (torch.float32, torch.float64):
-        return f"it takes float32 and float64, not {x.dtype}"
-    if angle.requires_grad and torch.is_grad_enabled():
-        return "it computes no gradient of the angles"
-    return None
-
-
 def _case(name: str, k: int, pairs: int, *, compiled: bool = False, bench: bool = False, **settings: Any) -> Case:
     def arguments(draw: Draw, b: int, t: int, h: int, k: int, r: int) -> dict[str, Any]:
         return {"x": draw.normal(b, t, h, k), "angle": draw.normal(b, t, r, scale=3.0)} | settings
@@ -94,7 +81,7 @@ def _traffic(arguments: Mapping[str, Any]) -> float:
 OP = register_op(
     Op(
         name="rotary",
-        backends=backends("rotary", "native", "triton", "chunked", "reference", native=_limits),
+        backends=backends("rotary", "native", "triton", "chunked", "reference"),
         sequences=("x", "angle"),
         cases=_cases,
         traffic=_traffic,

@@ -9,12 +9,7 @@ import torch
 from torch import Tensor
 
 from ...utils.modes import transforming
-
-
-def of_angle(angle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine; rows that share their angles, as those of a batch mostly do, have them computed once."""
-    theta = (angle[:1] if angle.stride(0) == 0 else angle).to(torch.promote_types(dtype, torch.float32))
-    return theta.cos(), theta.sin()
+from .angle import into_angle, of_angle
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -29,17 +24,6 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         turned = torch.cat(halves, dim=-1)
     turned = turned.to(x.dtype)
     return turned if x.shape[-1] == 2 * r else torch.cat([turned, x[..., 2 * r :]], dim=-1)
-
-
-def _into_angle(x: Tensor, dx: Tensor, r: int, interleaved: bool) -> Tensor:
-    """The angles' gradient: that of a turn is a quarter turn, and x and dx are as their images turned together."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    x, dx = x[..., : 2 * r].to(wide), dx[..., : 2 * r].to(wide)
-    if interleaved:
-        found = dx[..., 1::2] * x[..., ::2] - dx[..., ::2] * x[..., 1::2]
-    else:
-        found = dx[..., r:] * x[..., :r] - dx[..., :r] * x[..., r:]
-    return found.sum(2)
 
 
 class _Rotary(torch.autograd.Function):
@@ -59,7 +43,7 @@ class _Rotary(torch.autograd.Function):
         x, angle = ctx.saved_tensors
         cos, sin = of_angle(angle, dy.dtype)
         dx = _turn(dy, cos, -sin, ctx.interleaved)
-        return dx, _into_angle(x, dx, cos.shape[-1], ctx.interleaved).to(ctx.dtype), None
+        return dx, into_angle(x, dx, cos.shape[-1], ctx.interleaved).to(ctx.dtype), None
 
 
 def rotary_chunked(*, x: Tensor, angle: Tensor, interleaved: bool) -> Tensor:
