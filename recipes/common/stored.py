@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import json
 import math
 import pickle
 import tempfile
@@ -22,7 +23,7 @@ import torch
 import yaml
 
 from ...backbones.serialization import current_name
-from ...errors import CheckpointError
+from ...errors import CheckpointError, ConfigError
 from ...modalities.common.weights import check_fits, stored_shapes
 from ...utils.console import say
 from ...utils.options import cores
@@ -34,7 +35,7 @@ from .parser import subclasses
 from .trees import SHORT, TREES, short_forms
 
 OTHER_MODEL = "it is of another model; leave out options that change the model, or start anew with --overwrite"
-# Of a file; ours have some 4 kB.
+# Bytes, values and depth of a file; ours have some 4 kB.
 _LARGEST, _VALUES, _DEPTH = 1 << 20, 100_000, 40
 # Fields beside `trainer`, `model` and `data`; the folder itself says what `name` and `runs` are.
 _PLAIN = ("seed_everything", "checkpoint_steps", "configuration", "threads")
@@ -52,9 +53,11 @@ _TRAINER = frozenset(
 _WORDS = {
     "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
     "strategy": ("auto", "ddp", "ddp_spawn", "fsdp2"),
+    # A logger that is named would write to wherever it says.
+    "logger": (False,),
 }
-# What neither does anything nor is missed where it is left out.
-_IDLE = {"num_nodes": 1, "enable_autolog_hparams": True, "default_root_dir": None}
+# What a trainer does without being told; nothing is said where these are left out.
+_IDLE = {"num_nodes": 1, "enable_autolog_hparams": True}
 
 
 @contextlib.contextmanager
@@ -79,7 +82,7 @@ def stored_config(argv: list[str], folder: RunFolder, data: type[RecipeData], *,
     with tempfile.TemporaryDirectory() as place:
         copy = Path(place) / "config.yaml"
         copy.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-        tokenizer = [f"--data.tokenizer={folder.path}"] if folder.tokenizer.is_file() else []
+        tokenizer = [f"--data.tokenizer={json.dumps(str(folder.path))}"] if folder.tokenizer.is_file() else []
         yield ["--config", str(copy), *tokenizer, *argv]
 
 
@@ -92,7 +95,10 @@ class _Run:
 
     def content(self) -> dict[str, Any]:
         """What the file says, in today's terms, as far as it is taken."""
-        content = migrate(self._read())
+        try:
+            content = migrate(self._read())
+        except ConfigError as error:
+            raise CheckpointError(f"cannot read {str(self.file)!r}: {error}") from error
         for key in content:
             if key not in (*_PLAIN, "name", "runs", "trainer", "model", "data"):
                 raise self._refused(key, "which no run has")
@@ -146,6 +152,8 @@ class _Run:
             raise CheckpointError(f"{str(self.file)!r}: {place} is {value!r}; it must be one plain value")
         if isinstance(value, float) and not math.isfinite(value):
             raise CheckpointError(f"{str(self.file)!r}: {place} is {value}; it must be finite")
+        if isinstance(value, int) and value.bit_length() > 64:
+            raise CheckpointError(f"{str(self.file)!r}: {place} is a number of more than 64 bits")
 
     def _mapping(self, place: str, value: Any) -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -166,7 +174,7 @@ class _Run:
                 taken = name in _TRAINER and not _holds_class(value)
             if taken:
                 kept[name] = value
-            elif value not in (None, False) and _IDLE.get(name, value is None) != value:
+            elif value not in (None, False, _IDLE.get(name)):
                 left.append(f"trainer.{name}")
         if not self.fit:
             # One process evaluates, unless the command line says otherwise.
@@ -179,7 +187,9 @@ class _Run:
 
     def _devices(self, value: Any) -> bool:
         """Whether a number of devices is plain, and this machine has so many."""
-        count = len(value) if isinstance(value, list) else int(value) if str(value).isdecimal() else 1
+        text = str(value)
+        # Nobody has as many as 18 digits can say; Python reads no more than some thousands of them.
+        count = len(value) if isinstance(value, list) else int(text[:18]) if text.isdecimal() else 1
         here = max(cores(), torch.cuda.device_count())
         if self.fit and count > here:
             raise CheckpointError(
@@ -192,7 +202,7 @@ class _Run:
         for name, value in values.items():
             if name not in TREES and name not in SHORT and _holds_class(value):
                 raise self._refused(f"model.{name}.class_path", "and a model's options are plain values")
-            if name in ("training",) and value is not None:
+            if name == "training" and value is not None:
                 self._mapping(f"model.{name}", value)
         return values
 
