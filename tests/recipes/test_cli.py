@@ -11,7 +11,8 @@ from omnimix.__main__ import main
 from omnimix.errors import LostProcess
 from omnimix.recipes import CONFIGS, RECIPES
 from omnimix.recipes.audio.recipe import AudioClassification
-from omnimix.recipes.common.cli import interruptible, run_fit
+from omnimix.recipes.common.cli import interruptible
+from omnimix.recipes.common.commands import run_fit
 from omnimix.recipes.common.parser import Parser
 from omnimix.recipes.common.ranks import lost_process
 from omnimix.recipes.common.training import Interrupted
