@@ -260,6 +260,9 @@ class RecipeCLI(LightningCLI):
                     raise SystemExit(130) from error  # there is nothing of this run to resume
             self._explain(error, ckpt_path)
             raise
+        if rank_zero_only.rank == 0:
+            # Begin hears of steps only, and a run of none replaces the older one too.
+            folder.commit()
 
     @staticmethod
     def _explain(error: BaseException, ckpt_path: str | None) -> None:
@@ -335,7 +338,10 @@ def _run_of(command: str, argv: list[str], task: str) -> RunFolder | None:
         return RunFolder.finished(run) if run else None
     if "--resume" not in argv:
         return None
-    return RunFolder.named(argument(argv, "--runs", "runs"), argument(argv, "--name", task))
+    folder = RunFolder.named(argument(argv, "--runs", "runs"), argument(argv, "--name", task))
+    if folder.recover():
+        say(f"what was to replace the run {str(folder.path)!r} was stopped before its first step: the run is as it was")
+    return folder
 
 
 def _why_not_resumed(error: Exception) -> str | None:
