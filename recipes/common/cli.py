@@ -34,7 +34,7 @@ from .migration import migrated_files
 from .options import RecipeData, options_argument
 from .parser import Parser
 from .ranks import share_threads, trainer_of_torchrun
-from .stored import OTHER_MODEL, build_fitting, stored_config
+from .stored import DAMAGED, OTHER_MODEL, build_fitting, stored_config
 from .training import AverageWeights, Begin, LastCheckpoint, SeedEveryStep, WholeFiles, precision
 from .trees import EPILOG, build, epilog, tree_defaults
 
@@ -350,7 +350,7 @@ def _why_not_resumed(error: Exception) -> str | None:
     if "loading state_dict" in text:
         return OTHER_MODEL
     if isinstance(error, EOFError | pickle.UnpicklingError) or "PytorchStreamReader" in text:
-        return "it is damaged; start anew with --overwrite"
+        return DAMAGED
     return None
 
 

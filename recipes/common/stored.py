@@ -35,6 +35,7 @@ from .parser import subclasses
 from .trees import SHORT, TREES, short_forms
 
 OTHER_MODEL = "it is of another model; leave out options that change the model, or start anew with --overwrite"
+DAMAGED = "it is damaged; start anew with --overwrite"
 # Bytes, values and depth of a file; ours have some 4 kB.
 _LARGEST, _VALUES, _DEPTH = 1 << 20, 100_000, 40
 # Fields beside `trainer`, `model` and `data`; the folder itself says what `name` and `runs` are.
@@ -322,11 +323,11 @@ def build_fitting(folder: RunFolder, cls: type[Any], *arguments: Any, fit: bool,
     Raises:
         CheckpointError: the weights are of another module.
     """
-    file = folder.last if fit else folder.weights
-    shapes = (_shapes_of_state(file) if file.is_file() else None) if fit else stored_shapes(file)
     make = partial(cls, *arguments, **options)
-    if shapes is None:
+    if fit and not folder.last.is_file():
         return make()
+    file = folder.last if fit else folder.weights
+    shapes = _shapes_of_state(file) if fit else stored_shapes(file)
     try:
         check_fits(lambda: make().model, shapes, file, backbone=options["backbone"])
     except CheckpointError as error:
@@ -336,8 +337,12 @@ def build_fitting(folder: RunFolder, cls: type[Any], *arguments: Any, fit: bool,
     return make()
 
 
-def _shapes_of_state(file: Path) -> dict[str, tuple[int, ...]] | None:
-    """The shapes of the model in a saved state of training; None where it is damaged, which resuming says."""
+def _shapes_of_state(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the model in a saved state of training.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
     try:
         state = torch.load(file, mmap=True, map_location="cpu", weights_only=True)["state_dict"]
         return {
@@ -345,5 +350,5 @@ def _shapes_of_state(file: Path) -> dict[str, tuple[int, ...]] | None:
             for name, tensor in state.items()
             if name.startswith("model.")
         }
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, pickle.UnpicklingError):
-        return None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"cannot resume from {str(file)!r}: {DAMAGED}") from error

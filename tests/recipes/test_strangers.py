@@ -1,5 +1,6 @@
 """A run folder may be a stranger's: opening it imports, runs and writes nothing, and builds nothing of its sizes."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -247,6 +248,11 @@ def test_sizes_are_those_of_the_saved_state(place, capsys):
     assert main(COMMANDS["vision resume"].split()) == 2
     error = capsys.readouterr().err
     assert "cannot go on from" in error and "it is of another model" in error and error.count("\n") == 1
+    # Of a damaged state no sizes are known, and nothing is built either.
+    os.truncate("runs/vision/checkpoints/last.ckpt", 1000)
+    assert main(COMMANDS["vision resume"].split()) == 2
+    error = capsys.readouterr().err
+    assert "it is damaged" in error and error.count("\n") == 1
 
 
 def test_threads_and_workers_are_those_of_the_machine(place, capsys):
