@@ -225,6 +225,11 @@ def bench_blocks(
             left_out[f"{s.name}, {s.block}"] = taken["error"]
         else:
             found[s.block, s.name, t] = taken
+    return _rows(found), left_out
+
+
+def _rows(found: dict[tuple[str, str, int], dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was found by block, subject and length, one row a pass."""
     rows = []
     for (block, name, t), taken in found.items():
         peer = [n for b, n, length in found if (b, length) == (block, t)][-1]
@@ -240,7 +245,7 @@ def bench_blocks(
             }
             for kind in ("forward", "forward+backward")
         ]
-    return rows, left_out
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:

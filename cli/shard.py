@@ -99,19 +99,13 @@ def shard_folder(
         raise ConfigError(f"policy is {policy!r}; it must be 'skip' or 'raise'")
     check_folder(root)
     _check_target(out, overwrite)
-    splits = splits or tuple(split for split in SPLITS if has_split(root, split))
-    if not splits:
-        raise ConfigError(f"{str(root)!r} has none of the splits {', '.join(SPLITS)}; name its own with --splits")
-    sources: dict[str, Source] = {}
-    for split in splits:
-        known = next(iter(sources.values())).classes if sources else None
-        sources[split] = find_source(root, split, KINDS[kind], known)
+    sources = _sources(root, kind, splits)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with hidden_folder(out) as folder:
             limits = {"maxcount": samples, "maxsize": nbytes}
-            written = [_write(sources[s], s, root, folder, limits, seed, policy, seen) for s in splits]
-            classes = list(sources[splits[0]].classes)
+            written = [_write(source, s, root, folder, limits, seed, policy, seen) for s, source in sources.items()]
+            classes = list(next(iter(sources.values())).classes)
             write_atomically(folder / "classes.json", json.dumps(classes, indent=1) + "\n")
             _put(folder, out)
     except MediaError:  # of a file that is read
@@ -121,6 +115,18 @@ def shard_folder(
     for part in written:
         part.shards = [out / shard.name for shard in part.shards]
     return written
+
+
+def _sources(root: Path, kind: str, splits: tuple[str, ...] | None) -> dict[str, Source]:
+    """The samples of each split that is to be written."""
+    splits = splits or tuple(split for split in SPLITS if has_split(root, split))
+    if not splits:
+        raise ConfigError(f"{str(root)!r} has none of the splits {', '.join(SPLITS)}; name its own with --splits")
+    sources: dict[str, Source] = {}
+    for split in splits:
+        known = next(iter(sources.values())).classes if sources else None
+        sources[split] = find_source(root, split, KINDS[kind], known)
+    return sources
 
 
 def _check_target(out: Path, overwrite: bool) -> None:

@@ -6,10 +6,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
-from ..modalities.common.weights import WEIGHTS, build_config, check_finite, stored_types
+import torch
 
-__all__ = ["Checked", "build_config"]
+from ..errors import CheckpointError
+from ..modalities.common.weights import check_blocks, check_finite, stored_types
+
+# Options of `from_pretrained` that say where the files are.
+_WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 class Checked:
@@ -23,26 +26,26 @@ class Checked:
             CheckpointError: a configuration that describes no model of ours, or other weights than its model has:
                 other sizes, integers in place of numbers, NaN or infinity.
         """
-        if config is None:
-            config = cls.config_class.from_pretrained(source)
-        file = Path(source) / WEIGHTS
-        types = stored_types(file) if file.is_file() else {}
-        blocks = {found[1] for name in types if (found := re.match(r"model\.backbone\.blocks\.(\d+)\.", name))}
-        backbone = config.language_model().backbone
-        # Blocks that share all their weights are stored once.
-        if blocks and backbone.depth > len(blocks) and not any(entry.tie for entry in backbone.layers):
-            raise CheckpointError(
-                f"{file} has {len(blocks)} blocks, and the model {backbone.depth}; nothing was loaded"
-            )
+        described = config
+        if not isinstance(described, cls.config_class):
+            where = {name: options[name] for name in _WHERE if name in options}
+            described = cls.config_class.from_pretrained(source if config is None else config, **where)
+        backbone = described.language_model().backbone
+        # Large models have their weights in several files; without a source they are an argument.
+        folder = None if source is None else Path(source) / (options.get("subfolder") or "")
+        types = {} if folder is None else {file: stored_types(file) for file in folder.glob("model*.safetensors")}
+        if types:
+            check_blocks([name for names in types.values() for name in names], backbone, folder, prefix="model.")
         try:
             loaded = super().from_pretrained(source, *arguments, config=config, **options)
         except (RuntimeError, OverflowError) as error:
-            if isinstance(error, CheckpointError):
+            if isinstance(error, CheckpointError | torch.OutOfMemoryError):
                 raise
             raise CheckpointError(f"{source} holds no such model: {' '.join(str(error).split())}") from error
         parameters = dict((loaded[0] if isinstance(loaded, tuple) else loaded).named_parameters())
-        for name in parameters.keys() & types.keys():
-            if not re.match(r"B?F\d", types[name]):
-                raise CheckpointError(f"{file}: {name} holds {types[name]}, and weights are floating-point numbers")
+        for file, names in types.items():
+            for name in parameters.keys() & names.keys():
+                if not re.match(r"B?F\d", names[name]):
+                    raise CheckpointError(f"{file}: {name} holds {names[name]}, and weights are floating-point numbers")
         check_finite(parameters, source)
         return loaded

@@ -7,8 +7,9 @@ is imported on demand only.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 from jaxtyping import Float
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -16,11 +17,12 @@ from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..backbones import BackboneConfig, Context
+from ..backbones import BackboneConfig
 from ..backbones.heads.classification import split_tokens
 from ..errors import ConfigError
 from ..modalities import ImageClassifier, ImageClassifierConfig
-from .timm_base import TimmModel, checkpoint_filter_fn, chosen, models_of, pool_for, prefix_first, register
+from ..modalities.common.classifier import layout_of
+from .timm_base import TimmModel, TimmShort, checkpoint_filter_fn, chosen, models_of, pool_for, prefix_first, register
 from .timm_media import TimmAudioClassifier, TimmVideoClassifier
 
 __all__ = ["TimmAudioClassifier", "TimmClassifier", "TimmVideoClassifier", "checkpoint_filter_fn"]
@@ -38,7 +40,7 @@ class TimmClassifier(TimmModel, ImageClassifier):
         class_token: None, "first" or "middle".
         patch_size: by default the named model's.
         backbone: a whole configuration in place of the named model's, or what JSON has of one.
-        short: what differs from the named model's backbone: embed_dim, depth, drop_path_rate, mixer, ffn, mixers, scan.
+        short: what differs from the named model's backbone; see `TimmShort`.
 
     Raises:
         UnknownName, ConfigError: as `omnimix.create_model`.
@@ -56,7 +58,7 @@ class TimmClassifier(TimmModel, ImageClassifier):
         class_token: str | None = None,
         drop_rate: float = 0.0,
         backbone: BackboneConfig | dict[str, Any] | None = None,
-        **short: Any,
+        **short: Unpack[TimmShort],
     ):
         super().__init__(
             chosen(
@@ -108,10 +110,10 @@ class TimmClassifier(TimmModel, ImageClassifier):
         if output_fmt not in ("NCHW", "NLC"):
             raise ConfigError(f"output_fmt is {output_fmt!r}; it must be 'NCHW' or 'NLC'")
         take, last = feature_take_indices(len(self.backbone.blocks), indices)
-        tokens, layout = self.tokenizer(x)
+        tokens, entering = self.tokenizer(x)
         stages = {i: self.feature_info[i]["stage"] for i in take}
         taps = [f"blocks.{i}" for i in take] + [f"stages.{i}" for i in dict.fromkeys(stages.values())]
-        out = self.backbone(tokens, layout, taps=taps, depth=last + 1 if stop_early else None)
+        out = self.backbone(tokens, entering, taps=taps, depth=last + 1 if stop_early else None)
         found: list[Any] = []
         for i, stage in stages.items():
             # The last norm is the last stage's; what earlier ones give may have another width.
@@ -121,7 +123,7 @@ class TimmClassifier(TimmModel, ImageClassifier):
             if output_fmt == "NCHW":
                 grid = grid.mT.unflatten(-1, layout.grid[1:]).contiguous()
             found.append((grid, prefix) if return_prefix_tokens and layout.extra else grid)
-        return found if intermediates_only else (prefix_first(out.y, (out.context or Context(layout)).layout), found)
+        return found if intermediates_only else (prefix_first(out.y, layout_of(out, entering)), found)
 
     def prune_intermediate_layers(
         self,
@@ -144,14 +146,18 @@ class TimmClassifier(TimmModel, ImageClassifier):
 
     def _keep_blocks(self, count: int) -> None:
         """Tell the backbone that it has so many blocks, and drop the stages behind them."""
-        config, stages, left = self.backbone.config, [], count
-        for stage in config.stages or ():
+        backbone, stages, left = self.backbone, [], count
+        for stage in backbone.stages:
             if left > 0:
                 stages.append(replace(stage, depth=min(stage.depth, left)))
             left -= stage.depth
-        self.backbone.config = replace(config, depth=count, stages=tuple(stages) if config.stages else config.stages)
-        for i in [i for i in self.backbone.transitions if config.stages and int(i) >= len(stages)]:
-            del self.backbone.transitions[i]
+        backbone.stages = tuple(stages)
+        # A new configuration would refuse options that only dropped blocks have used.
+        backbone.config = copy.copy(backbone.config)
+        for name, value in (("depth", count), ("stages", backbone.stages if backbone.config.stages else ())):
+            object.__setattr__(backbone.config, name, value)
+        for i in [i for i in backbone.transitions if int(i) >= len(stages)]:
+            del backbone.transitions[i]
 
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None

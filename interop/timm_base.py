@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from jaxtyping import Float
@@ -12,13 +12,14 @@ from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 
 from ..backbones import BackboneConfig, from_dict
+from ..backbones.config import FFNConfig, MixerConfig
 from ..backbones.heads import ClassificationHead
 from ..backbones.heads.classification import split_tokens
 from ..backbones.layout import Layout
 from ..backbones.parameters import no_weight_decay
 from ..errors import ConfigError, UnsupportedCall
 from ..modalities import list_models, model_config
-from ..modalities.common.classifier import Classifier
+from ..modalities.common.classifier import Classifier, check_known
 from ..modalities.common.grid import fit_positions
 from ..modalities.common.weights import plain_names
 
@@ -43,20 +44,40 @@ def plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-# timm's names of a backbone's short form.
-_SHORT = {"embed_dim": "dim", "drop_path_rate": "drop_path"}
+class TimmShort(TypedDict, total=False):
+    """What differs from the named model's backbone, in timm's words where it has some; see `ShortForm`."""
+
+    embed_dim: int
+    depth: int
+    drop_path_rate: float
+    mixer: str
+    ffn: FFNConfig | str
+    mixers: dict[str, MixerConfig]
+    scan: str
 
 
-def chosen(cfg: str, backbone: BackboneConfig | dict[str, Any] | None, short: dict[str, Any], **options: Any) -> Any:
+# Other names than timm's.
+_OURS = {"embed_dim": "dim", "drop_path_rate": "drop_path"}
+
+
+def whole(backbone: BackboneConfig | dict[str, Any] | None) -> BackboneConfig | None:
+    """A configuration that may be what JSON has of it."""
+    return from_dict(BackboneConfig, backbone) if isinstance(backbone, dict) else backbone
+
+
+def chosen(cfg: str, backbone: BackboneConfig | dict[str, Any] | None, short: TimmShort, **options: Any) -> Any:
     """The configuration of a named model with those options that are not None.
 
     Args:
-        backbone: replaces that of the named model; a mapping is what JSON has of it.
-        short: the short form of a backbone (see `plain_backbone`), in timm's names.
+        backbone: replaces that of the named model.
+        short: what differs from it.
+        options: of the factory of the model.
+
+    Raises:
+        ConfigError: what is no field of `TimmShort`, which is all that timm's models take beside their own arguments.
     """
-    if isinstance(backbone, dict):
-        backbone = from_dict(BackboneConfig, backbone)
-    options |= {_SHORT.get(name, name): value for name, value in short.items()} | {"backbone": backbone}
+    check_known(short, TimmShort.__annotations__)
+    options |= {_OURS.get(name, name): value for name, value in short.items()} | {"backbone": whole(backbone)}
     return model_config(cfg, **{name: plain(value) for name, value in options.items() if value is not None})
 
 
@@ -155,9 +176,8 @@ def models_of(config_class: type) -> dict[str, Any]:
 
 def _depth(name: str, given: dict[str, Any]) -> int:
     """The number of blocks of a named model that is built with these arguments."""
-    backbone = given.get("backbone")
-    own = backbone.get("depth") if isinstance(backbone, dict) else getattr(backbone, "depth", None)
-    return given.get("depth") or own or model_config(name).backbone.depth
+    backbone = whole(given.get("backbone")) or model_config(name).backbone
+    return given.get("depth") or backbone.depth
 
 
 def register(

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 from jaxtyping import Float
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..backbones import BackboneConfig
 from ..errors import ConfigError, UnsupportedCall
 from ..modalities import AudioClassifier, AudioClassifierConfig, VideoClassifier, VideoClassifierConfig, model_config
-from .timm_base import TimmModel, checkpoint_filter_fn, chosen, models_of, plain, pool_for, register
+from .timm_base import TimmModel, TimmShort, checkpoint_filter_fn, chosen, models_of, plain, pool_for, register
 
 __all__ = ["TimmAudioClassifier", "TimmVideoClassifier"]
 
@@ -37,7 +37,7 @@ class TimmVideoClassifier(TimmModel, VideoClassifier):
         class_token: "first" or "middle".
         num_frames, img_size, patch_size, global_pool, class_token: by default the named model's.
         backbone: a whole configuration in place of the named model's, or what JSON has of one.
-        short: what differs from the named model's backbone: embed_dim, depth, drop_path_rate, mixer, ffn, mixers, scan.
+        short: what differs from the named model's backbone; see `TimmShort`.
 
     Raises:
         UnknownName, ConfigError: as `omnimix.create_model`.
@@ -56,7 +56,7 @@ class TimmVideoClassifier(TimmModel, VideoClassifier):
         class_token: str | None = None,
         drop_rate: float = 0.0,
         backbone: BackboneConfig | dict[str, Any] | None = None,
-        **short: Any,
+        **short: Unpack[TimmShort],
     ):
         frames, *size = model_config(cfg).video.size
         if img_size is not None:
@@ -106,7 +106,7 @@ class TimmAudioClassifier(TimmModel, AudioClassifier):
         class_token: "first" or "middle".
         global_pool, class_token: by default the named model's.
         backbone: a whole configuration in place of the named model's, or what JSON has of one.
-        short: what differs from the named model's backbone: embed_dim, depth, drop_path_rate, mixer, ffn, mixers, scan.
+        short: what differs from the named model's backbone; see `TimmShort`.
 
     Raises:
         UnknownName, ConfigError: as `omnimix.create_model`; another number of channels.
@@ -122,7 +122,7 @@ class TimmAudioClassifier(TimmModel, AudioClassifier):
         class_token: str | None = None,
         drop_rate: float = 0.0,
         backbone: BackboneConfig | dict[str, Any] | None = None,
-        **short: Any,
+        **short: Unpack[TimmShort],
     ):
         if in_chans != 1:
             raise ConfigError(f"in_chans is {in_chans}; audio models take one channel, so mix the others into it")

@@ -82,7 +82,7 @@ def model_config(name: str, **overrides: Any) -> Any:
     if name not in _factories:
         raise UnknownName("model", name, _factories)
     factory = _factories[name]
-    if "backbone" in overrides and isinstance(factory, partial):
+    if overrides.get("backbone") is not None and isinstance(factory, partial):
         # A whole backbone replaces the named model's, of which it takes nothing.
         kept = {option: value for option, value in factory.keywords.items() if option not in SHORT}
         factory = partial(factory.func, **kept)

@@ -49,5 +49,5 @@ def set_threads(threads: int | None) -> None:
     import torch
 
     if threads > cores():
-        say(f"threads is {threads}; this machine has {cores()} cores, and so many are used", error=True)
+        say(f"threads is {threads}; this machine has {cores()} cores: {cores()} threads are used", error=True)
     torch.set_num_threads(min(threads, cores()))

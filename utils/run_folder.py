@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import CheckpointError, ConfigError
-from .files import PART
+from .files import PART, one_at_a_time
 
 
 class RunFolder:
@@ -27,6 +27,7 @@ class RunFolder:
         self.samples = path / "samples.txt"
         self.tokenizer = path / "tokenizer.json"
         self._older = path.with_name(f".{path.name}.older")
+        self._gone = path.with_name(f".{path.name}.gone")
 
     @staticmethod
     def named(runs: str, name: str) -> RunFolder:
@@ -51,6 +52,8 @@ class RunFolder:
 
     def check(self, *, overwrite: bool, resume: bool) -> None:
         """Raise ConfigError where a new run would meet an old one, or there is none to go on with."""
+        if not self.path.exists():
+            self.recover()
         if resume and not self.path.is_dir():
             raise ConfigError(f"there is no run {str(self.path)!r} to go on with; start it without --resume")
         if resume or not self.path.exists() or not any(self.path.iterdir()):
@@ -61,11 +64,11 @@ class RunFolder:
             raise ConfigError(f"the run {str(self.path)!r} exists; go on with --resume, or start anew with --overwrite")
 
     def create(self, *, resume: bool) -> None:
-        if self._older.is_dir():
-            # Its successor was killed: before its first step, or after it.
-            self.commit() if self.last.is_file() else self.restore()
-        if self.path.exists() and not resume:
-            self.path.rename(self._older)
+        """Make the folder; without `resume` an older run of this name is set aside."""
+        if not resume:
+            self.recover()
+            if self.path.exists():
+                self.path.rename(self._older)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         # What a process that was killed while it wrote has left.
         for folder in (self.path, self.checkpoints):
@@ -74,7 +77,11 @@ class RunFolder:
 
     def commit(self) -> None:
         """Delete the older run of this name."""
-        shutil.rmtree(self._older, ignore_errors=True)
+        shutil.rmtree(self._gone, ignore_errors=True)
+        if self._older.is_dir():
+            # A process that is killed here leaves half a run, which must never be restored.
+            self._older.rename(self._gone)
+            shutil.rmtree(self._gone, ignore_errors=True)
 
     def restore(self) -> bool:
         """Put the older run of this name back in the place of this one; whether there was one."""
@@ -83,3 +90,13 @@ class RunFolder:
         shutil.rmtree(self.path, ignore_errors=True)
         self._older.rename(self.path)
         return True
+
+    def recover(self) -> bool:
+        """`restore` where a run that was to replace an older one was killed before `commit`; whether it was.
+
+        It is called before anything of the run is read, by all processes that train together: one of them does it.
+        """
+        if not self._older.is_dir():
+            return False
+        with one_at_a_time(self.path):
+            return self.restore()

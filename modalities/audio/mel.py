@@ -25,8 +25,10 @@ FLOOR = 1e-10  # of energies before their logarithm, as Whisper has it
 AUDIOSET_MEAN, AUDIOSET_STD = -4.2677393, 2 * 4.5689974
 
 
-# Samples a second, and what is counted in samples.
+# The most samples a second, and the most of what is counted in samples.
 FASTEST = 1 << 24
+# The most numbers in the filters of a spectrogram.
+LARGEST = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,10 @@ class MelConfig(Config):
     def __post_init__(self) -> None:
         positive(self, "rate", "hop", "window", "std", most=FASTEST)
         positive(self, "bins", most=4096)
+        if self.window * self.bins > LARGEST:
+            raise ConfigError(
+                f"MelConfig.window is {self.window} and bins {self.bins}; their product must be at most {LARGEST:,}"
+            )
         bounded(self, "mean", least=-FASTEST, most=FASTEST)
         bounded(self, "window", least=2, wanted="at least 2 samples")
         if self.hop > self.window:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...backbones import Backbone, BackboneConfig, BlockConfig, Layout
+from ...backbones.config import FFNConfig, MixerConfig
 from ...backbones.heads import ClassificationHead, ClassificationHeadConfig
 from ...backbones.layer import Output, unfit
 from ...backbones.mixers import get_mixer
@@ -51,13 +52,13 @@ class Classifier(nn.Module):
         """Logits, and by name the losses of the backbone's routed experts, weighted: add them to the training loss."""
         tokens, layout = self.tokenizer(media)
         out = self.backbone(tokens, layout)
-        return self.head(out.y, _layout(out, layout)), out.losses
+        return self.head(out.y, layout_of(out, layout)), out.losses
 
     def forward_features(self, media: Any) -> tuple[Float[Tensor, "b t d"], Layout]:
         """The backbone's tokens after its last norm, and where they are."""
         tokens, layout = self.tokenizer(media)
         out = self.backbone(tokens, layout)
-        return out.y, _layout(out, layout)
+        return out.y, layout_of(out, layout)
 
     def forward_head(self, tokens: Float[Tensor, "b t d"], layout: Layout) -> Float[Tensor, "n *t classes"]:
         """Logits from what `forward_features` returned."""
@@ -77,55 +78,82 @@ class Classifier(nn.Module):
             raise UnsupportedCall(f"{name} does not resume from a state; use another layer")
 
 
-def _layout(out: Output, before: Layout) -> Layout:
+def layout_of(out: Output, before: Layout) -> Layout:
     """Where the tokens of an output are; transitions between stages may have moved them."""
     return before if out.context is None else out.context.layout
 
 
-# The short form of a backbone: what is most often said of one.
-SHORT = ("mixer", "dim", "depth", "ffn", "mixers", "scan", "drop_path")
+class ShortForm(TypedDict, total=False):
+    """The short form of a backbone: the fields that are set most often.
+
+    Attributes:
+        mixer: by name; several, joined by commas, are tiled over the depth ("gla,gla,attention"), and joined by "+"
+            they run in parallel ("attention+gla").
+        mixers: options by mixer name.
+        dim, depth, ffn, scan, drop_path: as in `BackboneConfig`.
+    """
+
+    mixer: str
+    dim: int
+    depth: int
+    ffn: FFNConfig | str | None
+    mixers: dict[str, MixerConfig]
+    scan: str
+    drop_path: float
 
 
-def plain_backbone(backbone: BackboneConfig | None = None, *, positions: bool, **short: Any) -> BackboneConfig:
+SHORT = tuple(ShortForm.__annotations__)
+
+
+def plain_backbone(
+    backbone: BackboneConfig | None = None, *, positions: bool, **short: Unpack[ShortForm]
+) -> BackboneConfig:
     """A backbone for a classifier: the one given, or a ViT-shaped one around a mixer or several, from its short form.
 
     Args:
         backbone: the configuration; None builds one, with the scan "both".
         positions: whether the tokens bring positions; attention without options of its own then has no rotary ones.
-        short: fields that differ: `mixer`, by name (several, joined by commas, are tiled over the depth,
-            "gla,gla,attention", and joined by "+" they run in parallel, "attention+gla"), `dim`, `depth`, `ffn`,
-            `mixers` (options by mixer name), `scan` and `drop_path`.
+        short: what differs from it; see `ShortForm`.
 
     Raises:
         UnknownName: no such mixer, scan or feed-forward layer.
         ConfigError: values that do not fit.
     """
-    if "mixer" in short:
-        short["pattern"] = tuple(part.strip() for part in short.pop("mixer").split(","))
+    changed: dict[str, Any] = dict(short)
+    if "mixer" in changed:
+        changed["pattern"] = tuple(part.strip() for part in changed.pop("mixer").split(","))
     if backbone is None:
-        missing = [name for name in ("pattern", "dim", "depth") if name not in short]
-        if missing:
-            raise ConfigError(
-                f"pass a backbone, or its short form with {', '.join(missing).replace('pattern', 'mixer')}"
-            )
-        pattern, mixers = short["pattern"], short.pop("mixers", None) or {}
+        if missing := [name for name in ("mixer", "dim", "depth") if name not in short]:
+            raise ConfigError(f"pass a backbone, or its short form with {', '.join(missing)}")
+        patterns, mixers = [changed["pattern"]], changed.pop("mixers", None) or {}
     else:
-        pattern, mixers = short.get("pattern", backbone.pattern), short.pop("mixers", None) or backbone.mixers
-    named = [BlockConfig.of(entry).mixer for entry in pattern]
+        patterns = [changed.get("pattern", backbone.pattern), *(stage.pattern for stage in backbone.stages)]
+        mixers = changed.pop("mixers", None) or backbone.mixers
+    named = [BlockConfig.of(entry).mixer for pattern in patterns for entry in pattern]
     for name in dict.fromkeys(name for entry in named if isinstance(entry, str) for name in entry.split("+")):
         config = get_mixer(name).config
         if positions and "rope" in config.__dataclass_fields__:
             mixers = {name: config(rope=False)} | mixers
     if backbone is None:
-        return BackboneConfig(**{"scan": "both"} | short, mixers=mixers)
-    return replace(backbone, **short, mixers=mixers)
+        return BackboneConfig(**{"scan": "both"} | changed, mixers=mixers)
+    return replace(backbone, **changed, mixers=mixers)
 
 
 def pattern_name(backbone: BackboneConfig) -> str:
-    """The mixers of a backbone as its short form writes them."""
-    blocks = [BlockConfig.of(entry) for entry in backbone.pattern]
+    """The mixers of a backbone as its short form writes them; with stages those of each."""
+    patterns = [stage.pattern or backbone.pattern for stage in backbone.stages] or [backbone.pattern]
+    blocks = [BlockConfig.of(entry) for pattern in patterns for entry in pattern]
     mixers = [getattr(block.mixer, "type", block.mixer) or "none" for block in blocks]
     return ",".join(mixers)
+
+
+def check_known(names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ConfigError where a name is none of the known options; it names the nearest."""
+    known = sorted(known)
+    for name in sorted(set(names) - set(known)):
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
+        raise ConfigError(f"there is no option {name!r}; {hint}")
 
 
 def parted(options: dict[str, Any], own: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -135,11 +163,7 @@ def parted(options: dict[str, Any], own: Iterable[str]) -> tuple[dict[str, Any],
         ConfigError: an option that is neither, with the nearest.
     """
     own = set(own)
-    known = sorted([*own, *SHORT, "backbone", "classes", "pool", "dropout"])
-    for name in options.keys() - own - set(SHORT):
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
-        raise ConfigError(f"there is no option {name!r}; {hint}")
+    check_known(options, [*own, *SHORT, "backbone", "classes", "pool", "dropout"])
     return (
         {name: value for name, value in options.items() if name in own},
         {name: value for name, value in options.items() if name in SHORT},

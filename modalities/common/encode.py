@@ -81,9 +81,7 @@ def write_video(
     container, default = VIDEO_FORMATS[path.suffix.lower()]
     if container == "avi" and (times is not None or start or audio):
         raise ConfigError(f"path is {str(path)!r}; avi takes silent frames at a constant rate from zero: use mp4")
-    options = {"crf": str(quality), "b": "0"} if default != "mpeg4" else {"flags": "+qscale", "global_quality": "236"}
-    options |= {"deadline": "good", "cpu-used": "5"} if (codec or default).startswith("libvpx") else {}
-    options |= {"preset": "veryfast"} if (codec or default) in ("libx264", "libx265") else {}
+    options = _options(codec or default, default, quality)
     sound = _SOUND.get(path.suffix.lower(), "aac")
     fps = _fraction(rate, clock)
     tick = 1 / fps if container == "avi" else Fraction(1, _TICKS)
@@ -105,6 +103,13 @@ def write_video(
                 output.add(stream, frame)
 
     replace_file(path, write)
+
+
+def _options(codec: str, default: str, quality: int) -> dict[str, str]:
+    """An encoder's options, in files whose usual one is `default`."""
+    options = {"crf": str(quality), "b": "0"} if default != "mpeg4" else {"flags": "+qscale", "global_quality": "236"}
+    options |= {"deadline": "good", "cpu-used": "5"} if codec.startswith("libvpx") else {}
+    return options | ({"preset": "veryfast"} if codec in ("libx264", "libx265") else {})
 
 
 def write_audio(path: str | Path, wave: Float[Tensor, "channels n"], rate: int, *, start: float | int = 0.0) -> None:

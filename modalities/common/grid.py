@@ -16,7 +16,7 @@ from ...backbones.parameters import mark
 from ...errors import ConfigError
 from ...utils.modes import own_precision
 
-# Pixels or frames along an axis.
+# The most pixels or frames along an axis.
 LONGEST = 1 << 16
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ...errors import CheckpointError, ConfigError, OmnimixError, UnknownName
 from ...utils.files import replace_file, replace_tensors
 from .grid import fit_positions
 
-# Of what `write_config` writes. Version 0.1 wrote none, which is 1.
+# The format of what `write_config` writes. Version 0.1 wrote none, which is 1.
 FORMAT = 2
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 Shape = tuple[int, ...]
@@ -114,13 +114,8 @@ def check_fits(
         file: that holds them.
         backbone: what the configuration asks for, where the model has one.
     """
-    blocks = {found[1] for name in shapes if (found := re.match(r"backbone\.blocks\.(\d+)\.", name))}
-    # Blocks that share all their weights are stored once.
-    if backbone is not None and backbone.depth > len(blocks) and not any(entry.tie for entry in backbone.layers):
-        raise CheckpointError(
-            f"{file} does not fit the model: it has {len(blocks)} blocks, and the model {backbone.depth}; nothing was "
-            "loaded"
-        )
+    if backbone is not None:
+        check_blocks(shapes, backbone, file)
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
@@ -136,6 +131,22 @@ def check_fits(
                 f"{file} does not fit the model, which cannot be: {what}; nothing was loaded"
             ) from error
     _compare(*({name: tuple(t.shape) for name, t in each.items()} for each in (own, stored)), file)
+
+
+def check_blocks(names: Iterable[str], backbone: BackboneConfig, file: str | Path, prefix: str = "") -> None:
+    """Raise CheckpointError where stored weights are of fewer blocks than a backbone has.
+
+    Args:
+        names: of the stored weights.
+        prefix: of those of the model.
+    """
+    pattern = re.compile(re.escape(prefix) + r"backbone\.blocks\.(\d+)\.")
+    stored = len({found[1] for name in names if (found := pattern.match(name))})
+    # Blocks that share all their weights are stored once.
+    if backbone.depth > stored and not any(entry.tie for entry in backbone.layers):
+        raise CheckpointError(
+            f"{file} does not fit the model: it has {stored} blocks, and the model {backbone.depth}; nothing was loaded"
+        )
 
 
 def _compare(own: Mapping[str, Shape], stored: Mapping[str, Shape], file: str | Path) -> None:
@@ -188,6 +199,8 @@ def load_weights(model: nn.Module, file: str | Path, *, resize: bool = False) ->
 def check_finite(weights: Mapping[str, Tensor], file: str | Path) -> None:
     """Raise CheckpointError where weights hold NaN or infinity, whose answers mean nothing."""
     for name, tensor in weights.items():
+        if tensor.is_floating_point() and tensor.itemsize == 1:
+            tensor = tensor.float()  # eight bits have no sums of their own
         # The sum of finite numbers may overflow, which the numbers themselves then decide.
         if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{file}: {name} holds NaN or infinity; train anew, or from an earlier state")

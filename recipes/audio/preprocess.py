@@ -10,14 +10,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ...backbones.config import positive
+from ...backbones.config import called, positive
+from ...errors import ConfigError
 from ...modalities.audio.files import read_audio
 from ...modalities.data.sources import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from ..common.preprocess import Preprocess
 
-# Many sets of sounds are sets of videos, whose pictures nobody needs here.
-# Samples a second, and the seconds of what a model hears.
+# The most samples a second, seconds and samples that a model hears at once.
 FASTEST, LONGEST = 1 << 20, 3600
+SAMPLES = 1 << 28
+# Many sets of sounds are sets of videos, whose pictures nobody needs here.
 SUFFIXES = AUDIO_SUFFIXES | VIDEO_SUFFIXES
 
 
@@ -38,6 +40,9 @@ class AudioPreprocess(Preprocess):
         super().__post_init__()
         positive(self, "rate", most=FASTEST)
         positive(self, "seconds", most=LONGEST)
+        if self.seconds is not None and self.rate * self.seconds > SAMPLES:
+            what = f"{called(self)}.rate is {self.rate} and seconds {self.seconds}"
+            raise ConfigError(f"{what}; a model hears at most {SAMPLES:,} samples")
 
     def of_the_model(self, model: nn.Module) -> dict[str, tuple[Any, Any]]:
         return {"rate": (self.rate, model.tokenizer.config.rate)}

@@ -16,7 +16,8 @@ from ...modalities.audio.fronts import FrameFrontConfig, FrontConfig, PatchFront
 from ...modalities.audio.mel import LogMel, MelConfig, SpecAugmentConfig
 from ...modalities.audio.model import AudioClassifier, audio_classifier
 from ..common.classification import Baseline, Classification, ClassificationTrainingConfig, Look, finish
-from ..common.cli import RecipeCLI, evaluate, run_fit
+from ..common.cli import RecipeCLI
+from ..common.commands import evaluate, run_fit
 from .data import AudioData, AudioFolderData, SoundsData
 from .order_blind import order_blind
 

@@ -18,15 +18,20 @@ from .. import CONFIGS, RECIPES
 from .options import RecipeData
 from .trees import DataTrees, Trees
 
+CONFIG_OPTIONS = ("-c", "--config")
+
 
 def argument(argv: list[str], name: str, default: str) -> str:
-    """The value of `--name VALUE` or `--name=VALUE` in a command line."""
+    """The value of an option such as `--name` in a command line and the files in it, of which the last one counts."""
+    found = default
     for i, word in enumerate(argv):
-        if word == name and i + 1 < len(argv):
-            return argv[i + 1]
-        if word.startswith(f"{name}="):
-            return word.partition("=")[2]
-    return default
+        option, equals, value = word.partition("=")
+        value = value if equals else " ".join(argv[i + 1 : i + 2])
+        if option == name:
+            found = value or found
+        elif option in CONFIG_OPTIONS and isinstance(content := _read(value), dict):
+            found = str(content.get(name.removeprefix("--")) or found)
+    return found
 
 
 def configurations(argv: list[str], recipe: str) -> tuple[list[str], Path, str]:
@@ -48,13 +53,13 @@ def configurations(argv: list[str], recipe: str) -> tuple[list[str], Path, str]:
     words = iter(argv)
     for word in words:
         option, _, value = word.partition("=")
-        if option not in {"-c", "--config"}:
+        if option not in CONFIG_OPTIONS:
             rest.append(word)
             continue
         value = value or next(words, "")
         packaged = CONFIGS / f"{value}.yaml"
         name = Path(value).stem
-        if Path(value).exists():
+        if Path(value).exists() and not Path(value).is_dir():
             rest += ["--config", value]
         elif packaged.is_file():
             base = packaged
@@ -78,7 +83,7 @@ def prepared(argv: list[str], base: Path, model: type, data: type[RecipeData]) -
         ConfigError: an option of one's own files, and the data set is a generated one; or what is wrong with a tree.
     """
     defaults = _defaults(base, argv)
-    # Of an unknown data set the parser says what is wrong with its name.
+    # Where the data set is unknown, the parser says what is wrong with its name.
     chosen = data_class(data, [*_class_paths(defaults.get("data")), *data_paths(argv)][-1]) or data
     both = trees, options = Trees(model), DataTrees(chosen)
     with tempfile.TemporaryDirectory() as folder:

@@ -7,10 +7,9 @@ import contextlib
 import logging
 import os
 import pickle
-import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -25,7 +24,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from ...backbones.serialization import to_dict
 from ...errors import CheckpointError, ConfigError, OmnimixError
 from ...modalities import load_weights
-from ...utils.console import emit, say
+from ...utils.console import say
 from ...utils.files import replace_file
 from ...utils.options import add_json, add_threads, set_threads
 from ...utils.run_folder import RunFolder
@@ -34,9 +33,9 @@ from .history import History
 from .migration import migrated_files
 from .options import RecipeData, options_argument
 from .parser import Parser
-from .ranks import losses_named, same_again, share_threads, trainer_of_torchrun
-from .stored import OTHER_MODEL, build_fitting, stored_config
-from .training import AverageWeights, Begin, Interrupted, LastCheckpoint, SeedEveryStep, WholeFiles, precision
+from .ranks import share_threads, trainer_of_torchrun
+from .stored import DAMAGED, OTHER_MODEL, build_fitting, stored_config
+from .training import AverageWeights, Begin, LastCheckpoint, SeedEveryStep, WholeFiles, precision
 from .trees import EPILOG, build, epilog, tree_defaults
 
 _OF_THE_CALL = ("overwrite", "resume", "ckpt_path", "weights_only", "json", "run")
@@ -167,7 +166,7 @@ class RecipeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         if self.options.threads is not None:
             set_threads(self.options.threads)
-            # Of the processes that Lightning starts.
+            # The processes that Lightning starts read it.
             os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
         else:
             share_threads()
@@ -189,7 +188,7 @@ class RecipeCLI(LightningCLI):
 
     def _add_instantiators(self) -> None:
         super()._add_instantiators()
-        # Of plain values Lightning keeps a dump; then the trees become what the model takes.
+        # Lightning keeps a dump of plain values; then the trees become what the model takes.
         self._dump_config()
         model = self.options.model
         for name in tree_defaults(self.model_class):
@@ -210,7 +209,7 @@ class RecipeCLI(LightningCLI):
         return super().instantiate_trainer(**chosen, **kwargs)
 
     def _loggers(self) -> list[Any]:
-        # Of a resumed run each part has its own version, since CSVLogger would replace what the first part wrote.
+        # Each part of a resumed run has a version of its own, since CSVLogger would replace what the first part wrote.
         parts = len(list((self.folder.path / "logs").glob("version_*"))) if self.options.resume else 0
         place = {"save_dir": str(self.folder.path), "name": "logs", "version": parts}
         return [CSVLogger(**place), TensorBoardLogger(**place)]
@@ -261,6 +260,9 @@ class RecipeCLI(LightningCLI):
                     raise SystemExit(130) from error  # there is nothing of this run to resume
             self._explain(error, ckpt_path)
             raise
+        if rank_zero_only.rank == 0:
+            # Begin hears of steps only, and a run of none replaces the older one too.
+            folder.commit()
 
     @staticmethod
     def _explain(error: BaseException, ckpt_path: str | None) -> None:
@@ -329,50 +331,6 @@ def interruptible() -> Iterator[None]:
         raise
 
 
-def run_fit(
-    task: str,
-    argv: list[str],
-    make: Callable[[str, list[str]], RecipeCLI],
-    finish: Callable[[RecipeCLI], None],
-) -> int:
-    """Train, and then `finish`; or, where it is stopped from outside, say how to go on.
-
-    Args:
-        task: the command is `omnimix TASK fit`, and the run's name, unless it is given another, TASK.
-        make: parses and trains, from "fit" and the command line.
-    """
-    name, runs = argument(argv, "--name", task), argument(argv, "--runs", "runs")
-    folder = RunFolder.named(runs, name)
-    place = "" if runs == "runs" else f" --runs {shlex.quote(runs)}"
-    again = f"{same_again(f'omnimix {task} fit')} --name {name}{place} --resume"
-    cli = None
-    try:
-        with losses_named(f"; go on with: {again}"):
-            cli = make("fit", argv)
-            finish(cli)
-    except (Interrupted, KeyboardInterrupt) as stop:
-        if rank_zero_only.rank != 0:
-            return 0  # a failure of theirs would make whoever started them stop the first before it has spoken
-        if not folder.config.is_file():
-            raise
-        done = "stopped" if cli is None else "stopped behind the training, before the report was done"
-        say(f"\n{str(stop) or done}", keep="\n")
-        say(f"go on with: {again}")
-        return 130
-    return 0
-
-
-def evaluate(command: str, argv: list[str], make: Callable[[str, list[str]], RecipeCLI]) -> int:
-    """Measure the run that `--run` names with its own configuration, and print the numbers."""
-    run = argument(argv, "--run", "")
-    with losses_named():
-        cli = make(command, argv)
-    row = {"run": str(cli.folder.path), **{name: float(value) for name, value in cli.measured[0].items()}}
-    if cli.trainer.is_global_zero:
-        emit(f"{command} {run}", [row], cli.options.json)
-    return 0
-
-
 def _run_of(command: str, argv: list[str], task: str) -> RunFolder | None:
     """The run whose configuration a command begins with: the one to resume, or to evaluate."""
     if command != "fit":
@@ -380,7 +338,10 @@ def _run_of(command: str, argv: list[str], task: str) -> RunFolder | None:
         return RunFolder.finished(run) if run else None
     if "--resume" not in argv:
         return None
-    return RunFolder.named(argument(argv, "--runs", "runs"), argument(argv, "--name", task))
+    folder = RunFolder.named(argument(argv, "--runs", "runs"), argument(argv, "--name", task))
+    if folder.recover():
+        say(f"what was to replace the run {str(folder.path)!r} was stopped before its first step: the run is as it was")
+    return folder
 
 
 def _why_not_resumed(error: Exception) -> str | None:
@@ -389,7 +350,7 @@ def _why_not_resumed(error: Exception) -> str | None:
     if "loading state_dict" in text:
         return OTHER_MODEL
     if isinstance(error, EOFError | pickle.UnpicklingError) or "PytorchStreamReader" in text:
-        return "it is damaged; start anew with --overwrite"
+        return DAMAGED
     return None
 
 

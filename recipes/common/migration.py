@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from ...errors import ConfigError
+
 # A module that configurations of 0.1 name in a `class_path` -> the module that has its classes now.
 MODULES = {
     "omnimix.modalities.fronts": "omnimix.modalities.audio.fronts",
@@ -34,10 +36,17 @@ def current_path(class_path: str) -> str:
 
 
 def migrate(content: Any) -> Any:
-    """The plain values of a configuration in today's terms."""
+    """The plain values of a configuration in today's terms.
+
+    Raises:
+        ConfigError: an option that has another name now has a value that it never had.
+    """
     content = _with_paths(content)
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        content["model"] = _model(content["model"])
+        try:
+            content["model"] = _model(content["model"])
+        except (TypeError, ValueError, AttributeError, LookupError) as error:
+            raise ConfigError(f"model holds options of version 0.1 with values that they never had: {error}") from error
     return content
 
 
@@ -99,6 +108,9 @@ def migrated_files(argv: list[str]) -> Iterator[list[str]]:
     """The command line, in which a copy stands for every `--config FILE` that an earlier version has written.
 
     A file that cannot be read stays: the parser says what is wrong with it.
+
+    Raises:
+        ConfigError: a file has options of 0.1 with values that they never had.
     """
     current = list(argv)
     with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +121,10 @@ def migrated_files(argv: list[str]) -> Iterator[list[str]]:
                 content = yaml.safe_load(Path(argv[i + 1]).read_text(encoding="utf-8"))
             except (OSError, ValueError, yaml.YAMLError):
                 continue
-            new = migrate(content)
+            try:
+                new = migrate(content)
+            except ConfigError as error:
+                raise ConfigError(f"{argv[i + 1]}: {error}") from error
             if new != content:
                 copy = Path(folder) / f"{i}.yaml"
                 copy.write_text(yaml.safe_dump(new, sort_keys=False), encoding="utf-8")

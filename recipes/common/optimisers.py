@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ...backbones import Backbone
 from ...backbones.ffn import rebalance
 from ...backbones.parameters import no_weight_decay
-from ...backbones.serialization import current_name
-from ...errors import CheckpointError, ConfigError
+from ...errors import ConfigError
+from .optimiser_states import match_by_name
 from .training import TrainingConfig
 
 
@@ -119,36 +119,6 @@ def build_optimiser(module: nn.Module, config: TrainingConfig) -> torch.optim.Op
         )
     optimizer.register_load_state_dict_pre_hook(match_by_name)
     return optimizer
-
-
-def match_by_name(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
-    """A saved state whose parameters are in the optimiser's order, whatever theirs was.
-
-    Version 0.1 wrote no names; its parameters are in today's order.
-
-    Raises:
-        CheckpointError: the state is of other parameters.
-    """
-    groups = state["param_groups"]
-    if not all("param_names" in group for group in groups):
-        return None
-    saved = {
-        current_name(name): key
-        for group in groups
-        for name, key in zip(group["param_names"], group["params"], strict=True)
-    }
-    own = [group["param_names"] for group in optimizer.param_groups]
-    if other := sorted(saved.keys() ^ {name for names in own for name in names}):
-        raise CheckpointError(f"the optimiser's state is of another model: only one of them has {other[0]!r}")
-    if len(groups) != len(own):
-        raise CheckpointError(
-            f"the optimiser's state has {len(groups)} groups of parameters, and the optimiser {len(own)}"
-        )
-    groups = [
-        group | {"params": [saved[name] for name in names], "param_names": list(names)}
-        for group, names in zip(groups, own, strict=True)
-    ]
-    return state | {"param_groups": groups}
 
 
 def cosine(step: int, total: int, warmup: float, floor: float) -> float:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 
+from ...backbones.config import bounded
 from ...backbones.typed import Config
 from ...errors import ConfigError
 
@@ -24,26 +25,16 @@ class DataOptions(Config):
         policy: what an unreadable file does: "skip" leaves it out and names it, "raise" stops.
     """
 
+    called: ClassVar[str] = "data"
+
     batch_size: int | None = None
     workers: int | None = None
     seed: int | None = None
     policy: Literal["skip", "raise"] | None = None
 
     def __post_init__(self) -> None:
-        self._at_least(1, "batch_size")
-        self._at_least(0, "workers")
-        self._one_of(("skip", "raise"), "policy")
-
-    def _at_least(self, least: int, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"data.{name} is {value}; it must be at least {least}")
-
-    def _one_of(self, words: tuple[str, ...], name: str) -> None:
-        value = getattr(self, name)
-        if value is not None and value not in words:
-            raise ConfigError(f"data.{name} is {value!r}; it must be {' or '.join(map(repr, words))}")
+        at_least(self, 1, "batch_size")
+        at_least(self, 0, "workers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +51,16 @@ class LoadingOptions(DataOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_unreadable is not None and not 0 <= self.max_unreadable <= 1:
-            raise ConfigError(f"data.max_unreadable is {self.max_unreadable}; it must be in [0, 1]")
+        bounded(self, "max_unreadable", least=0, most=1, wanted="in [0, 1]")
         if self.keep and self.workers:
             raise ConfigError(
                 f"data.keep with data.workers {self.workers}: each would keep all files; set workers to 0"
             )
+
+
+def at_least(options: DataOptions, least: int, *names: str) -> None:
+    """Raise ConfigError unless each named option is at least so large (or None)."""
+    bounded(options, *names, least=least, wanted=f"at least {least}")
 
 
 # Leaves every option to the data set.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import traceback
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -40,7 +41,7 @@ def lost_process(error: BaseException) -> str | None:
         if isinstance(each, dist.DistError) or (isinstance(each, RuntimeError) and _PARTNER.search(text)):
             if world_size() > 1 or started_by_torchrun():
                 return f"a process that trains together with this one has ended ({_first_line(text)})"
-        if isinstance(each, ConnectionError | EOFError) and "in DataLoader worker process" not in text:
+        if isinstance(each, ConnectionError | EOFError) and _from_a_process(each):
             return f"a process that works for this one has ended ({type(each).__name__})"
     return None
 
@@ -59,6 +60,12 @@ def losses_named(remedy: str = "") -> Iterator[None]:
         if reason is None:
             raise
         raise LostProcess(f"{reason}{remedy}") from error
+
+
+def _from_a_process(error: BaseException) -> bool:
+    """Whether another process was asked, and not a file or a pipe of the user's."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(name.startswith("multiprocessing.") for name in modules)
 
 
 def _first_line(text: str) -> str:

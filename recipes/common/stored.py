@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import json
 import math
 import pickle
 import tempfile
@@ -22,7 +23,7 @@ import torch
 import yaml
 
 from ...backbones.serialization import current_name
-from ...errors import CheckpointError
+from ...errors import CheckpointError, ConfigError
 from ...modalities.common.weights import check_fits, stored_shapes
 from ...utils.console import say
 from ...utils.options import cores
@@ -34,7 +35,8 @@ from .parser import subclasses
 from .trees import SHORT, TREES, short_forms
 
 OTHER_MODEL = "it is of another model; leave out options that change the model, or start anew with --overwrite"
-# Of a file; ours have some 4 kB.
+DAMAGED = "it is damaged; start anew with --overwrite"
+# Bytes, values and depth of a file; ours have some 4 kB.
 _LARGEST, _VALUES, _DEPTH = 1 << 20, 100_000, 40
 # Fields beside `trainer`, `model` and `data`; the folder itself says what `name` and `runs` are.
 _PLAIN = ("seed_everything", "checkpoint_steps", "configuration", "threads")
@@ -52,9 +54,11 @@ _TRAINER = frozenset(
 _WORDS = {
     "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
     "strategy": ("auto", "ddp", "ddp_spawn", "fsdp2"),
+    # A logger that is named would write to wherever it says.
+    "logger": (False,),
 }
-# What neither does anything nor is missed where it is left out.
-_IDLE = {"num_nodes": 1, "enable_autolog_hparams": True, "default_root_dir": None}
+# What a trainer does without being told; nothing is said where these are left out.
+_IDLE = {"num_nodes": 1, "enable_autolog_hparams": True}
 
 
 @contextlib.contextmanager
@@ -79,7 +83,7 @@ def stored_config(argv: list[str], folder: RunFolder, data: type[RecipeData], *,
     with tempfile.TemporaryDirectory() as place:
         copy = Path(place) / "config.yaml"
         copy.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-        tokenizer = [f"--data.tokenizer={folder.path}"] if folder.tokenizer.is_file() else []
+        tokenizer = [f"--data.tokenizer={json.dumps(str(folder.path))}"] if folder.tokenizer.is_file() else []
         yield ["--config", str(copy), *tokenizer, *argv]
 
 
@@ -92,7 +96,10 @@ class _Run:
 
     def content(self) -> dict[str, Any]:
         """What the file says, in today's terms, as far as it is taken."""
-        content = migrate(self._read())
+        try:
+            content = migrate(self._read())
+        except ConfigError as error:
+            raise CheckpointError(f"cannot read {str(self.file)!r}: {error}") from error
         for key in content:
             if key not in (*_PLAIN, "name", "runs", "trainer", "model", "data"):
                 raise self._refused(key, "which no run has")
@@ -146,6 +153,8 @@ class _Run:
             raise CheckpointError(f"{str(self.file)!r}: {place} is {value!r}; it must be one plain value")
         if isinstance(value, float) and not math.isfinite(value):
             raise CheckpointError(f"{str(self.file)!r}: {place} is {value}; it must be finite")
+        if isinstance(value, int) and value.bit_length() > 64:
+            raise CheckpointError(f"{str(self.file)!r}: {place} is a number of more than 64 bits")
 
     def _mapping(self, place: str, value: Any) -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -166,7 +175,7 @@ class _Run:
                 taken = name in _TRAINER and not _holds_class(value)
             if taken:
                 kept[name] = value
-            elif value not in (None, False) and _IDLE.get(name, value is None) != value:
+            elif value not in (None, False, _IDLE.get(name)):
                 left.append(f"trainer.{name}")
         if not self.fit:
             # One process evaluates, unless the command line says otherwise.
@@ -179,7 +188,9 @@ class _Run:
 
     def _devices(self, value: Any) -> bool:
         """Whether a number of devices is plain, and this machine has so many."""
-        count = len(value) if isinstance(value, list) else int(value) if str(value).isdecimal() else 1
+        text = str(value)
+        # Nobody has as many as 18 digits can say; Python reads no more than some thousands of them.
+        count = len(value) if isinstance(value, list) else int(text[:18]) if text.isdecimal() else 1
         here = max(cores(), torch.cuda.device_count())
         if self.fit and count > here:
             raise CheckpointError(
@@ -192,7 +203,7 @@ class _Run:
         for name, value in values.items():
             if name not in TREES and name not in SHORT and _holds_class(value):
                 raise self._refused(f"model.{name}.class_path", "and a model's options are plain values")
-            if name in ("training",) and value is not None:
+            if name == "training" and value is not None:
                 self._mapping(f"model.{name}", value)
         return values
 
@@ -312,11 +323,11 @@ def build_fitting(folder: RunFolder, cls: type[Any], *arguments: Any, fit: bool,
     Raises:
         CheckpointError: the weights are of another module.
     """
-    file = folder.last if fit else folder.weights
-    shapes = (_shapes_of_state(file) if file.is_file() else None) if fit else stored_shapes(file)
     make = partial(cls, *arguments, **options)
-    if shapes is None:
+    if fit and not folder.last.is_file():
         return make()
+    file = folder.last if fit else folder.weights
+    shapes = _shapes_of_state(file) if fit else stored_shapes(file)
     try:
         check_fits(lambda: make().model, shapes, file, backbone=options["backbone"])
     except CheckpointError as error:
@@ -326,8 +337,12 @@ def build_fitting(folder: RunFolder, cls: type[Any], *arguments: Any, fit: bool,
     return make()
 
 
-def _shapes_of_state(file: Path) -> dict[str, tuple[int, ...]] | None:
-    """The shapes of the model in a saved state of training; None where it is damaged, which resuming says."""
+def _shapes_of_state(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the model in a saved state of training.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
     try:
         state = torch.load(file, mmap=True, map_location="cpu", weights_only=True)["state_dict"]
         return {
@@ -335,5 +350,5 @@ def _shapes_of_state(file: Path) -> dict[str, tuple[int, ...]] | None:
             for name, tensor in state.items()
             if name.startswith("model.")
         }
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, pickle.UnpicklingError):
-        return None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"cannot resume from {str(file)!r}: {DAMAGED}") from error

@@ -26,6 +26,7 @@ from ...backbones import Backbone
 from ...backbones.serialization import current_name
 from ...backbones.tie import shared_parameters
 from ...errors import ConfigError
+from .optimiser_states import keyed_by_name
 
 
 class FullySharded(ModelParallelStrategy):
@@ -71,19 +72,9 @@ class FullySharded(ModelParallelStrategy):
         load_whole(self.lightning_module, checkpoint.pop("state_dict"))
         if self.optimizers:
             for state, optimizer in zip(checkpoint["optimizer_states"], self.optimizers, strict=True):
-                named, options = _by_name(state, optimizer), StateDictOptions(full_state_dict=True)
+                named, options = keyed_by_name(optimizer, state), StateDictOptions(full_state_dict=True)
                 set_optimizer_state_dict(self.lightning_module, optimizer, named, options=options)
         return checkpoint
-
-
-def _by_name(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimiser's state with the names of the parameters for its numbers."""
-    own = [group["param_names"] for group in optimizer.param_groups]
-    names = {}
-    for group, mine in zip(state["param_groups"], own, strict=True):
-        names |= dict(zip(group["params"], map(current_name, group.get("param_names", mine)), strict=True))
-    groups = [group | {"params": [names[key] for key in group["params"]]} for group in state["param_groups"]]
-    return state | {"state": {names[key]: kept for key, kept in state["state"].items()}, "param_groups": groups}
 
 
 StrategyRegistry.register("fsdp2", FullySharded, description="weights in shards, on any device")

@@ -8,7 +8,7 @@ from pathlib import Path
 from ...utils.cache import cache_folder
 from ...utils.files import hidden_folder, one_at_a_time
 
-# Files of a split at most: a number in a run's configuration must not fill a disk.
+# The most files of a class or split: a number in a run's configuration must not fill a disk.
 MOST = 100_000
 
 

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
-from ...backbones.config import not_negative, positive
+from ...backbones.config import bounded, not_negative, positive
 from ...errors import ConfigError, OmnimixError, UnknownName
 from ...utils.devices import native_bf16
 from ...utils.files import replace_file
@@ -75,9 +75,7 @@ class TrainingConfig:
 
 def parts(config: TrainingConfig, *names: str) -> None:
     """Raise ConfigError unless each named field lies in [0, 1]."""
-    for name in names:
-        if not 0 <= getattr(config, name) <= 1:
-            raise ConfigError(f"training.{name} is {getattr(config, name)}; it must be a part between 0 and 1")
+    bounded(config, *names, least=0, most=1, wanted="in [0, 1]")
 
 
 def precision(wanted: str | None, accelerator: str, parameters: int) -> str:

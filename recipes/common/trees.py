@@ -22,12 +22,13 @@ from ...backbones.registry import REGISTRIES, lookup
 from ...backbones.serialization import from_dict, to_dict
 from ...errors import ConfigError
 from ...modalities.audio.fronts import FrontConfig
+from ...modalities.common.classifier import ShortForm
 from .options import RecipeData, options_argument
 
 # What is short for what: `--model.dim 64` is `--model.backbone.dim 64`.
 SHORT = {
     "mixer": ("backbone", "pattern"),
-    **{name: ("backbone", name) for name in ("dim", "depth", "ffn", "mixers", "scan", "drop_path")},
+    **{name: ("backbone", name) for name in ShortForm.__annotations__ if name != "mixer"},
 }
 EPILOG = """The backbone is a tree: --model.backbone.FIELD sets a field of BackboneConfig, and PART.OPTION an option
 of a part: --model.backbone.residual sandwich, --model.backbone.pattern '[gla, {mixer: {type: gla, heads: 2}}]'.
@@ -188,7 +189,7 @@ class DataTrees(Trees):
             return content
         named = str(data.get("class_path") or self.data.__name__)
         chosen = named.rpartition(".")[2] == self.data.__name__
-        # Of another data set nothing is kept, as of another part.
+        # Options of another data set are dropped, as those of another part are.
         rest = (self if chosen else DataTrees(self.data))._rest(data["init_args"])
         return content | {"data": data | {"init_args": rest}}
 

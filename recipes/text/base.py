@@ -11,12 +11,13 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from ...backbones.config import bounded
 from ...errors import ConfigError
 from ...modalities.data.corpus import Corpus
 from ...modalities.data.token_cache import TokenCache, cached_bpe, cached_tokens
 from ...modalities.text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from ..common.loading import EpochLoader
-from ..common.options import DataOptions, RecipeData
+from ..common.options import DataOptions, RecipeData, at_least
 from .windows import PackedWindows, Pieces
 
 
@@ -51,10 +52,8 @@ class TextOptions(DataOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least(1, "length", "vocabulary", "val_batch_size", "val_tokens")
-        self._one_of(("packed", "padded"), "borders")
-        if self.val_part is not None and not 0 < self.val_part < 1:
-            raise ConfigError(f"data.val_part is {self.val_part}; it must be between 0 and 1")
+        at_least(self, 1, "length", "vocabulary", "val_batch_size", "val_tokens")
+        bounded(self, "val_part", above=0, below=1, wanted="between 0 and 1")
 
 
 # Leaves every option to the data set.

@@ -17,7 +17,8 @@ from ...errors import ConfigError
 from ...modalities import save_model
 from ...modalities.common.classifier import pattern_name
 from ...utils.console import emit, say
-from ..common.cli import RecipeCLI, evaluate, run_fit
+from ..common.cli import RecipeCLI
+from ..common.commands import evaluate, run_fit
 from ..common.history import StepHistory
 from ..common.loading import mix
 from ..common.optimisers import optimise, planned_steps

@@ -15,7 +15,7 @@ from ...modalities.data.sources import VIDEO_SUFFIXES, Source, find_splits
 from ...modalities.video.files import VideoReader
 from ..common.loading import Key
 from ..common.media import MediaData, Samples, named
-from ..common.options import LoadingOptions
+from ..common.options import LoadingOptions, at_least
 from ..vision.folders import Augment
 from .preprocess import ClipConfig, VideoPreprocess
 
@@ -65,7 +65,7 @@ class VideoOptions(LoadingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least(1, "views", "crops")
+        at_least(self, 1, "views", "crops")
 
 
 # Leaves every option to the data set.

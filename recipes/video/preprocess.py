@@ -17,7 +17,7 @@ from ...modalities.video.sampling import Dense, Sampling, Segments, Uniform, vie
 from ..common.preprocess import LONGEST, Preprocess, check_square, check_statistics
 
 SAMPLINGS = ("uniform", "segments", "dense")
-# Of a clip: pixels of all its frames, and frames a second.
+# The most pixels in all frames of a clip, and the most frames a second.
 PIXELS, FASTEST = 1 << 28, 10_000
 
 

@@ -16,7 +16,8 @@ from ...errors import ConfigError
 from ...modalities.video.model import VideoClassifier, video_classifier
 from ...utils.console import say
 from ..common.classification import Baseline, Classification, ClassificationTrainingConfig, Look, finish
-from ..common.cli import RecipeCLI, evaluate, interruptible, run_fit
+from ..common.cli import RecipeCLI, interruptible
+from ..common.commands import evaluate, run_fit
 from ..common.training import AverageWeights, SeedEveryStep
 from .data import VideoData, VideoFolderData
 from .moving_digits import MovingDigitsData

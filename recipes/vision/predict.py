@@ -17,7 +17,7 @@ from ...utils.run_folder import RunFolder
 from ..common.prediction import named_files, ranked, unreadable
 from .preprocess import ImagePreprocess
 
-# Of images that are prepared and run together.
+# The most pixels of images that are prepared and run together.
 PIXELS = 1 << 24
 
 

@@ -13,7 +13,8 @@ from ...backbones.config import not_negative
 from ...modalities import ImageClassifier
 from ...modalities.image.model import image_classifier
 from ..common.classification import Classification, ClassificationTrainingConfig, Look, finish
-from ..common.cli import RecipeCLI, evaluate, run_fit
+from ..common.cli import RecipeCLI
+from ..common.commands import evaluate, run_fit
 from ..common.training import parts
 from .data import DigitsData, ImageData, TensorData
 from .folders import ImageFolderData

@@ -207,6 +207,28 @@ def test_save_and_load(tie, tmp_path):
     assert loaded.generation_config.eos_token_id == BYTES.end
 
 
+def test_options_of_from_pretrained_are_transformers(tmp_path):
+    model, ours = wrapped()
+    ours.save_pretrained(tmp_path / "inner")
+    load = hf.OmnimixForCausalLM.from_pretrained
+    loaded = load(tmp_path, subfolder="inner", use_cache=False, output_hidden_states=True)
+    assert not loaded.config.use_cache and loaded.config.output_hidden_states
+    again, info = load(tmp_path / "inner", config=str(tmp_path / "inner"), output_loading_info=True)
+    assert not info["missing_keys"] and torch.equal(again.model.embedding.weight, model.embedding.weight)
+
+
+def test_memory_that_is_not_there_is_no_wrong_checkpoint(tmp_path, monkeypatch):
+    _, ours = wrapped()
+    ours.save_pretrained(tmp_path)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", classmethod(full))
+    with pytest.raises(torch.OutOfMemoryError):
+        hf.OmnimixForCausalLM.from_pretrained(tmp_path)
+
+
 def test_an_incomplete_checkpoint_is_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -321,6 +321,10 @@ def test_a_backbone_replaces_the_named_one_whole_or_in_short():
     assert short.config.backbone.pattern == ("mamba2",) and short.config.backbone.ffn.type == "mlp"
     with pytest.raises(ConfigError, match="did you mean 'depth'"):
         timm.create_model(name, dpth=2, **small)
+    # Our own names are not timm's.
+    for option in ({"dim": 16}, {"classes": 5}, {"size": 64}):
+        with pytest.raises(ConfigError, match="there is no option"):
+            timm.create_model(name, **option, **small)
 
 
 def test_a_pyramids_features_have_the_sizes_of_their_stages():
@@ -337,3 +341,26 @@ def test_a_pyramids_features_have_the_sizes_of_their_stages():
         assert some.feature_info.channels() == [(16, 24)[i] for i in indices]
         assert some.feature_info.reduction() == [(4, 8)[i] for i in indices]
         assert [tuple(m.shape) for m in some(images)] == [tuple(maps[i].shape) for i in indices]
+
+
+def test_a_pruned_pyramid_is_what_is_left_of_it():
+    stages = [StageConfig(dim=16, depth=2), StageConfig(dim=24, depth=2, transition="merge", pattern=["attention"])]
+    backbone = BackboneConfig(dim=16, depth=4, scan="cross", pattern=["gla"], stages=stages)
+    model = timm.create_model("omnimix_vig_tiny_patch16_224", img_size=16, patch_size=4, backbone=backbone).eval()
+    # The tokenizer gives positions, in all stages.
+    assert [layer.mixer.rope for layer in model.backbone.config.layers[2:]] == [False, False]
+    images = torch.randn(2, 3, 16, 16)
+    _, maps = model.forward_intermediates(images)
+    for indices, width in (([1, 2], 24), ([0], 16)):
+        assert model.prune_intermediate_layers(indices) == indices
+        assert len(model.feature_info) == len(model.backbone.blocks) == indices[-1] + 1
+        assert model.num_features == width and model.forward_features(images).shape[-1] == width
+        found = model.forward_intermediates(images, indices, intermediates_only=True)
+        torch.testing.assert_close(found, [maps[i] for i in indices])
+    assert isinstance(model.backbone.norm, torch.nn.Identity) and not model.backbone.transitions
+
+
+def test_features_of_a_given_backbone_are_at_its_depth():
+    backbone = to_dict(BackboneConfig(dim=16, depth=2, scan="both"))
+    name, options = "omnimix_vig_tiny_patch16_224", {"img_size": 16, "patch_size": 4}
+    assert len(timm.create_model(name, features_only=True, backbone=backbone, **options)(images(16, 16))) == 2

@@ -154,6 +154,13 @@ def test_weights_are_finite_numbers(kind, folder):
         load_model(rewritten(folder("text_gla"), change))
 
 
+def test_weights_of_eight_bits_are_numbers_too(folder):
+    model = rewritten(folder("text_gla"), lambda name, tensor: tensor.to(torch.float8_e5m2))
+    assert load_model(model).embedding.weight.dtype == torch.float32
+    with pytest.raises(CheckpointError, match="holds NaN or infinity"):
+        load_model(rewritten(model, lambda name, tensor: (tensor.float() + math.inf).to(torch.float8_e5m2)))
+
+
 def test_large_weights_are_finite(folder):
     """Their sum overflows, and they are numbers all the same."""
     load_model(rewritten(folder("text_gla"), lambda name, tensor: torch.full_like(tensor, 3e38)))
@@ -188,3 +195,11 @@ def test_the_wrapper_of_transformers_refuses_the_same(folder, tmp_path):
     for kind in ("nan", "integers", "shapes"):
         with pytest.raises(CheckpointError):
             load(rewritten(changed(kind), WEIGHTS[kind][0]))
+    # Whose weights lie in several files.
+    in_parts = changed("parts")
+    load(in_parts).save_pretrained(in_parts, max_shard_size="20kB")
+    (in_parts / "model.safetensors").unlink()
+    assert len([*in_parts.glob("model-*.safetensors")]) > 1 and load(in_parts).num_parameters()
+    put(in_parts, ("omnimix", "backbone", "depth"), 1000)
+    with pytest.raises(CheckpointError, match="and the model 1000"):
+        load(in_parts)

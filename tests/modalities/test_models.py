@@ -91,6 +91,7 @@ def test_rotary_positions_only_without_learned_ones():
     learned = model_config("vit_tiny_attention_patch16_224")
     assert not learned.backbone.mixers["attention"].rope
     assert model_config("vit_tiny_attention_patch16_224", positions="none").backbone.mixers == {}
+    assert model_config("vit_tiny_attention_patch16_224", backbone=None).backbone == learned.backbone
 
 
 def test_unknown_names_say_what_is_near():

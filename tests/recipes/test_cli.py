@@ -1,6 +1,7 @@
 """What recipes make of a command line: defaults, hints, and how to go on after a stop."""
 
 import importlib
+import multiprocessing
 import shlex
 import shutil
 
@@ -8,10 +9,12 @@ import pytest
 import yaml
 
 from omnimix.__main__ import main
-from omnimix.errors import LostProcess
+from omnimix.errors import ConfigError, LostProcess
 from omnimix.recipes import CONFIGS, RECIPES
 from omnimix.recipes.audio.recipe import AudioClassification
-from omnimix.recipes.common.cli import interruptible, run_fit
+from omnimix.recipes.common.arguments import argument, configurations
+from omnimix.recipes.common.cli import interruptible
+from omnimix.recipes.common.commands import run_fit
 from omnimix.recipes.common.parser import Parser
 from omnimix.recipes.common.ranks import lost_process
 from omnimix.recipes.common.training import Interrupted
@@ -113,6 +116,21 @@ def test_mistakes_are_named_in_one_line(typed, said, tmp_path, monkeypatch, caps
     assert said in error and error.count("\n") == 1 and "Union" not in error and "Parser key" not in error
 
 
+def test_the_last_word_counts(tmp_path, monkeypatch):
+    file = tmp_path / "own.yaml"
+    file.write_text("name: theirs\n")
+    assert argument(["--name", "a", "--name=b"], "--name", "c") == "b"
+    assert argument(["--name", "a", "--config", str(file)], "--name", "c") == "theirs"
+    assert argument(["-c", str(file), "--name", "a"], "--name", "c") == "a"
+    assert argument(["--config", "vision_folder", "--name"], "--name", "c") == "c"
+    # A folder is no configuration, whatever its name is.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "video_folder").mkdir()
+    assert configurations(["--config", "video_folder"], "video_understanding")[1] == CONFIGS / "video_folder.yaml"
+    with pytest.raises(ConfigError, match="no configuration ''"):
+        configurations(["--config="], "video_understanding")
+
+
 @pytest.mark.parametrize("when", ["training", "behind"])
 def test_a_stop_says_how_to_go_on(when, tmp_path, capsys):
     runs = tmp_path / "else where"
@@ -153,7 +171,20 @@ LOST = {
 }
 
 
-@pytest.mark.parametrize("error", [*map(RuntimeError, LOST), ConnectionResetError(104, "reset"), EOFError()])
+def of_a_partner(ask):
+    """What it raises to ask a process that is gone."""
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close()
+    try:
+        ask(ours)
+    except (ConnectionError, EOFError) as error:
+        return error
+
+
+ASKED = [of_a_partner(lambda pipe: pipe.recv()), of_a_partner(lambda pipe: pipe.send(1))]
+
+
+@pytest.mark.parametrize("error", [*map(RuntimeError, LOST), *ASKED], ids=["killed", "exited", "recv", "send"])
 def test_a_lost_worker_is_one_line(error, tmp_path):
     def make(command, argv):
         raise error
@@ -180,6 +211,17 @@ def test_a_lost_rank_is_one_line(together, tmp_path, monkeypatch):
         assert "trains together with this one has ended (Connection closed by peer); go on with" in str(found.value)
 
 
-def test_errors_of_a_sample_are_no_lost_process():
-    for error in (EOFError("Caught EOFError in DataLoader worker process 0."), RuntimeError("size mismatch")):
-        assert lost_process(error) is None
+SAMPLES = [
+    EOFError("Caught EOFError in DataLoader worker process 0."),
+    EOFError("Ran out of input"),
+    BrokenPipeError(32, "Broken pipe"),
+    RuntimeError("size mismatch"),
+]
+
+
+@pytest.mark.parametrize("error", SAMPLES, ids=["sample", "file", "pipe", "model"])
+def test_errors_of_files_and_of_samples_are_no_lost_process(error):
+    try:
+        raise error
+    except type(error) as raised:
+        assert lost_process(raised) is None

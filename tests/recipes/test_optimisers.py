@@ -10,6 +10,7 @@ from torch import nn
 from omnimix.backbones import BackboneConfig, LanguageModel, LanguageModelConfig
 from omnimix.backbones.ffn.moe import MoEConfig
 from omnimix.errors import CheckpointError
+from omnimix.recipes.common.optimiser_states import keyed_by_name
 from omnimix.recipes.common.optimisers import MuonAdamW, build_optimiser, cosine, hidden_matrices, wsd
 from omnimix.recipes.common.training import TrainingConfig
 
@@ -115,6 +116,26 @@ def test_a_state_is_matched_by_name_not_by_order(kind):
     saved["param_groups"][0]["param_names"][0] = "backbone.blocks.7.mixer.out_proj.weight"
     with pytest.raises(CheckpointError, match=r"another model: only one of them has 'backbone.blocks"):
         resumed.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_state_is_keyed_by_name_for_shards(named):
+    net, config = model(), TrainingConfig()
+    optimizer = build_optimiser(net, config)
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    saved = deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        if not named:  # as 0.1
+            del group["param_names"]
+    keyed = keyed_by_name(optimizer, saved)
+    for name, p in net.named_parameters():
+        assert torch.equal(keyed["state"][name]["exp_avg"], optimizer.state[p]["exp_avg"])
+    assert [g["params"] for g in keyed["param_groups"]] == [g["param_names"] for g in optimizer.param_groups]
+    other = build_optimiser(net, TrainingConfig(optimizer="muon"))
+    with pytest.raises(CheckpointError, match=r"groups of parameters|of another model"):
+        keyed_by_name(other, saved)
 
 
 def test_a_closure_is_called_once_with_gradients():

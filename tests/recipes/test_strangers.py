@@ -1,5 +1,6 @@
 """A run folder may be a stranger's: opening it imports, runs and writes nothing, and builds nothing of its sizes."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -108,6 +109,12 @@ def test_objects_of_the_trainer_come_from_the_command_line_alone(command, place,
         assert (place / "made").is_file()
 
 
+def test_a_run_without_a_logger_stays_without(place):
+    change("vision", trainer={"logger": False})
+    with opened("vision", fit=True) as argv:
+        assert yaml.safe_load(Path(argv[1]).read_text())["trainer"]["logger"] is False
+
+
 def test_nothing_is_imported_from_the_current_folder(place):
     change("vision", trainer=OBJECTS)
     # It would stand in for a package that is imported.
@@ -198,6 +205,11 @@ HOSTILE = {
     "tag": "model: !!python/object/apply:os.system ['touch imported']",
     "digits": "x: " + "9" * 10_000,
     "no mapping": "trainer: [1]",
+    "options of 0.1": "model: {channel: moe, channels: [1]}",
+    "mixers of 0.1": "model: {channel: moe, mixer: 3}",
+    "objective of 0.1": "model: {objectives: [1]}",
+    "front of 0.1": "model: {spectrogram: {step: x}}",
+    "bits": "model: {dim: 0x" + "f" * 5000 + "}",
     "large": "# " + "x" * (2 << 20),
     "binary": "\x00",
 }
@@ -236,6 +248,11 @@ def test_sizes_are_those_of_the_saved_state(place, capsys):
     assert main(COMMANDS["vision resume"].split()) == 2
     error = capsys.readouterr().err
     assert "cannot go on from" in error and "it is of another model" in error and error.count("\n") == 1
+    # Of a damaged state no sizes are known, and nothing is built either.
+    os.truncate("runs/vision/checkpoints/last.ckpt", 1000)
+    assert main(COMMANDS["vision resume"].split()) == 2
+    error = capsys.readouterr().err
+    assert "it is damaged" in error and error.count("\n") == 1
 
 
 def test_threads_and_workers_are_those_of_the_machine(place, capsys):
@@ -249,6 +266,9 @@ def test_threads_and_workers_are_those_of_the_machine(place, capsys):
     assert f"data.workers is 30000 in runs/text/config.yaml: {cores()} are started" in said
     assert main(COMMANDS["vision resume"].split()) == 2
     assert "trainer.devices is 500, and this machine has" in capsys.readouterr().err
+    change("vision", trainer={"devices": "9" * 5000})
+    assert main(COMMANDS["vision resume"].split()) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_threads_are_capped_for_everyone(capsys):

@@ -99,6 +99,21 @@ def test_an_older_run_is_safe(runs, capsys):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_an_older_run_is_resumed_where_its_successor_made_no_step(runs, capsys):
+    run = runs / "kept"
+    shutil.copytree(runs / "whole", run)
+    (run / "model.safetensors").unlink()
+    run.rename(runs / ".kept.older")
+    # What is left of a run that was killed while its data was read.
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text((runs / "whole" / "config.yaml").read_text().replace("dim: 16", "dim: 32"))
+    assert main(["vision", "fit", "--name", "kept", "--runs", str(runs), "--resume"]) == 0
+    assert "was stopped before its first step" in capsys.readouterr().out
+    assert_same_weights(runs / "whole", run)
+    shutil.rmtree(run)
+    (runs / ".kept.lock").unlink()
+
+
 def test_killed_in_the_middle_of_an_epoch_and_resumed(runs):
     """Final weights equal the uninterrupted run's, bit for bit."""
     code = f"""
