@@ -34,6 +34,7 @@ lint: .venv/.stamp
 # The site, in site/. Strict: a broken link or an unknown name is an error.
 docs: .venv/.stamp
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/docs .
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: .venv/.stamp

@@ -30,7 +30,6 @@ from .video.preprocess import VideoPreprocess
 from .vision.preprocess import ImagePreprocess
 
 
-
 @dataclass(frozen=True)
 class _Kind:
     """What there is to know of one class of classifiers.

@@ -61,7 +61,10 @@ def test_the_commands_exist(page: str):
         *re.findall(r"`omnimix ([a-z]+(?: [a-z]+)?)", text),
         *re.findall(r"^omnimix ([a-z]+(?: [a-z]+)?)", shell, re.M),
     ]
-    assert all(any(command == name or name.startswith(f"{command} ") for command in COMMANDS) for name in named), named
+    assert all(
+        any(f"{command} ".startswith(f"{name} ") or f"{name} ".startswith(f"{command} ") for command in COMMANDS)
+        for name in named
+    ), named
 
 
 @pytest.mark.parametrize("page", PAGES)
