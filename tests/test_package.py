@@ -48,6 +48,19 @@ def test_import_is_lazy_and_costs_little_more_than_torch():
     assert len(modules) < 400
 
 
+def test_calls_import_no_compiler():
+    """A compiler and its packages wait until torch.compile, a tracer or a GPU needs them."""
+    code = """
+import omnimix as om
+for name in om.list_mixers():
+    net = om.Backbone(om.BackboneConfig(dim=32, depth=1, pattern=[name]))
+    net(torch.randn(1, 5, 32), om.Layout(causal=True)).y.sum().backward()
+"""
+    modules = imported(code, after="import torch")
+    assert not packages(modules) & {"sympy", "triton"}
+    assert not any(name.startswith(("torch._dynamo", "torch._inductor", "torch.distributed.")) for name in modules)
+
+
 def test_the_laziness_test_can_fail():
     assert "torchvision" in packages(imported("import omnimix, torchvision"))
 
