@@ -22,7 +22,7 @@ test-fast: .venv/.stamp
 # Branches that tests reach; kernels in Triton are left out, since they run in its interpreter.
 coverage: .venv/.stamp
 	$(BIN)/coverage erase
-	$(BIN)/python -m pytest -n 2 --dist worksteal --cov
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=
 	$(BIN)/coverage report
 
 lint: .venv/.stamp
