@@ -1,12 +1,13 @@
 # Two commands matter: `make demo` and `make test`. Each sets up .venv by itself.
 PYTHON ?= python3
+EXTRAS ?= dev,hf,eval
 BIN := .venv/bin
 
 .PHONY: demo test test-fast coverage lint docs format clean
 
 .venv/.stamp: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[dev,hf,eval]'
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	@touch $@
 
 demo: .venv/.stamp
