@@ -1,6 +1,7 @@
 """What a fresh install holds, and what importing it costs."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -130,3 +131,10 @@ def test_the_wheel_holds_every_module_source_and_configuration(installed):
     ours = {p.relative_to(ROOT) for p in shipped_files() if p.suffix in {".py", ".yaml", ".cpp", ".h"}}
     missing = sorted(str(p) for p in ours if not (installed / "omnimix" / p).is_file())
     assert len(ours) > 100 and not missing
+
+
+def test_the_lowest_versions_are_those_declared():
+    """What CI installs to test them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lowest = [re.sub(r"(\[\w+\])?>=([\d.]+).*", r"==\2", requirement) for requirement in project["dependencies"]]
+    assert (ROOT / ".ci" / "lowest.txt").read_text().splitlines() == lowest
