@@ -18,7 +18,7 @@ from ..custom import custom_op
 
 # Tokens between the saved states, a multiple of the chunks in native.cpp: the fewer, the more memory they take; the
 # more, the less of a block's states stays in the second-level cache.
-BLOCK = 32
+BLOCK = 64
 # Views of gradients in recurrence.h, which a forward pass has none of.
 GRADIENTS = 5
 
