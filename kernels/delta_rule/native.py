@@ -134,9 +134,7 @@ def _backward(
     def room(count: int, x: Tensor | None, *more: int) -> Tensor | None:
         return None if x is None else shares(count, x, wide, *more)
 
-    keyed = {
-        name: room(heads * values, x) for name, x in (("q", q), ("k", k), ("removal", removal), ("a", a), ("b", b))
-    }
+    into_q, into_k, *into_keys = (room(heads * values, x) for x in (q, k, removal, a, b))
     # A decay per head has a share of each sequence too.
     into_decay = room(values, decay, *[sequences] * (decay.dim() == 1)) if decay_gradient else None
     into_v, into_beta, into_state = room(1, v), room(values, beta), room(1, initial_state)
@@ -145,22 +143,14 @@ def _backward(
         f"delta_rule_backward_{native.suffix(wide)}",
         [
             *(*inputs, saved, None if dfinal is None else dfinal.to(wide).contiguous(), doutput.to(wide).contiguous()),
-            *(keyed["q"], keyed["k"], into_v, into_decay, into_state),
+            *(into_q, into_k, into_v, into_decay, into_state),
             *_own(v, beta, removal, a, b),
-            *(into_beta, keyed["removal"], keyed["a"], keyed["b"]),
+            *(into_beta, *into_keys),
         ],
         recurrence.numbers(q, v, decay, sequences, scale, BLOCK, parts),
     )
     given = (q, k, v, beta, decay, removal, a, b, initial_state)
-    found = (
-        keyed["q"],
-        keyed["k"],
-        into_v,
-        into_beta,
-        into_decay,
-        *(keyed[n] for n in ("removal", "a", "b")),
-        into_state,
-    )
+    found = (into_q, into_k, into_v, into_beta, into_decay, *into_keys, into_state)
     # A custom op has no optional outputs.
     return tuple(v.new_empty(0) if x is None else joined(x, like) for x, like in zip(found, given, strict=True))
 
