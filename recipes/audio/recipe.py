@@ -18,6 +18,7 @@ from ...modalities.audio.model import AudioClassifier, audio_classifier
 from ..common.classification import Baseline, Classification, ClassificationTrainingConfig, Look, finish
 from ..common.cli import RecipeCLI
 from ..common.commands import evaluate, run_fit
+from ..common.training import EvenSteps
 from .data import AudioData, AudioFolderData, SoundsData
 from .order_blind import order_blind
 
@@ -41,7 +42,7 @@ _FRONTS: dict[str, FrontConfig] = {
 _USUAL = 10.0
 
 
-class AudioClassification(Classification):
+class AudioClassification(EvenSteps, Classification):
     """A classifier of sounds and how it is trained.
 
     Args:

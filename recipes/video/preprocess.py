@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor, nn
 
 from ...backbones.config import called, positive
 from ...errors import ConfigError, UnknownName
+from ...modalities.common.values import check_pixels
+from ...modalities.image.squares import resized_square
 from ...modalities.video.files import VideoReader
 from ...modalities.video.sampling import Dense, Sampling, Segments, Uniform, views
 from ..common.preprocess import LONGEST, Preprocess, check_square, check_statistics
@@ -123,26 +125,25 @@ class VideoPreprocess(Preprocess):
         # Decoded frames come in another order of memory.
         return self.coloured(self.read(media, None)).contiguous()
 
-    def squares(self, frames: UInt8[Tensor, "t c h w"], crops: int = 1) -> list[Float[Tensor, "t k s s"]]:
-        """The frames in 0..1, resized by the shorter side and cut to squares; one is the centre."""
-        from torchvision.transforms.v2 import functional as tv
+    def squares(self, frames: Shaped[Tensor, "t c h w"], crops: int = 1) -> list[Float[Tensor, "t k s s"]]:
+        """Squares of the frames in 0..1, resized by the shorter side: from edge to edge of the longer side; one is the
+        centre."""
+        frames = self.tinted(frames)
+        places = [index / (crops - 1) if crops > 1 else 0.5 for index in range(crops)]
+        return [resized_square(frames, self.size, round(self.size / self.crop), place) for place in places]
 
-        frames = tv.resize(self.tinted(frames), [round(self.size / self.crop)], antialias=True)
-        height, width = frames.shape[-2:]
-        parts = [index / (crops - 1) if crops > 1 else 0.5 for index in range(crops)]
-        # Across the longer side the squares go from edge to edge; across the shorter one they are central.
-        tall, wide = height > width, width > height
-        corners = [
-            (round((height - self.size) * (p if tall else 0.5)), round((width - self.size) * (p if wide else 0.5)))
-            for p in parts
-        ]
-        return [frames[..., top : top + self.size, left : left + self.size] for top, left in corners]
+    def tinted(self, frames: Shaped[Tensor, "t c h w"]) -> Float[Tensor, "t k h w"]:
+        """The frames in 0..1 in the model's channels.
 
-    def tinted(self, frames: UInt8[Tensor, "t c h w"]) -> Float[Tensor, "t k h w"]:
-        """The frames in 0..1 in the model's channels."""
+        Raises:
+            MediaError: floating-point frames that are NaN, infinite or far outside of 0..1.
+        """
+        if frames.is_floating_point():
+            check_pixels(frames, "the video tensor")
+            return self.coloured(frames).float()
         return self.coloured(frames).float() / 255
 
-    def coloured(self, frames: UInt8[Tensor, "t c h w"]) -> UInt8[Tensor, "t k h w"]:
+    def coloured(self, frames: Shaped[Tensor, "t c h w"]) -> Shaped[Tensor, "t k h w"]:
         """The frames in the model's channels."""
         from torchvision.transforms.v2 import functional as tv
 

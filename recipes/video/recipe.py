@@ -18,7 +18,7 @@ from ...utils.console import say
 from ..common.classification import Baseline, Classification, ClassificationTrainingConfig, Look, finish
 from ..common.cli import RecipeCLI, interruptible
 from ..common.commands import evaluate, run_fit
-from ..common.training import AverageWeights, SeedEveryStep
+from ..common.training import AverageWeights, EvenSteps, SeedEveryStep
 from .data import VideoData, VideoFolderData
 from .moving_digits import MovingDigitsData
 from .preprocess import strip
@@ -55,7 +55,7 @@ _TOKENS = ClipTokens()
 _BACKBONE = BackboneConfig(dim=64, depth=2, pattern=("gla",), scan="temporal-first")
 
 
-class VideoUnderstanding(Classification):
+class VideoUnderstanding(EvenSteps, Classification):
     """A classifier of clips and how it is trained.
 
     Args:

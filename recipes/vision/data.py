@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import ConfigError
+from ...modalities.common.values import check_pixels
 from ..common.loading import Key, own_key, uniform
 from ..common.media import IGNORED, MediaData
 from ..common.options import LOADING, LoadingOptions
@@ -149,6 +150,7 @@ class TensorData(ImageData):
                     f"{split}_images is {tuple(images.shape)} with {len(labels)} labels; it must be (n, c, size, size)"
                 )
             images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+            check_pixels(images, f"{split}_images")
             splits[split] = (images, labels.to(torch.int64))
         return splits
 

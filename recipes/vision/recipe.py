@@ -15,7 +15,7 @@ from ...modalities.image.model import image_classifier
 from ..common.classification import Classification, ClassificationTrainingConfig, Look, finish
 from ..common.cli import RecipeCLI
 from ..common.commands import evaluate, run_fit
-from ..common.training import parts
+from ..common.training import EvenSteps, parts
 from .data import DigitsData, ImageData, TensorData
 from .folders import ImageFolderData
 
@@ -46,7 +46,7 @@ class VisionTrainingConfig(ClassificationTrainingConfig):
 _BACKBONE = BackboneConfig(dim=64, depth=4, pattern=("gla",), scan="both")
 
 
-class VisionClassification(Classification):
+class VisionClassification(EvenSteps, Classification):
     """An image classifier and how it is trained.
 
     Args:
