@@ -13,16 +13,21 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ..common.container import Input, Source, slack
+from ..common.values import check_samples
 
 # Seconds decoded before a window: codecs need what came before (MP3 up to nine frames, Opus 80 ms).
 _PREROLL = 0.5
 # Time stamps are rounded, to milliseconds in webm and mkv; only what misses by more is a gap or an overlap.
 _JITTER = 0.02
-# A corrupt time stamp must not become hours of silence.
-_GAP = 600.0
-_RATES = 100, 1_000_000
+# A corrupt time stamp must not become hours of silence: seconds and samples of it that a file may have in all, on top of
+# as much as it has sound.
+_GAP, _SILENT = 600.0, 1 << 26
+# At a lower one a small file, resampled, would be a long sound.
+_RATES = 1000, 1_000_000
 # Seconds beyond which no window of a file can lie.
 _LONGEST = 1e9
+# Samples beyond this, 24 dB above the full scale, are no sound. Lossy codecs and floating-point files overshoot less.
+_LOUDEST = 16.0
 
 
 def read_audio(
@@ -49,11 +54,12 @@ def read_audio(
         name: what messages call the source; a path names itself.
 
     Returns:
-        The wave, in -1..1, and its rate.
+        The wave, in -1..1 but for what floating-point files and lossy codecs overshoot, and its rate.
 
     Raises:
-        MediaError: missing, empty, no media file, no sound in it, corrupt, cut, or over before `start`. MP3, Ogg and
-            bare streams state no length, so that one that was cut is a shorter one.
+        MediaError: missing, empty, no media file, no sound in it, corrupt, cut, over before `start`, or with samples
+            that are NaN, infinite or beyond 16. MP3, Ogg and bare streams state no length, so that one that was cut is
+            a shorter one.
         ConfigError: a rate, start or duration out of range.
     """
     if rate is not None and not (rate == int(rate) and 1 <= rate <= _RATES[1]):
@@ -130,11 +136,16 @@ class _Track:
     def read(self, first: int, last: int | None) -> Float32[Tensor, "c n"]:
         """Samples first .. last - 1; fewer where the track ends before."""
         pieces: list[Tensor] = []
-        at = first
+        at, spare = first, min(_SILENT, round(_GAP * self.rate))
         for position, samples in self._pieces(first):
             length = samples.shape[1]
+            spare += length
             if position > at:
-                pieces.append(samples.new_zeros(samples.shape[0], position - at))
+                spare -= position - at
+                if spare < 0:
+                    raise self.file.error(f"its time stamps jump by {(position - at) / self.rate:.0f} s")
+                silent = (position if last is None else min(position, last)) - at
+                pieces.append(samples.new_zeros(samples.shape[0], max(0, silent)))
                 at = position
             if position + length > at:
                 pieces.append(samples[:, at - position :])
@@ -189,6 +200,8 @@ class _Track:
             values = (values.to(torch.float32) - 128) / 128
         elif not values.is_floating_point():
             values = values.to(torch.float64) / -float(torch.iinfo(values.dtype).min)
+        else:
+            check_samples(values, f"the sound of {self.file.name!r}", _LOUDEST)
         values = values.to(torch.float32)
         return values.mean(dim=0, keepdim=True) if self.mono else values
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import io
 import os
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -30,8 +31,15 @@ _FORMATS = (
 _STATED = ("mov", "matroska", "flv", "flac")
 # A part of a file that may be missing: headers round, and a last frame may be left out.
 _SLACK = 0.05
-# To free a decoder joins its threads. Those stayed behind in the process that forked, so that this would never end:
-# what a fork copied is kept.
+# FFmpeg's AVFMT_NOTIMESTAMPS: bare streams, whose frames have no time but their place.
+_TIMELESS = 0x80
+# Containers that keep the order in which frames are decoded, and codecs that do not say in a frame's header when it is
+# shown: FFmpeg's guess is wrong for frames that are shown in another order.
+_DECODING_ORDER = ("avi", "asf"), ("h264", "hevc")
+# Frames by which the orders of decoding and showing may differ.
+_REORDERED = 20
+# Freeing a decoder joins its threads, which exist only in the process that forked, so it would never end: what a fork
+# copied is kept.
 _INHERITED: list[Any] = []
 _MICROSECONDS = 1_000_000
 _UNKNOWN = 0x7FFF0000
@@ -44,10 +52,12 @@ class Tail(NamedTuple):
     Args:
         last: when the last frame begins.
         end: when it ends.
+        whole: whether all that follows a key frame was looked at.
     """
 
     last: Fraction
     end: Fraction
+    whole: bool
 
 
 class Input:
@@ -171,17 +181,62 @@ class Input:
         with self.reading():
             self.container.seek(int(seconds / stream.time_base), stream=stream, backward=True)
 
+    def is_counted(self, index: int) -> bool:
+        """Whether the frames of a video stream are to be timed by their order, since its time stamps are guesses.
+
+        Such a stream is decoded from its beginning.
+        """
+        stream = self.stream(index)
+        containers, codecs = _DECODING_ORDER
+        guessed = self.container.format.name in containers and stream.codec_context.name in codecs
+        return self._is_timeless() or (guessed and bool(stream.codec_context.has_b_frames))
+
+    def _is_timeless(self) -> bool:
+        return bool(int(self.container.format.flags) & _TIMELESS)
+
+    def rate(self, index: int) -> Fraction | None:
+        """Frames a second of a video stream, on average; None where nothing says it."""
+        stream = self.stream(index)
+        # Of a bare stream FFmpeg states 25 as the average, whatever its header says.
+        return (stream.guessed_rate if self._is_timeless() else stream.average_rate) or None
+
+    def frame_seconds(self, index: int) -> Fraction:
+        """How long a frame of a video stream lasts on average; 1 / 25 where nothing says it."""
+        return 1 / Fraction(self.rate(index) or 25)
+
+    def counted_frames(self, index: int) -> Iterator[tuple[Fraction, Any]]:
+        """The decoded frames of a video stream with their times on the file's clock, from the beginning, where the file
+        stands; see `is_counted`.
+
+        Decoders give frames in the order in which they are shown, which is that of the decoding times in the container.
+        """
+        waiting: deque[Fraction] = deque()
+        time, lasts, timeless = Fraction(0), self.frame_seconds(index), self._is_timeless()
+        with self.reading():
+            for packet in self.container.demux(self.stream(index)):
+                if packet.dts is not None and packet.size and not timeless:
+                    waiting.append(packet.dts * packet.time_base)
+                for frame in packet.decode():
+                    time = waiting.popleft() if waiting else time
+                    yield time, frame
+                    time += lasts
+
     def tail(self, index: int) -> Tail:
         """Where a stream ends, by the file's last packets, read but not decoded; the file's position is lost.
 
         Raises:
             MediaError: the file ends well before its header says; it was cut.
         """
-        try:
-            self.seek(index, _YEARS)
-            tails = self._scan()
-        except MediaError:
-            tails = {}
+        tails: dict[int, Tail] = {}
+        if not self._is_timeless():
+            with suppress(MediaError):
+                self.seek(index, _YEARS)
+                tails = self._scan()
+                if index in tails and not tails[index].whole:
+                    # Without an index a seek finds the last packet, whose frame need not be the last one shown.
+                    back = max(Fraction(1), _REORDERED * self.frame_seconds(index))
+                    self.seek(index, tails[index].last - back)
+                    tails = self._scan()
         if index not in tails:
             # No end to seek to, as in a bare stream: from the beginning.
             self.open()
@@ -196,18 +251,28 @@ class Input:
     def _scan(self) -> dict[int, Tail]:
         last: dict[int, int] = {}
         ends: dict[int, int] = {}
+        whole: dict[int, bool] = {}
+        counted = {index for index in self.streams("video") if self.is_counted(index)}
+        lasts = {index: round(self.frame_seconds(index) / self.stream(index).time_base) for index in counted}
+        timeless = self._is_timeless()
         with self.reading():
             for packet in self.container.demux():
-                when = packet.dts if packet.pts is None else packet.pts
-                if when is None or not packet.size or packet.is_discard:
+                index = packet.stream_index
+                when = packet.dts if packet.pts is None or index in counted else packet.pts
+                when = None if timeless else when
+                if not packet.size or packet.is_discard or (when is None and index not in counted):
                     continue
-                index, end = packet.stream_index, when + (packet.duration or 0)
+                end = None if when is None else when + (packet.duration or 0)
+                if when is None:
+                    when = ends.get(index, 0)
+                    end = when + lasts[index]
+                whole.setdefault(index, packet.is_keyframe or packet.stream.type != "video")
                 if index not in last or when > last[index]:
                     last[index] = when
                 if index not in ends or end > ends[index]:
                     ends[index] = end
         bases = {index: self.stream(index).time_base for index in last}
-        return {index: Tail(last[index] * base, ends[index] * base) for index, base in bases.items()}
+        return {index: Tail(last[index] * base, ends[index] * base, whole[index]) for index, base in bases.items()}
 
     def stated_end(self) -> float | None:
         """When the file ends by its header, in seconds of its clock; None where that is a guess."""
