@@ -19,8 +19,8 @@ from ..common.values import check_samples
 _PREROLL = 0.5
 # Time stamps are rounded, to milliseconds in webm and mkv; only what misses by more is a gap or an overlap.
 _JITTER = 0.02
-# A corrupt time stamp must not become hours of silence: seconds and samples of it that a file may have in all, on top of
-# as much as it has sound.
+# A corrupt time stamp must not become hours of silence. A file may have so many seconds and samples of it, and as much
+# again as it has sound.
 _GAP, _SILENT = 600.0, 1 << 26
 # At a lower one a small file, resampled, would be a long sound.
 _RATES = 1000, 1_000_000

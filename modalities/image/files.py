@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
 from ...errors import ConfigError, MediaError, UnsupportedShape
@@ -18,6 +18,8 @@ from ..data.sources import UNNAMED
 
 # Pixels, as of videos. A small file may declare more than any memory holds.
 _LARGEST = 1 << 26
+# Pixels of a large image that are converted at once.
+_BAND = 1 << 22
 # How often a JPEG decoder may halve the sides while it decodes.
 _HALVINGS = 3
 # What Pillow raises where a file is damaged; each of its decoders has ways of its own.
@@ -63,7 +65,7 @@ def load_image(source: object, mode: Literal["RGB", "L"] = "RGB", *, name: str |
     if isinstance(source, Tensor):
         if source.is_floating_point():
             check_pixels(source, name or "the image tensor")
-        return _channels(_scale(source), mode)
+        return _finished(source, mode)
     from PIL import Image
 
     kinds = (str, Path, bytes, Image.Image)
@@ -74,14 +76,13 @@ def load_image(source: object, mode: Literal["RGB", "L"] = "RGB", *, name: str |
     name = name or _name_of(source)
     try:
         if isinstance(source, Image.Image):
-            pixels = _pixels(source)
+            return _pixels(source, mode)
         else:
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 _bound(image)
-                pixels = _pixels(image)
+                return _pixels(image, mode)
     except (*_DAMAGED, Image.DecompressionBombError) as error:
         raise MediaError(f"cannot read the image {name!r}: {error}") from error
-    return _channels(_scale(pixels), mode)
 
 
 def _bound(image: Any) -> None:
@@ -103,8 +104,7 @@ def _name_of(source: Any) -> str:
     return getattr(source, "filename", "") or ("(an open file)" if hasattr(source, "read") else "(a PIL image)")
 
 
-def _pixels(image: Any) -> Shaped[Tensor, "*c h w"]:
-    """The upright pixels of an image: bytes, or floating point in 0..1."""
+def _pixels(image: Any, mode: str) -> Float[Tensor, "c h w"]:
     import numpy as np
 
     image.load()
@@ -115,14 +115,26 @@ def _pixels(image: Any) -> Shaped[Tensor, "*c h w"]:
         values = values if image.mode == "F" else values / _top(image, values)
         if not bool(((values >= 0) & (values <= 1)).all()):
             raise ValueError(f"its values (mode {image.mode}) are outside the range of a 16-bit or 0..1 float image")
-        return values[None]
+        return _finished(values, mode)
     transparent = image.mode in {"RGBA", "LA", "PA", "La", "RGBa"} or "transparency" in image.info
-    if transparent:
-        image = image.convert("RGBA")
-    elif image.mode not in {"RGB", "L"}:
-        image = image.convert("L" if image.mode == "1" else "RGB")
+    stored = "RGBA" if transparent else "L" if image.mode in {"1", "L"} else "RGB"
+    width, height = image.size
+    rows = max(1, _BAND // width)
+    if rows >= height:
+        return _finished(_planes(image, stored), mode)
+    # In bands, so that a large image is in memory as it was decoded and as the result, and in no other form.
+    result = torch.empty(3 if mode == "RGB" else 1, height, width)
+    for top in range(0, height, rows):
+        band = image.crop((0, top, width, min(height, top + rows)))
+        result[:, top : top + rows] = _finished(_planes(band, stored), mode)
+    return result
+
+
+def _planes(image: Any, stored: str) -> UInt8[Tensor, "*c h w"]:
+    import numpy as np
+
+    values = np.asarray(image if image.mode == stored else image.convert(stored))
     # Planes are copied while they are bytes.
-    values = np.asarray(image)
     return torch.from_numpy(np.array(values if values.ndim == 2 else values.transpose(2, 0, 1), order="C"))
 
 
@@ -168,7 +180,9 @@ def _scale(image: Tensor) -> Float[Tensor, "c h w"]:
     return image.to(torch.float32).div_(255 if image.dtype == torch.uint8 else 65535)
 
 
-def _channels(image: Float[Tensor, "c h w"], mode: str) -> Float[Tensor, "new_c h w"]:
+def _finished(image: Shaped[Tensor, "*c h w"], mode: str) -> Float[Tensor, "new_c h w"]:
+    """The planes of an image in 0..1, over white where they are transparent, in the channels that are asked for."""
+    image = _scale(image)
     if image.shape[0] in (2, 4):
         colour, alpha = image[:-1], image[-1:]
         image = colour * alpha + (1 - alpha)

@@ -71,7 +71,7 @@ def tiny_files(folder: Path) -> dict[str, dict[str, bytes]]:
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, form, **options)
         images[form] = file.getvalue()
-    wave = torch.sin(torch.arange(4800) * 0.05)[None] * 0.5
+    wave = torch.sin(torch.arange(9600) * 0.05)[None] * 0.5
     sounds = {}
     for form, rate in (("wav", 16000), ("flac", 16000), ("mp3", 16000), ("ogg", 48000)):
         write_audio(folder / f"sound.{form}", wave, rate)

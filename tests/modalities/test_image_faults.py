@@ -190,3 +190,17 @@ def test_pictures_that_filters_overshot_are_taken():
     assert torch.equal(load_image(image), image)
     frames = torch.stack([image, image])
     torch.testing.assert_close(VIDEO.tinted(frames), frames)
+
+
+@pytest.mark.parametrize("form", ["L", "RGB", "RGBA", "P", "LA", "1", "CMYK"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_bands_of_large_images_are_those_of_the_whole(photo, form, mode, monkeypatch):
+    image = Image.fromarray(photo).convert(form)
+    if form == "P":
+        image.info["transparency"] = 3
+    elif form in ("RGBA", "LA"):
+        image.putalpha(Image.fromarray(photo[..., 0]))
+    whole = load_image(image, mode)
+    for pixels in (1, 60, 7 * 20):
+        monkeypatch.setattr(files, "_BAND", pixels)
+        assert torch.equal(load_image(image, mode), whole)
