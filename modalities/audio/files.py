@@ -1,4 +1,4 @@
-"""The sound of audio and video files as waves."""
+"""Read the sound of audio and video files."""
 
 from __future__ import annotations
 
@@ -39,27 +39,27 @@ def read_audio(
     duration: float | int | None = None,
     name: str | None = None,
 ) -> tuple[Float32[Tensor, "c n"], int]:
-    """The first sound track of an audio or video file, and its rate.
+    """Read the first sound track of an audio or video file.
 
-    Samples stand where their time stamps say: what an encoder put before the beginning is left out and gaps are silent.
+    Samples are placed by their time stamps: encoder padding before the beginning is dropped, and gaps are silent.
     Time zero is the first sample; in a file with a video it is the video's first frame. A window equals that part of
     the whole, to within a tick of the file's clock (a millisecond in webm and mkv) and what a lossy codec adds.
 
     Args:
         source: a path, the bytes of a file, or an open binary file.
         rate: samples a second to resample to; None leaves the file's.
-        mono: the mean of the channels, as one.
+        mono: average the channels into one.
         start: seconds.
         duration: seconds; None reads to the end. Fewer samples are given where the file ends before.
-        name: what messages call the source; a path names itself.
+        name: what error messages call the source; by default the path.
 
     Returns:
         The wave, in -1..1 but for what floating-point files and lossy codecs overshoot, and its rate.
 
     Raises:
-        MediaError: missing, empty, no media file, no sound in it, corrupt, cut, over before `start`, or with samples
-            that are NaN, infinite or beyond 16. MP3, Ogg and bare streams state no length, so that one that was cut is
-            a shorter one.
+        MediaError: missing, empty, not a media file, without sound, corrupt, cut, over before `start`, or with samples
+            that are NaN, infinite or beyond 16. MP3, Ogg and bare streams state no length: one that was
+            cut reads as a shorter one.
         ConfigError: a rate, start or duration out of range.
     """
     if rate is not None and not (rate == int(rate) and 1 <= rate <= _RATES[1]):
@@ -80,7 +80,7 @@ def read_audio(
 
 
 class _Window:
-    """Which samples of the file are needed for which of the result."""
+    """The samples of the file that the result needs."""
 
     def __init__(self, rate: int, new_rate: int, start: float | int, duration: float | int | None):
         self.start, self.new_rate = start, new_rate
@@ -164,7 +164,7 @@ class _Track:
             if frame.is_corrupt:
                 raise self.file.error("its sound is corrupt")
             if frame.sample_rate != self.rate or len(frame.layout.channels) != self._channels:
-                raise self.file.error("its rate or number of channels changes on the way")
+                raise self.file.error("its rate or number of channels changes midway")
             time = self._time(frame)
             if time is not None:
                 position = round((time - self._zero) * self.rate)
@@ -215,5 +215,5 @@ class _Track:
         end = float(self.file.tail(self.index).end) - self._zero
         if at / self.rate < end - slack(end):
             raise self.file.error(f"its sound can be decoded up to {at / self.rate:.2f} s only, of {end:.2f} s")
-        # The last block of a lossy codec is filled up; containers that know say where the sound ended.
+        # The last block of a lossy codec is padded; containers that know say where the sound ended.
         return stated if stated is not None and 0 < at - stated <= 4096 else at

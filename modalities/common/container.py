@@ -1,6 +1,6 @@
-"""Media files, opened: what video and audio reading share.
+"""Open media files: shared by video and audio reading.
 
-FFmpeg (by PyAV) reads the containers. Headers are not believed: a file that was cut, say by a download that broke off,
+FFmpeg (by PyAV) reads the containers. Headers are not trusted: a truncated file, say of an interrupted download,
 often opens and decodes without an error and only ends early.
 """
 
@@ -27,11 +27,11 @@ _FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,asf,ivf,nut,gif,h264,hevc,av1,"
     "wav,w64,flac,mp3,aac,ogg,aiff,au,amr,caf,ac3,eac3,dts"
 )
-# Of these the header states the length in time, written when the file was finished; others are estimates.
+# Containers whose header states the duration, written when the file was finished; in others it is an estimate.
 _STATED = ("mov", "matroska", "flv", "flac")
-# A part of a file that may be missing: headers round, and a last frame may be left out.
+# The fraction of a file that may be missing: headers round, and a last frame may be left out.
 _SLACK = 0.05
-# FFmpeg's AVFMT_NOTIMESTAMPS: bare streams, whose frames have no time but their place.
+# FFmpeg's AVFMT_NOTIMESTAMPS: bare streams, whose frames have no time stamps.
 _TIMELESS = 0x80
 # Containers that keep the order in which frames are decoded, and codecs that do not say in a frame's header when it is
 # shown: FFmpeg's guess is wrong for frames that are shown in another order.
@@ -52,7 +52,7 @@ class Tail(NamedTuple):
     Args:
         last: when the last frame begins.
         end: when it ends.
-        whole: whether all that follows a key frame was looked at.
+        whole: whether the packets were read from a key frame on.
     """
 
     last: Fraction
@@ -65,11 +65,11 @@ class Input:
 
     Args:
         source: a path, the bytes of a file, or an open binary file (which is read from its beginning and left open).
-        name: what messages call it; a path names itself.
-        threads: that decode one stream.
+        name: what error messages call it; by default the path.
+        threads: how many decode one stream.
 
     Raises:
-        MediaError: missing, empty, or no media file.
+        MediaError: missing, empty, or not a media file.
     """
 
     def __init__(self, source: Source, name: str | None = None, threads: int = 1):
@@ -82,7 +82,7 @@ class Input:
         path = isinstance(source, str | Path)
         self.name = name or (str(source) if path else UNNAMED if isinstance(source, bytes) else "(an open file)")
         if path and not Path(source).is_file():
-            raise self.error("there is no such file" if not Path(source).exists() else "it is no file")
+            raise self.error("there is no such file" if not Path(source).exists() else "it is not a file")
         if not path and not isinstance(source, bytes) and not hasattr(source, "read"):
             raise UnsupportedShape(f"source is a {type(source).__name__}; it must be a path, bytes or an open file")
         if (path and Path(source).stat().st_size == 0) or source == b"":
@@ -90,7 +90,7 @@ class Input:
         self.open()
 
     def open(self) -> None:
-        """Open the file (anew)."""
+        """Open the file, again where it was open."""
         import av
 
         self.close()
@@ -98,7 +98,7 @@ class Input:
         if isinstance(source, bytes):
             source = io.BytesIO(source)
         elif isinstance(source, str | Path):
-            # FFmpeg would take what stands before a colon in a name for a protocol.
+            # FFmpeg takes what precedes a colon in a name for a protocol.
             source = f"file:{source}"
         options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
         with self.reading():
@@ -111,13 +111,13 @@ class Input:
                 stream.codec_context.thread_type = "AUTO" if self._threads > 1 else "NONE"
 
     def _check_size(self, source: Any) -> None:
-        """Compares bytes with what headers of wav and avi say: FFmpeg adapts the length of those to what is there."""
+        """Compare the size with what headers of wav and avi say: FFmpeg silently shortens such files."""
         with open(self._source, "rb") if isinstance(source, str) else nullcontext(source) as file:
             file.seek(0)
             head, size = file.read(8), file.seek(0, os.SEEK_END)
             file.seek(0)
         stated = int.from_bytes(head[4:], "little") + 8
-        # Who writes into a pipe cannot know the size, and states the largest there is.
+        # Programs that write into a pipe do not know the size, and state the largest there is.
         if head[:4] == b"RIFF" and stated < _UNKNOWN and size < (1 - _SLACK) * stated:
             raise self.error(f"it was cut: its header says {stated} bytes, but it has {size}")
 
@@ -135,7 +135,7 @@ class Input:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Turns what FFmpeg and the operating system raise into a MediaError that names the file."""
+        """Turn errors of FFmpeg and the operating system into a MediaError that names the file."""
         try:
             yield
         except MediaError:
@@ -157,7 +157,7 @@ class Input:
         return self._container
 
     def streams(self, kind: str) -> list[int]:
-        """Numbers of the "video" or "audio" streams that FFmpeg can decode, without the pictures of covers."""
+        """Indices of the "video" or "audio" streams that FFmpeg can decode, without cover pictures."""
         from av.stream import Disposition
 
         return [
@@ -167,11 +167,11 @@ class Input:
         ]
 
     def stream(self, index: int) -> Any:
-        """A stream of the file as it is open now: to open it anew makes new ones."""
+        """A stream of the open file; opening the file again makes new ones."""
         return self.container.streams[index]
 
     def frames(self, index: int) -> Iterator[Any]:
-        """The decoded frames of a stream from where the file stands."""
+        """The decoded frames of a stream from the file's position on."""
         with self.reading():
             yield from self.container.decode(self.stream(index))
 
@@ -197,7 +197,7 @@ class Input:
     def rate(self, index: int) -> Fraction | None:
         """Frames a second of a video stream, on average; None where nothing says it."""
         stream = self.stream(index)
-        # Of a bare stream FFmpeg states 25 as the average, whatever its header says.
+        # FFmpeg states 25 as the average of every bare stream, whatever its header says.
         return (stream.guessed_rate if self._is_timeless() else stream.average_rate) or None
 
     def frame_seconds(self, index: int) -> Fraction:
@@ -206,7 +206,7 @@ class Input:
 
     def counted_frames(self, index: int) -> Iterator[tuple[Fraction, Any]]:
         """The decoded frames of a video stream with their times on the file's clock, from the beginning, where the file
-        stands; see `is_counted`.
+        must be; see `is_counted`.
 
         Decoders give frames in the order in which they are shown, which is that of the decoding times in the container.
         """
@@ -285,5 +285,5 @@ class Input:
 
 
 def slack(seconds: float) -> float:
-    """By how much a whole file of a length that is stated may end before."""
+    """How much earlier than its header says a whole file may end, in seconds."""
     return max(0.25, _SLACK * seconds)

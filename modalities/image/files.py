@@ -20,9 +20,9 @@ from ..data.sources import UNNAMED
 _LARGEST = 1 << 26
 # Pixels of a large image that are converted at once.
 _BAND = 1 << 22
-# How often a JPEG decoder may halve the sides while it decodes.
+# How many times a JPEG decoder can halve the sides while it decodes.
 _HALVINGS = 3
-# What Pillow raises where a file is damaged; each of its decoders has ways of its own.
+# What Pillow raises for damaged files; its decoders do not agree on one class.
 _DAMAGED = (
     OSError,
     SyntaxError,
@@ -41,13 +41,13 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL converts to grey
 
 
 def load_image(source: object, mode: Literal["RGB", "L"] = "RGB", *, name: str | None = None) -> Float[Tensor, "c h w"]:
-    """An image as a float32 tensor in 0..1.
+    """Read an image as a float32 tensor in 0..1.
 
     Args:
         source: a file in any format that Pillow reads (its path, its bytes, or opened in binary mode), a PIL image, or
             a tensor `(c, h, w)` or `(h, w)` with 1 to 4 channels: uint8, uint16 or floating point in 0..1.
         mode: "RGB", 3 channels; "L", 1 channel, grey.
-        name: what messages call the source; a path names itself.
+        name: what error messages call the source; by default the path.
 
     Palettes are expanded, 16-bit images keep their precision, the EXIF orientation is applied (unless the EXIF data are
     damaged), and transparent pixels are laid over white. Integers of 32 bits that do not exceed 255 are taken to be of
@@ -86,11 +86,11 @@ def load_image(source: object, mode: Literal["RGB", "L"] = "RGB", *, name: str |
 
 
 def _bound(image: Any) -> None:
-    """Have a large image decoded at a smaller scale, or refuse it, by its header: nothing is allocated before."""
+    """Decode a large image at a smaller scale, or refuse it, by its header, before anything is allocated."""
     width, height = image.size
     halvings = [h for h in range(_HALVINGS + 1) if -(-width >> h) * -(-height >> h) <= _LARGEST]
     if halvings and halvings[0]:
-        # An effect it has on JPEG alone.
+        # This has an effect on JPEG only.
         image.draft(None, (width >> halvings[0], height >> halvings[0]))
     if image.size[0] * image.size[1] > _LARGEST:
         raise ValueError(f"it has {width} x {height} pixels; at most {_LARGEST:,} are read")
@@ -122,7 +122,7 @@ def _pixels(image: Any, mode: str) -> Float[Tensor, "c h w"]:
     rows = max(1, _BAND // width)
     if rows >= height:
         return _finished(_planes(image, stored), mode)
-    # In bands, so that a large image is in memory as it was decoded and as the result, and in no other form.
+    # Bands keep a large image out of memory in any form but as it was decoded and as the result.
     result = torch.empty(3 if mode == "RGB" else 1, height, width)
     for top in range(0, height, rows):
         band = image.crop((0, top, width, min(height, top + rows)))
@@ -139,7 +139,7 @@ def _planes(image: Any, stored: str) -> UInt8[Tensor, "*c h w"]:
 
 
 def _top(image: Any, values: Tensor) -> int:
-    """Which integer is white. PNG and PGM, which Pillow may read as integers of 32 bits, have 16."""
+    """The integer that is white. PNG and PGM have 16 bits, also where Pillow reads them as 32."""
     return 255 if image.mode == "I" and image.format not in ("PNG", "PPM") and float(values.max()) <= 255 else 65535
 
 
@@ -149,7 +149,7 @@ def _upright(image: Any) -> Any:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except _DAMAGED:
-        # What cannot be parsed turns nothing, and says nothing of the pixels.
+        # Damaged metadata says nothing about the pixels.
         return image
     turn = Image.Transpose
     turns = {
@@ -181,7 +181,7 @@ def _scale(image: Tensor) -> Float[Tensor, "c h w"]:
 
 
 def _finished(image: Shaped[Tensor, "*c h w"], mode: str) -> Float[Tensor, "new_c h w"]:
-    """The planes of an image in 0..1, over white where they are transparent, in the channels that are asked for."""
+    """The planes of an image in 0..1, composited over white, in the channels of `mode`."""
     image = _scale(image)
     if image.shape[0] in (2, 4):
         colour, alpha = image[:-1], image[-1:]

@@ -1,4 +1,4 @@
-"""Squares out of images of any shape."""
+"""Crop squares from images of any shape."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-# How many times what a square shows is resized around it, along each side.
+# The length of what is resized, as a multiple of what the square covers.
 _MARGIN = 2
 # Lengths that are compared for a window.
 _TRIED = 64
@@ -17,9 +17,9 @@ _TRIED = 64
 def resized_square(
     images: Float[Tensor, "*t c h w"], size: int, shorter: int, place: float = 0.5
 ) -> Float[Tensor, "*t c size size"]:
-    """Resize images by their shorter side and cut out a square.
+    """Resize images by their shorter side and crop a square.
 
-    What lies far from the square is cut off before: at 60000 x 1 pixels the whole resized image would take gigabytes.
+    What lies far from the square is cropped first: the whole of a resized image of 60000 x 1 pixels takes gigabytes.
 
     Args:
         size: the side of the square.

@@ -1,6 +1,6 @@
-"""Frames of a video at the times asked for.
+"""Read frames of a video by time.
 
-A frame is chosen by its time stamp, never by counting: rates vary, clocks start anywhere, and headers are wrong.
+A frame is chosen by its time stamp, not by its index: rates vary, clocks start anywhere, and headers are wrong.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _SQUEEZED = 16
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video is.
+    """Properties of a video.
 
     Args:
         duration: seconds from the first frame to the end of the last, by the file's last packets.
         frames: as the header says, None where it does not (webm, mkv). Nothing here relies on it.
         rate: frames a second on average, None where it is unknown.
-        size: (height, width) as shown: with square pixels, turned and mirrored as the file says.
+        size: (height, width) as shown: with square pixels, rotated and mirrored as the file says.
         start: seconds on the file's clock when the first frame appears. All other times count from it.
     """
 
@@ -71,18 +71,18 @@ class _Frame(NamedTuple):
 
 
 class VideoReader:
-    """A video, opened where it is read: a reader can be neither pickled nor used after a fork.
+    """An open video. A reader can be neither pickled nor used after a fork.
 
-    Opening decodes the first frame, whose time is zero from then on, and reads the last packets, which tell the
-    duration and whether the file was cut.
+    Opening decodes the first frame, whose time is zero from then on, and reads the last packets, which give the
+    duration and show whether the file was cut.
 
     Args:
         source: a path, the bytes of a file, or an open binary file.
-        threads: that decode. One is right in a worker of a data loader.
-        name: what messages call the source; a path names itself.
+        threads: how many decode. Use one in a worker of a data loader.
+        name: what error messages call the source; by default the path.
 
     Raises:
-        MediaError: missing, empty, no media file, no video in it, cut, or its first frame cannot be decoded.
+        MediaError: missing, empty, not a media file, without video, cut, or its first frame cannot be decoded.
     """
 
     info: VideoInfo
@@ -147,20 +147,20 @@ class VideoReader:
             self.close()
 
     def __getstate__(self) -> Any:
-        raise UnsupportedCall("a VideoReader cannot be pickled; hand on the path and open it in the process that reads")
+        raise UnsupportedCall("a VideoReader cannot be pickled; pass the path and open it in the process that reads")
 
     def close(self) -> None:
-        """Close the file; closing again does nothing."""
+        """Close the file. Closing it again has no effect."""
         self._decoded, self._shown, self._ahead = iter(()), None, None
         self._input.close()
 
     def at(self, times: Sequence[float | int]) -> Clip:
-        """The frames that are on the screen at some times.
+        """The frames shown at some times.
 
         Args:
-            times: seconds from the first frame, in any order, also repeated. Before the first frame it is the first,
-                after the last the last. They are compared to within half a millisecond, to which webm and mkv
-                round.
+            times: seconds from the first frame, in any order, also repeated. Times before the first frame give
+                the first, times after the last the last. They are compared to within half a millisecond, to which webm
+                and mkv round.
 
         Raises:
             MediaError: the file is corrupt before the last of the times.
@@ -183,7 +183,7 @@ class VideoReader:
     def stream(
         self, start: float | int = 0.0, stop: float | int | None = None, rate: float | int | None = None
     ) -> Iterator[tuple[float, UInt8[Tensor, "c h w"]]]:
-        """Frames one by one, in memory that does not depend on the length of the video.
+        """Iterate over frames, in memory that does not depend on the length of the video.
 
         Args:
             start: seconds from the first frame.
@@ -287,9 +287,9 @@ class VideoReader:
 
 
 class _Shape:
-    """How frames are shown: their size after their pixels are made square, and how they are turned and mirrored.
+    """How frames are shown: their size after their pixels are made square, and how they are rotated and mirrored.
 
-    Some files change their size on the way; all frames get the first one's.
+    Some files change their size midway; all frames are scaled to the first one's.
 
     Args:
         picture: the first frame.
@@ -321,7 +321,7 @@ class _Shape:
 def _display(picture: Any) -> tuple[bool, list[int]]:
     """Whether rows become columns, and which sides are mirrored after that, by the frame's display matrix.
 
-    The matrix maps a point (x, y) to (a x + c y, b x + d y). The nearest of the eight ways to lay a picture is taken.
+    The matrix maps a point (x, y) to (a x + c y, b x + d y). The nearest of the eight orientations is taken.
     """
     import numpy as np
     from av.sidedata.sidedata import Type
@@ -353,16 +353,16 @@ def _timed(file: Input, index: int, start: Fraction) -> Iterator[_Frame]:
 
 
 def read_clip(source: Source, sampling: Sampling, seed: int | None = None, *, name: str | None = None) -> Clip:
-    """Some frames of a video file.
+    """Read some frames of a video file.
 
     Args:
         source: a path, the bytes of a file, or an open binary file.
         sampling: which moments: `Uniform`, `Segments` or `Dense`.
         seed: of a random choice, a function of the seed alone; None takes the central one.
-        name: what messages call the source; a path names itself.
+        name: what error messages call the source; by default the path.
 
     Raises:
-        MediaError: missing, empty, no video, cut or corrupt.
+        MediaError: missing, empty, without video, cut or corrupt.
     """
     with VideoReader(source, name=name) as video:
         return video.at(sampling.times(video.info.duration, seed))

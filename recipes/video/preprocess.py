@@ -1,4 +1,4 @@
-"""How video files are prepared: part of every saved model, so that whoever uses it repeats what training did."""
+"""Preprocessing of video files, saved with every model so that inference repeats it."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ PIXELS, FASTEST = 1 << 28, 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
-    """What a model sees of a video file.
+    """The clips that a model sees of a video file.
 
     Args:
-        size: side of the square that frames are cut to, in pixels.
+        size: side of the square that frames are cropped to, in pixels.
         channels: 3, or 1 for grey.
         frames: of a clip.
         sampling: "uniform", evenly over the whole file; "segments", one frame out of each of equal parts of the file,
             at a random place in training; "dense", `frames` at `rate` from a random place in training, and from the
             middle otherwise.
         rate: frames a second of "dense".
-        crop: the part of the shorter side that is kept of held-out clips.
+        crop: the fraction of the shorter side that is kept of held-out clips.
     """
 
     called: ClassVar[str] = "clip"
@@ -65,12 +65,12 @@ def _check(config: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoPreprocess(Preprocess):
-    """How a video file becomes what the model was trained on; for the rest see `ClipConfig`.
+    """Preprocessing of a video file; see `ClipConfig` for the other fields.
 
     Args:
         mean: of each channel, subtracted.
         std: of each channel, divided by.
-        seconds: that a clip lasts: what a model sees of a longer film at a time.
+        seconds: duration of a clip.
     """
 
     size: int
@@ -116,7 +116,7 @@ class VideoPreprocess(Preprocess):
         return torch.stack([self.finish(square) for clip in clips for square in self.squares(clip, crops)])
 
     def read(self, media: Path | str | bytes, seed: int | None) -> UInt8[Tensor, "t c h w"]:
-        """The frames as they are in the file, from a random place where there is a seed."""
+        """The frames at their size in the file; a seed makes the place random."""
         with VideoReader(media) as video:
             return video.at(self.sampler.times(video.info.duration, seed)).frames
 

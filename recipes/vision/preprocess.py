@@ -1,4 +1,4 @@
-"""How images are prepared: part of every saved model, so that whoever uses it repeats what training did."""
+"""Preprocessing of images, saved with every model so that inference repeats it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..common.preprocess import Preprocess, check_square, check_statistics
 
 @dataclass(frozen=True, kw_only=True)
 class ImagePreprocess(Preprocess):
-    """How an image file becomes what the model was trained on.
+    """Preprocessing of an image file.
 
     Args:
         size: side of the square that the model sees.
         channels: 1 (grey) or 3.
         mean: of each channel, subtracted.
         std: of each channel, divided by.
-        crop: the part of the shorter side that is kept.
+        crop: the fraction of the shorter side that is kept.
     """
 
     size: int

@@ -30,7 +30,7 @@ class VisionTrainingConfig(ClassificationTrainingConfig):
     Args:
         mixup: strength (alpha) of mixing pairs of samples; 0 is never.
         cutmix: strength (alpha) of pasting one sample into another; 0 is never.
-        mix_probability: the part of the steps that mix at all.
+        mix_probability: the fraction of steps that mix.
     """
 
     mixup: float = 0.0
@@ -94,7 +94,7 @@ def patch_for(size: int) -> int:
 
 
 def mixing(training: VisionTrainingConfig, classes: int) -> Any:
-    """Mixup and CutMix of torchvision as configured, or None; they draw from the global generator."""
+    """Mixup and CutMix of torchvision as configured, or None; they sample from the global generator."""
     from torchvision.transforms import v2
 
     ways: list[Any] = []
