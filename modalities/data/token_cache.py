@@ -202,11 +202,15 @@ def _encode_chat(
     messages: list[dict[str, Any]], tokenizer: Tokenizer, answers_only: bool
 ) -> tuple[list[int], list[bool], int]:
     if answers_only:
-        answers = (m["content"] for m in messages if m["role"] == "assistant")
-        return *tokenizer.chat_document(messages), sum(len(answer.encode()) for answer in answers)
+        ids, scored = tokenizer.chat_document(messages)
+        answers = [m for m in messages if m["role"] == "assistant"]
+        if all(isinstance(m.get("content"), str) and not m.get("tool_calls") for m in answers):
+            return ids, scored, sum(len(m["content"].encode()) for m in answers)
+        # Parts and calls are text only once the template has rendered them.
+        text = tokenizer.decode([i for i, own in zip(ids, scored, strict=True) if own])
+        return ids, scored, len(text.encode())
     ids = tokenizer.encode_chat(messages, generate=False)
-    # A template may write the end token at the beginning itself.
-    ids = [tokenizer.end, *(ids[1:] if ids[:1] == [tokenizer.end] else ids), tokenizer.end]
+    ids = [*([] if tokenizer.begins(ids) else [tokenizer.end]), *ids, tokenizer.end]
     return ids, [], len(tokenizer.decode(ids).encode())
 
 

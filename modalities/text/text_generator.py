@@ -237,7 +237,7 @@ class TextGenerator:
         if not isinstance(prompt, str) and all(isinstance(part, int) for part in prompt):
             return list(prompt)
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.encode_chat(prompt)
-        begun = prefix is not None or (not isinstance(prompt, str) and ids[:1] == [self.tokenizer.end])
+        begun = prefix is not None or (not isinstance(prompt, str) and self.tokenizer.begins(ids))
         return ids if begun else [self.tokenizer.end, *ids]
 
     def _config(self, config: Config | None) -> Config:
