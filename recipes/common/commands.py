@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from ...errors import ConfigError
 from ...utils.console import emit, say
 from ...utils.run_folder import RunFolder
 from .arguments import argument
@@ -53,6 +54,11 @@ def evaluate(command: str, argv: list[str], make: Callable[[str, list[str]], Rec
     run = argument(argv, "--run", "")
     with losses_named():
         cli = make(command, argv)
+    if not cli.measured:
+        split = "val" if command == "validate" else "test"
+        raise ConfigError(
+            f"trainer.limit_{split}_batches is 0, so nothing is evaluated; add --trainer.limit_{split}_batches 1.0"
+        )
     row = {"run": str(cli.folder.path), **{name: float(value) for name, value in cli.measured[0].items()}}
     if cli.trainer.is_global_zero:
         emit(f"{command} {run}", [row], cli.options.json)

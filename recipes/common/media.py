@@ -130,7 +130,7 @@ class MediaData(RecipeData):
         )
 
     def train_dataloader(self) -> EpochLoader:
-        return self._loader(self.train_set, shuffle=True)
+        return self._loader(self.train_set, shuffle=self.shuffled)
 
     def val_dataloader(self) -> EpochLoader:
         return self._loader(self.val_set, shuffle=False)

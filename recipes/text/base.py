@@ -190,7 +190,7 @@ class TextData(RecipeData):
         )
 
     def train_dataloader(self) -> EpochLoader:
-        return self._loader(self.train_set, self.options.batch_size, shuffle=True)
+        return self._loader(self.train_set, self.options.batch_size, shuffle=self.shuffled)
 
     def val_dataloader(self) -> EpochLoader:
         """The held-out text; during a fit as much of it as `val_tokens` says."""

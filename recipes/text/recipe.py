@@ -124,7 +124,8 @@ class TextGeneration(pl.LightningModule):
         self._sums = [0.0, 0, 0]
 
     def validation_step(self, batch: dict[str, Any], index: int) -> None:
-        size = batch["bytes"]
+        # Of batches without them the end of the epoch says what is missing.
+        size = batch.get("bytes", 0)
         batch = {name: value for name, value in batch.items() if name != "bytes"}
         # Rows that only fill up a rank's last batch: it takes its step, which ranks take together, and counts nothing.
         filling = "counted" in batch and not batch["counted"][:, 1:].any()
@@ -218,7 +219,8 @@ def _finish(cli: RecipeCLI) -> None:
 def _picture(cli: RecipeCLI, samples: Samples, metrics: dict[str, Any]) -> None:
     rows, every = cli.history.rows, cli.history.every
     training = "training" if every == 1 else f"training, each {every} steps"
-    title = f"{metrics['val/bits_per_byte']:.3f} bits per byte of held-out text"
+    found = metrics.get("val/bits_per_byte")
+    title = "not validated" if found is None else f"{found:.3f} bits per byte of held-out text"
     subtitle = (
         f"{metrics['configuration']} · mixer {metrics['mixer']} · {metrics['objective']} · "
         f"{metrics['parameters']:,} parameters · {metrics['steps']:,} steps, {metrics['tokens']:,} tokens in "
@@ -251,8 +253,8 @@ def _say(cli: RecipeCLI, metrics: dict[str, Any]) -> None:
         "run": folder.path.name,
         "mixer": metrics["mixer"],
         "objective": metrics["objective"],
-        "bits per byte": f"{metrics['val/bits_per_byte']:.3f}",
-        "perplexity": f"{metrics['val/perplexity']:.2f}",
+        **({"bits per byte": f"{metrics['val/bits_per_byte']:.3f}"} if "val/bits_per_byte" in metrics else {}),
+        **({"perplexity": f"{metrics['val/perplexity']:.2f}"} if "val/perplexity" in metrics else {}),
         "parameters": f"{metrics['parameters']:,}",
         "seconds": f"{metrics['train_seconds']:.0f}",
         "tokens / s": f"{metrics['tokens_per_second'] or 0:,.0f}",

@@ -47,7 +47,7 @@ class Samples(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = RunFolder(Path(trainer.default_root_dir))
-        if trainer.is_global_zero and not folder.tokenizer.is_file():
+        if trainer.datamodule is not None and trainer.is_global_zero and not folder.tokenizer.is_file():
             trainer.datamodule.tokenizer.save(folder.path)
 
     # Not at the validation's end: only until here are the averaged weights in the module's place.
