@@ -102,7 +102,9 @@ def run(argv: list[str]) -> int:
     command = getattr(import_module(module, package=__package__), function)
     gc.freeze()
     gc.enable()
-    return command(argv[len(name.split()) :]) or 0
+    from .utils.options import underscored
+
+    return command(underscored(argv[len(name.split()) :])) or 0
 
 
 def answer(argv: list[str]) -> int:

@@ -47,13 +47,13 @@ class _Search:
             reason = finish_reason(candidate.tokens, config)
             if reason is None:
                 going.append(i)
-            elif i < config.beams:
+            elif i < config.num_beams:
                 stopped.append((candidate.total / len(candidate.tokens) ** config.length_penalty, candidate, reason))
-        self.finished = sorted(self.finished + stopped, key=lambda f: -f[0])[: config.beams]
-        going = going[: config.beams]
+        self.finished = sorted(self.finished + stopped, key=lambda f: -f[0])[: config.num_beams]
+        going = going[: config.num_beams]
         self.running = [candidates[i] for i in going]
         self.over = not going
-        if going and len(self.finished) == config.beams:
+        if going and len(self.finished) == config.num_beams:
             best = self.running[0]
             self.over = best.total / len(best.tokens) ** config.length_penalty <= self.finished[-1][0]
         return going
@@ -83,7 +83,9 @@ def search(
             origins, tokens, offset = [], [], 0
             for i, count in zip(alive, counts, strict=True):
                 rows = slice(offset, offset + count)
-                candidates, sources = _continuations(searches[i].running, log_probs[rows], scores[rows], config.beams)
+                candidates, sources = _continuations(
+                    searches[i].running, log_probs[rows], scores[rows], config.num_beams
+                )
                 going = searches[i].take(candidates, config)
                 if not searches[i].over:
                     origins += [offset + sources[j] for j in going]

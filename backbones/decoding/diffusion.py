@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import UnsupportedCall, UnsupportedShape
+from ...utils.renamed import renamed_options
 from ..config import bounded, not_negative, positive, proportion
 from ..language import LanguageModel
 from ..layout import Layout
@@ -26,12 +27,13 @@ from .sampling import draw, generator, keep_top_p
 Watch = Callable[[list[list[int]]], None]
 
 
+@renamed_options(length="max_new_tokens")
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig(Config):
     """Options of `diffuse`.
 
     Args:
-        length: tokens that are generated after each prompt; 0 only fills in the prompt's own mask tokens.
+        max_new_tokens: tokens that are generated after each prompt; 0 only fills in the prompt's own mask tokens.
         steps: passes through the model for each sequence, shared out evenly over its blocks, at least one each; by
             default as many as there are hidden tokens.
         block: tokens that are written at a time. Under objective "masked" (and "sedd") blocks are counted from the
@@ -51,7 +53,7 @@ class DiffusionConfig(Config):
             default, where it is exact.
     """
 
-    length: int = 128
+    max_new_tokens: int = 128
     steps: int | None = None
     block: int | None = None
     remask: Literal["low_confidence", "random", "threshold", "ancestral"] = "low_confidence"
@@ -64,7 +66,7 @@ class DiffusionConfig(Config):
 
     def __post_init__(self) -> None:
         positive(self, "steps", "block")
-        not_negative(self, "length")
+        not_negative(self, "max_new_tokens")
         proportion(self, "threshold", "top_p")
         bounded(self, "temperature", least=0, wanted="at least 0 (greedy) and finite")
         bounded(self, "end", "seed")
@@ -88,7 +90,7 @@ class _Canvas:
 
     def __init__(self, prompt: list[int], number: int, mask: int, block: int | None, config: DiffusionConfig):
         self.config, self.mask = config, mask
-        self.tokens = torch.tensor(prompt + [mask] * config.length, dtype=torch.int64)
+        self.tokens = torch.tensor(prompt + [mask] * config.max_new_tokens, dtype=torch.int64)
         self.log_probs = torch.zeros(len(self.tokens), dtype=torch.float64)
         self.prompt, self.steps, self.number = len(prompt), 0, 0
         self.generator = generator(config.seed, number)
@@ -97,11 +99,11 @@ class _Canvas:
         else:
             borders = [
                 0,
-                *range(self.prompt, len(self.tokens), config.block or max(1, config.length)),
+                *range(self.prompt, len(self.tokens), config.block or max(1, config.max_new_tokens)),
                 len(self.tokens),
             ]
             # What is hidden inside the prompt is filled in together with the first block.
-            del borders[1 : 2 if config.length else 1]
+            del borders[1 : 2 if config.max_new_tokens else 1]
         self.spans = [(a, b) for a, b in pairwise(borders) if (self.tokens[a:b] == mask).any()]
         # The tokens that a state has read, and the backbone's output at the last of them.
         self.read, self.last = 0, None

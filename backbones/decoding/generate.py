@@ -44,7 +44,8 @@ class Generation:
     Args:
         tokens: one list a prompt, without the prompt; the end token and stop sequences are among them.
         log_probs: of each token, before any filter or temperature.
-        reasons: why each text is finished: "end" (the end token), "stop" (a stop sequence) or "length" (max_tokens).
+        reasons: why each text is finished: "end" (the end token), "stop" (a stop sequence) or "length"
+            (max_new_tokens).
         scores: of a beam search: each text's log-probability over its length ** length_penalty.
         prompt_tokens, new_tokens: how many were read and written.
         prefill_seconds: until the first tokens were known.
@@ -68,7 +69,7 @@ def finish_reason(written: Sequence[int], config: GenerationConfig) -> Reason | 
     for stop in config.stop:
         if tuple(written[-len(stop) :]) == stop:
             return "stop"
-    return "length" if len(written) >= config.max_tokens else None
+    return "length" if len(written) >= config.max_new_tokens else None
 
 
 def start(
@@ -179,7 +180,7 @@ def generate(
     config = config or GenerationConfig()
     check_decoder(model, config)
     prompts = as_lists(prompts, model.vocabulary, empty=prefix is not None)
-    if config.beams > 1:
+    if config.num_beams > 1:
         from .beam import search
 
         return search(model, prompts, config, prefix)
@@ -221,8 +222,10 @@ def stream(
     """
     config = config or GenerationConfig()
     check_decoder(model, config)
-    if config.beams > 1:
-        raise UnsupportedCall(f"config.beams is {config.beams}; a beam search knows no token before the last: beams=1")
+    if config.num_beams > 1:
+        raise UnsupportedCall(
+            f"config.num_beams is {config.num_beams}; a beam search knows no token before the last: num_beams=1"
+        )
     prompts = as_lists([list(map(int, prompt))], model.vocabulary, empty=prefix is not None)
     return _stream(model, prompts, config, prefix, number)
 

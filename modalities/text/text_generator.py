@@ -143,7 +143,7 @@ class TextGenerator:
         beam search writes comes at once.
         """
         config = self._config(config)
-        if isinstance(config, DiffusionConfig) or config.beams > 1:
+        if isinstance(config, DiffusionConfig) or config.num_beams > 1:
             return iter([self.generate([prompt], config, stop=stop, prefix=prefix, numbers=[number])[0].text])
         text = _Text(self.tokenizer, stop)
         return self._pieces(stream(self.model, self._ids(prompt, prefix), config, prefix=prefix, number=number), text)
@@ -189,7 +189,7 @@ class TextGenerator:
         """
         config, ids = self._config(config), [self._ids(prompt, prefix) for prompt in prompts]
         texts = [_Text(self.tokenizer, stop) for _ in prompts]
-        if isinstance(config, GenerationConfig) and config.beams == 1:
+        if isinstance(config, GenerationConfig) and config.num_beams == 1:
             return self._write(ids, config, texts, prefix, numbers)
         if isinstance(config, GenerationConfig):
             found = generate(self.model, ids, config, prefix=prefix)

@@ -23,6 +23,8 @@ from ...backbones.serialization import from_dict, to_dict
 from ...errors import ConfigError
 from ...modalities.audio.fronts import FrontConfig
 from ...modalities.common.classifier import ShortForm
+from ...utils.renamed import warn_renamed
+from .migration import RENAMED
 from .options import RecipeData, options_argument
 
 # What is short for what: `--model.dim 64` is `--model.backbone.dim 64`.
@@ -123,6 +125,9 @@ class Trees:
             content = yaml.load(value, Loader=_Loader)
         except yaml.YAMLError as error:
             raise ConfigError(f"{word}: cannot read {value!r}: {' '.join(str(error).split())}") from error
+        if place[:-1] == ["objective"] and place[-1] in RENAMED:
+            warn_renamed(word, new := word.removesuffix(place[-1]) + RENAMED[place[-1]])
+            place = [*place[:-1], new.rpartition(".")[2]]
         self.merge(place, content)
 
     def merge(self, place: list[str], value: Any) -> None:

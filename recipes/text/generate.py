@@ -19,11 +19,11 @@ from ...errors import ConfigError
 from ...modalities.text.text_generator import TextGenerator
 from ...utils.console import emit, visible
 from ...utils.devices import usable_device
-from ...utils.options import add_device, add_json
+from ...utils.options import add_device, add_json, renamed_option
 from ...utils.run_folder import RunFolder
 
 # Options of one kind of decoding only.
-AUTOREGRESSIVE = ("top_k", "min_p", "repetition_penalty", "beams", "chunk")
+AUTOREGRESSIVE = ("top_k", "min_p", "repetition_penalty", "num_beams", "chunk")
 DIFFUSION = ("steps", "block", "threshold")
 TEMPERATURE = 0.8
 
@@ -36,8 +36,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="the text to go on with; '-' is standard input")
     parser.add_argument("--run", required=True, help="folder of the run, or its name under runs/")
-    parser.add_argument("--max_tokens", type=int, default=256, help="tokens to write at most (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, help=f"0 takes the likeliest token ({TEMPERATURE}; 0 of --beams)")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="tokens to generate at most (%(default)s)")
+    renamed_option(parser, "--max_tokens", "--max_new_tokens", int)
+    parser.add_argument(
+        "--temperature", type=float, help=f"0 takes the most probable token ({TEMPERATURE}; with --num_beams 0)"
+    )
     parser.add_argument("--top_p", type=float, default=0.95, help="draw from this part of probability (%(default)s)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
@@ -50,8 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     left.add_argument("--min_p", type=float, help="draw among tokens with this share of the likeliest's probability")
     left.add_argument("--repetition_penalty", type=float, help="above 1: what was written already is less likely")
     left.add_argument(
-        "--beams", type=int, help="search with so many hypotheses for the likeliest text; shown when found"
+        "--num_beams", type=int, help="hypotheses of a beam search for the most probable text; shown when found"
     )
+    renamed_option(parser, "--beams", "--num_beams", int)
     left.add_argument("--chunk", type=int, help="read prompts in pieces of so many tokens, to bound the memory")
     left.add_argument(
         "--prefix",
@@ -152,13 +156,13 @@ def _config(writer: TextGenerator, options: argparse.Namespace) -> GenerationCon
     more = {name: getattr(options, name) for name in own if getattr(options, name) is not None}
     temperature = options.temperature
     if temperature is None:
-        temperature = 0.0 if more.get("beams", 1) > 1 else TEMPERATURE
+        temperature = 0.0 if more.get("num_beams", 1) > 1 else TEMPERATURE
     shared = {"temperature": temperature, "top_p": options.top_p, "seed": options.seed}
     if not writer.diffusion:
-        return GenerationConfig(max_tokens=options.max_tokens, **shared, **more)
+        return GenerationConfig(max_new_tokens=options.max_new_tokens, **shared, **more)
     if "threshold" in more:
         more["remask"] = "threshold"
-    return DiffusionConfig(length=options.max_tokens, **shared, **more)
+    return DiffusionConfig(max_new_tokens=options.max_new_tokens, **shared, **more)
 
 
 def _prefix(

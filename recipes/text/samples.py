@@ -73,9 +73,9 @@ class Samples(Callback):
         writer = TextGenerator(model, tokenizer)
         if writer.diffusion:
             # A pass through the model for each token would take as long as many steps of training.
-            config = DiffusionConfig(length=self.tokens, steps=-(-self.tokens // 5), **self.options)
+            config = DiffusionConfig(max_new_tokens=self.tokens, steps=-(-self.tokens // 5), **self.options)
         else:
-            config = GenerationConfig(max_tokens=self.tokens, **self.options)
+            config = GenerationConfig(max_new_tokens=self.tokens, **self.options)
         return [result.text for result in writer.generate(prompts, config)]
 
     def of_step(self, step: int) -> list[Sample]:
