@@ -10,7 +10,8 @@ from omnimix.backbones.heads.causal import CausalConfig
 from omnimix.backbones.serialization import from_dict, to_dict
 from omnimix.errors import ConfigError
 from omnimix.recipes.common.migration import migrate
-from omnimix.recipes.common.trees import Trees
+from omnimix.recipes.common.trees import DataTrees, Trees
+from omnimix.recipes.text.data import TextFiles
 from omnimix.recipes.text.generate import _parser
 from omnimix.recipes.text.recipe import TextGeneration
 from omnimix.utils.options import underscored
@@ -99,3 +100,15 @@ def test_every_command_takes_hyphens(command, capsys):
         "bench decode": "--no-peers",
     }
     assert error(flags[command]).startswith("usage")
+
+
+def test_options_of_data_sets():
+    trees = DataTrees(TextFiles)
+    with pytest.warns(FutureWarning, match=r"--data.borders is now --data.boundaries"):
+        trees.flag("--data.borders", trees.path("--data.borders"), "padded")
+    assert trees.checked()["options"]["boundaries"] == "padded"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trees = DataTrees(TextFiles)
+        trees.take({"data": {"class_path": "TextFiles", "init_args": {"options": {"borders": "padded"}}}})
+    assert trees.checked()["options"]["boundaries"] == "padded"

@@ -17,7 +17,7 @@ PART = ".part"
 
 
 def replace_file(target: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
-    """Write beside `target`, flush to the disk, and put it in the place of `target` in one step.
+    """Write next to `target`, flush to the disk, and put it in the place of `target` in one step.
 
     Args:
         target: its folder is made where there is none; an interrupt or a full disk leaves an old file whole.
@@ -48,7 +48,7 @@ def _write(temporary: Path, target: Path, write: Callable[[Path], Any]) -> None:
 
 @contextlib.contextmanager
 def _named(target: Path) -> Iterator[None]:
-    """Errors of the system name the file that was to be written: of a full disk they name none, or the one beside."""
+    """Let errors of the system name the file that was to be written, and not the temporary one, or none."""
     try:
         yield
     except OSError as error:

@@ -44,6 +44,7 @@ def renamed_options(**names: str) -> Callable[[C], C]:
             own(self, *args, **values)
 
         cls.__init__ = __init__
+        cls.renamed = names
         cls.upgrade = staticmethod(lambda values: new_names(values, names))
         for old, new in names.items():
             setattr(cls, old, property(_reader(cls.__name__, old, new)))

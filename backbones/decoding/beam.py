@@ -31,7 +31,7 @@ class _Search:
     """The search after one prompt.
 
     Args:
-        running: hypotheses that go on, best first.
+        running: unfinished hypotheses, best first.
         finished: (score, hypothesis, reason) of those that do not, best first, at most as many as there are beams.
         over: whether nothing more is looked for.
     """
@@ -41,7 +41,7 @@ class _Search:
     over: bool = False
 
     def take(self, candidates: list[_Hypothesis], config: GenerationConfig) -> list[int]:
-        """Take in the best 2 · beams continuations, best first; returns the numbers of those that go on."""
+        """Take in the best 2 · beams continuations, best first; return the indices of the unfinished ones."""
         going, stopped = [], []
         for i, candidate in enumerate(candidates):
             reason = finish_reason(candidate.tokens, config)
@@ -65,7 +65,7 @@ def search(
     """The best text after each prompt by total log-probability over length ** length_penalty.
 
     Of every prompt's hypotheses the 2 · beams best continuations are looked at; one that ends is kept only if it is
-    among the first `beams`. The search is over when as many are kept as there are beams and the best that goes on is
+    among the first `beams`. The search is over when as many are kept as there are beams and the best unfinished one is
     not better than the worst of them, each at its present length: what transformers does with early_stopping=False.
     """
     begin = time.perf_counter()

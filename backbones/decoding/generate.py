@@ -29,7 +29,7 @@ class Step:
     Args:
         token: its id.
         log_prob: log p(token | tokens before it) as the model has it, before any filter or temperature.
-        reason: why the text is finished with this token, or None where it goes on.
+        reason: why the text is finished with this token, or None where it continues.
     """
 
     token: int
@@ -143,7 +143,7 @@ class Writer:
         return steps
 
     def leave(self, rows: Container[int]) -> None:
-        """Go on without these sequences, which are finished for a reason that tokens do not show (stop strings)."""
+        """Continue without these sequences, which are finished for a reason that tokens do not show (stop strings)."""
         left = [i for i, row in enumerate(self.rows) if row not in rows]
         if len(left) < len(self.rows):
             self.pending = self.pending[left]
@@ -164,12 +164,12 @@ def generate(
     prefix: Prefix | None = None,
     numbers: Sequence[int] | None = None,
 ) -> Generation:
-    """Go on with each prompt; each is written as it would be alone.
+    """Continue each prompt; each text is generated as it would be alone.
 
     Args:
         prompts: ids, of any lengths; an empty one only after a prefix.
         config: how; greedy by default.
-        prefix: what all prompts are behind, read before (`read_prefix`).
+        prefix: the state after what all prompts follow (`read_prefix`).
         numbers: by which, with the seed, each prompt draws; its place by default. So a prompt is written the same in
             any batch where its number is the same.
 
@@ -215,7 +215,7 @@ def stream(
     prefix: Prefix | None = None,
     number: int = 0,
 ) -> Iterator[Step]:
-    """The tokens that `generate` writes behind one prompt, each as soon as it is known.
+    """The tokens that `generate` generates after one prompt, each as soon as it is known.
 
     Whoever stops listening, by an interrupt or otherwise, keeps what was written until then. For arguments and errors
     see `generate`; they are raised before the first token is asked for.

@@ -88,7 +88,7 @@ class Corpus(ABC):
     def _read(self, name: str, path: Path) -> Iterator[Document]: ...
 
     def options(self) -> list[Any]:
-        """What decides, beside the files, which documents there are."""
+        """The options that decide, next to the files, which documents there are."""
         return []
 
     def __iter__(self) -> Iterator[Document]:

@@ -53,7 +53,7 @@ class ShardSource:
     Args:
         shards: the tar files; samples come in their order.
         suffixes: of the media, lower case, with their dots.
-        classes: by index; None takes those of `classes.json` or `classes.txt` beside the shards or a folder above,
+        classes: by index; None takes those of `classes.json` or `classes.txt` next to the shards or a folder above,
             those that the .json members name, or the numbers up to the largest.
         limit: bytes of a member at most.
 
@@ -266,7 +266,7 @@ def _named(index: TarIndex, number: int) -> str | None:
 
 
 def write_index(shard: Path, samples: Iterable[tuple[Member, int]]) -> None:
-    """Leave `SHARD.index.json` beside a whole shard: the media members of its samples and their labels."""
+    """Write `SHARD.index.json` next to a whole shard: the media members of its samples and their labels."""
     rows = list(samples)
     content = {
         "version": _VERSION,
@@ -281,7 +281,7 @@ def write_index(shard: Path, samples: Iterable[tuple[Member, int]]) -> None:
 
 
 def read_index(shard: str, suffixes: Collection[str], limit: int) -> tuple[Stamp, list[_Sample]] | None:
-    """What the index beside a shard says, or None where there is none that fits the shard.
+    """What the index of a shard says, or None where there is none that fits the shard.
 
     Raises:
         MediaError: there is no such shard.

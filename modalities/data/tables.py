@@ -27,7 +27,7 @@ class CSVSource(FileSource):
     Args:
         table: the .csv file.
         suffixes: of the media files, which tell a sample from a header too.
-        classes: by index; None takes those of `classes.json` or `classes.txt` beside the table, or the names that
+        classes: by index; None takes those of `classes.json` or `classes.txt` next to the table, or the names that
             occur, in alphabetical order, or the numbers up to the largest.
 
     Raises:

@@ -181,7 +181,7 @@ def member_problem(member: tarfile.TarInfo, limit: int = LIMIT) -> str | None:
 
 
 def end_problem(file: BinaryIO, end: int) -> str | None:
-    """Why an open tar file does not end as it should at `end`, behind its last member, if so: with zeros alone.
+    """Why an open tar file does not end as it should at `end`, after its last member: with zeros alone.
 
     tarfile takes the end of the file, a corrupt header and junk for the end of the archive, in silence.
     """
@@ -193,7 +193,7 @@ def end_problem(file: BinaryIO, end: int) -> str | None:
         return "a header is corrupt"
     while chunk := file.read(1 << 20):
         if chunk.count(0) < len(chunk):
-            return "there is more behind its end; several archives in one file are not read"
+            return "data follows its end; several archives in one file are not read"
     return None
 
 

@@ -26,7 +26,7 @@ from .corpus import Corpus, Document, held_out, place
 _VERSION = 1
 _MAGIC = b"omnixtok"
 _BATCH = 1 << 20  # characters that are encoded at a time
-_SAMPLE = 64 << 20  # bytes of text from which a vocabulary is learnt
+_SAMPLE = 64 << 20  # bytes of text from which a vocabulary is learned
 _LONG = 1 << 20  # characters of a document of which a part may be taken for that
 
 
@@ -36,7 +36,7 @@ def text_cache() -> Path:
 
 
 class TokenCache:
-    """The tokens of all documents of a corpus, behind each other, in one file.
+    """The tokens of all documents of a corpus, concatenated in one file.
 
     Args:
         file: what `write_tokens` wrote. It is checked as a whole.
@@ -108,7 +108,7 @@ def _read_footer(file: Path, size: int) -> tuple[dict[str, Any], int]:
 
 
 class _Writer:
-    """Writes arrays behind each other, padded to 8 bytes, with a checksum of everything."""
+    """Writes arrays one after another, padded to 8 bytes, with a checksum of everything."""
 
     def __init__(self, stream: BinaryIO):
         self.stream, self.crc, self.written = stream, 0, 0
@@ -273,7 +273,7 @@ def cached_bpe(
         return load_tokenizer(file)
     except CheckpointError:
         with _writing(folder), one_at_a_time(file):
-            with contextlib.suppress(CheckpointError):  # another process may have learnt it in the meantime
+            with contextlib.suppress(CheckpointError):  # another process may have trained it in the meantime
                 return load_tokenizer(file)
             part = min(1.0, _SAMPLE / max(1, corpus.nbytes))
             with _progress(corpus, f"learning {vocabulary} tokens") as seen:

@@ -90,7 +90,7 @@ class Tokenizer(ABC):
         if self.template is None:
             raise ConfigError(
                 f"this tokenizer has no chat template, and ChatML's needs the special tokens {' and '.join(TURN)}: "
-                f"train it with special={list(TURN)}, or put a chat_template.jinja beside its tokenizer.json"
+                f"train it with special={list(TURN)}, or put a chat_template.jinja next to its tokenizer.json"
             )
         return self.template
 

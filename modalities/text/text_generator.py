@@ -25,7 +25,7 @@ Config = GenerationConfig | DiffusionConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TextResult:
-    """What was written behind one prompt.
+    """The text generated after one prompt.
 
     Args:
         text: up to the end token or stop string, which it does not hold.
@@ -137,7 +137,7 @@ class TextGenerator:
         prefix: Prefix | None = None,
         number: int = 0,
     ) -> Iterator[str]:
-        """The text that `generate` writes behind one prompt, in pieces as soon as they are sure.
+        """The text that `generate` generates after one prompt, in pieces as soon as they are final.
 
         No piece ends inside a character, and none holds a part of a stop string. What diffusion or a
         beam search writes comes at once.
@@ -171,15 +171,15 @@ class TextGenerator:
         numbers: Sequence[int] | None = None,
         watch: Watch | None = None,
     ) -> list[TextResult]:
-        """Go on with each prompt, as it would be alone.
+        """Continue each prompt, as it would be alone.
 
         Args:
             prompts: texts; conversations as lists of messages with "role" and "content"; or ids, taken as they are.
             config: a `GenerationConfig`, or a `DiffusionConfig` for models that are decoded by diffusion; their
                 defaults otherwise. Without an `end` it is the tokenizer's.
-            stop: strings before which a text ends, wherever the borders of the tokens are. Under diffusion and in a
+            stop: strings before which a text ends, wherever the boundaries of the tokens are. Under diffusion and in a
                 beam search they are looked for afterwards.
-            prefix: what all prompts are behind (`read`).
+            prefix: the state after what all prompts follow (`read`).
             numbers: by which, with the seed, each prompt draws; its place by default.
             watch: under diffusion called after every step; see `diffuse`.
 
@@ -194,7 +194,7 @@ class TextGenerator:
         if isinstance(config, GenerationConfig):
             found = generate(self.model, ids, config, prefix=prefix)
         elif prefix is not None:
-            raise UnsupportedCall("prefix: diffusion does not go on from one; write it into the prompts")
+            raise UnsupportedCall("prefix: diffusion does not continue from a state; put its text into the prompts")
         else:
             found = diffuse(self.model, ids, config, numbers=numbers, watch=watch)
         results = []
@@ -233,7 +233,7 @@ class TextGenerator:
         ]
 
     def _ids(self, prompt: Prompt, prefix: Prefix | None) -> list[int]:
-        """A prompt's ids, behind the end token with which every document begins unless there is a prefix."""
+        """A prompt's ids, after the end token with which every document begins unless there is a prefix."""
         if not isinstance(prompt, str) and all(isinstance(part, int) for part in prompt):
             return list(prompt)
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.encode_chat(prompt)

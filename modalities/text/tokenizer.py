@@ -20,20 +20,20 @@ __all__ = ["END", "BPETokenizer", "ByteTokenizer", "TextStream", "Tokenizer", "l
 
 END = "<|endoftext|>"
 FILE, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
-# In the configuration, beside what transformers reads there: the token that ends documents.
+# A key of the configuration that transformers does not read: the token that ends documents.
 OWN_END = "omnimix_end"
 
 # What ends a document is called otherwise in every family; looked for in this order.
 _ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|end▁of▁sentence|>", "<EOS>", "[EOS]", "[SEP]")
 
 # A word with what introduces it (" is", ".append", "_name"), one digit, punctuation together with the line end and the
-# indentation behind it ("):\n        "), blank lines with indentation, other space. On Python's standard library a
+# indentation after it ("):\n        "), blank lines with indentation, other space. On Python's standard library a
 # vocabulary of 4096 so reaches 3.47 bytes a token, where GPT-2's pattern, which cuts indentation up, reaches 3.27.
 WORDS = r"(?:[^\s\p{L}\p{N}]| )?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+(?:[ \t]*[\r\n]\s*)?|\s*[\r\n][ \t]*|\s+(?!\S)|\s+"
 
 
 class ByteTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8, and behind them the end token and any other special tokens.
+    """The 256 bytes of UTF-8, followed by the end token and any other special tokens.
 
     Args:
         special: names of further special tokens.
@@ -80,10 +80,10 @@ class BPETokenizer(Tokenizer):
         inner: what it adds, cuts or fills up by itself is switched off.
         end: name of the token that ends documents; None looks for the usual ones.
         template: a chat template.
-        variables: what it may use beside the messages, such as `bos_token`; the end token by default.
+        variables: what it may use next to the messages, such as `bos_token`; the end token by default.
 
     Raises:
-        UnknownName: no token is called `end`.
+        UnknownName: unknown token `end`.
         ConfigError: none of the usual end tokens is there.
     """
 
@@ -185,7 +185,7 @@ def load_tokenizer(path: str | Path, *, end: str | None = None) -> Tokenizer:
 
     Args:
         path: a folder that holds `tokenizer.json`, or such a file. The chat template is taken from
-            `chat_template.jinja` or `tokenizer_config.json` beside it.
+            `chat_template.jinja` or `tokenizer_config.json` next to it.
         end: name of the token that ends documents; None takes the one it was saved with, looks for the usual ones, then
             takes the `eos_token` of `tokenizer_config.json`.
 

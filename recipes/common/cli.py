@@ -148,7 +148,7 @@ class RecipeCLI(LightningCLI):
         add_threads(parser, int | None)
         if fitting:
             parser.add_argument("--overwrite", action="store_true", help="delete an older run of this name first")
-            parser.add_argument("--resume", action="store_true", help="go on with the run where its state was saved")
+            parser.add_argument("--resume", action="store_true", help="resume the run from its last saved state")
         else:
             parser.add_argument("--run", required=True, help="folder of the run, or its name under runs/")
             add_json(parser)
@@ -332,7 +332,7 @@ class RecipeCLI(LightningCLI):
             config.model[name] = to_dict(config.model[name])
         parser = self._parser(self.command)
         options = {"skip_unset": False, "skip_validation": True, "overwrite": True, "multifile": False}
-        # In one step: when a run goes on, other processes read the file at this very time.
+        # In one step: when a run is resumed, other processes read the file at this very time.
         replace_file(self.folder.config, lambda path: parser.save(config, str(path), **options))
 
 
@@ -374,6 +374,6 @@ def _quiet() -> None:
     """Leave out what Lightning says of itself; warnings about the run stay."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # What we do on purpose: a run goes on in its folder, and small sets have short epochs.
+    # What we do on purpose: a run is resumed in its folder, and small sets have short epochs.
     for message in ("`isinstance.*LeafSpec", "Checkpoint directory .* not empty", "The number of training batches"):
         warnings.filterwarnings("ignore", message=f".*{message}.*")

@@ -181,12 +181,18 @@ class DataTrees(Trees):
     def __init__(self, data: type[RecipeData]):
         self.data, self.name = data, options_argument(data)
         self.values, self._starts = {self.name: {}}, {}
-        self.short = short_forms(data)
+        self._old = {old: (self.name, new) for old, new in renamed_of(data).items()}
+        self.short = {**short_forms(data), **self._old}
 
     def path(self, option: str) -> list[str] | None:
         section, *path = option.split(".")
         path = path[1:] if path[:1] == ["init_args"] else path
         return self.place(path) if section == "--data" and path else None
+
+    def flag(self, word: str, place: list[str], value: str) -> None:
+        if (old := word.rpartition(".")[2]) in self._old:
+            warn_renamed(word, word.removesuffix(old) + self._old[old][1])
+        super().flag(word, place, value)
 
     def take(self, content: Any) -> Any:
         data = content.get("data") if isinstance(content, dict) else None
@@ -211,6 +217,11 @@ def short_forms(data: type[RecipeData]) -> dict[str, tuple[str, str]]:
     """What is short for what among the options of a data set."""
     name = options_argument(data)
     return {field: (name, field) for field in fields_of(type(data.defaults))}
+
+
+def renamed_of(data: type[RecipeData]) -> dict[str, str]:
+    """The new names of the options of a data set that had others before."""
+    return getattr(type(data.defaults), "renamed", {})
 
 
 def epilog(data: type[RecipeData]) -> str:

@@ -66,11 +66,11 @@ class TextGeneration(pl.LightningModule):
     Args:
         backbone: the configuration of the blocks; see `BackboneConfig`. Under diffusion the scan "forward" stands for
             "both".
-        objective: what the model is trained for, by name or configuration; "causal" writes from left to right, the
+        objective: what the model is trained for, by name or configuration; "causal" is autoregressive, the
             others by diffusion.
         tie: whether the output matrix is the embedding.
         training: optimiser, schedule, regularisation and averaging.
-        prompts: what the samples over time go on from; "" is the beginning of a document.
+        prompts: the prompts that the samples over time continue; "" is the beginning of a document.
         vocabulary: number of token ids; the data says it.
     """
 
@@ -142,7 +142,7 @@ class TextGeneration(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         nats, tokens, size = map(sum, zip(*from_all_ranks(self.trainer, self._sums), strict=True))
         if not size:
-            raise ConfigError("the held-out batches count no bytes; bits per byte need text behind the tokens")
+            raise ConfigError("the held-out batches count no bytes; bits per byte need those of the tokens' text")
         self.measured = {"val_tokens": tokens, "val_bytes": size}
         self.log_dict(
             {

@@ -21,7 +21,7 @@ from ..common.strategies import whole_model
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What was written at a step: the prompt, and what the model made of it behind it."""
+    """What was written at a step: the prompt, and the model's continuation."""
 
     step: int
     prompt: str
@@ -29,12 +29,12 @@ class Sample:
 
 
 class Samples(Callback):
-    """Lets the model go on from the module's `prompts` at each validation, always with the same seed.
+    """Lets the model continue the module's `prompts` at each validation, always with the same seed.
 
     All of it stands in the run's `samples.txt`; it is part of the checkpoint, so a resumed run has it from the start.
 
     Args:
-        tokens: to write behind each prompt.
+        tokens: to generate after each prompt.
         temperature: of the choice among tokens.
         top_p: part of the probability that is chosen from.
         seed: of the choice.

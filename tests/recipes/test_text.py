@@ -272,8 +272,8 @@ def test_generate_needs_a_tokenizer_and_a_model(place, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ("--model.mixer=glaa", "no mixer is called 'glaa'; did you mean 'gla'?"),
-        ("--model.objective=casual", "no objective is called 'casual'; did you mean 'causal'?"),
+        ("--model.mixer=glaa", "unknown mixer 'glaa'; did you mean 'gla'?"),
+        ("--model.objective=casual", "unknown objective 'casual'; did you mean 'causal'?"),
         ("--model.objective.n_futrue=2", "did you mean 'n_future'"),
         ("--model.objective.n_future=0", "CausalConfig.n_future is 0"),
         (
