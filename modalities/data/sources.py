@@ -282,9 +282,7 @@ def name_classes(labels: set[str | int], where: str, described: Mapping[int, str
     indices = [label if isinstance(label, int) else as_index(label) for label in labels]
     if None in indices:
         if not all(isinstance(label, str) for label in labels):
-            raise ConfigError(
-                f"{where} mixes labels that are indices and labels that are names; use one kind"
-            )
+            raise ConfigError(f"{where} mixes labels that are indices and labels that are names; use one kind")
         return sorted(labels)  # type: ignore[type-var]
     top = max(indices)  # type: ignore[type-var]
     if top >= _MOST_CLASSES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, ValuesView
+from contextvars import ContextVar
 from typing import Any
 
 import jinja2
@@ -19,6 +20,8 @@ SECONDS = 10.0
 ELEMENT = 16
 # Bits of an integer at most.
 BITS = 1 << 14
+# The meter of the rendering that runs.
+METER: ContextVar[Meter] = ContextVar("omnimix_template_meter")
 _LISTS = (list, tuple, set, frozenset, KeysView, ValuesView, ItemsView)
 
 

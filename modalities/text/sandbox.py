@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import datetime
 import functools
-import json
 import re
-import string
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
-from jinja2.filters import FILTERS, make_attrgetter
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from ...errors import ConfigError
-from .meter import Meter, count, product_fits, tree_size, width_fits
+from .filters import bounded_filters, check_format, check_percent, method_args
+from .meter import METER, Meter, product_fits, tree_size
 
 # Characters of a template at most: the largest that are published have some 20,000.
 LONGEST = 1 << 17
-_METER: ContextVar[Meter] = ContextVar("omnimix_template_meter")
 # What brackets the text of a `{% generation %}` block; see `render`.
 _MARKS: ContextVar[tuple[str, str]] = ContextVar("omnimix_template_marks", default=("", ""))
-# Filters for web pages, whose work or output is not bounded by the size of their input.
-_WITHOUT = ("striptags", "urlize", "xmlattr", "wordwrap", "pprint")
 # Attributes of strings and numbers that templates may use; of `str`, `encode`, `translate` and `maketrans` are not.
 _TEXT = frozenset(
     "capitalize casefold center count endswith expandtabs find format format_map index isalnum isalpha isascii "
@@ -55,11 +50,11 @@ def render(template: str, values: Mapping[str, Any], *, marks: tuple[str, str] =
         raise ConfigError(f"the chat template has {len(template):,} characters; at most {LONGEST:,} are read")
     try:
         meter = Meter(tree_size(list(values.values()), None))
-        tokens = _METER.set(meter), _MARKS.set(marks)
+        tokens = METER.set(meter), _MARKS.set(marks)
         try:
             return _output(_compiled(template).generate(**values), meter)
         finally:
-            _METER.reset(tokens[0])
+            METER.reset(tokens[0])
             _MARKS.reset(tokens[1])
     except ConfigError:
         raise
@@ -111,9 +106,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             "namespace": _Namespace,
             "dict": _Dict(),
         }
-        own = {"tojson": _tojson, "join": _join, "sum": _sum, "format": _format}
-        filters = {name: f for name, f in FILTERS.items() if name not in _WITHOUT} | own
-        self.filters = {name: _measured(name, function) for name, function in filters.items()}
+        self.filters = bounded_filters()
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, str):
@@ -128,23 +121,23 @@ class _Environment(ImmutableSandboxedEnvironment):
             return None
 
         def call(*args: Any, **kwargs: Any) -> str:
-            _check_format(value.__self__, [*args, *kwargs.values()])
+            check_format(value.__self__, [*args, *kwargs.values()])
             return wrapped(*args, **kwargs)
 
         return functools.update_wrapper(call, value)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        meter = _METER.get()
+        meter = METER.get()
         meter.spend()
         for value in (*args, *kwargs.values()):
             meter.fits(value)
         if isinstance(__obj, types.BuiltinMethodType) and isinstance(__obj.__self__, str):
-            args = _method_args(__obj.__name__, __obj.__self__, *args, **kwargs)
+            args = method_args(__obj.__name__, __obj.__self__, *args, **kwargs)
             kwargs = {} if __obj.__name__ == "expandtabs" else kwargs
         return meter.charge(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        meter = _METER.get()
+        meter = METER.get()
         meter.spend()
         meter.fits(left)
         meter.fits(right)
@@ -153,7 +146,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         elif operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
             meter.fits_size(len(left) + len(right))
         elif operator == "%" and isinstance(left, str):
-            _check_percent(left, right)
+            check_percent(left, right)
         return meter.charge(super().call_binop(context, operator, left, right))
 
 
@@ -172,14 +165,14 @@ class _Hooks(Extension):
         return f"{before}{caller()}{after}"
 
     def spend(self, cost: int) -> bool:
-        _METER.get().spend(cost)
+        METER.get().spend(cost)
         return True
 
     def same(self, value: Any) -> Any:
         return value
 
     def concat(self, *values: Any) -> str:
-        meter = _METER.get()
+        meter = METER.get()
         meter.fits_size(sum(tree_size(value, meter.most) for value in values))
         return "".join(map(str, values))
 
@@ -274,146 +267,8 @@ def _now(form: str) -> str:
 
 
 def _finalize(value: Any) -> str:
-    meter = _METER.get()
+    meter = METER.get()
     meter.fits(value)
     text = str(value)
     meter.spend(len(text))
     return text
-
-
-def _measured(name: str, function: Any) -> Any:
-    """A filter whose arguments and result are measured, and refused before they take much memory."""
-    check = _CHECKS.get(name)
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        meter = _METER.get()
-        meter.spend()
-        for value in (*args, *kwargs.values()):
-            meter.fits(value)
-        if check is not None:
-            check(meter, *args[hasattr(function, "jinja_pass_arg") :], **kwargs)
-        result = function(*args, **kwargs)
-        return count(meter, result) if isinstance(result, types.GeneratorType) else meter.charge(result)
-
-    return call
-
-
-def _indent(meter: Meter, text: Any, width: Any = 4, *_: Any, **__: Any) -> None:
-    text, width = str(text), width if isinstance(width, int) else len(width)
-    meter.fits_size(len(text) + (text.count("\n") + 1) * width)
-
-
-def _wide(meter: Meter, value: Any, width: int = 80, *_: Any, **__: Any) -> None:
-    meter.fits_size(int(width))
-
-
-def _parts(meter: Meter, value: Any, parts: int = 0, *_: Any, **options: Any) -> None:
-    meter.fits_size(16 * int(options.get("linecount", options.get("slices", parts))))
-
-
-def _places(meter: Meter, value: Any, precision: int = 0, *_: Any, **__: Any) -> None:
-    meter.fits_size(0 if abs(int(precision)) <= 300 else None)
-
-
-def _replaced(meter: Meter, text: Any, old: Any, new: Any, most: Any = None, **options: Any) -> None:
-    text, old, new = str(text), str(old), str(new)
-    found, most = text.count(old), options.get("count", most)
-    found = found if most is None or most < 0 else min(found, most)
-    meter.fits_size(len(text) + found * max(0, len(new) - len(old)))
-
-
-# What is checked before a filter runs.
-_CHECKS = {
-    "indent": _indent,
-    "center": _wide,
-    "batch": _parts,
-    "slice": _parts,
-    "round": _places,
-    "replace": _replaced,
-}
-
-
-def _method_args(name: str, text: str, *args: Any, **options: Any) -> tuple[Any, ...]:
-    """The arguments of a method of a string, refused where what it returns would be too large."""
-    meter = _METER.get()
-    if name in ("center", "ljust", "rjust", "zfill") and args:
-        meter.fits_size(int(args[0]))
-    elif name == "expandtabs":
-        args = (options.get("tabsize", args[0] if args else 8),)
-        meter.fits_size(len(text) + text.count("\t") * int(args[0]))
-    elif name == "replace" and len(args) > 1:
-        _replaced(meter, text, *args[:3])
-    elif name == "join" and args:
-        args = (_joinable(meter, text, args[0]),)
-    elif name in ("rfind", "rindex", "rsplit", "rpartition") and args and isinstance(args[0], str):
-        # Python searches backward in the product of both lengths.
-        meter.fits_size(None if len(text) * len(args[0]) > 1 << 30 else 0)
-    return args
-
-
-def _joinable(meter: Meter, between: str, values: Iterable[Any]) -> list[Any]:
-    values = list(count(meter, values))
-    meter.fits_size(tree_size(values, meter.most) + len(between) * len(values))
-    return values
-
-
-def _check_percent(form: str, values: Any) -> None:
-    """Check that `form % values` is not too large: the widths in it, and each value as often as there are places."""
-    meter = _METER.get()
-    for piece in form.split("%")[1:]:
-        # A name in brackets comes before the width.
-        piece = piece.partition(")")[2] if piece.startswith("(") else piece
-        width_fits(meter, re.match(r"[-#0 +]*[\d.*]*", piece)[0])
-    values = list(values.values()) if isinstance(values, Mapping) else values
-    longest = max(
-        (tree_size(v, meter.most) for v in (values if isinstance(values, list | tuple) else [values])), default=0
-    )
-    meter.fits_size(len(form) + form.count("%") * longest)
-
-
-def _check_format(form: str, values: Sequence[Any]) -> None:
-    """Check that `form.format(*values)` is not too large."""
-    meter, places = _METER.get(), 0
-    for _, name, specification, _ in string.Formatter().parse(form):
-        if name is not None:
-            places += 1
-            width_fits(meter, specification or "")
-    meter.fits_size(len(form) + places * tree_size(list(values), meter.most))
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    meter, found, size = _METER.get(), [], 0
-    if indent is not None:
-        meter.fits_size(0 if (indent if isinstance(indent, int) else len(indent)) <= 100 else None)
-    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    for piece in encoder.iterencode(value):
-        size += len(piece)
-        meter.fits_size(size)
-        found.append(piece)
-    return "".join(found)
-
-
-@jinja2.pass_environment
-def _join(environment: Any, value: Any, d: str = "", attribute: Any = None) -> str:
-    if attribute is not None:
-        value = map(make_attrgetter(environment, attribute), value)
-    return str(d).join(map(str, _joinable(_METER.get(), str(d), value)))
-
-
-@jinja2.pass_context
-def _sum(context: Any, value: Any, attribute: Any = None, start: Any = 0) -> Any:
-    if attribute is not None:
-        value = map(make_attrgetter(context.environment, attribute), value)
-    for item in value:
-        start = context.environment.call_binop(context, "+", start, item)
-    return start
-
-
-def _format(value: Any, *args: Any, **kwargs: Any) -> str:
-    if args and kwargs:
-        raise TypeError("can't handle positional and keyword arguments at the same time")
-    _check_percent(str(value), kwargs or args)
-    return str(value) % (kwargs or args)

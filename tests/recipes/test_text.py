@@ -264,7 +264,7 @@ def test_generate_needs_a_tokenizer_and_a_model(place, tmp_path, capsys):
     assert main(["text", "generate", "--run", str(tmp_path), "a"]) == 2
     assert "there is no tokenizer" in capsys.readouterr().err
     assert main(["text", "generate", "--run", str(tmp_path / "nowhere"), "a"]) == 2
-    assert "is no run" in capsys.readouterr().err
+    assert "is not a run directory" in capsys.readouterr().err
     assert main(["text", "generate", "--run", str(place / "runs" / "whole"), "--device", "abacus", "a"]) == 2
     assert "device is 'abacus'" in capsys.readouterr().err
 
