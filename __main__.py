@@ -199,7 +199,7 @@ def of_the_system(error: OSError, lost: bool) -> str | None:
     Args:
         lost: whether standard output takes no more.
     """
-    # Of two files, as of a copy, the second is the one that is written.
+    # Where two files are named, as for a copy, the second is the one that is written.
     name = error.filename2 or error.filename
     if name is None and lost:
         name = "standard output"
@@ -217,7 +217,7 @@ def without_the_current_folder() -> None:
     if getattr(sys.flags, "safe_path", False) or os.path.dirname(os.path.dirname(os.path.abspath(__file__))) == here:
         return
     sys.path[:1] = [] if sys.path[:1] in ([""], [here]) else sys.path[:1]
-    # Of the processes that are started.
+    # The processes that are started read it.
     os.environ["PYTHONSAFEPATH"] = "1"
 
 

@@ -235,7 +235,7 @@ class Bench:
     ) -> None:
         for name in (n for n in PASSES if n in found):
             taken = found[name]
-            # Of a backward pass only the time is known: how much is computed again is the backend's affair.
+            # Only the time of a backward pass is known: how much is computed again is the backend's affair.
             rate = work[0] / taken * 1e3 if work and name == "forward" else None
             self.rows.append(
                 {
@@ -344,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 2048, 8192], metavar="T", help="steps in time")
     parser.add_argument("--backends", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--peers", nargs="*", metavar="NAME", help=f"only these packages ({SDPA}, fla ...); or none")
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of the arguments")
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="dtype of the arguments")
     add_device(parser)
     add_threads(parser)
     parser.add_argument("--repeats", type=int, default=7, help="calls whose median is taken")

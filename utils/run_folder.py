@@ -55,7 +55,7 @@ class RunFolder:
         if not self.path.exists():
             self.recover()
         if resume and not self.path.is_dir():
-            raise ConfigError(f"there is no run {str(self.path)!r} to resume; start it without --resume")
+            raise ConfigError(f"run {str(self.path)!r} does not exist and cannot be resumed; leave --resume out")
         if resume or not self.path.exists() or not any(self.path.iterdir()):
             return
         if not self.config.is_file():

@@ -281,8 +281,7 @@ def diffuse(
     name = model.config.objective.type
     if model.objective.decoder != "diffusion":
         raise UnsupportedCall(
-            f"objective {name!r} is autoregressive; call generate, or make a diffusion model of it with "
-            "omnimix.convert"
+            f"objective {name!r} is autoregressive; call generate, or make a diffusion model of it with omnimix.convert"
         )
     block = model.objective.block
     if block is None and config.cache:

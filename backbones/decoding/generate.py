@@ -1,4 +1,4 @@
-"""Writing text token by token: prompts are read together, then all sequences continue as one batch of single steps."""
+"""Autoregressive generation: prompts are prefilled together, then all sequences continue as one batch of steps."""
 
 from __future__ import annotations
 

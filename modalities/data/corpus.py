@@ -308,7 +308,7 @@ class Parquet(Rows):
 class Shards(Rows):
     """webdataset shards: tar files whose .txt members are documents; of .json members the field is.
 
-    With `chat` .txt members are left alone. Of a shard that is cut short the members before the cut are kept.
+    With `chat` .txt members are left alone. Members before the cut of a truncated shard are kept.
     """
 
     usual = ("*.tar", "*.tar.gz", "*.tgz")

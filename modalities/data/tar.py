@@ -43,7 +43,7 @@ class Stamp(NamedTuple):
 
     @staticmethod
     def of(file: str | Path | int) -> Stamp:
-        """Of a path or an open descriptor."""
+        """Return the stamp of a path or an open descriptor."""
         stat = os.stat(file)
         return Stamp(stat.st_size, stat.st_mtime_ns)
 

@@ -22,7 +22,7 @@ from ...utils.files import one_at_a_time, replace_file
 from ..text.tokenizer import WORDS, Tokenizer, load_tokenizer, train_bpe
 from .corpus import Corpus, Document, held_out, place
 
-# Of the layout of the files and of how documents are encoded: older files are then not read.
+# Changes with the layout of the files and with how documents are encoded: older files are then not read.
 _VERSION = 1
 _MAGIC = b"omnixtok"
 _BATCH = 1 << 20  # characters that are encoded at a time
@@ -219,7 +219,7 @@ def cached_tokens(
 ) -> TokenCache:
     """The tokens of a corpus, encoded now or before.
 
-    A file that is corrupt is written anew. Of several processes one encodes, and the others wait for it.
+    A file that is corrupt is written anew. One of several processes encodes, and the others wait for it.
 
     Args:
         folder: of the cache; `text_cache()` by default.
@@ -288,7 +288,7 @@ def _texts(corpus: Corpus, val_part: float, part: float, seen: Callable[[Documen
         if held_out(document.key, val_part):
             continue
         text = document.text or "\n".join(m["content"] for m in document.messages or [])
-        # Of few long documents chance might choose none: of each of them a part.
+        # Chance might choose none of few long documents: a fraction of each is taken.
         if part < 1 and len(text) > _LONG:
             yield text[: round(part * len(text))]
         # Whether one of many is read follows from its name too, but independently of what is held out.

@@ -89,7 +89,7 @@ class Classification(pl.LightningModule):
         media, targets = self.varied(batch[self.medium], batch["label"])
         logits, extra = self.model.forward_with_losses(media)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.training_config.label_smoothing)
-        # Of routed experts; weighted already.
+        # The losses of routed experts are weighted already.
         loss = loss + sum(extra.values())
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(media), sync_dist=True)
         return loss

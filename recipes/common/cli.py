@@ -133,7 +133,7 @@ class RecipeCLI(LightningCLI):
         def shown(text: str) -> str:
             return text if fitting else argparse.SUPPRESS
 
-        parser.add_argument("--name", default=self.task, help=shown("of the run: its folder under --runs"))
+        parser.add_argument("--name", default=self.task, help=shown("name of the run: its folder under --runs"))
         parser.add_argument("--runs", default="runs", help=shown("the folder that holds the runs"))
         parser.add_argument(
             "--checkpoint_steps", type=int, default=0, help=shown("save the state within an epoch too, every N steps")

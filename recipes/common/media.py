@@ -17,7 +17,7 @@ from .loading import EpochLoader, Key, mix, own_key
 from .options import LOADING, LoadingOptions, RecipeData
 from .preprocess import Preprocess
 
-# Of samples that fill up a batch, so that every rank takes equally many: losses and metrics leave them out.
+# The label of samples that fill up a batch, so that every rank takes equally many: losses and metrics skip them.
 IGNORED = -100
 # Files after which the share of unreadable ones means something.
 ENOUGH = 50

@@ -156,7 +156,7 @@ def planned_steps(trainer: pl.Trainer) -> int:
         ConfigError: a run without an end, for which there is no schedule.
     """
     if trainer.datamodule is None:
-        # Of loaders that are passed on their own there is no state to restore.
+        # Loaders that are passed on their own have no state to restore.
         most = trainer.estimated_stepping_batches
         if most == math.inf:
             raise ConfigError(_ENDLESS)

@@ -1,4 +1,4 @@
-"""What the commands that name the classes of files share."""
+"""What the commands that classify files share."""
 
 from __future__ import annotations
 

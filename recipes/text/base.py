@@ -134,7 +134,7 @@ class TextData(RecipeData):
         return dict(self.cache.problems)
 
     def prepare_data(self) -> None:
-        # Of several processes on a machine one encodes, and the others find its work.
+        # One process of a machine encodes, and the others find its work.
         _ = self.cache
 
     def _documents(self, *, held_out: bool) -> np.ndarray:

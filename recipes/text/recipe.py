@@ -31,7 +31,7 @@ from .lengths import cut, length_at, scored
 from .samples import Samples
 
 RECIPE = "text_generation"
-# Of the masks that a diffusion objective draws over the held-out text.
+# Seeds the masks that a diffusion objective samples over the validation text.
 VALIDATION_SEED = 0x7E57
 
 
@@ -114,7 +114,7 @@ class TextGeneration(pl.LightningModule):
         return {"loss": loss, "nats": nats, "count": count}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Of several batches a step: make the mean over all their tokens of what Lightning leaves, a mean of means."""
+        """Make the mean over all tokens of a step's batches of what Lightning leaves, a mean of means."""
         if self._window:
             factor = float(self._window[0] * self.trainer.accumulate_grad_batches / sum(self._window))
             torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], factor)
@@ -124,7 +124,7 @@ class TextGeneration(pl.LightningModule):
         self._sums = [0.0, 0, 0]
 
     def validation_step(self, batch: dict[str, Any], index: int) -> None:
-        # Of batches without them the end of the epoch says what is missing.
+        # Where batches have none, the end of the epoch says what is missing.
         size = batch.get("bytes", 0)
         batch = {name: value for name, value in batch.items() if name != "bytes"}
         # Rows that only fill up a rank's last batch: it takes its step, which ranks take together, and counts nothing.

@@ -72,7 +72,7 @@ class Samples(Callback):
     def _write(self, model: LanguageModel, tokenizer: Tokenizer, prompts: list[str]) -> list[str]:
         writer = TextGenerator(model, tokenizer)
         if writer.diffusion:
-            # A pass through the model for each token would take as long as many steps of training.
+            # A denoising step for each token would take as long as many steps of training.
             config = DiffusionConfig(max_new_tokens=self.tokens, steps=-(-self.tokens // 5), **self.options)
         else:
             config = GenerationConfig(max_new_tokens=self.tokens, **self.options)

@@ -106,7 +106,7 @@ def test_another_data_set_takes_nothing_from_the_recipe_s(tmp_path, capsys):
         ("video fit --config video_folder", "--data.root is required"),
         ("video fit --data.size 32", "did you mean 'clip.size'?"),
         ("video fit --data.clip.frmes 8", "error: --data: unrecognized arguments: --clip.frmes"),
-        ("vision fit --name none --resume", "runs/none' to resume; start it without --resume"),
+        ("vision fit --name none --resume", "runs/none' does not exist and cannot be resumed"),
     ],
 )
 def test_mistakes_are_named_in_one_line(typed, said, tmp_path, monkeypatch, capsys):
