@@ -1,4 +1,4 @@
-"""Times reading images from shards and folders beside torchvision's ImageFolder: `omnimix bench reading`."""
+"""Times reading images from shards and folders, compared with torchvision's ImageFolder: `omnimix bench reading`."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def usual_transforms(size: int) -> Any:
 
 
 def images_per_second(loader: Any, epoch: int) -> float:
-    """Of one pass over everything, the start of the pass included."""
+    """Measure one pass over everything, the start of the pass included."""
     if isinstance(loader, EpochLoader):
         loader.set_epoch(epoch)
     start, count = time.perf_counter(), 0
