@@ -110,8 +110,8 @@ class _Traced:
     def hidden(self, tokens: Tensor, layout: Layout, state: Any = None) -> Output:
         return self.made
 
-    def output_weight(self, y: Tensor) -> Tensor:
-        return self.model.output_weight(y)
+    def cross_entropy(self, y: Tensor, targets: Tensor, **options: Any) -> Tensor:
+        return self.model.cross_entropy(y, targets, **options)
 
 
 class OmnimixForCausalLM(Checked, PreTrainedModel, GenerationMixin):
@@ -272,8 +272,7 @@ class OmnimixForCausalLM(Checked, PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.model.embedding = value
 
-    def get_output_embeddings(self) -> nn.Linear | None:
-        """The output matrix, where it is not the embedding."""
+    def get_output_embeddings(self) -> nn.Linear:
         return self.model.head
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:

@@ -18,6 +18,7 @@ from ...utils.modes import autocast_enabled, own_precision, transforming
 from ..config import FFNConfig, Site, bounded, not_negative, positive
 from ..context import Context
 from ..layer import Output
+from ..linear import apply_wide
 from ..state import State
 from .base import FFN, register_ffn
 from .mlp import SwiGLU, SwiGLUConfig
@@ -148,7 +149,7 @@ class MoE(FFN):
         wide = torch.promote_types(tokens.dtype, torch.float32)
         # A choice among experts is a step: rounding moves it, so that nothing here is rounded.
         with own_precision(tokens.device.type):
-            return F.linear(tokens.to(wide), self.router.weight.to(wide))
+            return apply_wide(self.router, tokens.to(wide))
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The experts of each token and their weights (n, k), and all experts' scores (n, e)."""

@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...kernels import selective_scan, short_conv
 from ..config import MixerConfig, Site, positive
 from ..context import Context
+from ..linear import without_bias
 from ..parameters import mark
 from ..state import State
 from .base import ScanMixer
@@ -84,16 +84,17 @@ class _Direction(nn.Module):
             cu_seqlens=context.layout.cu_seqlens,
         )
         dt, b, c = self.x_proj(x).split(self.sizes, dim=-1)
+        dt, bias = without_bias(self.dt_proj, dt)
         wide = torch.promote_types(x.dtype, torch.float32)
         y, memory = selective_scan(
             x,
-            F.linear(dt, self.dt_proj.weight),
+            dt,
             -self.A_log.to(wide).exp(),
             b.unsqueeze(2),
             c.unsqueeze(2),
             D=self.D,
             z=z,
-            delta_bias=self.dt_proj.bias,
+            delta_bias=bias,
             delta_softplus=True,
             initial_state=None if state is None else state["memory"],
             cu_seqlens=context.layout.cu_seqlens,

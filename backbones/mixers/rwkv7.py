@@ -124,7 +124,7 @@ class RWKV7(ScanMixer):
 
     def __init__(self, dim: int, config: RWKV7Config, site: Site):
         super().__init__(site)
-        self.heads = heads_for(dim, config.heads)
+        self.dim, self.heads = dim, heads_for(dim, config.heads)
         orders = range(len(site.scan))
         self.names = [f"first_value/{dim}/{i}" for i in orders if config.value_residual]
         self.first = not site.written.issuperset(self.names)
@@ -143,7 +143,6 @@ class RWKV7(ScanMixer):
         return self.out_proj(mixed)
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:
-        dim = self.out_proj.in_features
-        size, wide = dim // self.heads, torch.promote_types(dtype, torch.float32)
+        size, wide = self.dim // self.heads, torch.promote_types(dtype, torch.float32)
         memory = torch.zeros(batch, self.heads, size, size, device=device, dtype=wide)
-        return State({"last": torch.zeros(batch, dim, 1, device=device, dtype=dtype), "memory": memory})
+        return State({"last": torch.zeros(batch, self.dim, 1, device=device, dtype=dtype), "memory": memory})
