@@ -203,7 +203,7 @@ class Backbone(SharingModule, SequenceLayer):
     def _check_state(self, x: Tensor, context: Context, state: State, depth: int) -> None:
         if not isinstance(state, State):
             raise UnsupportedShape(f"state is a {type(state).__name__}; it must be what an Output has as its `state`")
-        sequences = context.layout.sequences(len(x))
+        sequences = context.layout.sequences(x.shape[0])
         if state.get("read") is None or len(state["read"]) != sequences:
             found = 0 if state.get("read") is None else len(state["read"])
             raise UnsupportedShape(f"state holds {found} sequences, and the batch has {sequences}")

@@ -82,7 +82,7 @@ class CrossAttention(Mixer):
 
     def mix(self, x: Tensor, context: Context, state: State | None) -> Output:
         positions, layout = context.positions_of(x), context.layout
-        memory = self._memory(context, layout.sequences(len(x)))
+        memory = self._memory(context, layout.sequences(x.shape[0]))
         if not memory.positions.numel():
             return Output(apply_linear(self.out_proj, torch.zeros_like(x)))
         q = apply_linear(self.q_proj, x).unflatten(-1, (-1, self.size))
