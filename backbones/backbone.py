@@ -204,8 +204,8 @@ class Backbone(SharingModule, SequenceLayer):
         if not isinstance(state, State):
             raise UnsupportedShape(f"state is a {type(state).__name__}; it must be what an Output has as its `state`")
         sequences = context.layout.sequences(x.shape[0])
-        if state.get("read") is None or len(state["read"]) != sequences:
-            found = 0 if state.get("read") is None else len(state["read"])
+        if state.get("read") is None or state["read"].shape[0] != sequences:
+            found = 0 if state.get("read") is None else state["read"].shape[0]
             raise UnsupportedShape(f"state holds {found} sequences, and the batch has {sequences}")
         if not self.capabilities.streaming:
             raise UnsupportedCall(

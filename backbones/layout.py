@@ -30,6 +30,10 @@ class Immutable:
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{type(self).__name__} is immutable; make a new one instead of setting {name!r}")
 
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Immutable:
+        """The same with its tensors on a device; Lightning and Fabric move what they find in a batch by this."""
+        return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=non_blocking), self)
+
 
 class Layout(Immutable):
     """Built once per batch and shared by all layers; a pytree, of which everything but tensors is static.

@@ -7,14 +7,14 @@ import io
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.export import Dim, export
+from torch.export import Dim, ShapesCollection, export
 
 import omnimix as om
 from omnimix.backbones import Layout, State, list_mixers
 from omnimix.backbones.mixers import get_mixer
 from omnimix.cli.check_kernels import error
 
+CAUSAL = Layout(causal=True)
 pytestmark = pytest.mark.usefixtures("without_shape_checks")
 
 
@@ -28,18 +28,18 @@ class Whole(nn.Module):
         self.net = om.Backbone(om.BackboneConfig(dim=48, depth=2, pattern=[mixer], mixers=options)).eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x, Layout(causal=True)).y
+        return self.net(x, CAUSAL).y
 
 
 class Step(Whole):
     """A decoding step."""
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        out = self.net(x, Layout(causal=True), state)
+        out = self.net(x, CAUSAL, state)
         return out.y, out.state
 
 
-def exported(module: nn.Module, given: tuple, shapes: tuple) -> nn.Module:
+def exported(module: nn.Module, given: tuple, shapes: tuple | ShapesCollection) -> nn.Module:
     """What `module` is after export, saving and loading."""
     with torch.no_grad():
         program = export(module, given, dynamic_shapes=shapes, strict=False)
@@ -68,9 +68,11 @@ def test_batch_and_length_stay_dynamic(mixer: str):
 def test_a_decoding_step_is_exported(mixer: str):
     module, batch = Step(mixer), Dim("batch", min=2, max=64)
     with torch.no_grad():
-        states = [module.net(torch.randn(b, 9, 48), Layout(causal=True)).state for b in (3, 5)]
-        shapes = torch.utils._pytree.tree_map(lambda tensor: {0: batch}, states[0])
-        again = exported(module, (torch.randn(3, 1, 48), states[0]), ({0: batch}, shapes))
+        states = [module.net(torch.randn(b, 9, 48), CAUSAL).state for b in (3, 5)]
+        given, shapes = (torch.randn(3, 1, 48), states[0]), ShapesCollection()
+        for tensor in (given[0], *states[0].tensors()):
+            shapes[tensor] = {0: batch}
+        again = exported(module, given, shapes)
         x = torch.randn(5, 1, 48)
         (y, after), (z, wanted) = again(x, states[1]), module(x, states[1])
     assert error(y, z) < 1e-5
@@ -89,15 +91,3 @@ def test_a_mixer_is_traced(mixer: str):
         if mixer != "nsa":
             other = torch.randn(5, 33, 48)
             assert error(traced(other), module(other)) < 1e-5
-
-
-@pytest.mark.parametrize("mixer", ["gla", "rglru"])
-def test_lengths_share_a_compiled_graph(mixer: str):
-    """torch compiles once for the first length, and once more for all others."""
-    module, counter = Whole(mixer), CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(module, backend=counter, fullgraph=True)
-    with torch.no_grad():
-        for length in (20, 33, 50, 90):
-            x = torch.randn(3, length, 48)
-            assert error(compiled(x), module(x)) < 1e-5
-    assert counter.frame_count == 2
