@@ -6,6 +6,7 @@ Importing this module registers the model "omnimix" with lm-eval: `get_model("om
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
@@ -27,6 +28,8 @@ from .lm_eval_options import WritingOptions
 
 wanted("lm_eval", "evaluation", "eval")
 with source_hidden():
+    # lm-eval looks for its own models only while it knows of none: they are registered before ours.
+    import lm_eval.models  # noqa: F401
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
@@ -41,6 +44,11 @@ TOKENS_AT_A_TIME = 16384
 LOGITS_AT_A_TIME = 1 << 24
 
 
+# What lm-eval asks for where nobody names a device.
+DEFAULT_DEVICE = "cuda:0"
+logger = logging.getLogger(__name__)
+
+
 @register_model("omnimix")
 class OmnimixLM(TemplateLM):
     """A run, or a model with its tokenizer, as lm-eval's model.
@@ -53,7 +61,8 @@ class OmnimixLM(TemplateLM):
         run: folder of a run, or its name under `runs/`.
         model, tokenizer: in the place of a run; a tokenizer may also be a path.
         batch_size: requests at a time.
-        device: where the model is put; where it is by default.
+        device: where the model is put; where it is by default, and for lm-eval's own default, "cuda:0", where there is
+            no such device.
         max_length: tokens that the model is given at most, the oldest left out; long documents are then scored in
             windows. None for all.
         max_gen_toks: tokens to write where a task does not say.
@@ -96,6 +105,10 @@ class OmnimixLM(TemplateLM):
             raise ConfigError("tokenizer: a model without a run needs one")
         if not str(batch_size).isdigit():
             raise ConfigError(f"batch_size is {batch_size!r}; it must be a number, as nothing is tried out")
+        if device == DEFAULT_DEVICE and not torch.cuda.is_available():
+            # Every command of lm-eval that names no device passes it on.
+            logger.warning("%s is not available; the model stays on %s", device, model.embedding.weight.device)
+            device = None
         self.run, self.model, self.tokenizer = run, model if device is None else model.to(device), found
         self.writer = TextGenerator(self.model, found)
         self.batch_size = int(batch_size)
