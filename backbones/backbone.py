@@ -19,7 +19,7 @@ from .context import Context, Memory, Shared, as_memory
 from .layer import Capabilities, Output, SequenceLayer, unfit
 from .layout import Layout
 from .norm import RMSNorm
-from .parameters import initialise, remember_marks, scale_residual_outputs
+from .parameters import initialise, scale_residual_outputs
 from .registry import build_part
 from .scan import scan_orders
 from .state import State
@@ -53,7 +53,6 @@ class Backbone(SharingModule, SequenceLayer):
         self.norm = RMSNorm(self.stages[-1].dim, eps=config.norm_eps) if config.norm else nn.Identity()
         initialise(self)
         scale_residual_outputs([layer for block in self.blocks for layer in block.residual_outputs()], config.depth)
-        remember_marks(self)
         self.capabilities, reads = self._joined()
         self._stateful = {name: block for name, block, layer in self._layers() if _keeps_state(layer)}
         # What is published for later layers though no layer writes it.

@@ -24,7 +24,7 @@ from .layout import Layout
 from .linear import untouched
 from .registry import entry_of
 from .state import State
-from .tie import SharingModule
+from .tie import SharingModule, share
 from .typed import Config
 
 # Of a head that must be called so many logits are held at a time.
@@ -94,7 +94,7 @@ class LanguageModel(SharingModule):
         rows = self.embedding.num_embeddings if config.tie else config.vocabulary
         self.head = nn.Linear(width, rows, bias=False, device="meta" if config.tie else None)
         if config.tie:
-            self.head.weight = self.embedding.weight
+            share(self.head, "weight", self.embedding.weight)
         else:
             nn.init.normal_(self.head.weight, std=0.02)
         self.objective.check(self)

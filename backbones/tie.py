@@ -47,7 +47,7 @@ def _tie(module: nn.Module, first: nn.Module) -> None:
     own = getattr(module, "per_use", ())
     for name, parameter in first.named_parameters(recurse=False):
         if name not in own:
-            setattr(module, name, parameter)
+            share(module, name, parameter)
     for name, child in first.named_children():
         if name in own:
             continue
@@ -55,6 +55,14 @@ def _tie(module: nn.Module, first: nn.Module) -> None:
             _tie(getattr(module, name), child)
         else:
             setattr(module, name, child)
+
+
+def share(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Let a parameter of another module stand in this one too.
+
+    Not by assignment: accelerate's `init_empty_weights` puts a new parameter into each place that is assigned to.
+    """
+    module._parameters[name] = parameter
 
 
 class SharingModule(nn.Module):

@@ -48,7 +48,8 @@ class RWKVChannelMixing(FFN):
     def __init__(self, dim: int, config: RWKVConfig, site: Site):
         super().__init__()
         place, rest = torch.arange(dim) / dim, 1 - site.layer / site.depth
-        self.shift = mark(nn.Parameter(1 - place ** (rest**4)), decay=False)
+        self.shift = nn.Parameter(1 - place ** (rest**4))
+        mark(self, "shift", decay=False)
         self.dim, hidden = dim, max(1, round(dim * config.ratio))
         self.in_proj = nn.Linear(dim, hidden, bias=False)
         self.out_proj = nn.Linear(hidden, dim, bias=False)

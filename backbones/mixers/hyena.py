@@ -66,7 +66,8 @@ class _Direction(nn.Module):
             depth=config.filter_depth,
             frequency=config.frequency,
         )
-        self.skip = mark(nn.Parameter(torch.randn(config.order - 1, dim)), decay=False)
+        self.skip = nn.Parameter(torch.randn(config.order - 1, dim))
+        mark(self, "skip", decay=False)
 
     def forward(
         self, streams: tuple[Tensor, ...], context: Context, state: State | None

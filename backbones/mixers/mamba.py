@@ -65,11 +65,11 @@ class _Direction(nn.Module):
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-(rank**-0.5), rank**-0.5)
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
-        mark(self.dt_proj.weight, initialised=True)
-        mark(self.dt_proj.bias, initialised=True, decay=False)
+        mark(self.dt_proj, "weight", "bias", initialised=True)
         # S4D-Real: A_n = -(n + 1).
-        self.A_log = mark(nn.Parameter(torch.arange(1.0, n + 1).log().repeat(inner, 1)), decay=False)
-        self.D = mark(nn.Parameter(torch.ones(inner)), decay=False)
+        self.A_log = nn.Parameter(torch.arange(1.0, n + 1).log().repeat(inner, 1))
+        self.D = nn.Parameter(torch.ones(inner))
+        mark(self, "A_log", "D", decay=False)
 
     def forward(
         self, streams: tuple[Tensor, ...], context: Context, state: State | None

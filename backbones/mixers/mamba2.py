@@ -61,9 +61,10 @@ class _Direction(nn.Module):
         self.conv_bias = nn.Parameter(torch.zeros(channels))
         dt = torch.exp(torch.empty(heads).uniform_(math.log(config.dt_min), math.log(config.dt_max)))
         # The inverse of softplus, so that softplus(dt_bias) is log-uniform.
-        self.dt_bias = mark(nn.Parameter(dt + torch.log(-torch.expm1(-dt))), decay=False)
-        self.A_log = mark(nn.Parameter(torch.empty(heads).uniform_(1, 16).log()), decay=False)
-        self.D = mark(nn.Parameter(torch.ones(heads)), decay=False)
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(heads))
+        mark(self, "dt_bias", "A_log", "D", decay=False)
 
     def forward(
         self, streams: tuple[Tensor, ...], context: Context, state: State | None

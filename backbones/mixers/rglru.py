@@ -56,8 +56,8 @@ class _Direction(nn.Module):
         self.gate_bias = nn.Parameter(torch.zeros(config.blocks, 1, 2 * size))
         # Section 2.4: σ(Λ)^c is uniform in [0.9, 0.999] at the start; below, Λ from its logarithm.
         log_a = torch.empty(inner).uniform_(0.9, 0.999).log() / config.exponent
-        self.decay = mark(nn.Parameter(log_a - torch.log(-torch.expm1(log_a))), decay=False)
-        mark(self.gate_bias, decay=False)
+        self.decay = nn.Parameter(log_a - torch.log(-torch.expm1(log_a)))
+        mark(self, "decay", "gate_bias", decay=False)
 
     def forward(
         self, streams: tuple[Tensor, ...], context: Context, state: State | None

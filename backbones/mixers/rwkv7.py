@@ -62,7 +62,7 @@ class _Direction(nn.Module):
         place, depth, rest = torch.arange(dim) / dim, site.layer / max(1, site.depth - 1), 1 - site.layer / site.depth
         # How much of the token before is mixed into what makes r, w, k, v, a and g.
         powers = torch.tensor([0.2, 0.9, 0.7, 0.7, 0.9, 0.2]) * rest
-        self.shift = mark(nn.Parameter(1 - place ** powers[:, None]), decay=False)
+        self.shift = nn.Parameter(1 - place ** powers[:, None])
         self.r_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         slow = -6.5 + 5 * (torch.arange(dim) / max(1, dim - 1)) ** (0.85 + depth**0.5)
         self.decay = LowRank(dim, _rank(config.decay_rank, 1.8 * dim**0.5), slow, nn.Tanh())
@@ -70,9 +70,10 @@ class _Direction(nn.Module):
         self.gate = LowRank(dim, _rank(config.gate_rank, 0.6 * dim**0.8), None, nn.Sigmoid())
         rank = _rank(config.value_rank, 1.3 * dim**0.5)
         self.value = LowRank(dim, rank, torch.ones(dim), nn.Identity()) if mixes else None
-        self.removal = mark(nn.Parameter(torch.full((dim,), 0.85)), decay=False)
-        self.replace = mark(nn.Parameter(torch.ones(dim)), decay=False)
-        self.bonus = mark(nn.Parameter(torch.zeros(heads, dim // heads)), decay=False)
+        self.removal = nn.Parameter(torch.full((dim,), 0.85))
+        self.replace = nn.Parameter(torch.ones(dim))
+        self.bonus = nn.Parameter(torch.zeros(heads, dim // heads))
+        mark(self, "shift", "removal", "replace", "bonus", decay=False)
         # Published with 64e-5 for heads of 64 channels.
         self.norm = nn.GroupNorm(heads, dim, eps=site.norm_eps * dim / heads)
 

@@ -46,7 +46,8 @@ class AdaLN(Residual):
         super().__init__(dim, config, site, drop_path)
         self.norm = RMSNorm(dim, eps=site.norm_eps)
         self.channels, self.modulation = config.condition, nn.Linear(config.condition, 3 * dim)
-        nn.init.zeros_(mark(self.modulation.weight, initialised=True))
+        nn.init.zeros_(self.modulation.weight)
+        mark(self.modulation, "weight", initialised=True)
 
     def forward(self, stream: Tensor, layer: SequenceLayer, context: Context, state: State | None) -> Output:
         condition = context.condition_of(stream, self.channels, self.norm.weight.dtype)

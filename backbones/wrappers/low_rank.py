@@ -45,7 +45,8 @@ class Corrected(nn.Module):
         self.base = base
         self.down = nn.Linear(base.in_features, rank, bias=False)
         self.up = nn.Linear(rank, base.out_features, bias=False)
-        nn.init.zeros_(mark(self.up.weight, initialised=True))
+        nn.init.zeros_(self.up.weight)
+        mark(self.up, "weight", initialised=True)
 
     @property
     def weight(self) -> Tensor:

@@ -33,7 +33,8 @@ class Compress(nn.Module):
 
     def __init__(self, width: int, size: int):
         super().__init__()
-        self.places = mark(nn.Parameter(torch.zeros(size, width)), decay=False)
+        self.places = nn.Parameter(torch.zeros(size, width))
+        mark(self, "places", decay=False)
         self.up = nn.Linear(size * width, 2 * width)
         # Without a bias, which all keys would share and a softmax would not see.
         self.down = nn.Linear(2 * width, width, bias=False)

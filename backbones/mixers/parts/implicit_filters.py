@@ -33,9 +33,9 @@ class ImplicitFilters(nn.Module):
         self.last = nn.Linear(width, channels, bias=False)
         for layer in (*self.layers, self.last):
             # The width that torch gives them spreads the filters over many frequencies.
-            for p in layer.parameters():
-                mark(p, decay=False, initialised=True)
-        self.frequency = mark(nn.Parameter(torch.full((width,), frequency)), decay=False)
+            mark(layer, *dict(layer.named_parameters()), decay=False, initialised=True)
+        self.frequency = nn.Parameter(torch.full((width,), frequency))
+        mark(self, "frequency", decay=False)
 
     def forward(self, taps: int, wide: torch.dtype) -> Float[Tensor, "c taps"]:
         device = self.frequency.device
