@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedShape
 from ...utils.modes import own_precision
-from ..common.graphs import for_every_length
+from ..common.graphs import for_every_length, for_other_runtimes
 from .tables import distinct
 
 Lists = Int[Tensor, "_ _ _ _"]
@@ -196,7 +196,7 @@ def by_mean_key(
         causal: whether only earlier blocks are chosen from.
         counts: the number of blocks in each row of the batch; m by default.
     """
-    if for_every_length():
+    if for_every_length() and not for_other_runtimes():
         from . import exported
 
         return exported.by_mean_key(q.detach(), means.detach(), positions, counts, block_size, number, causal)
@@ -266,7 +266,7 @@ def by_compressed_attention(
     """
     if size % stride or block_size % stride:
         raise UnsupportedShape(f"size {size} and block_size {block_size} must be multiples of the stride {stride}")
-    if for_every_length():
+    if for_every_length() and not for_other_runtimes():
         from . import exported
 
         sizes = (size, stride, block_size, number, blocks, first, local)

@@ -12,3 +12,8 @@ def for_every_length() -> bool:
     may choose, as it compiles anew where the choice would be another.
     """
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def for_other_runtimes() -> bool:
+    """Whether torch.onnx.export records this call: no custom op of ours may then stand in the graph."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()

@@ -91,3 +91,26 @@ def test_a_mixer_is_traced(mixer: str):
         if mixer != "nsa":
             other = torch.randn(5, 33, 48)
             assert error(traced(other), module(other)) < 1e-5
+
+
+@pytest.mark.parametrize("mixer", list_mixers())
+def test_onnx_finds_no_op_of_ours(mixer: str, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    module, x = Whole(mixer), torch.randn(2, 4, 48)
+    with torch.no_grad():
+        program = export(module, (x,), strict=False)
+        assert {str(n.target) for n in program.graph.nodes if "omnimix" in str(n.target)} == set()
+        assert error(program.module()(x), module(x)) < 1e-5
+
+
+@pytest.mark.parametrize("mixer", ["attention", "gla", "mamba", "gated_deltanet"])
+def test_onnx_computes_the_same(mixer: str):
+    pytest.importorskip("onnxscript")
+    from onnx.reference import ReferenceEvaluator
+
+    module, x = Whole(mixer), torch.randn(2, 4, 48)
+    with torch.no_grad():
+        program = torch.onnx.export(module, (x,), dynamo=True, verbose=False).model_proto
+        wanted = module(x)
+    (found,) = ReferenceEvaluator(program).run(None, {program.graph.input[0].name: x.numpy()})
+    assert error(torch.from_numpy(found), wanted) < 1e-5
