@@ -17,7 +17,7 @@ from ..utils.modes import observed, outliving_modes
 from .config import bounded
 from .typed import Config
 
-# YaRN's borders between what is stretched and what is not, in turns over the trained length (section 3.2).
+# YaRN's limits between what is stretched and what is not, in rotations over the trained length (section 3.2).
 SLOW, FAST = 1.0, 32.0
 
 

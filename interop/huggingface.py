@@ -55,7 +55,7 @@ class OmnimixConfig(PretrainedConfig):
     """transformers' configuration around a `LanguageModelConfig`.
 
     Args:
-        omnimix: `omnimix.backbones.to_dict` of a `LanguageModelConfig`. What transformers wants beside it (vocab_size,
+        omnimix: `omnimix.backbones.to_dict` of a `LanguageModelConfig`. What else transformers wants (vocab_size,
             hidden_size, num_hidden_layers, tie_word_embeddings) is read off it.
         bos_token_id, eos_token_id, pad_token_id: the tokenizer's end token, which begins and ends a document.
     """
@@ -144,8 +144,8 @@ class OmnimixForCausalLM(Checked, PreTrainedModel, GenerationMixin):
         decoder = get_objective(ours.objective.type).build.decoder
         if decoder != "autoregressive":
             raise UnsupportedCall(
-                f"objective {ours.objective.type!r} does not write one token after the other, which transformers' "
-                "AutoModelForCausalLM and generate do; write with omnimix.diffuse"
+                f"objective {ours.objective.type!r} does not generate one token after the other, which transformers' "
+                "AutoModelForCausalLM and generate do; generate with omnimix.diffuse"
             )
         self.gradient_checkpointing = False
         self._constructing = True
@@ -272,7 +272,7 @@ class OmnimixForCausalLM(Checked, PreTrainedModel, GenerationMixin):
         mask = model_kwargs.get("attention_mask")
         if mask is not None and not mask[:, -1].all():
             raise UnsupportedShape(
-                "attention_mask: prompts are padded at their ends, and text is written behind the last column; set "
+                "attention_mask: prompts are padded at their ends, and text is generated after the last column; set "
                 "tokenizer.padding_side = 'left'"
             )
         if generation_config.cache_implementation is not None:

@@ -38,7 +38,7 @@ with source_hidden():
 
 __all__ = ["OmnimixLM"]
 
-# Tokens that pass through the model at a time: longer texts go on from their states.
+# Tokens in one forward pass; longer texts resume from their states.
 TOKENS_AT_A_TIME = 16384
 # Of these logits, and of their softmax, several copies are held.
 LOGITS_AT_A_TIME = 1 << 24
@@ -141,7 +141,7 @@ class OmnimixLM(TemplateLM):
         return self.tokenizer.chat(chat_history, generate=add_generation_prompt)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes into its results beside the numbers: how the likelihoods were found."""
+        """What lm-eval writes into its results with the numbers: how the likelihoods were found."""
         info: dict[str, Any] = {
             "run": self.run,
             "objective": self.model.config.objective.type,
@@ -206,7 +206,7 @@ class OmnimixLM(TemplateLM):
                 bar.update(len(part))
 
     def _exact(self, rows: list[list[int]], given: list[int]) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
-        """−log p of each row's tokens behind the first `given`, and whether each is the most probable one."""
+        """−log p of each row's tokens after the first `given`, and whether each is the most probable one."""
         device = self.model.embedding.weight.device
         nats = torch.zeros(len(rows), dtype=torch.float64, device=device)
         wrong = torch.zeros(len(rows), dtype=torch.int64, device=device)
@@ -282,7 +282,7 @@ class OmnimixLM(TemplateLM):
         return True
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """log p of whole documents behind the end token; in windows where `max_length` is set."""
+        """log p of whole documents after the end token; in windows where `max_length` is set."""
         pieces: list[tuple[None, list[int], list[int]]] = []
         owners: list[int] = []
         for i, request in enumerate(requests):
@@ -322,14 +322,18 @@ class OmnimixLM(TemplateLM):
         if self.max_length is None:
             return prompts
         if most >= self.max_length:
-            raise UnsupportedShape(f"max_length is {self.max_length}; it leaves no room beside {most} tokens to write")
+            raise UnsupportedShape(
+                f"max_length is {self.max_length}; {most} tokens are to be generated, which leaves none for the prompt"
+            )
         return [prompt[most - self.max_length :] for prompt in prompts]
 
     def _write(self, prompts: list[list[int]], numbers: list[int], options: WritingOptions) -> list[str]:
         if self.writer.diffusion:
             refused = sorted(options.others.keys() - {"top_p"})
             if refused:
-                raise UnsupportedCall(f"{', '.join(refused)}: writing by diffusion has temperature and top_p only")
+                raise UnsupportedCall(
+                    f"{', '.join(refused)}: diffusion models generate with temperature and top_p only"
+                )
             config = DiffusionConfig(
                 length=options.most,
                 steps=self.steps,

@@ -42,7 +42,7 @@ class MoEConfig(FFNConfig):
         router: "softmax" (Switch, Mixtral), balanced by a loss; or "sigmoid" (DeepSeek-V3), balanced by a bias on the
             choice alone, which moves when `rebalance` is called, after each step of the optimiser.
         normalise: whether the weights of a token's experts add up to 1; by default where there are several.
-        scale: factor on the experts' sum, beside the shared experts'.
+        scale: factor on the routed experts' sum; the shared experts' is not scaled.
         balance: coefficient of the load-balancing loss ("softmax").
         z_loss: coefficient of the loss that keeps the router's logits small ("softmax").
         bias_rate: by how much `rebalance` moves a bias ("sigmoid").

@@ -64,8 +64,8 @@ class Causal(Objective):
     def check(self, model: LanguageModel) -> None:
         if name := unfit(model.backbone, lambda can: can.causal):
             raise UnsupportedCall(
-                f"objective 'causal' needs causal layers, and {name} is not: it runs in several directions or compares "
-                "tokens of the whole sequence; configure scan='forward' for mixers that scan"
+                f"objective 'causal' needs causal layers, and {name} is not: it runs a multi-directional scan or "
+                "compares tokens of the whole sequence; configure scan='forward' for mixers that scan"
             )
 
     def loss(

@@ -1,4 +1,4 @@
-"""What all objectives share that hide tokens behind a mask and predict them."""
+"""What all objectives share that replace tokens by a mask and predict them."""
 
 from __future__ import annotations
 

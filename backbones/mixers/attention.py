@@ -59,7 +59,7 @@ class AttentionConfig(MixerConfig):
 class Attention(Mixer):
     """softmax(q kᵀ / √d) v. Its state holds every key and value that was read, so it grows.
 
-    Under blocks a mask of queries by keys stands beside the scores, unless one block holds all tokens.
+    Under blocks a mask of queries by keys is added to the scores, unless one block holds all tokens.
     """
 
     capabilities = Capabilities(constant_state=False)

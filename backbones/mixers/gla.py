@@ -75,7 +75,7 @@ class _Direction(nn.Module):
 class GLA(ScanMixer):
     """S_t = diag(α_t) S_{t-1} + k_t v_tᵀ with α_t = σ(W x_t)^(1/16); normalised by head, with a swish output gate.
 
-    In several directions: ViG (arXiv 2405.18425), which shares q, k, v and the output and gives each its gates.
+    Multi-directional scans: ViG (arXiv 2405.18425), which shares q, k, v and the output and gives each its gates.
     """
 
     def __init__(self, dim: int, config: GLAConfig, site: Site):

@@ -111,9 +111,9 @@ class _Direction(nn.Module):
     reference=reference,
 )
 class Mamba(ScanMixer):
-    """h_t = e^{Δ_t A} h_{t-1} + Δ_t B_t x_t, y_t = (C_t h_t + D x_t) silu(z_t), behind a short convolution.
+    """h_t = e^{Δ_t A} h_{t-1} + Δ_t B_t x_t, y_t = (C_t h_t + D x_t) silu(z_t), after a short convolution.
 
-    In several directions: Vim (arXiv 2401.09417, forward and backward) and VMamba (arXiv 2401.10166, cross-scan).
+    Multi-directional scans: Vim (arXiv 2401.09417, forward and backward) and VMamba (arXiv 2401.10166, cross-scan).
     """
 
     def __init__(self, dim: int, config: MambaConfig, site: Site):

@@ -93,7 +93,7 @@ class _Direction(nn.Module):
     reference=reference,
 )
 class RGLRU(ScanMixer):
-    """h_t = a_t h_{t-1} + sqrt(1 - a_t²) (i_t x_t) with a_t = σ(Λ)^(c r_t); times gelu of a branch beside it.
+    """h_t = a_t h_{t-1} + sqrt(1 - a_t²) (i_t x_t) with a_t = σ(Λ)^(c r_t); times gelu of a parallel branch.
 
     Gates r_t and i_t are sigmoids of block-diagonal maps of x_t, which comes from a short convolution (eq. 1 to 4).
     """

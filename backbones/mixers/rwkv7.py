@@ -54,7 +54,7 @@ def _rank(configured: int | None, published: float) -> int:
 
 
 class _Direction(nn.Module):
-    """All but the output projection: the token shift, which looks back, stands before every other one."""
+    """All but the output projection: every other one follows the token shift, which is causal."""
 
     def __init__(self, dim: int, heads: int, config: RWKV7Config, site: Site, index: int, mixes: bool):
         super().__init__()
@@ -119,8 +119,8 @@ class RWKV7(ScanMixer):
     """S_t = diag(w_t) S_{t-1} − (a_t ⊙ κ̂_t)(κ̂_tᵀ S_{t-1}) + k̃_t v_tᵀ (eq. 16-17, transposed), read by r_t.
 
     Normalised by head, with the bonus (r_t · ρ ⊙ k̃_t) v_t and a gate. The first layer shares its values, and later ones
-    move theirs towards these by a gate of the token (value residual, section 4). In several directions each owns
-    everything but the output projection, and has values of its own.
+    move theirs towards these by a gate of the token (value residual, section 4). In a multi-directional scan
+    each direction owns all but the output projection, and has values of its own.
     """
 
     def __init__(self, dim: int, config: RWKV7Config, site: Site):

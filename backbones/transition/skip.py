@@ -39,7 +39,7 @@ class SkipConfig(TransitionConfig):
 @register_transition(
     "skip",
     SkipConfig,
-    summary="tokens, expanded where wanted, beside an earlier stage's, and one linear map of both",
+    summary="tokens, expanded where wanted, concatenated with an earlier stage's, and one linear map of both",
     source="arXiv 1505.04597, 2209.12152",
     examples=(),
 )

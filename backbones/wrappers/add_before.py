@@ -26,7 +26,7 @@ class AddBeforeConfig(WrapperConfig):
     Args:
         inner: the mixer that stays the block's own.
         branch: the block that may be tied between depths; it has nothing to inherit but its residual form, "pre".
-        concat: name of the shared tensor (b, t, d) that is put beside the tokens that the branch reads; None for none.
+        concat: name of the shared tensor (b, t, d) that is concatenated to what the branch reads; None for none.
     """
 
     inner: MixerConfig | str

@@ -44,7 +44,7 @@ class Compress(nn.Module):
 
 
 def most_compressed(keys: int, size: int, stride: int) -> int:
-    """Room for the compressed tokens of `keys` tokens.
+    """Capacity for the compressed tokens of `keys` tokens.
 
     One at least, if only to keep the compression within the graph: parameters without gradients halt DDP. torch.export
     would take a comparison for a constraint; it has empty slots at the end instead, which nothing sees.

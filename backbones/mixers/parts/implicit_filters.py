@@ -20,7 +20,7 @@ class ImplicitFilters(nn.Module):
     Args:
         channels: filters.
         length: unit of the positions.
-        features: sines and cosines of the position that the network sees, beside the position itself.
+        features: sines and cosines of the position that the network sees, in addition to the position itself.
         width, depth: hidden channels and hidden layers of the network.
         frequency: of its sine activations at the start.
     """

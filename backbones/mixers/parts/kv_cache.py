@@ -179,7 +179,8 @@ class _Room:
             return True
 
 
-# Of each cache that `appended` returned, its room, or None. Beside the tensors, which may be pickled or copied.
+# The spare memory of each cache that `appended` returned, or None. It is not kept in the tensors, which may be pickled
+# or copied.
 _rooms = WeakIdKeyDictionary()
 _claiming = threading.Lock()
 
