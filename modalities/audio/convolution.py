@@ -1,4 +1,4 @@
-"""Convolutions over time that go on from where they stopped, and the positions of what they give."""
+"""Streaming convolutions over time, and the positions of their outputs."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ class Convolution(nn.Module):
         return torch.promote_types(self.weight.dtype, torch.float32) if self.wide else self.weight.dtype
 
     def _convolved(self, x: Tensor) -> Tensor:
-        # Steps behind each other in memory are an image of one row whose channels come last: on CPUs twice as fast as
-        # a convolution in one dimension.
+        # Consecutive steps in memory are an image of one row whose channels come last. On CPUs its convolution is twice
+        # as fast as one in one dimension.
         weight, bias = self.weight.unsqueeze(2).to(x.dtype), self.bias.to(x.dtype)
         with own_precision(x.device.type) if self.wide else nullcontext():
             return F.conv2d(x.mT.unsqueeze(2), weight, bias, stride=(1, self.stride)).squeeze(2).mT

@@ -1,4 +1,4 @@
-"""The sound of audio and video files as waves."""
+"""Read the sound of audio and video files."""
 
 from __future__ import annotations
 
@@ -13,16 +13,21 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ..common.container import Input, Source, slack
+from ..common.values import check_samples
 
 # Seconds decoded before a window: codecs need what came before (MP3 up to nine frames, Opus 80 ms).
 _PREROLL = 0.5
 # Time stamps are rounded, to milliseconds in webm and mkv; only what misses by more is a gap or an overlap.
 _JITTER = 0.02
-# A corrupt time stamp must not become hours of silence.
-_GAP = 600.0
-_RATES = 100, 1_000_000
+# A corrupt time stamp must not become hours of silence. A file may have so many seconds and samples of it, and as much
+# again as it has sound.
+_GAP, _SILENT = 600.0, 1 << 26
+# At a lower one a small file, resampled, would be a long sound.
+_RATES = 1000, 1_000_000
 # Seconds beyond which no window of a file can lie.
 _LONGEST = 1e9
+# Samples beyond this, 24 dB above the full scale, are no sound. Lossy codecs and floating-point files overshoot less.
+_LOUDEST = 16.0
 
 
 def read_audio(
@@ -34,26 +39,27 @@ def read_audio(
     duration: float | int | None = None,
     name: str | None = None,
 ) -> tuple[Float32[Tensor, "c n"], int]:
-    """The first sound track of an audio or video file, and its rate.
+    """Read the first sound track of an audio or video file.
 
-    Samples stand where their time stamps say: what an encoder put before the beginning is left out and gaps are silent.
+    Samples are placed by their time stamps: encoder padding before the beginning is dropped, and gaps are silent.
     Time zero is the first sample; in a file with a video it is the video's first frame. A window equals that part of
     the whole, to within a tick of the file's clock (a millisecond in webm and mkv) and what a lossy codec adds.
 
     Args:
         source: a path, the bytes of a file, or an open binary file.
         rate: samples a second to resample to; None leaves the file's.
-        mono: the mean of the channels, as one.
+        mono: average the channels into one.
         start: seconds.
         duration: seconds; None reads to the end. Fewer samples are given where the file ends before.
-        name: what messages call the source; a path names itself.
+        name: what error messages call the source; by default the path.
 
     Returns:
-        The wave, in -1..1, and its rate.
+        The wave, in -1..1 but for what floating-point files and lossy codecs overshoot, and its rate.
 
     Raises:
-        MediaError: missing, empty, no media file, no sound in it, corrupt, cut, or over before `start`. MP3, Ogg and
-            bare streams state no length, so that one that was cut is a shorter one.
+        MediaError: missing, empty, not a media file, without sound, corrupt, cut, over before `start`, or with samples
+            that are NaN, infinite or beyond 16. MP3, Ogg and bare streams state no length: one that was
+            cut reads as a shorter one.
         ConfigError: a rate, start or duration out of range.
     """
     if rate is not None and not (rate == int(rate) and 1 <= rate <= _RATES[1]):
@@ -74,7 +80,7 @@ def read_audio(
 
 
 class _Window:
-    """Which samples of the file are needed for which of the result."""
+    """The samples of the file that the result needs."""
 
     def __init__(self, rate: int, new_rate: int, start: float | int, duration: float | int | None):
         self.start, self.new_rate = start, new_rate
@@ -130,11 +136,16 @@ class _Track:
     def read(self, first: int, last: int | None) -> Float32[Tensor, "c n"]:
         """Samples first .. last - 1; fewer where the track ends before."""
         pieces: list[Tensor] = []
-        at = first
+        at, spare = first, min(_SILENT, round(_GAP * self.rate))
         for position, samples in self._pieces(first):
             length = samples.shape[1]
+            spare += length
             if position > at:
-                pieces.append(samples.new_zeros(samples.shape[0], position - at))
+                spare -= position - at
+                if spare < 0:
+                    raise self.file.error(f"its time stamps jump by {(position - at) / self.rate:.0f} s")
+                silent = (position if last is None else min(position, last)) - at
+                pieces.append(samples.new_zeros(samples.shape[0], max(0, silent)))
                 at = position
             if position + length > at:
                 pieces.append(samples[:, at - position :])
@@ -153,7 +164,7 @@ class _Track:
             if frame.is_corrupt:
                 raise self.file.error("its sound is corrupt")
             if frame.sample_rate != self.rate or len(frame.layout.channels) != self._channels:
-                raise self.file.error("its rate or number of channels changes on the way")
+                raise self.file.error("its rate or number of channels changes midway")
             time = self._time(frame)
             if time is not None:
                 position = round((time - self._zero) * self.rate)
@@ -189,6 +200,8 @@ class _Track:
             values = (values.to(torch.float32) - 128) / 128
         elif not values.is_floating_point():
             values = values.to(torch.float64) / -float(torch.iinfo(values.dtype).min)
+        else:
+            check_samples(values, f"the sound of {self.file.name!r}", _LOUDEST)
         values = values.to(torch.float32)
         return values.mean(dim=0, keepdim=True) if self.mono else values
 
@@ -202,5 +215,5 @@ class _Track:
         end = float(self.file.tail(self.index).end) - self._zero
         if at / self.rate < end - slack(end):
             raise self.file.error(f"its sound can be decoded up to {at / self.rate:.2f} s only, of {end:.2f} s")
-        # The last block of a lossy codec is filled up; containers that know say where the sound ended.
+        # The last block of a lossy codec is padded; containers that know say where the sound ended.
         return stated if stated is not None and 0 < at - stated <= 4096 else at

@@ -26,7 +26,7 @@ class FrontConfig(Config):
     """Base of every audio front's options.
 
     Args:
-        positions: how tokens say where they are; "none" where they do not.
+        positions: the position embedding; "none" adds none.
     """
 
     type: ClassVar[str]
@@ -34,7 +34,7 @@ class FrontConfig(Config):
 
     @property
     def has_positions(self) -> bool:
-        """Whether the tokens say where they are."""
+        """Whether the tokens have position embeddings."""
         return self.positions != "none"
 
     @property
@@ -49,7 +49,7 @@ class FrontConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class SpectrogramFrontConfig(FrontConfig):
-    """Base of the options of fronts that hear a log-mel spectrogram.
+    """Base of the options of fronts on a log-mel spectrogram.
 
     Args:
         mel: the spectrogram.
@@ -69,12 +69,12 @@ class SpectrogramFrontConfig(FrontConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FrontState:
-    """What a causal front remembers of clips that go on.
+    """The streaming state of a causal front.
 
     Args:
-        samples: that went by.
-        steps: tokens that they brought.
-        kept: samples, and inputs of convolutions, that later tokens hear too, (b, n, ...) each.
+        samples: how many samples were read.
+        steps: how many tokens they gave.
+        kept: samples, and inputs of convolutions, that later tokens depend on too, (b, n, ...) each.
     """
 
     samples: int
@@ -86,7 +86,7 @@ class Front(nn.Module, ABC):
     """Clips of one length to tokens.
 
     Attributes:
-        shortest: samples of the first token; a clip that has fewer is filled up with silence at its end.
+        shortest: samples of the first token; a shorter clip is padded with silence at its end.
     """
 
     shortest: int = 1
@@ -225,8 +225,8 @@ class FrameFront(Front):
         super().__init__()
         if causal and config.mel.center:
             raise ConfigError(
-                "mel.center is True, and a centred frame hears what follows; causal models need MelConfig.kaldi() or "
-                "center=False"
+                "mel.center is True, and a centred frame depends on later samples; causal models need "
+                "MelConfig.kaldi() or center=False"
             )
         self.config, self.causal = config, causal
         self.mel, self.augment = LogMel(config.mel), SpecAugment(config.augment)
@@ -278,7 +278,7 @@ class WaveFrontConfig(FrontConfig):
     Args:
         rate: samples a second.
         channels: of the convolutions; the tokens' width by default.
-        kernels, strides: of the convolutions, one after the other. The defaults give a token every 20 ms that hears
+        kernels, strides: of the convolutions, one after the other. The defaults give a token every 20 ms that covers
             25 ms, at 16 kHz.
         positions: "sinusoidal" or "none".
     """
@@ -303,7 +303,7 @@ class WaveFrontConfig(FrontConfig):
 
     @property
     def field(self) -> int:
-        """Samples that one token hears."""
+        """Samples that one token depends on."""
         field = 1
         for kernel, stride in zip(reversed(self.kernels), reversed(self.strides), strict=True):
             field = (field - 1) * stride + kernel
@@ -328,10 +328,10 @@ class WaveFrontConfig(FrontConfig):
     ),
 )
 class WaveFront(Front):
-    """The feature encoder of wav2vec 2.0: convolutions without padding, each normalised and behind a GELU.
+    """The feature encoder of wav2vec 2.0: convolutions without padding, each followed by a norm and a GELU.
 
-    Normalised by RMSNorm over the channels of each step, so that nothing depends on the rest of the clip. A clip
-    shorter than a token is filled up with silence at its end. The layout's grid is (times, 1, 1).
+    The norm is an RMSNorm over the channels of each step, so that nothing depends on the rest of the clip. A clip
+    shorter than a token is padded with silence at its end. The layout's grid is (times, 1, 1).
     """
 
     def __init__(self, dim: int, config: WaveFrontConfig, causal: bool):

@@ -129,7 +129,7 @@ class MelConfig(Config):
         return replace(self, rate=rate, window=window, hop=max(1, hop))
 
     def frames(self, samples: int) -> int:
-        """Frames of a clip of so many samples."""
+        """Frames of a clip of `samples` samples."""
         samples = max(samples, self.window)
         if not self.center:
             return 1 + (samples - self.window) // self.hop
@@ -214,7 +214,7 @@ def _fft_size(config: MelConfig) -> int:
 class LogMel(nn.Module):
     """Waves to log-mel spectrograms, in float32 (float64 where the waves are), differentiable.
 
-    A clip shorter than a window is filled up with silence at its end.
+    A clip shorter than a window is padded with silence at its end.
     """
 
     def __init__(self, config: MelConfig):
@@ -296,7 +296,7 @@ class SpecAugmentConfig(Config):
         time_masks, frequency_masks: how many of each; 0 switches them off.
         time_width: the widest mask in frames (T in the paper).
         frequency_width: the widest mask in bins (F).
-        time_share: the widest mask as a share of the clip's frames (p).
+        time_share: the widest mask as a fraction of the clip's frames (p).
     """
 
     time_masks: int = 0

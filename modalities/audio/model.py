@@ -53,12 +53,12 @@ class AudioClassifierConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class AudioState:
-    """What a causal classifier remembers of sounds that go on.
+    """The streaming state of a causal classifier.
 
     Args:
-        front: what its front remembers.
+        front: the state of its front.
         total: the sum of the tokens, (b, d), in float32 or float64.
-        backbone: of the backbone; None before the first token.
+        backbone: the state of the backbone; None before the first token.
     """
 
     front: FrontState
@@ -80,12 +80,12 @@ class AudioState:
 
 @dataclass(frozen=True, kw_only=True)
 class AudioStep:
-    """What a chunk of sound brought.
+    """The outputs for a chunk of audio.
 
     Args:
-        now: logits of each token that it completed, (b, steps, classes).
+        now: logits of each token that the chunk completed, (b, steps, classes).
         so_far: logits of the sound up to here, (b, classes), from the mean of all tokens; None before the first token.
-        state: to go on from.
+        state: pass it with the next chunk.
     """
 
     now: Tensor
@@ -145,16 +145,16 @@ class AudioClassifier(Classifier):
         return AudioClassifierConfig(audio=self.tokenizer.config, backbone=self.backbone.config, head=self.head.config)
 
     def stream(self, chunk: Float[Tensor, "b n"], state: AudioState | None = None) -> AudioStep:
-        """Go on with the next samples of sounds.
+        """Process the next samples of a stream.
 
         Args:
             chunk: any number of samples.
-            state: of the call before; None begins.
+            state: the state that the previous call returned; None starts a stream.
 
         Raises:
             UnsupportedCall: the model is not causal, one of its mixers does not stream, or its head does not pool by
                 the mean.
-            UnsupportedShape: the chunk is no floating-point (b, n), or does not fit the state.
+            UnsupportedShape: the chunk is not a floating-point (b, n), or does not fit the state.
         """
         self.check_streaming()
         tokens, layout, front = self.tokenizer.stream(chunk, None if state is None else state.front)
@@ -167,7 +167,7 @@ class AudioClassifier(Classifier):
         return AudioStep(now=self.head_of(tokens), so_far=so_far, state=after)
 
     def finish(self, state: AudioState) -> AudioStep:
-        """The end of the sounds: where they were too short for one token, silence fills it up, as in whole clips."""
+        """End the stream. Audio too short for one token is padded with silence, as whole clips are."""
         missing = max(0, self.tokenizer.front.shortest - state.front.samples)
         return self.stream(state.total.new_zeros(state.total.shape[0], missing), state)
 
@@ -195,11 +195,11 @@ def audio_front(
         bins: mel filters; 128 for patches and 80 for frames by default.
         positions: "factorised", "learned" or "none" for patches; "sinusoidal" or "none" for the others.
         class_token: None, "first" or "middle", for patches.
-        causal: whether a token hears only what came before.
+        causal: whether a token depends on earlier samples only.
         augment: masks of the spectrogram in training; not for waves.
 
     Raises:
-        UnknownName: no such front.
+        UnknownName: an unknown front.
         ConfigError: an option that this front does not have.
     """
     kind = FRONTS.get(front).config
@@ -240,11 +240,11 @@ def audio_classifier(
         backbone: the whole configuration, or None for the short form, which scans "both" ways, or "forward" where
             `causal`. Packed clips are served by these two.
         front: "patches", "frames" or "wave"; or its configuration, which replaces what `options` say of it.
-        causal: a token hears only what came before, so that the model streams; not for patches.
+        causal: a token depends on earlier samples only, so that the model streams; not for patches.
         options: those of `audio_front`, and the short form of the backbone: see `plain_backbone`.
 
     Raises:
-        UnknownName, ConfigError: names that there are not, and parts that do not fit.
+        UnknownName, ConfigError: unknown names, and parts that do not fit together.
     """
     own, short = parted(options, inspect.signature(audio_front).parameters.keys() - {"front", "causal"})
     if isinstance(front, str):

@@ -25,7 +25,7 @@ class AudioTokenizerConfig(Config):
     Args:
         dim: width of the tokens.
         front: its configuration or name: "patches" or "frames" of a log-mel spectrogram, or the "wave" itself.
-        causal: whether a token hears only what came before; then the model streams.
+        causal: whether a token depends on earlier samples only; then the model streams.
     """
 
     dim: int
@@ -83,11 +83,11 @@ class AudioTokenizer(nn.Module):
     def stream(
         self, waves: Float[Tensor, "b n"], state: FrontState | None = None
     ) -> tuple[Float[Tensor, "b t d"], Layout, FrontState]:
-        """The tokens that further samples bring, none or more, in causal models; and what to go on from.
+        """The tokens that further samples complete, none or more, and the state for the next call; for causal models.
 
         Raises:
             UnsupportedCall: the front does not stream.
-            UnsupportedShape: the waves are no floating-point (b, n), or not as many rows as the state's.
+            UnsupportedShape: the waves are not a floating-point (b, n), or the state has another number of rows.
         """
         _check(waves, 2, empty=True)
         if state is not None and state.kept[0].shape[0] != waves.shape[0]:
@@ -102,13 +102,13 @@ class AudioTokenizer(nn.Module):
             which = [i for i, clip in enumerate(waves) if clip.shape[0] == length]
             tokens, layout = self.front(torch.stack([waves[i] for i in which]))
             rows |= {i: (row, layout) for i, row in zip(which, tokens, strict=True)}
-        borders, extra = [0], []
+        offsets, extra = [0], []
         for i in range(len(waves)):
             row, layout = rows[i]
-            extra += [borders[-1] + at for at in layout.extra]
-            borders.append(borders[-1] + row.shape[0])
+            extra += [offsets[-1] + at for at in layout.extra]
+            offsets.append(offsets[-1] + row.shape[0])
         packed = torch.cat([rows[i][0] for i in range(len(waves))])[None]
-        cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=packed.device)
+        cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=packed.device)
         return packed, Layout(causal=self.config.causal, cu_seqlens=cu_seqlens, extra=tuple(extra))
 
 

@@ -19,10 +19,10 @@ from ...errors import ConfigError, UnsupportedCall
 
 
 class Classifier(nn.Module):
-    """Media to logits.
+    """Inputs to logits.
 
     Args:
-        tokenizer: from media to tokens (b, t, dim) and their layout; it has its configuration as `config`.
+        tokenizer: from inputs to tokens (b, t, dim) and their layout; its configuration is its `config`.
         backbone: its width is the tokenizer's.
         head: of the classification.
     """
@@ -39,7 +39,7 @@ class Classifier(nn.Module):
         raise NotImplementedError(f"{cls.__name__} has no examples; the laws in tests/laws need them")
 
     def forward(self, media: Any) -> Float[Tensor, "n *t classes"]:
-        """Logits, `(n, classes)`, one row a medium; see `ClassificationHead` for other pools.
+        """Logits, `(n, classes)`, one row per input; see `ClassificationHead` for other pools.
 
         Args:
             media: what the tokenizer takes, prepared as the model was trained.
@@ -67,9 +67,9 @@ class Classifier(nn.Module):
         return self.head.classifier(self.head.dropout(features))
 
     def check_streaming(self) -> None:
-        """Of models that can be given their media in pieces: raise UnsupportedCall where this one cannot."""
+        """Raise UnsupportedCall unless the model can stream, that is, take its input in chunks."""
         if not self.tokenizer.config.causal:
-            raise UnsupportedCall("this model takes its media whole; build it with causal=True to stream")
+            raise UnsupportedCall("this model takes whole inputs; build it with causal=True to stream")
         if self.head.config.pool != "mean":
             raise UnsupportedCall(f"the head pools by {self.head.config.pool!r}; streaming needs 'mean'")
         if name := unfit(self.backbone, lambda can: can.streaming):
@@ -114,7 +114,7 @@ def plain_backbone(
         short: what differs from it; see `ShortForm`.
 
     Raises:
-        UnknownName: no such mixer, scan or feed-forward layer.
+        UnknownName: an unknown mixer, scan or feed-forward layer.
         ConfigError: values that do not fit.
     """
     changed: dict[str, Any] = dict(short)

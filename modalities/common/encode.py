@@ -1,4 +1,4 @@
-"""Video and audio files from tensors. A file appears whole or not at all."""
+"""Write video and audio files from tensors. A file appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ AUDIO_FORMATS = {
     ".ogg": ("ogg", "libopus"),
     ".opus": ("ogg", "libopus"),
 }
-# Of a video's sound; all else takes AAC.
+# Codecs of a video's sound; all other containers take AAC.
 _SOUND = {".webm": "libopus"}
 # Frames of 24, 25, 30, 50, 60 and 30000/1001 a second last whole ticks, and MPEG-4 allows no finer clock.
 _TICKS = 60_000
@@ -56,7 +56,7 @@ def write_video(
     rotation: int = 0,
     audio: tuple[Float[Tensor, "channels n"], int] | None = None,
 ) -> None:
-    """A video file of RGB (or grey) frames.
+    """Write a video file of RGB (or grey) frames.
 
     Args:
         path: the suffix is the container: mp4, mov, mkv, webm or avi.
@@ -65,13 +65,13 @@ def write_video(
         times: seconds at which each frame appears, increasing: a variable frame rate (not in avi).
         start: seconds added to every time of picture and sound: a file whose clock does not begin at zero.
         codec: an encoder of FFmpeg's; None takes H.264, or VP9 in webm, or MPEG-4 in avi.
-        quality: the constant rate factor: 0 is lossless in H.264, 18 looks so, 28 is small.
-        keyframes: frames between two places that a reader can begin at, at most.
-        rotation: degrees counterclockwise that a player is told to turn the picture by.
+        quality: the constant rate factor: 0 is lossless in H.264, 18 looks lossless, 28 is small.
+        keyframes: the largest distance between key frames, in frames.
+        rotation: degrees counterclockwise by which players rotate the picture.
         audio: a wave in -1..1 and its rate, which begins with the first frame.
 
     Raises:
-        ConfigError: an unknown suffix or codec, times that do not increase, or another number of them than frames.
+        ConfigError: an unknown suffix or codec, times that do not increase, or not as many as frames.
         UnsupportedShape: no frames, or not 1 or 3 channels.
     """
     path = Path(path)
@@ -113,7 +113,7 @@ def _options(codec: str, default: str, quality: int) -> dict[str, str]:
 
 
 def write_audio(path: str | Path, wave: Float[Tensor, "channels n"], rate: int, *, start: float | int = 0.0) -> None:
-    """An audio file.
+    """Write an audio file.
 
     Args:
         path: the suffix is the format: wav and flac are exact to 16 bits; m4a, mp3, ogg and opus are lossy.
@@ -122,7 +122,7 @@ def write_audio(path: str | Path, wave: Float[Tensor, "channels n"], rate: int, 
         start: seconds at which the file's clock begins, where the format has one.
 
     Raises:
-        ConfigError: an unknown suffix, a rate that the codec does not know, or samples that are no numbers.
+        ConfigError: an unknown suffix, a rate that the codec does not know, or samples that are not finite.
         UnsupportedShape: an empty wave or more than two channels.
     """
     path = Path(path)
@@ -143,13 +143,13 @@ def write_audio(path: str | Path, wave: Float[Tensor, "channels n"], rate: int, 
 
 
 class _Output:
-    """A container that is written; FFmpeg's errors become ours."""
+    """A container open for writing, with FFmpeg's errors as ours."""
 
     def __init__(self, path: Path, container: str):
         import av
 
         self._errors = (av.FFmpegError, ValueError, av.codec.codec.UnknownCodecError)
-        # FFmpeg would take what stands before a colon in a name for a protocol.
+        # FFmpeg takes what precedes a colon in a name for a protocol.
         self._container = av.open(f"file:{path}", "w", format=container)
 
     def __enter__(self) -> _Output:
@@ -201,7 +201,7 @@ def _clock(
 
 
 def _fraction(rate: float | int | None, clock: list[float | int]) -> Fraction:
-    """Frames a second, on average where they vary, as encoders want to know it."""
+    """Frames a second, on average where they vary, as encoders need it."""
     if rate is None:
         rate = (len(clock) - 1) / (clock[-1] - clock[0]) if len(clock) > 1 else 25
     return max(Fraction(1, 1000), Fraction(rate).limit_denominator(1001))

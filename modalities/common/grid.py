@@ -1,4 +1,4 @@
-"""What tokenizers of grids share: tables of positions of any size, strided projections, tokens beside the grid."""
+"""Shared parts of grid tokenizers: position tables of any size, strided projections, extra tokens."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ LONGEST = 1 << 16
 
 
 def sizes(config: Any, name: str, axes: tuple[str, ...]) -> tuple[int, ...]:
-    """A field of `config` as one number an axis; a single number stands for all of them.
+    """A field of `config` as one number per axis; a single number stands for all of them.
 
     Raises:
-        ConfigError: another count of numbers, or one below 1.
+        ConfigError: a wrong count of numbers, or one below 1.
     """
     value = getattr(config, name)
     found = (value,) * len(axes) if isinstance(value, int) else tuple(value)
@@ -36,9 +36,9 @@ def sizes(config: Any, name: str, axes: tuple[str, ...]) -> tuple[int, ...]:
 
 
 def axis_weights(old: int, new: int, like: Tensor) -> Float[Tensor, "new old"]:
-    """The matrix that resizes an axis from `old` to `new` samples: bicubic, antialiased, ends aligned at pixel borders.
+    """The matrix that resizes an axis from `old` to `new` samples: bicubic, antialiased, `align_corners=False`.
 
-    Resizing is linear and separable, so a small matrix product an axis equals `F.interpolate` and, unlike it, has a
+    Resizing is linear and separable, so one small matrix product per axis equals `F.interpolate` and, unlike it, has a
     backward that is deterministic on every device.
     """
     basis = torch.eye(old, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
@@ -64,7 +64,7 @@ def resize_table(table: Tensor, *sizes: int) -> Tensor:
 def resize_kernel(weight: Float[Tensor, "d c *old"], *sizes: int) -> Float[Tensor, "d c *new"]:
     """The weights of a projection for patches of another size.
 
-    The product of the new kernel with a resized patch stays what it was, as far as the new patch has room for it
+    The product of the new kernel with a resized patch stays the same, as far as the new patch can represent it
     (FlexiViT, arXiv 2212.08013, section 3.3).
     """
     out = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -97,7 +97,7 @@ def strided_product(
 
 
 class GridTokenizer(nn.Module, ABC):
-    """A tokenizer whose tokens stand on a grid, with a class token and registers beside it.
+    """A tokenizer of grid tokens, and of a class token and registers outside the grid.
 
     `config` has the fields `dim`, `class_token` (None, "first" or "middle") and `registers`.
     """
@@ -108,18 +108,18 @@ class GridTokenizer(nn.Module, ABC):
         table = torch.empty(*shape, self.config.dim)
         return nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
 
-    def _make_beside(self) -> None:
+    def _make_extra(self) -> None:
         self.class_token = self._table(1) if self.config.class_token else None
         self.registers = self._table(self.config.registers) if self.config.registers else None
         mark(self, "class_token", "registers", *self._all_tables(), decay=False)
 
     def extra(self, grid_tokens: int) -> tuple[int, ...]:
-        """Positions of the class token and the registers in a sequence with so many grid tokens."""
+        """Indices of the class token and the registers in a sequence with `grid_tokens` grid tokens."""
         where = {None: (), "first": (0,), "middle": (grid_tokens // 2,)}[self.config.class_token]
         first_register = grid_tokens + len(where)
         return (*where, *range(first_register, first_register + self.config.registers))
 
-    def _with_beside(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b all d"]:
+    def _with_extra(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b all d"]:
         parts = [tokens]
         if self.class_token is not None:
             at = self.extra(tokens.shape[1])[0]
@@ -131,10 +131,10 @@ class GridTokenizer(nn.Module, ABC):
 
     @abstractmethod
     def _all_tables(self) -> dict[str, tuple[int, ...]]:
-        """The sizes that `config` asks of each table of positions, by name, those that are None included."""
+        """The size of each position table by name, as `config` sets it, for tables that are None too."""
 
     def table_sizes(self) -> dict[str, tuple[int, ...]]:
-        """The leading sizes of each table of positions that there is, by name."""
+        """The leading sizes of each existing position table, by name."""
         return {name: size for name, size in self._all_tables().items() if getattr(self, name) is not None}
 
     def _resize_tables(self) -> None:
@@ -144,8 +144,8 @@ class GridTokenizer(nn.Module, ABC):
                 setattr(self, name, nn.Parameter(resize_table(table, *size), requires_grad=table.requires_grad))
 
 
-def check_beside(config: Any) -> None:
-    """Raise ConfigError where `class_token` or `registers` of `config` are no values of theirs."""
+def check_extra(config: Any) -> None:
+    """Raise ConfigError where `class_token` or `registers` of `config` is invalid."""
     if config.class_token not in (None, "first", "middle"):
         raise ConfigError(f"class_token is {config.class_token!r}; it must be 'first', 'middle' or None")
     not_negative(config, "registers")
@@ -154,7 +154,7 @@ def check_beside(config: Any) -> None:
 def fit_positions(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A state dict whose position tables have the sizes of `model`'s, so that weights made at another size load.
 
-    Entries that are no position table of a tokenizer in `model` are passed on as they are.
+    Other entries are returned unchanged.
     """
     fitted = dict(weights)
     for prefix, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Models as folders: `model.safetensors` beside `config.json`."""
+"""Models as folders: `model.safetensors` and `config.json`."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def check_fits(
             # Sizes beyond what a tensor can have.
             what = " ".join(str(error).split())
             raise CheckpointError(
-                f"{file} does not fit the model, which cannot be: {what}; nothing was loaded"
+                f"{file} does not fit the model, which cannot be built: {what}; nothing was loaded"
             ) from error
     _compare(*({name: tuple(t.shape) for name, t in each.items()} for each in (own, stored)), file)
 
@@ -197,13 +197,15 @@ def load_weights(model: nn.Module, file: str | Path, *, resize: bool = False) ->
 
 
 def check_finite(weights: Mapping[str, Tensor], file: str | Path) -> None:
-    """Raise CheckpointError where weights hold NaN or infinity, whose answers mean nothing."""
+    """Raise CheckpointError where weights hold NaN or infinity."""
     for name, tensor in weights.items():
         if tensor.is_floating_point() and tensor.itemsize == 1:
             tensor = tensor.float()  # eight bits have no sums of their own
         # The sum of finite numbers may overflow, which the numbers themselves then decide.
         if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{file}: {name} holds NaN or infinity; train anew, or from an earlier state")
+            raise CheckpointError(
+                f"{file}: {name} holds NaN or infinity; train again, or resume from an earlier checkpoint"
+            )
 
 
 def write_config(config: Any, kind: str, file: str | Path, details: dict[str, Any] | None = None) -> None:
@@ -227,7 +229,7 @@ def read_config(file: str | Path) -> dict[str, Any]:
     """What `write_config` wrote: "omnimix" (version), "format", "model", "config" (plain) and "details".
 
     Raises:
-        CheckpointError: the file is missing, is no such JSON, or was written in a newer format.
+        CheckpointError: the file is missing, is not such a JSON file, or was written in a newer format.
     """
     try:
         with Path(file).open("rb") as opened:

@@ -81,7 +81,7 @@ def image_classifier(
             short form of the backbone: see `plain_backbone`.
 
     Raises:
-        UnknownName, ConfigError: names that there are not, and parts that do not fit.
+        UnknownName, ConfigError: unknown names, and parts that do not fit together.
     """
     image, short = parted(options, {field.name for field in fields(PatchTokenizerConfig)} - {"dim"})
     positions = image.get("positions", PatchTokenizerConfig.positions) != "none"

@@ -14,7 +14,7 @@ from ...backbones.config import positive
 from ...backbones.layout import Layout
 from ...backbones.typed import Config
 from ...errors import ConfigError, UnsupportedShape
-from ..common.grid import GridTokenizer, check_beside, pad_to_whole, resize_kernel, resize_table, sizes, strided_product
+from ..common.grid import GridTokenizer, check_extra, pad_to_whole, resize_kernel, resize_table, sizes, strided_product
 
 POSITIONS = ("learned", "factorised", "none")
 
@@ -29,8 +29,8 @@ class PatchTokenizerConfig(Config):
         channels: of the images.
         size: the image size, one number or (height, width), that positions are learned for. Images of any other size
             are served too: their positions are interpolated.
-        positions: "learned", one vector a place; "factorised", one a row plus one a column; "none", for mixers that
-            know the order of the tokens by themselves.
+        positions: "learned", one vector per position; "factorised", one per row plus one per column; "none", for
+            mixers that know the order of the tokens by themselves.
         class_token: None; "first"; or "middle" of the grid tokens (Vision Mamba).
         registers: learned tokens at the end of the sequence, scratch space that no head reads.
     """
@@ -49,7 +49,7 @@ class PatchTokenizerConfig(Config):
             object.__setattr__(self, name, sizes(self, name, ("height", "width")))
         if self.positions not in POSITIONS:
             raise ConfigError(f"positions is {self.positions!r}; it must be one of {', '.join(POSITIONS)}")
-        check_beside(self)
+        check_extra(self)
 
     def grid(self, size: tuple[int, int] | None = None) -> tuple[int, int]:
         """Rows and columns of patches in an image of `size` (by default the size that positions are learned for)."""
@@ -85,7 +85,7 @@ class PatchTokenizer(GridTokenizer):
         self.positions = self._table(rows, columns) if learned else None
         self.row_positions = self._table(rows) if factorised else None
         self.column_positions = self._table(columns) if factorised else None
-        self._make_beside()
+        self._make_extra()
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b t d"], Layout]:
         """Tokens and their layout.
@@ -111,10 +111,10 @@ class PatchTokenizer(GridTokenizer):
         if positions is not None:
             tokens = tokens + positions.to(tokens.dtype)
         layout = Layout(causal=False, grid=(1, rows, columns), extra=self.extra(rows * columns))
-        return self._with_beside(tokens), layout
+        return self._with_extra(tokens), layout
 
     def place_vectors(self, rows: int, columns: int) -> Float[Tensor, "t d"] | None:
-        """What is added to the patches of a grid of this size, in raster order; None where there are no positions."""
+        """The position embeddings of a grid of this size, in raster order; None where there are none."""
         if self.positions is not None:
             return resize_table(self.positions, rows, columns).flatten(0, 1)
         if self.row_positions is not None:

@@ -1,6 +1,6 @@
-"""Frames of a video at the times asked for.
+"""Read frames of a video by time.
 
-A frame is chosen by its time stamp, never by counting: rates vary, clocks start anywhere, and headers are wrong.
+A frame is chosen by its time stamp, not by its index: rates vary, clocks start anywhere, and headers are wrong.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import count, takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -28,17 +29,19 @@ __all__ = ["Clip", "VideoInfo", "VideoReader", "read_audio", "read_clip"]
 _ROUNDED = 5e-4
 # Pixels; twice those of 8K. A damaged header must not take all memory.
 _LARGEST = 1 << 26
+# How many times as wide as high, or as high as wide, a pixel may be.
+_SQUEEZED = 16
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video is.
+    """Properties of a video.
 
     Args:
         duration: seconds from the first frame to the end of the last, by the file's last packets.
         frames: as the header says, None where it does not (webm, mkv). Nothing here relies on it.
         rate: frames a second on average, None where it is unknown.
-        size: (height, width) as shown, after rotation.
+        size: (height, width) as shown: with square pixels, rotated and mirrored as the file says.
         start: seconds on the file's clock when the first frame appears. All other times count from it.
     """
 
@@ -68,18 +71,18 @@ class _Frame(NamedTuple):
 
 
 class VideoReader:
-    """A video, opened where it is read: a reader can be neither pickled nor used after a fork.
+    """An open video. A reader can be neither pickled nor used after a fork.
 
-    Opening decodes the first frame, whose time is zero from then on, and reads the last packets, which tell the
-    duration and whether the file was cut.
+    Opening decodes the first frame, whose time is zero from then on, and reads the last packets, which give the
+    duration and show whether the file was cut.
 
     Args:
         source: a path, the bytes of a file, or an open binary file.
-        threads: that decode. One is right in a worker of a data loader.
-        name: what messages call the source; a path names itself.
+        threads: how many decode. Use one in a worker of a data loader.
+        name: what error messages call the source; by default the path.
 
     Raises:
-        MediaError: missing, empty, no media file, no video in it, cut, or its first frame cannot be decoded.
+        MediaError: missing, empty, not a media file, without video, cut, or its first frame cannot be decoded.
     """
 
     info: VideoInfo
@@ -108,28 +111,27 @@ class VideoReader:
         if not found:
             raise self._input.error("it has no video")
         self._index = found[0]
-        first = next(_timed(self._input, self._index, self._start), None)
+        declared = self._input.stream(self._index).codec_context
+        if declared.width * declared.height > _LARGEST:
+            raise self._input.error(f"its header says that its frames are {declared.height} x {declared.width}")
+        first = next(_clocked(self._input, self._index), None)
         if first is None:
             raise self._input.error("it has no frames")
-        if first.picture.pts is not None:
-            self._start = first.picture.pts * first.picture.time_base
-        self._pixels = first.picture.height, first.picture.width
-        if self._pixels[0] * self._pixels[1] > _LARGEST:
-            raise self._input.error(f"its frames are {self._pixels[0]} x {self._pixels[1]}")
-        self._turns = round(first.picture.rotation / 90) % 4
-        self._last, end = self._input.tail(self._index)
+        self._start, picture = first
+        self._shape = _Shape(picture, self._input.stream(self._index).sample_aspect_ratio, self._input)
+        tail = self._input.tail(self._index)
+        self._last, end = tail.last, tail.end
         stream = self._input.stream(self._index)
         self._tolerance = min(max(0.5 * float(stream.time_base), 1e-6), _ROUNDED)
-        rate = float(stream.average_rate) if stream.average_rate else None
+        rate = self._input.rate(self._index)
         if end <= self._last:
             # Nothing says how long the last frame lasts.
-            end = self._last + 1 / (stream.average_rate or 25)
-        height, width = self._pixels
+            end = self._last + self._input.frame_seconds(self._index)
         return VideoInfo(
             duration=max(0.0, float(end - self._start)),
             frames=stream.frames or None,
-            rate=rate,
-            size=(width, height) if self._turns % 2 else (height, width),
+            rate=None if rate is None else float(rate),
+            size=self._shape.size,
             start=float(self._start),
         )
 
@@ -145,20 +147,20 @@ class VideoReader:
             self.close()
 
     def __getstate__(self) -> Any:
-        raise UnsupportedCall("a VideoReader cannot be pickled; hand on the path and open it in the process that reads")
+        raise UnsupportedCall("a VideoReader cannot be pickled; pass the path and open it in the process that reads")
 
     def close(self) -> None:
-        """Close the file; closing again does nothing."""
+        """Close the file. Closing it again has no effect."""
         self._decoded, self._shown, self._ahead = iter(()), None, None
         self._input.close()
 
     def at(self, times: Sequence[float | int]) -> Clip:
-        """The frames that are on the screen at some times.
+        """The frames shown at some times.
 
         Args:
-            times: seconds from the first frame, in any order, also repeated. Before the first frame it is the first,
-                after the last the last. They are compared to within half a millisecond, to which webm and mkv
-                round.
+            times: seconds from the first frame, in any order, also repeated. Times before the first frame give
+                the first, times after the last the last. They are compared to within half a millisecond, to which webm
+                and mkv round.
 
         Raises:
             MediaError: the file is corrupt before the last of the times.
@@ -181,7 +183,7 @@ class VideoReader:
     def stream(
         self, start: float | int = 0.0, stop: float | int | None = None, rate: float | int | None = None
     ) -> Iterator[tuple[float, UInt8[Tensor, "c h w"]]]:
-        """Frames one by one, in memory that does not depend on the length of the video.
+        """Iterate over frames, in memory that does not depend on the length of the video.
 
         Args:
             start: seconds from the first frame.
@@ -208,16 +210,17 @@ class VideoReader:
         read, steps = self._reads, 0
         shown = self._go(start)
         while True:
+            picture: Tensor | None = None
             if rate is None:
-                due = [shown.time] if start - self._tolerance <= shown.time < stop else []
+                due = iter([shown.time] if start - self._tolerance <= shown.time < stop else [])
             else:
                 until = min(stop, self._ahead.time if self._ahead else math.inf) - self._tolerance
-                due = []
-                while (time := start + (steps + len(due)) / rate) < until:
-                    due.append(time)
-                steps += len(due)
+                # One by one: a gap in the time stamps may be as long as a header can say.
+                due = takewhile(until.__gt__, (start + step / rate for step in count(steps)))
             for time in due:
-                yield time, self._rgb(shown).permute(2, 0, 1)
+                steps += 1
+                picture = self._rgb(shown).permute(2, 0, 1) if picture is None else picture.clone()
+                yield time, picture
                 if read != self._reads:
                     raise UnsupportedCall("another read of this reader began; open a reader for each of the two")
             if self._ahead is None or self._ahead.time >= stop:
@@ -245,7 +248,7 @@ class VideoReader:
 
     def _keyframe_before(self, time: float | int) -> bool:
         """Whether decoding can begin later than where the reader stands, and not after `time`."""
-        if self._ahead is None:
+        if self._ahead is None or self._input.is_counted(self._index):
             return False
         stream = self._input.stream(self._index)
         place = stream.index_entries.search_timestamp(int((time + float(self._start)) / stream.time_base))
@@ -255,7 +258,7 @@ class VideoReader:
 
     def _seek(self, time: float | int) -> None:
         # A seek may land late where the container lists decoding times or guesses from sizes.
-        for back in (0.0, 1.0, 10.0, math.inf):
+        for back in () if self._input.is_counted(self._index) else (0.0, 1.0, 10.0, math.inf):
             target = max(time - back, 0.0)
             try:
                 self._input.seek(self._index, float(self._start) + target)
@@ -279,35 +282,87 @@ class VideoReader:
     def _rgb(self, frame: _Frame) -> UInt8[Tensor, "h w c"]:
         if frame.picture.is_corrupt:
             raise self._input.error(f"the frame at {frame.time:.2f} s is corrupt")
-        height, width = self._pixels
-        # Some files change their size on the way; all frames get the first one's.
         with self._input.reading():
-            picture = self._scaler.reformat(frame.picture, width=width, height=height, format="rgb24", threads=1)
-        return torch.from_numpy(picture.to_ndarray()).rot90(self._turns)
+            return self._shape.shown(frame.picture, self._scaler)
+
+
+class _Shape:
+    """How frames are shown: their size after their pixels are made square, and how they are rotated and mirrored.
+
+    Some files change their size midway; all frames are scaled to the first one's.
+
+    Args:
+        picture: the first frame.
+        sample: the ratio of a pixel's width to its height, None where it is unknown.
+    """
+
+    def __init__(self, picture: Any, sample: Fraction | None, file: Input):
+        height, width = picture.height, picture.width
+        # Only enlarged, so that no pixel is lost.
+        ratio = sample or Fraction(1)
+        self._height = max(height, round(height / ratio))
+        self._width = max(width, round(width * ratio))
+        if self._height * self._width > _LARGEST or not 1 / _SQUEEZED <= ratio <= _SQUEEZED:
+            pixels = "" if ratio == 1 else f", with pixels of {ratio.numerator} : {ratio.denominator}"
+            raise file.error(f"its frames are {height} x {width}{pixels}")
+        self._swapped, self._flipped = _display(picture)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return (self._width, self._height) if self._swapped else (self._height, self._width)
+
+    def shown(self, picture: Any, scaler: Any) -> UInt8[Tensor, "h w c"]:
+        picture = scaler.reformat(picture, width=self._width, height=self._height, format="rgb24", threads=1)
+        pixels = torch.from_numpy(picture.to_ndarray())
+        pixels = pixels.transpose(0, 1) if self._swapped else pixels
+        return pixels.flip(self._flipped) if self._flipped else pixels
+
+
+def _display(picture: Any) -> tuple[bool, list[int]]:
+    """Whether rows become columns, and which sides are mirrored after that, by the frame's display matrix.
+
+    The matrix maps a point (x, y) to (a x + c y, b x + d y). The nearest of the eight orientations is taken.
+    """
+    import numpy as np
+    from av.sidedata.sidedata import Type
+
+    found = picture.side_data.get(Type.DISPLAYMATRIX)
+    if found is None:
+        return False, []
+    a, b, _, c, d, *_ = np.frombuffer(bytes(found), dtype="=i4").tolist()
+    swapped = abs(b) + abs(c) > abs(a) + abs(d)
+    right, down = (c, b) if swapped else (a, d)
+    return swapped, [side for side, way in ((0, down), (1, right)) if way < 0]
+
+
+def _clocked(file: Input, index: int) -> Iterator[tuple[Fraction, Any]]:
+    """Frames with their times on the file's clock."""
+    if file.is_counted(index):
+        yield from file.counted_frames(index)
+        return
+    last, lasts = Fraction(0) - file.frame_seconds(index), file.frame_seconds(index)
+    for picture in file.frames(index):
+        last = last + lasts if picture.pts is None else picture.pts * picture.time_base
+        yield last, picture
 
 
 def _timed(file: Input, index: int, start: Fraction) -> Iterator[_Frame]:
     # No method: a generator that holds the reader that holds the generator would keep the file open.
-    last, rate = None, file.stream(index).average_rate
-    for picture in file.frames(index):
-        if picture.pts is not None:
-            last = picture.pts * picture.time_base
-        else:
-            last = last + 1 / (rate or 25) if last is not None else Fraction(0)
-        yield _Frame(float(last - start), picture)
+    for time, picture in _clocked(file, index):
+        yield _Frame(float(time - start), picture)
 
 
 def read_clip(source: Source, sampling: Sampling, seed: int | None = None, *, name: str | None = None) -> Clip:
-    """Some frames of a video file.
+    """Read some frames of a video file.
 
     Args:
         source: a path, the bytes of a file, or an open binary file.
         sampling: which moments: `Uniform`, `Segments` or `Dense`.
         seed: of a random choice, a function of the seed alone; None takes the central one.
-        name: what messages call the source; a path names itself.
+        name: what error messages call the source; by default the path.
 
     Raises:
-        MediaError: missing, empty, no video, cut or corrupt.
+        MediaError: missing, empty, without video, cut or corrupt.
     """
     with VideoReader(source, name=name) as video:
         return video.at(sampling.times(video.info.duration, seed))

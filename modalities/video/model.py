@@ -49,13 +49,13 @@ class VideoClassifierConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class VideoState:
-    """What a causal classifier remembers of a video that goes on.
+    """The streaming state of a causal classifier.
 
     Args:
-        waiting: frames that fill no time step yet, (b, c, n, h, w).
+        waiting: frames of an incomplete time step, (b, c, n, h, w).
         total: the sum over the time steps of their mean token, (b, d), in float32 or float64.
         steps: time steps so far.
-        backbone: of the backbone; None before the first step.
+        backbone: the state of the backbone; None before the first step.
     """
 
     waiting: Tensor
@@ -77,12 +77,12 @@ class VideoState:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoStep:
-    """What a chunk of a video brought.
+    """The outputs for a chunk of a video.
 
     Args:
-        now: logits of each time step that it completed, (b, steps, classes), from the mean of the step's tokens.
+        now: logits of each time step that the chunk completed, (b, steps, classes), from the mean of the step's tokens.
         so_far: logits of the video up to here, (b, classes), from the mean of all tokens; None before the first step.
-        state: to go on from.
+        state: pass it with the next chunk.
     """
 
     now: Tensor
@@ -127,13 +127,13 @@ class VideoClassifier(Classifier):
         return VideoClassifierConfig(video=self.tokenizer.config, backbone=self.backbone.config, head=self.head.config)
 
     def stream(self, chunk: Float[Tensor, "b c t h w"], state: VideoState | None = None) -> VideoStep:
-        """Go on with the next frames of a video.
+        """Process the next frames of a stream.
 
-        Frames that do not fill a time step (`config.video.step` frames) wait in the state.
+        Frames of an incomplete time step (`config.video.step` frames) are kept in the state.
 
         Args:
             chunk: any number of frames.
-            state: of the call before; None begins.
+            state: the state that the previous call returned; None starts a stream.
 
         Raises:
             UnsupportedCall: the model is not causal, one of its mixers does not stream, or its head does not pool by
@@ -146,14 +146,14 @@ class VideoClassifier(Classifier):
             # Without the frames, which may be any number.
             shapes = [(*t.shape[:2], *t.shape[3:]) for t in (chunk, state.waiting)]
             if shapes[0] != shapes[1]:
-                raise UnsupportedShape(f"chunk is (b, c, h, w) = {shapes[0]}, and the video went by as {shapes[1]}")
+                raise UnsupportedShape(f"chunk is (b, c, h, w) = {shapes[0]}, and that of the stream is {shapes[1]}")
             chunk = torch.cat([state.waiting, chunk], dim=2)
         whole = chunk.shape[2] - chunk.shape[2] % self.tokenizer.config.step
         # A copy, lest a few frames keep the memory of the chunk.
         return self._advance(chunk[:, :, :whole], chunk[:, :, whole:].clone(), state)
 
     def finish(self, state: VideoState) -> VideoStep:
-        """The end of the video: frames that wait become a last time step, filled up as that of a whole video is."""
+        """End the stream: the remaining frames become a last time step, padded as that of a whole video is."""
         return self._advance(state.waiting, state.waiting[:, :, :0], state)
 
     def _advance(self, frames: Tensor, waiting: Tensor, state: VideoState | None) -> VideoStep:
@@ -184,13 +184,13 @@ def video_classifier(
     """The configuration of a classifier of videos around any backbone; plain and ViT-shaped from its short form.
 
     Args:
-        backbone: the whole configuration, or None for the short form, which scans "both" ways, spatial first, or
+        backbone: the whole configuration, or None for the short form, which scans "both", spatial first, or
             "forward" where `causal`.
         options: fields of `TubeletTokenizerConfig` (size, tubelet, channels, positions, time_positions, class_token,
             registers, group, merge, causal), and the short form of the backbone: see `plain_backbone`.
 
     Raises:
-        UnknownName, ConfigError, UnsupportedCall: names that there are not, and parts that do not fit.
+        UnknownName, ConfigError, UnsupportedCall: unknown names, and parts that do not fit together.
     """
     video, short = parted(options, {field.name for field in fields(TubeletTokenizerConfig)} - {"dim"})
     if backbone is None and short.get("scan") is None:

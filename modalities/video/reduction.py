@@ -1,4 +1,4 @@
-"""Fewer tokens for long videos: cells of the grid averaged in groups, and tokens that are alike merged."""
+"""Token reduction for long videos: average groups of grid cells, or merge similar tokens."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Grid = tuple[int, int, int]
 
 
 def average_cells(tokens: Float[Tensor, "b t d"], grid: Grid, group: Grid) -> tuple[Float[Tensor, "b new_t d"], Grid]:
-    """The mean of each group of neighbouring cells; the grid stays a grid.
+    """Average each group of neighbouring cells; the result is a grid too.
 
     Groups at the end of an axis that the group's side does not divide are smaller, and are means of what they have.
 
     Args:
-        tokens: the grid's, in raster order, none beside it.
+        tokens: of the grid, in raster order, without extra tokens.
         grid: (t, h, w).
         group: time steps, rows and columns of a group.
 
@@ -50,12 +50,12 @@ def merge_tokens(
     into their partner, whose value becomes the mean of all tokens that it stands for. At most half of the tokens go in
     one round, so there are as many rounds as it takes. Time steps are matched apart, so that nothing looks ahead.
 
-    The order is kept, each merged token at its partner's place: spatial-first and temporal-first scans go on to work.
+    The order is kept, each merged token at its partner's place: spatial-first and temporal-first scans still work.
     Rows and columns are lost: the layout of such tokens is `Layout(grid=..., rows=False)`. The choice is deterministic
-    (of equals the first) and has no gradient; the values have.
+    (the first of equals) and has no gradient; the values have one.
 
     Args:
-        tokens: the grid's, in raster order, none beside it.
+        tokens: of the grid, in raster order, without extra tokens.
         grid: (t, h, w).
         keep: tokens left of a time step; steps that have no more are left alone.
 
@@ -111,5 +111,5 @@ def _check(tokens: Tensor, grid: Grid) -> None:
     if tokens.shape[1] != grid[0] * grid[1] * grid[2]:
         raise UnsupportedShape(
             f"tokens has {tokens.shape[1]} tokens, and the grid {grid} has {grid[0] * grid[1] * grid[2]} cells; "
-            "reduce before tokens beside the grid are added"
+            "reduce before extra tokens are added"
         )

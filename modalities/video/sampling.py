@@ -1,4 +1,4 @@
-"""Which moments of a video a model sees."""
+"""Sampling of frame times."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Segments:
 class Dense:
     """Frames at a rate out of one window, of frames / rate seconds, at a random place; without a seed the middle.
 
-    Of a video shorter than the window the last frame is repeated.
+    A video shorter than the window repeats its last frame.
 
     Args:
         frames: how many.

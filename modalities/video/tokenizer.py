@@ -14,7 +14,7 @@ from ...backbones.config import positive
 from ...backbones.layout import Layout
 from ...backbones.typed import Config
 from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
-from ..common.grid import GridTokenizer, check_beside, pad_to_whole, resize_kernel, resize_table, sizes, strided_product
+from ..common.grid import GridTokenizer, check_extra, pad_to_whole, resize_kernel, resize_table, sizes, strided_product
 from ..image.tokenizer import PatchTokenizer
 from .reduction import Grid, average_cells, merge_tokens
 
@@ -68,7 +68,7 @@ class TubeletTokenizerConfig(Config):
             raise ConfigError(
                 f"time_positions is {self.time_positions!r}; it must be one of {', '.join(TIME_POSITIONS)}"
             )
-        check_beside(self)
+        check_extra(self)
         if not self.causal:
             return
         if self.positions == "factorised" and self.time_positions == "learned":
@@ -79,7 +79,7 @@ class TubeletTokenizerConfig(Config):
         if self.class_token is not None or self.registers:
             raise ConfigError(
                 f"class_token is {self.class_token!r} and registers {self.registers} with causal=True; "
-                "a video that goes on has no place for them, so set None and 0"
+                "a stream has no place for them, so set None and 0"
             )
 
     def grid(self, size: Grid | None = None) -> Grid:
@@ -126,14 +126,14 @@ class TubeletTokenizer(GridTokenizer):
         factorised = config.positions == "factorised"
         self.positions = self._table(rows, columns) if factorised else None
         self.time_positions = self._table(steps) if factorised and config.time_positions == "learned" else None
-        self._make_beside()
+        self._make_extra()
 
     def forward(self, videos: Float[Tensor, "b c t h w"], start: int = 0) -> tuple[Float[Tensor, "b n d"], Layout]:
         """Tokens and their layout.
 
         Args:
             videos: floating point, normalised as the model was trained.
-            start: tubelets in time that came before, where a causal tokenizer goes on.
+            start: tubelets in time that came before, in a stream of a causal tokenizer.
 
         Raises:
             UnsupportedShape: an empty video, another number of channels, or integers.
@@ -143,14 +143,14 @@ class TubeletTokenizer(GridTokenizer):
         if min(videos.shape[2:]) < 1:
             raise UnsupportedShape(f"videos is {tuple(videos.shape)}; a video needs at least one frame and pixel")
         if start and not self.config.causal:
-            raise UnsupportedCall(f"start is {start}; only a tokenizer with causal=True goes on")
+            raise UnsupportedCall(f"start is {start}; only a tokenizer with causal=True continues a video")
         grid = self.config.grid(tuple(videos.shape[2:]))
         tokens = self._with_positions(self.proj(pad_to_whole(videos, self.config.tubelet)), grid, start)
         tokens, grid = average_cells(tokens, grid, self.config.group)
         if self.config.merge is not None:
             tokens, grid, _ = merge_tokens(tokens, grid, self.config.merge)
         extra, rows = self.extra(tokens.shape[1]), self.config.merge is None
-        return self._with_beside(tokens), Layout(causal=self.config.causal, grid=grid, extra=extra, rows=rows)
+        return self._with_extra(tokens), Layout(causal=self.config.causal, grid=grid, extra=extra, rows=rows)
 
     def check(self, videos: Float[Tensor, "b c t h w"]) -> None:
         """Raise UnsupportedShape where the channels or the dtype of `videos` are not what was configured."""
@@ -210,15 +210,15 @@ def inflate(
     inflation: Literal["central", "mean"] = "central",
     time_positions: Literal["learned", "sinusoidal", "none"] = "learned",
 ) -> TubeletTokenizer:
-    """A tokenizer of videos that begins as one of images was trained; the backbone's weights fit as they are.
+    """A video tokenizer initialised from a trained image tokenizer; the backbone's weights load unchanged.
 
     Args:
         image: its patch, positions, class token and registers are taken over.
         frames: of the videos that positions are learned for.
         tubelet: frames of a tubelet.
         inflation: "central", the patch's kernel in the middle frame and zeros in the others (ViViT, arXiv 2103.15691,
-            section 3.4, eq. 9); "mean", a part of it in every frame (eq. 8; I3D, arXiv 1705.07750, section 2.4), so
-            that a video that stands still gives the image's tokens.
+            section 3.4, eq. 9); "mean", an equal fraction of it in every frame (eq. 8; I3D, arXiv 1705.07750, section
+            2.4), so that a still video gives the image's tokens.
         time_positions: learned ones begin as zeros.
 
     Raises:

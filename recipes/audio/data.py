@@ -22,21 +22,21 @@ from ..common.synthetic import MOST
 from .preprocess import SUFFIXES, AudioPreprocess
 from .sounds import RATE, SECONDS, SOUNDS, sounds_folder
 
-# Files of Speech Commands that list what is held out, and the folder beside its classes that is none.
+# Files of Speech Commands that list what is held out, and its folder that is not a class.
 _LISTS = {"val": "validation_list.txt", "test": "testing_list.txt"}
 _NO_CLASS = "_background_noise_"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AudioAugment:
-    """What happens to a training clip; masks of its spectrogram are the model's.
+    """Augmentation of a training clip; the model itself masks spectrograms.
 
     Args:
-        place: whether a clip of fixed length is cut from, or put, anywhere instead of in the middle.
-        shift: seconds that it is moved by at most, to and fro.
-        gain: decibels that it is made louder or quieter by at most.
-        noise: decibels from the clip's power down to that of the loudest white noise; from there to 40 decibels less
-            all are equally likely. None adds none.
+        place: whether to crop or pad clips at a random place instead of the middle.
+        shift: the largest shift in time, in seconds.
+        gain: the largest change of loudness, in decibels.
+        noise: signal-to-noise ratio of the loudest white noise, in decibels; ratios up to 40 decibels higher are
+            equally likely. None adds no noise.
     """
 
     called: ClassVar[str] = "augment"
@@ -71,8 +71,8 @@ class LoadAudio:
     """A sample from a file with sound, or from its wave: `audio` (n,).
 
     Args:
-        preprocess: says what the model hears.
-        augment: what happens to training clips.
+        preprocess: of all clips.
+        augment: augmentation of training clips.
     """
 
     def __init__(self, preprocess: AudioPreprocess, augment: AudioAugment | None = None):
@@ -86,7 +86,7 @@ class LoadAudio:
 
 
 class Chosen:
-    """Some samples of a source, with the classes among them numbered anew."""
+    """A subset of a source, with class indices of its own."""
 
     def __init__(self, source: Source, indices: Sequence[int], classes: Sequence[str]):
         self.source, self.indices, self.classes = source, indices, tuple(classes)
@@ -105,10 +105,10 @@ class Chosen:
 
 
 def listed_splits(root: Path) -> dict[str, Source]:
-    """The splits of Speech Commands as it is handed out: `root/CLASS/*.wav`, and lists of what is held out.
+    """The splits of Speech Commands in its original layout: `root/CLASS/*.wav`, and lists of what is held out.
 
     Raises:
-        ConfigError: lists of files that are not there, no files, or one class only.
+        ConfigError: a list names missing files, there are no files, or only one class.
     """
     everything = FolderSource(root, SUFFIXES)
     names = [Path(everything.name(i)).relative_to(root).as_posix() for i in range(len(everything))]
@@ -132,18 +132,18 @@ def listed_splits(root: Path) -> dict[str, Source]:
 class AudioData(MediaData):
     """Base of the audio data sets, whose batches have their waves as `audio`: (b, n), or a list of (n,).
 
-    Subclasses set `preprocess` when they are built, and say in `find` what there is.
+    Subclasses set `preprocess` in their constructor, and return the sources of the splits in `find`.
     """
 
     preprocess: AudioPreprocess
-    # What happens to training clips. No argument: jsonargparse would hand a base's None on to the class that is chosen.
+    # Augmentation of training clips. Not an argument: jsonargparse would pass a base's None to the chosen class.
     augment: AudioAugment | None = None
-    # FFmpeg has threads of its own, which do not survive a fork.
+    # FFmpeg has its own threads, which do not survive a fork.
     context = "forkserver"
 
     @property
     def sounds(self) -> tuple[int, float | None, int]:
-        """What a sound is: samples a second, seconds, number of classes."""
+        """Samples a second, seconds of a clip, number of classes."""
         return self.preprocess.rate, self.preprocess.seconds, self.classes
 
     def find(self) -> dict[str, Source]:
@@ -157,24 +157,24 @@ class AudioData(MediaData):
             setattr(self, f"{split}_set", Samples(read, LoadAudio(self.preprocess, augment), seed=seed))
 
     def heard(self, samples: Samples) -> Samples:
-        """The same samples as they are, as held-out ones."""
+        """The same samples without augmentation."""
         return Samples(samples.source, LoadAudio(self.preprocess))
 
 
 class AudioFolderData(AudioData):
-    """Your own sounds, in any of the layouts of `find_source`: one folder a class (`root/train/CLASS/*.wav`), tables
-    (`root/train.csv`) or tar shards (`root/train-*.tar`); the same with `val`, and perhaps `test`. Or as Speech
-    Commands is handed out: `root/CLASS/*.wav`, `root/validation_list.txt` and `root/testing_list.txt`.
+    """Your own audio files, in any of the layouts of `find_source`: one folder a class (`root/train/CLASS/*.wav`),
+    tables (`root/train.csv`) or tar shards (`root/train-*.tar`); the same with `val`, and perhaps `test`. Or Speech
+    Commands in its original layout: `root/CLASS/*.wav`, `root/validation_list.txt` and `root/testing_list.txt`.
 
     Classes are those of the training sounds.
 
     Args:
         root: the folder.
         rate: samples a second that files are resampled to.
-        seconds: that the model hears: of held-out clips the middle, of training clips any part; null is the whole
-            clip, packed without padding, for which all mixers have to serve packed sequences.
-        augment: what happens to training clips.
-        loading: what all data sets take.
+        seconds: duration of the model's input: the middle of held-out clips, any part of training clips; null takes
+            whole clips, packed without padding, which all mixers must support.
+        augment: augmentation of training clips.
+        loading: the options that all data sets share.
     """
 
     defaults = replace(AudioData.defaults, workers=2)
@@ -202,15 +202,15 @@ class AudioFolderData(AudioData):
 
 
 class SoundsData(AudioData):
-    """Vowels and notes whose class is their order, as wav and flac files, made once and kept in the user's cache.
+    """Vowels and notes whose class is their order, as wav and flac files, generated once and cached.
 
-    Speakers and instruments of held-out sounds are never those of training sounds.
+    Held-out sounds have other speakers and instruments than training sounds.
 
     Args:
         train: training sounds of each of the twelve classes.
         val: held-out sounds of each class.
-        seconds: that the model hears, at least 1.2, as long as the longest; null is the whole clip, packed.
-        augment: what happens to training sounds; None is nothing.
+        seconds: duration of the model's input, at least 1.2, that of the longest sound; null takes whole clips, packed.
+        augment: augmentation of training sounds; None augments nothing.
         loading: batch_size and seed. The sounds are always the same, and lie in memory.
     """
 
@@ -233,7 +233,7 @@ class SoundsData(AudioData):
                 raise ConfigError(f"data.{name} is {count}; it must be 1 to {MOST:,}")
         if seconds is not None and seconds < SECONDS:
             raise ConfigError(
-                f"data.seconds is {seconds}; it must be at least {SECONDS}: a part of a sound has no class"
+                f"data.seconds is {seconds}; it must be at least {SECONDS}: a shorter part of a sound has no class"
             )
         self.counts = {"train": train, "val": val}
         self.preprocess = AudioPreprocess(classes=SOUNDS, rate=RATE, seconds=seconds)

@@ -1,4 +1,4 @@
-"""What can be told of sounds without the order in time: a model to compare with."""
+"""The order-blind baseline: a classifier that sees the frames of a sound as a set."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..common.classification import Baseline
 from ..common.loading import mix
 from ..common.media import Samples
 
-# Training sounds that are heard, evenly chosen; no more are needed to see how little can be learned.
+# Training sounds that are used, evenly chosen; more do not change the result.
 _MOST = 4096
 _BATCH, _WIDTH, _RATE = 64, 96, 3e-3
 
@@ -34,14 +34,14 @@ class FrameBag(nn.Module):
 
 
 def order_blind(train: Samples, val: Samples, mel: LogMel, *, classes: int, epochs: int, seed: int) -> Baseline:
-    """Train such a model on training sounds as they are, and measure it on the held-out ones.
+    """Train the baseline on training sounds without augmentation, and evaluate it on the held-out ones.
 
     Args:
-        train, val: samples with their wave as `audio`; what cannot be read is left out.
-        mel: what the model sees of a moment.
+        train, val: samples with their wave as `audio`; unreadable files are left out.
+        mel: the spectrogram.
         seed: of weights and order.
     """
-    say(f"training a model that does not hear the order of what it hears, {epochs} epochs")
+    say(f"training the order-blind baseline, epochs: {epochs}")
     begun = time.monotonic()
     every = max(1, -(-len(train) // _MOST))
     spectrograms, labels = _hear(train, range(0, len(train), every), mel)
@@ -79,7 +79,7 @@ def _hear(samples: Samples, indices: range, mel: LogMel) -> tuple[list[Float[Ten
 def _logits(
     model: FrameBag, spectrograms: list[Float[Tensor, "_ bins"]], chosen: Int[Tensor, " b"]
 ) -> Float[Tensor, "b classes"]:
-    """Of clips of one length together, of several lengths one by one."""
+    """Logits of clips: of one length in one batch, of several lengths one by one."""
     batch = [spectrograms[i] for i in chosen.tolist()]
     if len({len(clip) for clip in batch}) == 1:
         return model(torch.stack(batch))

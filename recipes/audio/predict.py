@@ -1,5 +1,4 @@
-"""`omnimix audio predict`: the class of sounds, and the timeline of recordings. Nothing of the training stack is
-imported."""
+"""`omnimix audio predict`: classify clips, and label recordings over time. The training stack is not imported."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ from .preprocess import SUFFIXES, AudioPreprocess
 
 # Sounds, and windows of a recording, that run together.
 _BATCH = 64
-# What a window lasts where the model was trained on whole sounds.
+# Seconds of a window where the model was trained on whole clips.
 _WINDOW = 1.0
 
 
@@ -40,7 +39,7 @@ def main(argv: list[str]) -> int:
     """`omnimix audio predict`."""
     parser = argparse.ArgumentParser(
         prog="omnimix audio predict",
-        description="Name the class of sound files, or of videos by their sound; of recordings, what is heard when.",
+        description="Classify audio files, or videos by their sound; long recordings get a timeline of labels.",
     )
     parser.add_argument("files", nargs="+", help="audio files, video files and folders")
     add_options(parser, "file")
@@ -58,20 +57,20 @@ def main(argv: list[str]) -> int:
 
 
 class Predictor:
-    """What a run's model says of files.
+    """Classifies files with the model of a run.
 
     Args:
         folder: of the run.
 
     Raises:
-        CheckpointError: the folder holds no model of sounds.
+        CheckpointError: the folder holds no audio classifier.
     """
 
     def __init__(self, folder: Path):
         model = load_model(folder)
         if not isinstance(model, AudioClassifier):
             raise CheckpointError(
-                f"the model in {str(folder)!r} is of the class {type(model).__name__}, and no classifier of sounds"
+                f"the model in {str(folder)!r} is of the class {type(model).__name__}, not an audio classifier"
             )
         self.model = model
         self.preprocess = AudioPreprocess.of_model(folder, model)
@@ -79,17 +78,17 @@ class Predictor:
     def heard(
         self, files: list[Path], timeline: bool | None = None, top: int = 1, every: int = 4, policy: str = "skip"
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """What is heard in files.
+        """Classify files.
 
         Args:
-            timeline: of each file; None is of those much longer than the sounds that the model was trained on.
-            top: classes to name of a file without a timeline.
-            every: windows of a timeline to the length of one.
-            policy: "skip" or "raise": what an unreadable file does.
+            timeline: label every file over time; None does so for files much longer than the training clips.
+            top: how many classes to list for a file without a timeline.
+            every: windows of a timeline per window length.
+            policy: "skip" or "raise", for unreadable files.
 
         Returns:
-            One row a file without a timeline and class, the likeliest first, or why it is unreadable; and one row a
-            stretch of one class in each of the others.
+            One row per class of each file without a timeline, the most likely first, or why the file is unreadable; and
+            one row per segment of the others.
 
         Raises:
             ConfigError: `top` or `every` is below 1.
@@ -149,7 +148,7 @@ class Predictor:
 
     @torch.inference_mode()
     def moments(self, wave: Float[Tensor, " n"], every: int) -> Iterator[Moment]:
-        """What windows say, each for the stretch around its middle; the first and the last for the ends too."""
+        """The prediction of each window for the segment around its middle; the outer ones cover the ends too."""
         rate, length = self.preprocess.rate, wave.shape[0]
         size = round((self.preprocess.seconds or _WINDOW) * rate)
         if length <= size:

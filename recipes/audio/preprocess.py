@@ -1,4 +1,4 @@
-"""How sounds are prepared: part of every saved model, so that whoever uses it repeats what training did."""
+"""Preprocessing of audio files, saved with every model so that inference repeats it."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from ...modalities.audio.files import read_audio
 from ...modalities.data.sources import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from ..common.preprocess import Preprocess
 
-# The most samples a second, seconds and samples that a model hears at once.
+# The highest rate, and the most seconds and samples of a clip.
 FASTEST, LONGEST = 1 << 20, 3600
 SAMPLES = 1 << 28
-# Many sets of sounds are sets of videos, whose pictures nobody needs here.
+# Many audio data sets are videos.
 SUFFIXES = AUDIO_SUFFIXES | VIDEO_SUFFIXES
 
 
 @dataclass(frozen=True, kw_only=True)
 class AudioPreprocess(Preprocess):
-    """How a file with sound becomes what the model was trained on.
+    """Preprocessing of a file with sound.
 
     Args:
         rate: samples a second; every file is resampled to it, and its channels are mixed into one.
-        seconds: that the model hears: of longer clips the middle, and shorter ones with silence around; None is the
-            whole clip, however long.
+        seconds: duration of the model's input: longer clips are cropped to the middle, shorter ones padded with silence
+            on both sides; None takes whole clips of any length.
     """
 
     rate: int
@@ -42,7 +42,7 @@ class AudioPreprocess(Preprocess):
         positive(self, "seconds", most=LONGEST)
         if self.seconds is not None and self.rate * self.seconds > SAMPLES:
             what = f"{called(self)}.rate is {self.rate} and seconds {self.seconds}"
-            raise ConfigError(f"{what}; a model hears at most {SAMPLES:,} samples")
+            raise ConfigError(f"{what}; a clip has at most {SAMPLES:,} samples")
 
     def of_the_model(self, model: nn.Module) -> dict[str, tuple[Any, Any]]:
         return {"rate": (self.rate, model.tokenizer.config.rate)}
@@ -56,7 +56,7 @@ class AudioPreprocess(Preprocess):
         return read_audio(media, rate=self.rate)[0][0]
 
     def load(self, media: Path | str | bytes) -> Float[Tensor, " n"]:
-        """What the model is to hear of a file. Errors: see `read`."""
+        """The part of a file's sound that the model takes. Errors: see `read`."""
         return self.fit(self.read(media))
 
     def fit(self, wave: Float[Tensor, " n"], place: float = 0.5) -> Float[Tensor, " m"]:

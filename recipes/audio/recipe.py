@@ -18,6 +18,7 @@ from ...modalities.audio.model import AudioClassifier, audio_classifier
 from ..common.classification import Baseline, Classification, ClassificationTrainingConfig, Look, finish
 from ..common.cli import RecipeCLI
 from ..common.commands import evaluate, run_fit
+from ..common.training import EvenSteps
 from .data import AudioData, AudioFolderData, SoundsData
 from .order_blind import order_blind
 
@@ -41,17 +42,17 @@ _FRONTS: dict[str, FrontConfig] = {
 _USUAL = 10.0
 
 
-class AudioClassification(Classification):
-    """A classifier of sounds and how it is trained.
+class AudioClassification(EvenSteps, Classification):
+    """An audio classifier and how it is trained.
 
     Args:
         backbone: the configuration of the blocks; see `BackboneConfig`.
         front: how waves become tokens, by name or configuration: "frames" or "patches" of a spectrogram, or the "wave"
             itself. It is fitted to the rate and the length of the sounds.
         training: optimiser, schedule, regularisation and averaging.
-        order_blind_epochs: for so many epochs another model is trained that hears all moments of a sound but not their
-            order, to compare with; 0 leaves it out.
-        sounds: samples a second, seconds (null: any) and the number of classes; the data says it.
+        order_blind_epochs: how many epochs to train an order-blind baseline, which sees the frames of a sound as a set;
+            0 trains none.
+        sounds: samples a second, seconds (null: any) and the number of classes; set by the data.
     """
 
     starts: ClassVar[dict[str, dict[str, FrontConfig]]] = {"front": _FRONTS}

@@ -1,12 +1,12 @@
 """Sounds whose class is the order of their parts, written once as wav and flac files.
 
 Vowels by several speakers and notes by several instruments, put together in twelve ways. The classes come in groups
-that hold the same parts in other orders, so that whoever hears all parts but not their order cannot tell the classes
-of a group apart: five groups, hence at best 5 of 12 right.
+that contain the same parts in other orders, so that a model blind to order cannot distinguish the classes of a group:
+five groups, hence at best 5 of 12 right.
 
 Voiced sounds are sums of harmonics. For vowels, the strength of a harmonic is that of the glottal source, which falls
 by 12 dB an octave, of the radiation from the lips, which rises by 6, and of the vocal tract there, a cascade of
-resonators (Fant, Acoustic Theory of Speech Production, 1960): the steady state of a glottal pulse train behind formant
+resonators (Fant, Acoustic Theory of Speech Production, 1960): the steady state of a glottal pulse train after formant
 filters, with formants that can glide.
 """
 
@@ -28,12 +28,12 @@ from ..common.synthetic import generated_folder
 
 RATE = 16_000
 SECONDS = 1.2  # none is longer
-# Each with its reverse: other orders of vowels would have other ways between them, which can be heard moment by moment.
+# Each with its reverse: other orders of vowels have other transitions, which single frames reveal.
 SPEECH = ("a-i", "i-a", "e-u", "u-e", "a-o-u", "u-o-a")
 MELODIES = ("low-mid-high", "high-mid-low", "mid-high-low", "low-high-mid")
 TIMBRES = ("pluck-pipe", "pipe-pluck")
 SOUNDS = SPEECH + MELODIES + TIMBRES
-# The best that anything blind to order can do: one of each group of classes with the same parts.
+# The best accuracy without order: one of each group of classes with the same parts.
 BLIND = len({tuple(sorted(name.split("-"))) for name in SOUNDS}) / len(SOUNDS)
 
 # Hertz, men's averages: Peterson and Barney, "Control methods used in a study of the vowels", JASA 24 (1952), table II.
@@ -88,7 +88,7 @@ def draw_sounds(name: str, split: Split) -> list[Float[Tensor, " samples"]]:
 
     Args:
         name: one of SOUNDS.
-        split: whose `seed` decides alone what is drawn.
+        split: its `seed` alone decides what is sampled.
     """
     rng = np.random.default_rng([split.seed, SOUNDS.index(name)])
     n = split.clips
@@ -101,7 +101,7 @@ def draw_sounds(name: str, split: Split) -> list[Float[Tensor, " samples"]]:
     waves = _sound(draw(rng, split, voice, parts, edges))
     waves /= waves.abs().amax(1, keepdim=True)
     noise = _noise(rng, n)
-    # Of the sound where it is: with the silence around it, short sounds would have less noise.
+    # The power of the sound alone: with the silence around it, short sounds would have less noise.
     power = waves.square().sum(1) / torch.from_numpy(seconds * RATE)
     decibel = torch.from_numpy(rng.uniform(5, 30, n))
     noise *= (power / noise.square().mean(1) * 10 ** (-decibel / 10)).sqrt()[:, None]
@@ -115,7 +115,7 @@ def draw_sounds(name: str, split: Split) -> list[Float[Tensor, " samples"]]:
 def write_sounds(folder: Path, splits: tuple[Split, ...]) -> None:
     """Write `folder/SPLIT/CLASS/VOICE_TAKE.wav`, every other file as `.flac`."""
     total = sum(split.clips for split in splits) * len(SOUNDS)
-    say(f"writing {total:,} sounds, once, into {folder}", error=True)
+    say(f"writing {total:,} sounds into {folder} (once)", error=True)
     for split in splits:
         for name in SOUNDS:
             (folder / split.name / name).mkdir(parents=True)
@@ -135,7 +135,7 @@ def sounds_folder(train: int, val: int) -> Path:
     return generated_folder(f"sounds-{train}-{val}-v1", lambda folder: write_sounds(folder, splits))
 
 
-def _edges(rng: np.random.Generator, n: int, parts: int) -> Float[Array, "n borders"]:
+def _edges(rng: np.random.Generator, n: int, parts: int) -> Float[Array, "n edges"]:
     """Where parts begin and end, 0 .. 1, (n, parts + 1): each part lasts from 0.7 to 1.3 of its share."""
     lengths = rng.uniform(0.7, 1.3, (n, parts))
     ends = np.cumsum(lengths, axis=1) / lengths.sum(1, keepdims=True)
@@ -147,13 +147,13 @@ def _times() -> Float[Array, "1 frames"]:
 
 
 def _ramp(x: Float[Array, "_ frames"], at: Float[Array, " n"], width: Float[Array, " n"]) -> Float[Array, "n frames"]:
-    """0 before `at`, 1 behind it, and half a cosine over `width` around it."""
+    """0 before `at`, 1 after it, and half a cosine over `width` around it."""
     u = np.clip((x - at[:, None]) / width[:, None] + 0.5, 0, 1)
     return 0.5 - 0.5 * np.cos(np.pi * u)
 
 
 def _pitch(
-    rng: np.random.Generator, base: Float[Array, " n"], edges: Float[Array, "n borders"], glide: float
+    rng: np.random.Generator, base: Float[Array, " n"], edges: Float[Array, "n edges"], glide: float
 ) -> Float[Array, "n frames"]:
     """A pitch that drifts up or down by at most `glide` semitones and wavers."""
     t, n = _times(), len(base)
@@ -168,7 +168,7 @@ def _speech(
     split: Split,
     voice: Int[Array, " n"],
     parts: list[str],
-    edges: Float[Array, "n borders"],
+    edges: Float[Array, "n edges"],
 ) -> Score:
     """Vowels that glide into each other, by speakers with vocal tracts and pitches of their own."""
     n, t = len(voice), _times()
@@ -202,7 +202,7 @@ def _notes(
     split: Split,
     voice: Int[Array, " n"],
     parts: list[str],
-    edges: Float[Array, "n borders"],
+    edges: Float[Array, "n edges"],
 ) -> Score:
     """Notes of three heights by one instrument, or of one height by two."""
     n, t = len(voice), _times()

@@ -23,7 +23,7 @@ from ...errors import ConfigError, OmnimixError, UnknownName
 from ...utils.devices import native_bf16
 from ...utils.files import replace_file
 from .loading import mix
-from .ranks import Agreement
+from .ranks import Agreement, summed
 from .strategies import load_whole, local, whole_as
 
 
@@ -89,6 +89,46 @@ def precision(wanted: str | None, accelerator: str, parameters: int) -> str:
     if accelerator == "cpu" and not (native_bf16() and parameters >= 1_000_000):
         return "32-true"
     return "bf16-mixed"
+
+
+class EvenSteps(pl.LightningModule):
+    """Base of modules in which every sample of an optimizer step has the same weight.
+
+    Lightning divides each loss by `trainer.accumulate_grad_batches` and averages over processes. The last window of an
+    epoch may have fewer batches than that, and batches differ in their number of samples where some are unreadable.
+
+    List it before the class whose `training_step` returns the mean loss of a batch.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # Samples of the batches since the last optimizer step, over all processes.
+        self._window: list[float] = []
+
+    def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
+        return self.weighted(super().training_step(batch, index), self.count(batch))
+
+    def count(self, batch: dict[str, Any]) -> int:
+        """How many samples the loss of a batch is the mean of."""
+        return int((batch["label"] >= 0).sum())
+
+    def weighted(self, loss: Tensor, count: int) -> Tensor:
+        """The mean loss of a batch with the weight that the batch has in its step."""
+        # A baseline trains alone, also where the processes of the run are still connected.
+        ranks = self.trainer.world_size
+        total = float(count if ranks == 1 else summed(torch.tensor(float(count), device=loss.device))[0])
+        loss = loss * (count * ranks / max(1.0, total))
+        if self.trainer.accumulate_grad_batches > 1:
+            self._window.append(total)
+            loss = loss * (total / max(1.0, self._window[0]))
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turn the mean of means that Lightning leaves into the mean over all samples of the window."""
+        if self._window:
+            factor = max(1.0, self._window[0]) * self.trainer.accumulate_grad_batches / max(1.0, sum(self._window))
+            torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], factor)
+            self._window = []
 
 
 class SeedEveryStep(Callback):

@@ -21,7 +21,7 @@ from .preprocess import ClipConfig, VideoPreprocess
 
 _CLIP = ClipConfig()
 _AUGMENT = Augment(flip=False)
-# Files that are asked for their duration.
+# How many files the usual duration is taken from.
 _MEASURED = 16
 
 
@@ -30,8 +30,8 @@ class LoadVideo:
 
     Args:
         preprocess: of held-out clips, and the normalisation of all.
-        augment: what happens to training clips, the same to all frames of a clip.
-        views: times at which a file is looked at.
+        augment: augmentation of training clips, the same for all frames of a clip.
+        views: clips at different times of a file.
         crops: squares along the longer side.
     """
 
@@ -53,10 +53,10 @@ class LoadVideo:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoOptions(LoadingOptions):
-    """What all video data sets take; see `LoadingOptions` for the rest. With `keep` a clip has its central frames.
+    """What all video data sets take; see `LoadingOptions` for the rest. With `keep`, clips keep their central frames.
 
     Args:
-        views: times at which a file is looked at in a test, whose logits are averaged.
+        views: clips at different times of a file in a test, whose logits are averaged.
         crops: squares along the longer side, at each of these times.
     """
 
@@ -75,7 +75,7 @@ LOADING = VideoOptions()
 class VideoData(MediaData):
     """Base of the video data sets, whose batches have their clips (b, c, t, h, w) as `video`.
 
-    Subclasses set `preprocess` when they are built, and `sources` at the latest in `find`.
+    Subclasses set `preprocess` in their constructor, and `sources` there or in `find`.
 
     Args:
         loading: the options that all video data sets share.
@@ -87,9 +87,9 @@ class VideoData(MediaData):
     loading: VideoOptions
     preprocess: VideoPreprocess
     sources: dict[str, Source]
-    # What happens to training clips. No argument: jsonargparse would hand a base's None on to the class that is chosen.
+    # Augmentation of training clips. Not an argument: jsonargparse would pass a base's None to the chosen class.
     augment: Augment | None = None
-    # FFmpeg has threads of its own, which do not survive a fork.
+    # FFmpeg has its own threads, which do not survive a fork.
     context = "forkserver"
 
     def __init__(self, *, loading: VideoOptions = LOADING):
@@ -97,7 +97,7 @@ class VideoData(MediaData):
 
     @property
     def clips(self) -> tuple[int, int, int, int, int]:
-        """What a clip is: channels, frames, height, width; and the number of classes."""
+        """Channels, frames, height and width of a clip, and the number of classes."""
         own = self.preprocess
         return own.channels, own.frames, own.size, own.size, self.classes
 
@@ -110,7 +110,7 @@ class VideoData(MediaData):
         read = {split: self.kept(source, self.preprocess.central) for split, source in sources.items()}
         self.train_set = Samples(read["train"], LoadVideo(self.preprocess, self.augment), seed=self.loading.seed)
         self.val_set = Samples(read["val"], LoadVideo(self.preprocess))
-        # Several views of a file are more than what is kept of it.
+        # What is kept of a file is one view.
         tested = "test" if "test" in sources else "val"
         views, crops = self.loading.views, self.loading.crops
         several = views * crops > 1
@@ -118,7 +118,7 @@ class VideoData(MediaData):
         self.test_set = Samples(sources[tested] if several else read[tested], many)
 
     def single_frames(self) -> SingleFrames:
-        """Of the clips that can be read one frame each: a random one in training, the middle one otherwise."""
+        """One frame of each readable clip: a random one in training, the middle one otherwise."""
         return SingleFrames(self)
 
 
@@ -126,7 +126,7 @@ class SingleFrames(MediaData):
     """See `VideoData.single_frames`.
 
     Args:
-        clips: set up, and read before, so that it knows its unreadable files.
+        clips: set up and read before, so that its unreadable files are known.
     """
 
     defaults = VideoData.defaults
@@ -142,7 +142,7 @@ class SingleFrames(MediaData):
 
 
 class Readable:
-    """Samples without those whose files are known to be unreadable."""
+    """Samples without those of unreadable files."""
 
     def __init__(self, samples: Samples, unreadable: Collection[str]):
         self.samples = samples
@@ -164,10 +164,10 @@ class VideoFolderData(VideoData):
 
     Args:
         root: the folder.
-        clip: what the model sees of a file.
-        augment: what happens to training clips; clips are mirrored only where it says so, since in many data sets left
-            and right are classes.
-        loading: what all video data sets take.
+        clip: the clips that the model sees of a file.
+        augment: augmentation of training clips. By default clips are not mirrored, since left and right are classes in
+            many data sets.
+        loading: the options that all video data sets share.
     """
 
     defaults = replace(VideoData.defaults, workers=2)

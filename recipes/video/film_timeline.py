@@ -1,4 +1,4 @@
-"""What happens when in a film of any length, found while it is decoded, in memory that does not grow with it."""
+"""Labels over time for films of any length, predicted during decoding in constant memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class FilmMoment(Moment):
-    """A stretch of a film and what the model says of it.
+    """A segment of a film and the model's prediction.
 
     Args:
         frame: from the middle of what the model saw, in 0..1.
@@ -32,16 +32,16 @@ class FilmMoment(Moment):
 
 
 class Timeline:
-    """Goes through a film a moment at a time.
+    """Predicts the label of each moment of a film.
 
-    A model that looks backwards only is streamed: it says something at each time step, and what counts for a moment is
-    the mean over the last steps that make the length of a clip, as its head takes it in training. Any other model sees
-    a window of that length that moves on. Either way a moment lies in the middle of what the model saw for it.
+    A causal model streams: it has an output at each time step, and the prediction for a moment is the mean over as many
+    of the last steps as a training clip has. Any other model runs on a sliding window of the length of a clip. Either
+    way a moment lies in the middle of the frames that its prediction depends on.
 
     Args:
         model: in evaluation mode.
         preprocess: of its clips.
-        every: moments to the length of a clip.
+        every: moments per clip length.
     """
 
     def __init__(self, model: VideoClassifier, preprocess: VideoPreprocess, every: int = 4):
@@ -92,7 +92,7 @@ class Timeline:
             since += 1
             if count == size or (count > size and since >= self.hop):
                 since = 0
-                # Not around the loop: what a generator enters holds for its caller too, until it goes on.
+                # Not around the loop: a context that a generator enters holds for its caller too, until the next item.
                 with torch.inference_mode():
                     logits = self.model(self.preprocess.finish(torch.stack(tuple(window)))[None])
                 yield count / self.rate, logits[0].float().softmax(-1), window[size // 2]
@@ -100,7 +100,7 @@ class Timeline:
     def _streamed(self, frames: Iterator[Tensor]) -> Iterator[tuple[float, Tensor, Tensor]]:
         size, step = self.preprocess.frames, self.model.tokenizer.config.step
         steps = max(1, size // step)
-        # Of these the mean of the logits is the logits of the mean: the head is linear.
+        # The mean of their logits is the logits of their mean, since the head is linear.
         now: deque[Tensor] = deque(maxlen=steps)
         shown: deque[Tensor] = deque(maxlen=size)
         chunk: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Clips of handwritten digits that move, as real mp4 files: the class is the motion, which no single frame shows."""
+"""Moving handwritten digits as mp4 files: the class is the motion, which no single frame shows."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _CLIP = ClipConfig(size=SIDE, channels=1, frames=FRAMES, crop=1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """Where the digit is over the seconds of a clip, as parts of the frame's side and radians.
+    """Where the digit is over the seconds of a clip, as fractions of the frame's side and in radians.
 
-    Every class draws centre, size and angle from the same distributions: at the middle of a clip they tell nothing of
-    the class.
+    Every class samples centre, size and angle from the same distributions: at the middle of a clip they say nothing
+    about the class.
     """
 
     centre: tuple[float, float]
@@ -63,7 +63,7 @@ def draw_way(motion: str, seconds: float, generator: torch.Generator) -> Way:
 
     speed, growth, spin = between(0.3, 0.75), between(0.45, 0.75), between(1.6, 4.2)
     side = 1.0 if between(0.0, 1.0) < 0.5 else -1.0
-    # In the middle of a zoom the size is such that its ends stay within the bounds; so is everybody's.
+    # In the middle of a zoom the size is such that its ends stay within the bounds; all classes share that range.
     reach = 0.5 * growth * seconds
     size = math.exp(between(math.log(0.32) + reach, math.log(0.75) - reach))
     heading = math.pi / 4 * DIRECTIONS.index(motion) if motion in DIRECTIONS else 0.0
@@ -84,8 +84,8 @@ def render(
 ) -> UInt8[Tensor, "t 3 side side"]:
     """The frames at seconds from the middle of the clip.
 
-    The frame's left and right borders are one, and so are top and bottom: a digit that leaves comes in again, and is
-    everywhere equally likely, whichever way it goes. Digit and background have colours, the background is uneven, and
+    The frame's left and right edges are one, and so are top and bottom: a digit that leaves reenters, and is equally
+    likely everywhere, whatever its direction. Digit and background have colours, the background is uneven, and
     there is noise.
     """
     centre, size, angle = way.at(times)
@@ -107,13 +107,13 @@ def render(
 
 
 def _colours(generator: torch.Generator) -> tuple[Float[Tensor, "3"], Float[Tensor, "3"]]:
-    """Of background and digit, light on dark."""
+    """Colours of background and digit, light on dark."""
     dark, light = 0.05 + 0.3 * torch.rand(3, generator=generator), 0.65 + 0.35 * torch.rand(3, generator=generator)
     return dark, light
 
 
 def moving_digits_folder(train: int, val: int) -> Path:
-    """The folder with so many clips, `SPLIT/CLASS/NUMBER.mp4`, made now where it is not in the user's cache yet.
+    """The folder with that many clips, `SPLIT/CLASS/NUMBER.mp4`, generated if it is not in the user's cache.
 
     The digits of held-out clips are never those of training clips. What a clip shows depends on its number alone.
 
@@ -149,7 +149,7 @@ def write_clips(folder: Path, train: int, val: int) -> None:
 
 
 def write_clip(path: Path, digit: Float[Tensor, "h w"], motion: str, generator: torch.Generator) -> None:
-    """One clip of a second. Of eight, one has frames that last unequally long, and one a clock that starts late."""
+    """Write one clip of a second. One in eight has a variable frame rate, and one in eight a clock that starts late."""
     steps = torch.arange(FRAMES) + 0.0
     kind = int(torch.randint(8, (), generator=generator))
     if kind == 0:
@@ -177,14 +177,14 @@ def _with_progress(steps: Iterable[None], total: int, text: str) -> Iterable[Non
 class MovingDigitsData(VideoData):
     """Clips of a second of handwritten digits that move; the class is the motion: eight directions, zoom, rotation.
 
-    The files are made once (see `moving_digits_folder`), and read as anybody's.
+    The files are generated once (see `moving_digits_folder`), and read like any others.
 
     Args:
         train: clips to train on.
         val: clips that are held out, of digits that no training clip shows.
-        clip: what the model sees of a file.
-        augment: what happens to training clips; None is nothing.
-        loading: what all video data sets take but the policy for unreadable files; the frames are kept in memory.
+        clip: the clips that the model sees of a file.
+        augment: augmentation of training clips; None augments nothing.
+        loading: the options of all video data sets except the policy for unreadable files; frames are kept in memory.
     """
 
     defaults = replace(VideoData.defaults, keep=True, policy="raise", max_unreadable=0.0)

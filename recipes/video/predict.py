@@ -1,4 +1,4 @@
-"""`omnimix video predict`: the class of clips, and the timeline of films. Nothing of the training stack is imported."""
+"""`omnimix video predict`: classify clips, and label films over time. The training stack is not imported."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     """`omnimix video predict`."""
     parser = argparse.ArgumentParser(
         prog="omnimix video predict",
-        description="Name the class of video clips; of films, which are longer, what happens when.",
+        description="Classify video clips; longer films get a timeline of labels.",
     )
     parser.add_argument("files", nargs="+", help="video files and folders")
     add_options(parser, "clip")
@@ -71,16 +71,16 @@ def main(argv: list[str]) -> int:
 
 
 class Predictor:
-    """What a run's model says of files.
+    """Classifies files with the model of a run.
 
     Args:
         folder: of the run.
-        top: classes to name of a clip.
-        every: moments of a timeline to the length of a clip.
+        top: how many classes to list for a clip.
+        every: moments of a timeline per clip length.
         aloud: print timelines while they are found.
 
     Raises:
-        CheckpointError: the folder holds no model of clips.
+        CheckpointError: the folder holds no video classifier.
         ConfigError: `top` or `every` is below 1.
     """
 
@@ -89,7 +89,7 @@ class Predictor:
         model = load_model(folder)
         if not isinstance(model, VideoClassifier):
             raise CheckpointError(
-                f"the model in {str(folder)!r} is of the class {type(model).__name__}, and no classifier of clips"
+                f"the model in {str(folder)!r} is of the class {type(model).__name__}, not a video classifier"
             )
         self.model = model
         self.preprocess = VideoPreprocess.of_model(folder, model)
@@ -105,7 +105,7 @@ class Predictor:
 
     @torch.inference_mode()
     def clip(self, path: Path) -> list[dict[str, Any]]:
-        """One row a class, the likeliest first.
+        """One row per class, the most likely first.
 
         Raises:
             MediaError: the file cannot be read.
@@ -113,7 +113,7 @@ class Predictor:
         return ranked(path, self.model(self.preprocess.load(path)[None])[0], self.classes, self.top)
 
     def film(self, path: Path, picture: str | None = None) -> list[dict[str, Any]]:
-        """One row a scene; they are printed while the film is read.
+        """One row per scene; scenes are printed while the film is read.
 
         Args:
             picture: the file to draw the timeline into; this alone takes memory that grows with the film.
@@ -170,6 +170,6 @@ def _progress(path: Path, duration: float, aloud: bool) -> Iterator[tuple[Any, A
     columns = (BarColumn(), TextColumn("{task.completed:.1f} of {task.total:.1f} s"), TimeRemainingColumn())
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task(markup(path.name), total=duration)
-        # Lines are as long as they are.
+        # Long lines are not wrapped.
         plain = partial(bar.console.print, highlight=False, soft_wrap=True)
         yield lambda time: bar.update(task, completed=time), lambda line: plain(Text(visible(line)))

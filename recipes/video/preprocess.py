@@ -1,4 +1,4 @@
-"""How video files are prepared: part of every saved model, so that whoever uses it repeats what training did."""
+"""Preprocessing of video files, saved with every model so that inference repeats it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor, nn
 
 from ...backbones.config import called, positive
 from ...errors import ConfigError, UnknownName
+from ...modalities.common.values import check_pixels
+from ...modalities.image.squares import resized_square
 from ...modalities.video.files import VideoReader
 from ...modalities.video.sampling import Dense, Sampling, Segments, Uniform, views
 from ..common.preprocess import LONGEST, Preprocess, check_square, check_statistics
@@ -23,17 +25,17 @@ PIXELS, FASTEST = 1 << 28, 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
-    """What a model sees of a video file.
+    """The clips that a model sees of a video file.
 
     Args:
-        size: side of the square that frames are cut to, in pixels.
+        size: side of the square that frames are cropped to, in pixels.
         channels: 3, or 1 for grey.
         frames: of a clip.
         sampling: "uniform", evenly over the whole file; "segments", one frame out of each of equal parts of the file,
             at a random place in training; "dense", `frames` at `rate` from a random place in training, and from the
             middle otherwise.
         rate: frames a second of "dense".
-        crop: the part of the shorter side that is kept of held-out clips.
+        crop: the fraction of the shorter side that is kept of held-out clips.
     """
 
     called: ClassVar[str] = "clip"
@@ -63,12 +65,12 @@ def _check(config: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoPreprocess(Preprocess):
-    """How a video file becomes what the model was trained on; for the rest see `ClipConfig`.
+    """Preprocessing of a video file; see `ClipConfig` for the other fields.
 
     Args:
         mean: of each channel, subtracted.
         std: of each channel, divided by.
-        seconds: that a clip lasts: what a model sees of a longer film at a time.
+        seconds: duration of a clip.
     """
 
     size: int
@@ -114,7 +116,7 @@ class VideoPreprocess(Preprocess):
         return torch.stack([self.finish(square) for clip in clips for square in self.squares(clip, crops)])
 
     def read(self, media: Path | str | bytes, seed: int | None) -> UInt8[Tensor, "t c h w"]:
-        """The frames as they are in the file, from a random place where there is a seed."""
+        """The frames at their size in the file; a seed makes the place random."""
         with VideoReader(media) as video:
             return video.at(self.sampler.times(video.info.duration, seed)).frames
 
@@ -123,26 +125,25 @@ class VideoPreprocess(Preprocess):
         # Decoded frames come in another order of memory.
         return self.coloured(self.read(media, None)).contiguous()
 
-    def squares(self, frames: UInt8[Tensor, "t c h w"], crops: int = 1) -> list[Float[Tensor, "t k s s"]]:
-        """The frames in 0..1, resized by the shorter side and cut to squares; one is the centre."""
-        from torchvision.transforms.v2 import functional as tv
+    def squares(self, frames: Shaped[Tensor, "t c h w"], crops: int = 1) -> list[Float[Tensor, "t k s s"]]:
+        """Squares of the frames in 0..1, resized by the shorter side: from edge to edge of the longer side; one is the
+        centre."""
+        frames = self.tinted(frames)
+        places = [index / (crops - 1) if crops > 1 else 0.5 for index in range(crops)]
+        return [resized_square(frames, self.size, round(self.size / self.crop), place) for place in places]
 
-        frames = tv.resize(self.tinted(frames), [round(self.size / self.crop)], antialias=True)
-        height, width = frames.shape[-2:]
-        parts = [index / (crops - 1) if crops > 1 else 0.5 for index in range(crops)]
-        # Across the longer side the squares go from edge to edge; across the shorter one they are central.
-        tall, wide = height > width, width > height
-        corners = [
-            (round((height - self.size) * (p if tall else 0.5)), round((width - self.size) * (p if wide else 0.5)))
-            for p in parts
-        ]
-        return [frames[..., top : top + self.size, left : left + self.size] for top, left in corners]
+    def tinted(self, frames: Shaped[Tensor, "t c h w"]) -> Float[Tensor, "t k h w"]:
+        """The frames in 0..1 in the model's channels.
 
-    def tinted(self, frames: UInt8[Tensor, "t c h w"]) -> Float[Tensor, "t k h w"]:
-        """The frames in 0..1 in the model's channels."""
+        Raises:
+            MediaError: floating-point frames that are NaN, infinite or far outside of 0..1.
+        """
+        if frames.is_floating_point():
+            check_pixels(frames, "the video tensor")
+            return self.coloured(frames).float()
         return self.coloured(frames).float() / 255
 
-    def coloured(self, frames: UInt8[Tensor, "t c h w"]) -> UInt8[Tensor, "t k h w"]:
+    def coloured(self, frames: Shaped[Tensor, "t c h w"]) -> Shaped[Tensor, "t k h w"]:
         """The frames in the model's channels."""
         from torchvision.transforms.v2 import functional as tv
 

@@ -18,7 +18,7 @@ from ...utils.console import say
 from ..common.classification import Baseline, Classification, ClassificationTrainingConfig, Look, finish
 from ..common.cli import RecipeCLI, interruptible
 from ..common.commands import evaluate, run_fit
-from ..common.training import AverageWeights, SeedEveryStep
+from ..common.training import AverageWeights, EvenSteps, SeedEveryStep
 from .data import VideoData, VideoFolderData
 from .moving_digits import MovingDigitsData
 from .preprocess import strip
@@ -55,18 +55,18 @@ _TOKENS = ClipTokens()
 _BACKBONE = BackboneConfig(dim=64, depth=2, pattern=("gla",), scan="temporal-first")
 
 
-class VideoUnderstanding(Classification):
-    """A classifier of clips and how it is trained.
+class VideoUnderstanding(EvenSteps, Classification):
+    """A video classifier and how it is trained.
 
     Args:
         backbone: the configuration of the blocks; see `BackboneConfig`. Where `causal`, the scan "temporal-first"
             stands for "forward".
         tokens: what becomes a token.
-        causal: see the past only, so that a film can be streamed.
+        causal: use a causal model, which can stream films.
         training: optimiser, schedule, regularisation and averaging.
-        one_frame_epochs: for so many epochs another model is trained that sees one frame of each clip, to compare with;
-            null is as many as this one's, 0 leaves it out.
-        clips: channels, frames, height and width of a clip, and the number of classes; the data says it.
+        one_frame_epochs: how many epochs to train a single-frame baseline, which sees one frame of each clip; null
+            takes as many as the model, 0 trains none.
+        clips: channels, frames, height and width of a clip, and the number of classes; set by the data.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class VideoUnderstanding(Classification):
             group=tuple(tokens.group),
             merge=tokens.merge,
             channels=channels,
-            # Those of steps that no clip has reached would mean nothing where a film goes on.
+            # Positions beyond the length of the clips are untrained, and films are longer.
             time_positions="none" if causal else None,
             causal=causal,
         )
@@ -118,7 +118,7 @@ class VideoUnderstanding(Classification):
         return self.model(media.flatten(0, 1)).unflatten(0, media.shape[:2]).mean(1)
 
     def of_one_frame(self) -> VideoUnderstanding:
-        """A new one of the same build for clips of one frame."""
+        """A new model with the same options for clips of one frame."""
         return VideoUnderstanding(**self._options)
 
 
@@ -147,12 +147,12 @@ def _finish(cli: RecipeCLI) -> None:
 
 
 def one_frame_baseline(cli: RecipeCLI) -> Baseline | None:
-    """What a model of the same build reaches that sees a random frame of each clip, and the middle one in the end."""
+    """Train the single-frame baseline: the same model on a random frame of each clip, evaluated on the middle one."""
     module: VideoUnderstanding = cli.model
     epochs = len(cli.history.rows) if module.one_frame_epochs is None else module.one_frame_epochs
     if not epochs:
         return None
-    say(f"training a model that sees one frame of each clip, epochs: {epochs}")
+    say(f"training the single-frame baseline, epochs: {epochs}")
     begun = time.monotonic()
     torch.manual_seed(cli.options.seed_everything)
     single = module.of_one_frame()
@@ -175,7 +175,7 @@ def one_frame_baseline(cli: RecipeCLI) -> Baseline | None:
         callbacks=[SeedEveryStep(cli.options.seed_everything)],
     )
     with warnings.catch_warnings():
-        # Of several processes, to which this does not belong.
+        # The warning is for several processes, and this trainer has one.
         warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
         with interruptible():
             trainer.fit(single, datamodule=data)

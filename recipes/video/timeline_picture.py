@@ -18,7 +18,7 @@ _FRAMES, _CLASSES = 12, 24
 
 
 def draw_timeline(path: Path, name: str, classes: Sequence[str], moments: Sequence[FilmMoment]) -> None:
-    """Draw what `moments`, all of a film, say of it into a PNG file."""
+    """Draw the timeline of a film, `moments`, into a PNG file."""
     found = list(scenes(moments))
     length = moments[-1].stop
     title = f"{name}: {len(found)} scenes in {length:.1f} s"
@@ -28,7 +28,7 @@ def draw_timeline(path: Path, name: str, classes: Sequence[str], moments: Sequen
     shares = sorted(longest.items(), key=lambda item: -item[1])[:6]
     subtitle = " · ".join(f"{classes[label]} {seconds / length:.0%}" for label, seconds in shares)
     kept = sorted(label for label, _ in sorted(longest.items(), key=lambda item: -item[1])[:_CLASSES])
-    # Of few classes all are shown, also those that never come first.
+    # A few classes are all shown, also those that are never the most likely.
     shown = list(range(len(classes))) if len(classes) <= _CLASSES else kept
     rows = [
         Row(panels=[_frames(moments)], height=1.9),
@@ -67,7 +67,7 @@ def _classes(moments: Sequence[FilmMoment], classes: Sequence[str], shown: Seque
                 axes.hlines(row, scene.start, scene.stop, color=LINES[1], lw=2.5)
         axes.set_yticks(range(len(shown)), [classes[label] for label in shown])
         axes.invert_yaxis()
-        axes.set_xlabel("seconds; the shade is the probability, the line the likeliest class")
+        axes.set_xlabel("seconds; the shade is the probability, the line the most likely class")
         axes.tick_params(colors=INK, labelsize=9.5, length=0)
         for side in axes.spines.values():
             side.set_visible(False)

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import ConfigError
+from ...modalities.common.values import check_pixels
 from ..common.loading import Key, own_key, uniform
 from ..common.media import IGNORED, MediaData
 from ..common.options import LOADING, LoadingOptions
@@ -35,10 +36,10 @@ class Jitter:
     """Random geometry for images in memory.
 
     Args:
-        rotate: at most, degrees.
-        shift: at most, as a part of the side.
-        scale: at most, as a part of the size, up or down.
-        flip: whether to mirror every other image.
+        rotate: the largest angle, in degrees.
+        shift: the largest shift, as a fraction of the side.
+        scale: the largest change of size, as a fraction, up or down.
+        flip: whether to mirror images with a probability of 0.5.
     """
 
     rotate: float = 0.0
@@ -99,7 +100,7 @@ class TensorData(ImageData):
     Args:
         path: a file that holds `train_images` (n, c, h, w), `train_labels` (n,), `val_images`, `val_labels`, and
             perhaps `test_images`, `test_labels`. Images are floating point in 0..1, or uint8.
-        tensors: the same, given in memory; then `path` stays away.
+        tensors: the same, given in memory; instead of `path`.
         class_names: by index; numbers by default.
         jitter: augmentation of the training images.
         loading: batch_size, workers and seed; the others concern files.
@@ -149,6 +150,7 @@ class TensorData(ImageData):
                     f"{split}_images is {tuple(images.shape)} with {len(labels)} labels; it must be (n, c, size, size)"
                 )
             images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+            check_pixels(images, f"{split}_images")
             splits[split] = (images, labels.to(torch.int64))
         return splits
 
@@ -174,7 +176,7 @@ class DigitsData(TensorData):
     """scikit-learn's handwritten digits: 1,797 real grey images of 8 x 8 pixels, from 43 people.
 
     Args:
-        holdout: the part of each class that is held out, always the same images.
+        holdout: the fraction of each class that is held out, always the same images.
         jitter: augmentation of the training images.
         loading: batch_size and seed; the others concern files.
     """
@@ -211,7 +213,7 @@ class DigitsData(TensorData):
 
 
 def stratified_split(labels: Int[Tensor, " n"], holdout: float) -> tuple[Int[Tensor, " a"], Int[Tensor, " b"]]:
-    """Indices to train on and to hold out: of every class the same part, the same for every seed of a run."""
+    """Indices to train on and to hold out: the same fraction of every class, independent of the seed of a run."""
     generator = torch.Generator().manual_seed(0)
     train, val = [], []
     for label in labels.unique():

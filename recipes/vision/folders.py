@@ -20,11 +20,11 @@ from .preprocess import ImagePreprocess
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """What happens to a training image from a file, or alike to all frames of a clip.
+    """Augmentation of a training image, or of all frames of a clip alike.
 
     Args:
-        scale: the smallest part of the area that a random crop keeps.
-        flip: whether to mirror every other image.
+        scale: the smallest fraction of the area that a random crop keeps.
+        flip: whether to mirror images with a probability of 0.5.
         colour: strength of random brightness, contrast and saturation.
     """
 
@@ -40,7 +40,7 @@ class Augment:
             steps.append(v2.RandomHorizontalFlip())
         if self.colour > 0:
             steps.append(v2.ColorJitter(self.colour, self.colour, self.colour))
-        # torchvision draws from the global generator; it is lent to this image only.
+        # torchvision samples from the global generator, which is restored afterwards.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return v2.Compose(steps)(image)
@@ -51,7 +51,7 @@ class LoadImage:
 
     Args:
         preprocess: of held-out images, and the normalisation of all.
-        augment: what happens to training images.
+        augment: augmentation of training images.
     """
 
     def __init__(self, preprocess: ImagePreprocess, augment: Augment | None = None):
@@ -74,9 +74,9 @@ class ImageFolderData(ImageData):
         root: the folder.
         size: side of the square that the model sees.
         channels: 3, or 1 for grey.
-        augment: what happens to training images.
-        crop: the part of the shorter side that is kept of held-out images.
-        loading: what all data sets take but `keep`.
+        augment: augmentation of training images.
+        crop: the fraction of the shorter side that is kept of held-out images.
+        loading: the options of all data sets except `keep`.
     """
 
     defaults = replace(ImageData.defaults, workers=2)

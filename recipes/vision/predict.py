@@ -1,4 +1,4 @@
-"""`omnimix vision predict`: the class of image files. Nothing of the training stack is imported."""
+"""`omnimix vision predict`: classify image files. The training stack is not imported."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ PIXELS = 1 << 24
 def main(argv: list[str]) -> int:
     """`omnimix vision predict`."""
     parser = argparse.ArgumentParser(
-        prog="omnimix vision predict", description="Name the class of image files, or of all images in folders."
+        prog="omnimix vision predict", description="Classify image files, or all images in folders."
     )
     parser.add_argument("files", nargs="+", help="image files and folders")
     parser.add_argument("--run", required=True, help="folder of the run, or its name under runs/")
-    parser.add_argument("--top", type=int, default=1, help="classes to name for each image")
-    parser.add_argument("--policy", choices=("skip", "raise"), default="skip", help="what an unreadable file does")
+    parser.add_argument("--top", type=int, default=1, help="how many classes to list for each image")
+    parser.add_argument(
+        "--policy", choices=("skip", "raise"), default="skip", help="skip unreadable files, or stop at the first"
+    )
     add_json(parser)
     options = parser.parse_args(argv)
     folder = RunFolder.finished(options.run)
@@ -43,7 +45,7 @@ def main(argv: list[str]) -> int:
 def predict_files(
     folder: Path, files: list[Path], *, top: int = 1, policy: str = "skip", batch_size: int = 64
 ) -> list[dict[str, Any]]:
-    """One row a file and class, the likeliest first: file, rank, class, probability, and why where it is unreadable.
+    """One row per file and class, the most likely first: file, rank, class, probability, and why a file is unreadable.
 
     Raises:
         CheckpointError: the folder holds no model of this recipe.
@@ -52,7 +54,7 @@ def predict_files(
     model = load_model(folder)
     if not isinstance(model, ImageClassifier):
         raise CheckpointError(
-            f"the model in {str(folder)!r} is of the class {type(model).__name__}, and no classifier of images"
+            f"the model in {str(folder)!r} is of the class {type(model).__name__}, not an image classifier"
         )
     preprocess = ImagePreprocess.of_model(folder, model)
     batch_size = max(1, min(batch_size, PIXELS // preprocess.size**2))

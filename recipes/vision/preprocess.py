@@ -1,4 +1,4 @@
-"""How images are prepared: part of every saved model, so that whoever uses it repeats what training did."""
+"""Preprocessing of images, saved with every model so that inference repeats it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...modalities.image.files import load_image
+from ...modalities.image.squares import resized_square
 from ..common.preprocess import Preprocess, check_square, check_statistics
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImagePreprocess(Preprocess):
-    """How an image file becomes what the model was trained on.
+    """Preprocessing of an image file.
 
     Args:
         size: side of the square that the model sees.
         channels: 1 (grey) or 3.
         mean: of each channel, subtracted.
         std: of each channel, divided by.
-        crop: the part of the shorter side that is kept.
+        crop: the fraction of the shorter side that is kept.
     """
 
     size: int
@@ -40,16 +41,13 @@ class ImagePreprocess(Preprocess):
         return {"channels": (self.channels, config.channels), "size": ((self.size, self.size), config.size)}
 
     def load(self, source: object) -> Float[Tensor, "c h w"]:
-        """Read, resize the shorter side, cut out the centre, normalise.
+        """Read an image, resize its shorter side, crop the centre and normalise.
 
         Raises:
             MediaError: the file cannot be read.
         """
-        from torchvision.transforms.v2 import functional as tv
-
         image = load_image(source, "L" if self.channels == 1 else "RGB")
-        image = tv.resize(image, [round(self.size / self.crop)], antialias=True)
-        return self.normalise(tv.center_crop(image, [self.size, self.size]))
+        return self.normalise(resized_square(image, self.size, round(self.size / self.crop)))
 
     def normalise(self, images: Float[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
         mean, std = (images.new_tensor(v)[:, None, None] for v in (self.mean, self.std))

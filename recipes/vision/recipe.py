@@ -15,7 +15,7 @@ from ...modalities.image.model import image_classifier
 from ..common.classification import Classification, ClassificationTrainingConfig, Look, finish
 from ..common.cli import RecipeCLI
 from ..common.commands import evaluate, run_fit
-from ..common.training import parts
+from ..common.training import EvenSteps, parts
 from .data import DigitsData, ImageData, TensorData
 from .folders import ImageFolderData
 
@@ -30,7 +30,7 @@ class VisionTrainingConfig(ClassificationTrainingConfig):
     Args:
         mixup: strength (alpha) of mixing pairs of samples; 0 is never.
         cutmix: strength (alpha) of pasting one sample into another; 0 is never.
-        mix_probability: the part of the steps that mix at all.
+        mix_probability: the fraction of steps that mix.
     """
 
     mixup: float = 0.0
@@ -46,7 +46,7 @@ class VisionTrainingConfig(ClassificationTrainingConfig):
 _BACKBONE = BackboneConfig(dim=64, depth=4, pattern=("gla",), scan="both")
 
 
-class VisionClassification(Classification):
+class VisionClassification(EvenSteps, Classification):
     """An image classifier and how it is trained.
 
     Args:
@@ -94,7 +94,7 @@ def patch_for(size: int) -> int:
 
 
 def mixing(training: VisionTrainingConfig, classes: int) -> Any:
-    """Mixup and CutMix of torchvision as configured, or None; they draw from the global generator."""
+    """Mixup and CutMix of torchvision as configured, or None; they sample from the global generator."""
     from torchvision.transforms import v2
 
     ways: list[Any] = []

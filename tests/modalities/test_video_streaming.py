@@ -111,7 +111,7 @@ def test_what_cannot_stream_says_so():
         model_of("gla", torch.float32, pool="max").stream(x)
     model = model_of("gla", torch.float32)
     state = model.stream(x).state
-    with pytest.raises(UnsupportedShape, match="went by"):
+    with pytest.raises(UnsupportedShape, match="that of the stream"):
         model.stream(x[..., :8], state)
     with pytest.raises(UnsupportedShape, match="channels"):
         model.stream(x[:, :1], state)

@@ -10,9 +10,13 @@ from torch import nn
 
 from omnimix.backbones import Backbone, BackboneConfig, no_weight_decay
 from omnimix.errors import ConfigError
+from omnimix.recipes.audio.recipe import AudioClassification
+from omnimix.recipes.common.classification import ClassificationTrainingConfig
+from omnimix.recipes.common.media import IGNORED
 from omnimix.recipes.common.optimisers import cosine, parameter_groups
 from omnimix.recipes.common.training import AverageWeights, LastCheckpoint, WholeFiles, precision
-from omnimix.recipes.vision.recipe import VisionTrainingConfig
+from omnimix.recipes.video.recipe import VideoUnderstanding
+from omnimix.recipes.vision.recipe import VisionClassification, VisionTrainingConfig
 
 
 def test_cosine_rises_then_falls():
@@ -113,3 +117,58 @@ def test_a_handler_that_python_does_not_know_gives_way_to_the_system_s(tmp_path,
     last.on_train_start(trainer, pl.LightningModule())
     assert set(last._handlers.values()) == {signal.SIG_DFL}
     last.on_train_end(trainer, pl.LightningModule())
+
+
+def classifiers():
+    backbone = BackboneConfig(dim=16, depth=1, pattern=("gla",), scan="both")
+    plain = ClassificationTrainingConfig(ema=0.0, label_smoothing=0.0)
+    sound = AudioClassification(backbone=backbone, training=plain, sounds=(8000, 0.3, 12))
+    return {
+        "image": (
+            VisionClassification(backbone=backbone, training=VisionTrainingConfig(ema=0.0, label_smoothing=0.0)),
+            (1, 8, 8),
+        ),
+        "video": (VideoUnderstanding(backbone=backbone, training=plain), (1, 16, 32, 32)),
+        "audio": (sound, (2400,)),
+    }
+
+
+class _Gradients(pl.Callback):
+    """What the optimizer is given at each of its steps."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_before_zero_grad(self, trainer, module, optimizer):
+        gradients = [p.grad.clone() for p in module.parameters() if p.grad is not None]
+        self.steps += [gradients] if gradients else []
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("medium", ["image", "video", "audio"])
+def test_every_sample_of_a_window_of_batches_has_the_same_weight(medium):
+    """Three batches where eight would be accumulated: the last window of every epoch can be such a one."""
+    module, shape = classifiers()[medium]
+    sizes = (4, 1, 3)
+    batches = [{medium: torch.randn(n, *shape), "label": torch.arange(n), "problems": []} for n in sizes]
+    # In place of samples that cannot be read.
+    batches.append({medium: torch.randn(1, *shape), "label": torch.tensor([IGNORED]), "problems": []})
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)
+    together = {name: torch.cat([batch[name] for batch in batches[:3]]) for name in (medium, "label")}
+    seen = _Gradients()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        accumulate_grad_batches=8,
+        callbacks=[seen],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module.eval(), torch.utils.data.DataLoader(batches, batch_size=None))
+    loss = nn.functional.cross_entropy(module(together[medium]), together["label"])
+    expected = torch.autograd.grad(loss, [p for p in module.parameters() if p.requires_grad])
+    assert len(seen.steps) >= 1 and not module.training
+    for gradients in seen.steps:
+        torch.testing.assert_close(gradients, list(expected), rtol=1e-4, atol=1e-6)

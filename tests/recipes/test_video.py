@@ -162,7 +162,7 @@ def test_only_classifiers_of_clips_predict(tmp_path):
 
     model = omnimix.create_model("vit_tiny_gla_patch16_224", dim=16, depth=1, classes=2, size=16)
     omnimix.modalities.save_model(model, tmp_path)
-    with pytest.raises(CheckpointError, match="no classifier of clips"):
+    with pytest.raises(CheckpointError, match="not a video classifier"):
         Predictor(tmp_path)
 
 
