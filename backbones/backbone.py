@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,14 +19,14 @@ from .context import Context, Memory, Shared, as_memory
 from .layer import Capabilities, Output, SequenceLayer, unfit
 from .layout import Layout
 from .norm import RMSNorm
-from .parameters import initialise, remember_marks, scale_residual_outputs
+from .parameters import initialise, scale_residual_outputs
 from .registry import build_part
 from .scan import scan_orders
 from .state import State
-from .tie import share_again, shared_parameters, tie_blocks
+from .tie import SharingModule, tie_blocks
 
 
-class Backbone(SequenceLayer):
+class Backbone(SharingModule, SequenceLayer):
     """Blocks around any mixers, and a last norm; tokens in, tokens out.
 
     Its state holds how many tokens each sequence has read ("read"), and the states of its blocks and transitions.
@@ -50,26 +49,14 @@ class Backbone(SequenceLayer):
         self.checkpointing = False
         self.blocks = nn.ModuleList(self._blocks())
         tie_blocks(self.blocks, [entry.tie for entry in config.layers])
-        self.register_load_state_dict_post_hook(_after_loading)
         self.transitions = nn.ModuleDict(self._transitions())
         self.norm = RMSNorm(self.stages[-1].dim, eps=config.norm_eps) if config.norm else nn.Identity()
         initialise(self)
         scale_residual_outputs([layer for block in self.blocks for layer in block.residual_outputs()], config.depth)
-        remember_marks(self)
         self.capabilities, reads = self._joined()
         self._stateful = {name: block for name, block, layer in self._layers() if _keeps_state(layer)}
         # What is published for later layers though no layer writes it.
         self._published = frozenset(n for n in reads if n == "input" or n.startswith(("blocks.", "stages.")))
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Backbone:
-        shared = shared_parameters(self)
-        super()._apply(*args, **kwargs)
-        share_again(shared)
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._shared = shared_parameters(self)
-        super()._load_from_state_dict(*args, **kwargs)
 
     def _blocks(self) -> Iterator[Block]:
         config, entries = self.config, enumerate(self.config.layers)
@@ -215,9 +202,9 @@ class Backbone(SequenceLayer):
     def _check_state(self, x: Tensor, context: Context, state: State, depth: int) -> None:
         if not isinstance(state, State):
             raise UnsupportedShape(f"state is a {type(state).__name__}; it must be what an Output has as its `state`")
-        sequences = context.layout.sequences(len(x))
-        if state.get("read") is None or len(state["read"]) != sequences:
-            found = 0 if state.get("read") is None else len(state["read"])
+        sequences = context.layout.sequences(x.shape[0])
+        if state.get("read") is None or state["read"].shape[0] != sequences:
+            found = 0 if state.get("read") is None else state["read"].shape[0]
             raise UnsupportedShape(f"state holds {found} sequences, and the batch has {sequences}")
         if not self.capabilities.streaming:
             raise UnsupportedCall(
@@ -278,10 +265,6 @@ def _keeps_state(layer: SequenceLayer) -> bool:
         getattr(layer, "primes", False)
         or layer.init_state(1, device=torch.device("meta"), dtype=torch.float32) is not None
     )
-
-
-def _after_loading(backbone: Backbone, _: Any) -> None:
-    share_again(backbone.__dict__.pop("_shared", []))
 
 
 class _Pass:

@@ -71,4 +71,6 @@ def _copy(source: LanguageModel, target: LanguageModel) -> None:
             weights[name] = weights[name.replace(".branches.1.", ".branches.0.")]
     rows = weights["embedding.weight"]
     weights["embedding.weight"] = torch.cat([rows, rows.mean(0, keepdim=True)])
+    if target.config.tie:
+        weights["head.weight"] = weights["embedding.weight"]
     target.load_state_dict(weights)

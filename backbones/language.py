@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError, UnsupportedCall, UnsupportedShape
-from ..kernels import linear
+from ..kernels import cross_entropy, linear
 from .backbone import Backbone
 from .config import BackboneConfig, ObjectiveConfig, configured, positive, to_plain
 from .context import Context
 from .heads import ObjectiveLoss
+from .heads.causal import IGNORED
 from .layer import Output
 from .layout import Layout
+from .linear import untouched
 from .registry import entry_of
 from .state import State
+from .tie import SharingModule, share
 from .typed import Config
+
+# Of a head that must be called so many logits are held at a time.
+LOGITS_AT_A_TIME = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +61,7 @@ class LanguageModelConfig(Config):
         return values | {"objective": {"type": kind, **(to_plain(options.get(kind)) or {})}}
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(SharingModule):
     """An embedding, a backbone, an output matrix and an objective.
 
     Example:
@@ -81,8 +90,12 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(config.vocabulary + self.objective.extra_tokens, dim)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.backbone = Backbone(config.backbone)
-        self.head = None if config.tie else nn.Linear(width, config.vocabulary, bias=False)
-        if self.head is not None:
+        # Tied, it also has a row for each token of the objective's own, whose logits are cut off.
+        rows = self.embedding.num_embeddings if config.tie else config.vocabulary
+        self.head = nn.Linear(width, rows, bias=False, device="meta" if config.tie else None)
+        if config.tie:
+            share(self.head, "weight", self.embedding.weight)
+        else:
             nn.init.normal_(self.head.weight, std=0.02)
         self.objective.check(self)
 
@@ -138,12 +151,57 @@ class LanguageModel(nn.Module):
 
     def logits(self, y: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows v"]:
         """Logits from the backbone's outputs."""
-        return linear(y, self.output_weight(y))
+        if (known := self._output_matrix(y)) is not None:
+            return linear(y, known)
+        return self.head(y)[..., : self.vocabulary]
 
-    def output_weight(self, y: Tensor) -> Float[Tensor, "v d"]:
-        """The output matrix, in the dtype of the backbone's outputs `y`."""
-        weight = self.embedding.weight[: self.vocabulary] if self.head is None else self.head.weight
-        return weight.to(y.dtype)
+    def _output_matrix(self, y: Tensor) -> Float[Tensor, "v d"] | None:
+        """The matrix whose products with `y` are the logits; None where only a call of the head knows them."""
+        head = self.head
+        if not untouched(head) or head.bias is not None:
+            return None
+        return head.weight[: self.vocabulary].to(y.dtype)
+
+    def cross_entropy(
+        self,
+        y: Float[Tensor, "*rows d"],
+        targets: Int[Tensor, "*rows"],
+        *,
+        z_loss: float = 0.0,
+        reduction: Literal["mean", "sum", "none"] = "mean",
+    ) -> Tensor:
+        """`omnimix.kernels.cross_entropy` of the logits of `y`, of which only a part is held at a time."""
+        if (known := self._output_matrix(y)) is not None:
+            return cross_entropy(y, known, targets, z_loss=z_loss, reduction=reduction)
+
+        def rows(y: Tensor, targets: Tensor) -> Tensor:
+            logits = self.logits(y)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            nats = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
+            return nats + z_loss * logits.logsumexp(-1).square() * (targets != IGNORED) if z_loss else nats
+
+        losses = self._by_rows(rows, y.flatten(0, -2), targets.flatten())
+        if reduction == "none":
+            return losses.view(targets.shape)
+        return losses.sum() / (targets != IGNORED).sum().clamp_min(1) if reduction == "mean" else losses.sum()
+
+    def logits_of(self, y: Float[Tensor, "n d"], targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Of each row's logits the target's."""
+        if (known := self._output_matrix(y)) is not None:
+            return (y * known[targets]).sum(-1)
+        return self._by_rows(lambda y, targets: self.logits(y).gather(1, targets[:, None])[:, 0], y, targets)
+
+    def _by_rows(self, function: Callable[[Tensor, Tensor], Tensor], y: Tensor, targets: Tensor) -> Tensor:
+        """A function of the head's outputs, some rows at a time, whose logits the backward pass computes again."""
+        size = max(1, LOGITS_AT_A_TIME // self.vocabulary)
+        parts = zip(y.split(size), targets.split(size), strict=True)
+        return torch.cat([checkpoint(function, *part, use_reentrant=False) for part in parts])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any, **options: Any) -> None:
+        # What 0.1 wrote of tied models names the matrix once.
+        if self.config.tie and f"{prefix}embedding.weight" in state_dict:
+            state_dict.setdefault(f"{prefix}head.weight", state_dict[f"{prefix}embedding.weight"])
+        super()._load_from_state_dict(state_dict, prefix, *rest, **options)
 
     def loss(
         self,

@@ -30,6 +30,10 @@ class Immutable:
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{type(self).__name__} is immutable; make a new one instead of setting {name!r}")
 
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Immutable:
+        """The same with its tensors on a device; Lightning and Fabric move what they find in a batch by this."""
+        return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=non_blocking), self)
+
 
 class Layout(Immutable):
     """Built once per batch and shared by all layers; a pytree, of which everything but tensors is static.
@@ -110,7 +114,7 @@ class Layout(Immutable):
     def _check_extra(self) -> None:
         extra = self.extra
         if self.grid is None and self.cu_seqlens is None:
-            raise ConfigError("extra names tokens beside a grid, but grid is None")
+            raise ConfigError("extra names tokens that are not on the grid, but grid is None")
         if list(extra) != sorted(set(extra)) or extra[0] < 0:
             raise ConfigError(f"extra is {extra}; it must be ascending indices from 0 on")
         if self.length is not None and extra[-1] >= self.length:
@@ -153,7 +157,7 @@ class Layout(Immutable):
         """Tokens (b, t · h · w, d) as images (b · t, d, h, w), without a copy: memory stays channels last.
 
         Raises:
-            UnsupportedShape: no grid, or tokens beside it.
+            UnsupportedShape: no grid, or tokens that are not on it.
         """
         if self.grid is None or self.extra or self.cu_seqlens is not None:
             raise UnsupportedShape(f"{self!r} is no plain grid; its tokens cannot be seen as images")

@@ -1,16 +1,48 @@
-"""The one linear layer, over `kernels.linear`."""
+"""Calls of linear layers: quicker than torch's where the layer is torch's own, and the layer's own where it is not.
+
+Adapters, quantised layers and hooks stand in a layer's place, so that a weight is never read past its module unless
+a call of it would read the same.
+"""
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..kernels import linear
 
 
-class Linear(nn.Linear):
-    """torch's, which reads its weights at the memory's speed where it is given a few rows only: in decoding."""
+def untouched(layer: nn.Module) -> bool:
+    """Whether a call of the layer is x Wᵀ + b and nothing else: no adapter in its place, no hook, no other `forward`.
 
-    def forward(self, x: Float[Tensor, "*rows i"]) -> Float[Tensor, "*rows o"]:
-        """x Wᵀ + b."""
-        return linear(x, self.weight, self.bias)
+    torch keeps private what `nn.Module.__call__` looks at for that.
+    """
+    return (
+        type(layer) is nn.Linear
+        and not (layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks)
+        and "forward" not in layer.__dict__
+        and not torch.nn.modules.module._has_any_global_hook()
+    )
+
+
+def apply_linear(layer: nn.Module, x: Float[Tensor, "*rows i"]) -> Float[Tensor, "*rows o"]:
+    """Call a linear layer; where it is untouched, a few rows (decoding) are multiplied at the memory's speed."""
+    return linear(x, layer.weight, layer.bias) if untouched(layer) else layer(x)
+
+
+def apply_wide(layer: nn.Module, x: Float[Tensor, "*rows i"]) -> Float[Tensor, "*rows o"]:
+    """Call a linear layer in the dtype of `x`, which may be wider than its weights; for what rounding would harm."""
+    if untouched(layer):
+        return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+    # What stands in its place computes in the dtype of its own parameters; quantised layers have none.
+    dtype = next((p.dtype for p in layer.parameters() if p.is_floating_point()), torch.float32)
+    return layer(x.to(dtype)).to(x.dtype)
+
+
+def without_bias(
+    layer: nn.Module, x: Float[Tensor, "*rows i"]
+) -> tuple[Float[Tensor, "*rows o"], Float[Tensor, " o"] | None]:
+    """x Wᵀ and the bias, for a kernel that adds it without rounding; x Wᵀ + b and None where the layer is touched."""
+    return (F.linear(x, layer.weight), layer.bias) if untouched(layer) else (layer(x), None)

@@ -5,39 +5,34 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-_DECAY = "omnimix_decay"
-_INITIALISED = "omnimix_initialised"
-_KEPT = "_not_decayed"
+_SPARED = "_spared_from_decay"
+_INITIALISED = "_initialised"
 
 
-def mark(parameter: nn.Parameter, *, decay: bool = True, initialised: bool = False) -> nn.Parameter:
-    """Say of a parameter whether weight decay applies and whether its module has initialised it for good."""
-    setattr(parameter, _DECAY, decay)
-    setattr(parameter, _INITIALISED, initialised)
-    return parameter
+def mark(module: nn.Module, *names: str, decay: bool = True, initialised: bool = False) -> None:
+    """Say of parameters of a module whether weight decay applies and whether the module has initialised them for good.
 
-
-def remember_marks(module: nn.Module) -> None:
-    """Let every module below `module` know which of its parameters are marked not to decay.
-
-    A copy, a move from the meta device and `load_state_dict(assign=True)` put new parameters in, without marks.
+    The module knows it, and not the parameters: copies, moves from the meta device, `load_state_dict(assign=True)` and
+    accelerate put new ones in their places.
     """
-    for part in module.modules():
-        names = {name for name, p in part.named_parameters(recurse=False) if not getattr(p, _DECAY, True)}
-        if names:
-            part.__dict__.setdefault(_KEPT, set()).update(names)
+    for kind, wanted in ((_SPARED, not decay), (_INITIALISED, initialised)):
+        if wanted:
+            module.__dict__.setdefault(kind, set()).update(names)
+
+
+def _marked(module: nn.Module, kind: str) -> set[str]:
+    """Names of the parameters below `module` that are marked so."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in module.named_modules(remove_duplicate=False)
+        for name in part.__dict__.get(kind, ())
+    }
 
 
 def no_weight_decay(module: nn.Module) -> set[str]:
     """Names of the parameters that weight decay must leave alone: vectors and scalars, and those marked so."""
-    marked = {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, part in module.named_modules()
-        for name in part.__dict__.get(_KEPT, ())
-    }
-    return {
-        name for name, p in module.named_parameters() if p.ndim <= 1 or name in marked or not getattr(p, _DECAY, True)
-    }
+    marked = _marked(module, _SPARED)
+    return {name for name, p in module.named_parameters() if p.ndim <= 1 or name in marked}
 
 
 def initialise(module: nn.Module, std: float = 0.02) -> None:
@@ -45,9 +40,10 @@ def initialise(module: nn.Module, std: float = 0.02) -> None:
     for layer in module.modules():
         if not isinstance(layer, nn.Linear):
             continue
-        if not getattr(layer.weight, _INITIALISED, False):
+        own = layer.__dict__.get(_INITIALISED, ())
+        if "weight" not in own:
             nn.init.trunc_normal_(layer.weight, std=std)
-        if layer.bias is not None and not getattr(layer.bias, _INITIALISED, False):
+        if layer.bias is not None and "bias" not in own:
             nn.init.zeros_(layer.bias)
 
 

@@ -17,7 +17,7 @@ from ..utils.modes import observed, outliving_modes
 from .config import bounded
 from .typed import Config
 
-# YaRN's borders between what is stretched and what is not, in turns over the trained length (section 3.2).
+# YaRN's limits between what is stretched and what is not, in rotations over the trained length (section 3.2).
 SLOW, FAST = 1.0, 32.0
 
 
@@ -71,7 +71,7 @@ def rotary(
     frequency = frequencies(channels // 2, base, scaling=scaling, device=x.device, dtype=wide)
     if positions.stride(0) == 0:
         # Rows of a batch mostly share their positions, and then their angles.
-        angle = (positions[:1].to(wide)[..., None] * frequency).expand(len(x), -1, -1)
+        angle = (positions[:1].to(wide)[..., None] * frequency).expand(x.shape[0], -1, -1)
     else:
         angle = positions.to(wide)[..., None] * frequency
     turned = kernels.rotary(x, angle, interleaved=interleaved)

@@ -1,7 +1,7 @@
 """Directions and scan orders: index permutations of the tokens, with exact inverses.
 
 A mixer with a causal kernel covers a whole image or video by running over it in several orders. Each order is a
-permutation of the sequence: tokens of the grid are visited in another order, tokens beside it (class token, registers)
+permutation of the sequence: tokens of the grid are visited in another order, other tokens (class token, registers)
 stay where they are; `-reverse` then reverses the whole sequence. Packed sequences are permuted each by itself.
 """
 
@@ -117,7 +117,7 @@ def _packed_permutation(order: str, layout: Layout, *, inverse: bool) -> Int[Ten
     start, parts, extra = 0, [], list(layout.extra)
     for grid in layout.grid:
         own, end = [], start + prod(grid)
-        # Tokens beside the grid lengthen the sequence in which they stand.
+        # Tokens that are not on the grid lengthen the sequence in which they stand.
         while extra and extra[0] <= end:
             own.append(extra.pop(0) - start)
             end += 1
@@ -136,7 +136,7 @@ def _reversed_in_place(cu_seqlens: Int[Tensor, " n_plus_1"], length: int) -> Int
 
 @constant_in_graphs
 def grid_permutation(order: str, grid: tuple[int, int, int], extra: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """(index, inverse) on the CPU, int64, of a whole sequence with its tokens beside the grid."""
+    """(index, inverse) on the CPU, int64, of a whole sequence, tokens that are not on the grid included."""
     return _grid_permutation(order, grid, extra)
 
 

@@ -77,6 +77,10 @@ class State:
         """The same values without their history (truncated backpropagation)."""
         return self.map(torch.Tensor.detach)
 
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> State:
+        """The same state on a device."""
+        return self.map(lambda t: t.to(device, non_blocking=non_blocking))
+
     @property
     def nbytes(self) -> int:
         """Memory that the tensors hold."""
@@ -94,6 +98,9 @@ def _joined(parts: list[Tensor] | list[State]) -> Tensor | State:
         padded.append(F.pad(p, missing, value=fill) if any(missing) else p)
     return torch.cat(padded)
 
+
+# What holds nothing but tensors and names may be read by torch.load(weights_only=True).
+torch.serialization.add_safe_globals([State])
 
 pytree.register_pytree_node(
     State,

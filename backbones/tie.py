@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -47,7 +47,7 @@ def _tie(module: nn.Module, first: nn.Module) -> None:
     own = getattr(module, "per_use", ())
     for name, parameter in first.named_parameters(recurse=False):
         if name not in own:
-            setattr(module, name, parameter)
+            share(module, name, parameter)
     for name, child in first.named_children():
         if name in own:
             continue
@@ -55,6 +55,36 @@ def _tie(module: nn.Module, first: nn.Module) -> None:
             _tie(getattr(module, name), child)
         else:
             setattr(module, name, child)
+
+
+def share(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Let a parameter of another module stand in this one too.
+
+    Not by assignment: accelerate's `init_empty_weights` puts a new parameter into each place that is assigned to.
+    """
+    module._parameters[name] = parameter
+
+
+class SharingModule(nn.Module):
+    """A module some of whose parameters stand in several places, and stay shared whatever puts new ones there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_post_hook(_after_loading)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        shared = shared_parameters(self)
+        super()._apply(*args, **kwargs)
+        share_again(shared)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.__dict__["_shared"] = shared_parameters(self)
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def _after_loading(module: SharingModule, _: Any) -> None:
+    share_again(module.__dict__.pop("_shared", []))
 
 
 Slots = list[list[tuple[nn.Module, str]]]

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any
 
+import torch
+
 from ..errors import ConfigError
 from .registry import REGISTRIES
 
@@ -34,6 +36,8 @@ class Config:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        # Plain values alone: torch.load(weights_only=True) may read them.
+        torch.serialization.add_safe_globals([cls])
         if "__post_init__" in vars(cls):
             cls.__post_init__ = _after_types(cls.__post_init__)
 

@@ -14,6 +14,7 @@ from typing import Any, no_type_check
 import torch
 from torch import Tensor, nn
 
+from ..backbones.context import Context
 from ..backbones.heads import get_objective
 from ..backbones.heads.causal import IGNORED
 from ..backbones.language import LanguageModel, LanguageModelConfig
@@ -54,7 +55,7 @@ class OmnimixConfig(PretrainedConfig):
     """transformers' configuration around a `LanguageModelConfig`.
 
     Args:
-        omnimix: `omnimix.backbones.to_dict` of a `LanguageModelConfig`. What transformers wants beside it (vocab_size,
+        omnimix: `omnimix.backbones.to_dict` of a `LanguageModelConfig`. What else transformers wants (vocab_size,
             hidden_size, num_hidden_layers, tie_word_embeddings) is read off it.
         bos_token_id, eos_token_id, pad_token_id: the tokenizer's end token, which begins and ends a document.
     """
@@ -94,6 +95,10 @@ class OmnimixConfig(PretrainedConfig):
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
+# Where packed sequences end, by the names of attention kernels.
+BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+
+
 def _either(cache: OmnimixCache | None, past_key_values: OmnimixCache | None) -> OmnimixCache | None:
     """The one that is given."""
     if cache is not None and past_key_values is not None:
@@ -110,8 +115,8 @@ class _Traced:
     def hidden(self, tokens: Tensor, layout: Layout, state: Any = None) -> Output:
         return self.made
 
-    def output_weight(self, y: Tensor) -> Tensor:
-        return self.model.output_weight(y)
+    def cross_entropy(self, y: Tensor, targets: Tensor, **options: Any) -> Tensor:
+        return self.model.cross_entropy(y, targets, **options)
 
 
 class OmnimixForCausalLM(Checked, PreTrainedModel, GenerationMixin):
@@ -139,8 +144,8 @@ class OmnimixForCausalLM(Checked, PreTrainedModel, GenerationMixin):
         decoder = get_objective(ours.objective.type).build.decoder
         if decoder != "autoregressive":
             raise UnsupportedCall(
-                f"objective {ours.objective.type!r} does not write one token after the other, which transformers' "
-                "AutoModelForCausalLM and generate do; write with omnimix.diffuse"
+                f"objective {ours.objective.type!r} does not generate one token after the other, which transformers' "
+                "AutoModelForCausalLM and generate do; generate with omnimix.diffuse"
             )
         self.gradient_checkpointing = False
         self._constructing = True
@@ -160,6 +165,7 @@ class OmnimixForCausalLM(Checked, PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         past_key_values: OmnimixCache | None = None,
         labels: Tensor | None = None,
@@ -170,18 +176,23 @@ class OmnimixForCausalLM(Checked, PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         cache: OmnimixCache | None = None,
+        **unused: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits, and the loss of the labels.
 
         Args:
             input_ids: `(b, t)`, int64; or `inputs_embeds`, `(b, t, d)`, in their place.
             attention_mask: `(b, s)`, 0 at padding; the last t columns count. Every row has at least one token.
-            cache: of an earlier call with `use_cache`; the tokens then go on from there, and it is updated.
+            position_ids: `(b, t)` or `(1, t)`. Where they restart or descend within a row, another sequence begins
+                there, as in batches of transformers' DataCollatorWithFlattening. By default tokens count from the
+                start of their row.
+            cache: of an earlier call with `use_cache`, from which the tokens resume; it is updated.
             past_key_values: the same, by its name before transformers 5.24.
             labels: `(b, t)`, each token itself; −100 is not scored. The loss is the omnimix objective's, with all that
                 its options and experts add.
             logits_to_keep: logits for the last so many columns or for these; 0 for all. With labels 1 saves memory.
             num_items_in_batch: what the summed loss is divided by, in place of the tokens scored here.
+            unused: what transformers hands to every model, such as the tokenizer of `generate`; it has no effect.
 
         Returns:
             loss; logits `(b, t, v)`, all alike at padding; the cache; and hidden_states: the embedded tokens,
@@ -190,7 +201,7 @@ class OmnimixForCausalLM(Checked, PreTrainedModel, GenerationMixin):
         Raises:
             UnsupportedShape: not one of `input_ids` and `inputs_embeds`, a cache under both names, or a row of padding
                 only.
-            UnsupportedCall: `output_attentions`.
+            UnsupportedCall: `output_attentions`; or several sequences in a row together with a cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise UnsupportedShape("input_ids, inputs_embeds: pass one of them")
@@ -202,11 +213,17 @@ class OmnimixForCausalLM(Checked, PreTrainedModel, GenerationMixin):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         x = self.model.embedding(input_ids) if inputs_embeds is None else inputs_embeds
-        rows = Rows.of(x, attention_mask)
+        if position_ids is None and any(unused.get(name) is not None for name in BOUNDARIES):
+            raise UnsupportedCall(
+                f"{', '.join(BOUNDARIES)}: boundaries of sequences are read off position_ids; pass them"
+            )
+        rows = Rows.of(x, attention_mask, position_ids)
+        if cache is not None and rows.several:
+            raise UnsupportedCall("position_ids: they restart within a row, and a cache has one sequence a row")
         taps = [f"blocks.{i}" for i in range(len(self.model.backbone.blocks) - 1)] if output_hidden_states else []
         out = self.model.backbone(
             rows.pack(x),
-            Layout(causal=True, cu_seqlens=rows.cu_seqlens),
+            Context(Layout(causal=True, cu_seqlens=rows.cu_seqlens), positions=rows.positions),
             None if cache is None else cache.state,
             taps=taps,
         )
@@ -215,11 +232,11 @@ class OmnimixForCausalLM(Checked, PreTrainedModel, GenerationMixin):
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.logits(y[:, keep])
         hidden = (x, *(rows.unpack(out.shared[name]) for name in taps), y) if output_hidden_states else None
-        if use_cache:
+        if use_cache and not rows.several:
             cache = OmnimixCache() if cache is None else cache
             cache.update(out.state, x.shape[1])
         output = CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=hidden, **{CACHE: cache if use_cache else None}
+            loss=loss, logits=logits, hidden_states=hidden, **{CACHE: cache if use_cache and not rows.several else None}
         )
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
@@ -255,7 +272,7 @@ class OmnimixForCausalLM(Checked, PreTrainedModel, GenerationMixin):
         mask = model_kwargs.get("attention_mask")
         if mask is not None and not mask[:, -1].all():
             raise UnsupportedShape(
-                "attention_mask: prompts are padded at their ends, and text is written behind the last column; set "
+                "attention_mask: prompts are padded at their ends, and text is generated after the last column; set "
                 "tokenizer.padding_side = 'left'"
             )
         if generation_config.cache_implementation is not None:
@@ -272,8 +289,7 @@ class OmnimixForCausalLM(Checked, PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.model.embedding = value
 
-    def get_output_embeddings(self) -> nn.Linear | None:
-        """The output matrix, where it is not the embedding."""
+    def get_output_embeddings(self) -> nn.Linear:
         return self.model.head
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:

@@ -6,6 +6,7 @@ Importing this module registers the model "omnimix" with lm-eval: `get_model("om
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
@@ -27,6 +28,8 @@ from .lm_eval_options import WritingOptions
 
 wanted("lm_eval", "evaluation", "eval")
 with source_hidden():
+    # lm-eval looks for its own models only while it knows of none: they are registered before ours.
+    import lm_eval.models  # noqa: F401
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
@@ -35,10 +38,15 @@ with source_hidden():
 
 __all__ = ["OmnimixLM"]
 
-# Tokens that pass through the model at a time: longer texts go on from their states.
+# Tokens in one forward pass; longer texts resume from their states.
 TOKENS_AT_A_TIME = 16384
 # Of these logits, and of their softmax, several copies are held.
 LOGITS_AT_A_TIME = 1 << 24
+
+
+# What lm-eval asks for where nobody names a device.
+DEFAULT_DEVICE = "cuda:0"
+logger = logging.getLogger(__name__)
 
 
 @register_model("omnimix")
@@ -53,7 +61,8 @@ class OmnimixLM(TemplateLM):
         run: folder of a run, or its name under `runs/`.
         model, tokenizer: in the place of a run; a tokenizer may also be a path.
         batch_size: requests at a time.
-        device: where the model is put; where it is by default.
+        device: where the model is put; where it is by default, and for lm-eval's own default, "cuda:0", where there is
+            no such device.
         max_length: tokens that the model is given at most, the oldest left out; long documents are then scored in
             windows. None for all.
         max_gen_toks: tokens to write where a task does not say.
@@ -96,6 +105,10 @@ class OmnimixLM(TemplateLM):
             raise ConfigError("tokenizer: a model without a run needs one")
         if not str(batch_size).isdigit():
             raise ConfigError(f"batch_size is {batch_size!r}; it must be a number, as nothing is tried out")
+        if device == DEFAULT_DEVICE and not torch.cuda.is_available():
+            # Every command of lm-eval that names no device passes it on.
+            logger.warning("%s is not available; the model stays on %s", device, model.embedding.weight.device)
+            device = None
         self.run, self.model, self.tokenizer = run, model if device is None else model.to(device), found
         self.writer = TextGenerator(self.model, found)
         self.batch_size = int(batch_size)
@@ -128,7 +141,7 @@ class OmnimixLM(TemplateLM):
         return self.tokenizer.chat(chat_history, generate=add_generation_prompt)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes into its results beside the numbers: how the likelihoods were found."""
+        """What lm-eval writes into its results with the numbers: how the likelihoods were found."""
         info: dict[str, Any] = {
             "run": self.run,
             "objective": self.model.config.objective.type,
@@ -193,7 +206,7 @@ class OmnimixLM(TemplateLM):
                 bar.update(len(part))
 
     def _exact(self, rows: list[list[int]], given: list[int]) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
-        """−log p of each row's tokens behind the first `given`, and whether each is the most probable one."""
+        """−log p of each row's tokens after the first `given`, and whether each is the most probable one."""
         device = self.model.embedding.weight.device
         nats = torch.zeros(len(rows), dtype=torch.float64, device=device)
         wrong = torch.zeros(len(rows), dtype=torch.int64, device=device)
@@ -269,7 +282,7 @@ class OmnimixLM(TemplateLM):
         return True
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """log p of whole documents behind the end token; in windows where `max_length` is set."""
+        """log p of whole documents after the end token; in windows where `max_length` is set."""
         pieces: list[tuple[None, list[int], list[int]]] = []
         owners: list[int] = []
         for i, request in enumerate(requests):
@@ -309,14 +322,18 @@ class OmnimixLM(TemplateLM):
         if self.max_length is None:
             return prompts
         if most >= self.max_length:
-            raise UnsupportedShape(f"max_length is {self.max_length}; it leaves no room beside {most} tokens to write")
+            raise UnsupportedShape(
+                f"max_length is {self.max_length}; {most} tokens are to be generated, which leaves none for the prompt"
+            )
         return [prompt[most - self.max_length :] for prompt in prompts]
 
     def _write(self, prompts: list[list[int]], numbers: list[int], options: WritingOptions) -> list[str]:
         if self.writer.diffusion:
             refused = sorted(options.others.keys() - {"top_p"})
             if refused:
-                raise UnsupportedCall(f"{', '.join(refused)}: writing by diffusion has temperature and top_p only")
+                raise UnsupportedCall(
+                    f"{', '.join(refused)}: diffusion models generate with temperature and top_p only"
+                )
             config = DiffusionConfig(
                 max_new_tokens=options.most,
                 steps=self.steps,

@@ -97,13 +97,13 @@ class TimmClassifier(TimmModel, ImageClassifier):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Outputs of chosen blocks beside the features, `(features, [intermediates])`.
+        """Outputs of chosen blocks in addition to the features, `(features, [intermediates])`.
 
         Args:
             indices: the last so many blocks, those blocks, or None for all.
             return_prefix_tokens: pairs (grid, class token and registers) instead of the grid alone.
             norm: apply the last norm to each block of the last stage.
-            stop_early: compute nothing behind the last block asked for.
+            stop_early: compute nothing after the last block asked for.
             output_fmt: "NCHW" or "NLC".
             intermediates_only: return the list alone.
         """
@@ -136,7 +136,7 @@ class TimmClassifier(TimmModel, ImageClassifier):
         self.backbone.blocks = self.backbone.blocks[: last + 1]
         width = self.backbone.stages[-1].dim
         self._keep_blocks(last + 1)
-        # Behind an earlier stage of another width there is no norm.
+        # After an earlier stage of another width there is no norm.
         if prune_norm or self.backbone.stages[-1].dim != width:
             self.backbone.norm = nn.Identity()
         if prune_head:
@@ -145,7 +145,7 @@ class TimmClassifier(TimmModel, ImageClassifier):
         return take
 
     def _keep_blocks(self, count: int) -> None:
-        """Tell the backbone that it has so many blocks, and drop the stages behind them."""
+        """Tell the backbone that it has so many blocks, and drop the stages after them."""
         backbone, stages, left = self.backbone, [], count
         for stage in backbone.stages:
             if left > 0:

@@ -74,7 +74,7 @@ def chosen(cfg: str, backbone: BackboneConfig | dict[str, Any] | None, short: Ti
         options: of the factory of the model.
 
     Raises:
-        ConfigError: what is no field of `TimmShort`, which is all that timm's models take beside their own arguments.
+        ConfigError: what is no field of `TimmShort`, all that timm's models take next to their arguments.
     """
     check_known(short, TimmShort.__annotations__)
     options |= {_OURS.get(name, name): value for name, value in short.items()} | {"backbone": whole(backbone)}
@@ -96,7 +96,7 @@ class TimmModel(Classifier):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens beside the grid."""
+        """Tokens that are not on the grid."""
         return len(self.tokenizer.extra(1))
 
     def forward(self, x: Float[Tensor, " b *media"]) -> Float[Tensor, " b *t classes"]:
@@ -149,7 +149,7 @@ class TimmModel(Classifier):
 
 
 def prefix_first(tokens: Float[Tensor, "b t d"], layout: Layout) -> Float[Tensor, "b t d"]:
-    """The tokens beside the grid, then the grid."""
+    """The tokens that are not on the grid, then the grid."""
     if not layout.extra:
         return tokens
     grid, prefix = split_tokens(tokens, layout)

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..errors import BackendUnavailable, UnknownName
 from ..utils.modes import autocast_enabled, constant_in_graphs, own_precision
 from .common.checks import Argument, check_tensors
+from .common.graphs import for_other_runtimes
 
 Arguments = Mapping[str, Any]
 
@@ -222,6 +223,8 @@ class Op:
         """
         if backend != "auto":
             return self._named(self.backend(backend), arguments)
+        if for_other_runtimes():
+            return self.backend("reference")
         if _using.get() is not None and (used := self._used(arguments)) is not None:
             return self._named(used, arguments)
         passed: list[str] = []

@@ -71,6 +71,7 @@ SLOW = (
     "backbones/test_decoding.py",
     "backbones/test_decoding_faults.py",
     "backbones/test_diffusion.py",
+    "backbones/test_graphs.py",
     "cli/test_bench_*.py",
     "cli/test_compile_kernels.py",
     "cli/test_mixers_check.py",

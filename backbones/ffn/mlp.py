@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import FFNConfig, Site, positive
 from ..context import Context
 from ..layer import Output
-from ..linear import Linear
+from ..linear import apply_linear
 from ..state import State
 from .base import FFN, register_ffn
 
@@ -53,11 +53,12 @@ class MLP(FFN):
 
     def __init__(self, dim: int, config: MLPConfig, site: Site):
         super().__init__()
-        self.in_proj = Linear(dim, max(1, round(dim * config.ratio)))
-        self.out_proj = Linear(self.in_proj.out_features, dim)
+        hidden = max(1, round(dim * config.ratio))
+        self.in_proj = nn.Linear(dim, hidden)
+        self.out_proj = nn.Linear(hidden, dim)
 
     def forward(self, x: Float[Tensor, "b t d"], context: Context, state: State | None = None) -> Output:
-        return Output(self.out_proj(F.gelu(self.in_proj(x))))
+        return Output(apply_linear(self.out_proj, F.gelu(apply_linear(self.in_proj, x))))
 
 
 @register_ffn(
@@ -74,9 +75,9 @@ class SwiGLU(FFN):
         super().__init__()
         # A multiple of 8 keeps the products aligned.
         hidden = max(8, round(dim * config.ratio / 8) * 8)
-        self.in_proj = Linear(dim, 2 * hidden, bias=False)
-        self.out_proj = Linear(hidden, dim, bias=False)
+        self.in_proj = nn.Linear(dim, 2 * hidden, bias=False)
+        self.out_proj = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Float[Tensor, "b t d"], context: Context, state: State | None = None) -> Output:
-        gate, value = self.in_proj(x).chunk(2, dim=-1)
-        return Output(self.out_proj(F.silu(gate) * value))
+        gate, value = apply_linear(self.in_proj, x).chunk(2, dim=-1)
+        return Output(apply_linear(self.out_proj, F.silu(gate) * value))

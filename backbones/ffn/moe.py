@@ -18,6 +18,7 @@ from ...utils.modes import autocast_enabled, own_precision, transforming
 from ..config import FFNConfig, Site, bounded, not_negative, positive
 from ..context import Context
 from ..layer import Output
+from ..linear import apply_wide
 from ..state import State
 from .base import FFN, register_ffn
 from .mlp import SwiGLU, SwiGLUConfig
@@ -41,7 +42,7 @@ class MoEConfig(FFNConfig):
         router: "softmax" (Switch, Mixtral), balanced by a loss; or "sigmoid" (DeepSeek-V3), balanced by a bias on the
             choice alone, which moves when `rebalance` is called, after each step of the optimiser.
         normalise: whether the weights of a token's experts add up to 1; by default where there are several.
-        scale: factor on the experts' sum, beside the shared experts'.
+        scale: factor on the routed experts' sum; the shared experts' is not scaled.
         balance: coefficient of the load-balancing loss ("softmax").
         z_loss: coefficient of the loss that keeps the router's logits small ("softmax").
         bias_rate: by how much `rebalance` moves a bias ("sigmoid").
@@ -148,7 +149,7 @@ class MoE(FFN):
         wide = torch.promote_types(tokens.dtype, torch.float32)
         # A choice among experts is a step: rounding moves it, so that nothing here is rounded.
         with own_precision(tokens.device.type):
-            return F.linear(tokens.to(wide), self.router.weight.to(wide))
+            return apply_wide(self.router, tokens.to(wide))
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The experts of each token and their weights (n, k), and all experts' scores (n, e)."""

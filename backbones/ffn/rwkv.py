@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..config import FFNConfig, Site, positive
 from ..context import Context
 from ..layer import Capabilities, Output
-from ..linear import Linear
+from ..linear import apply_linear
 from ..mixers.parts.token_shift import token_shift
 from ..parameters import mark
 from ..state import State
@@ -48,17 +48,19 @@ class RWKVChannelMixing(FFN):
     def __init__(self, dim: int, config: RWKVConfig, site: Site):
         super().__init__()
         place, rest = torch.arange(dim) / dim, 1 - site.layer / site.depth
-        self.shift = mark(nn.Parameter(1 - place ** (rest**4)), decay=False)
-        self.in_proj = Linear(dim, max(1, round(dim * config.ratio)), bias=False)
-        self.out_proj = Linear(self.in_proj.out_features, dim, bias=False)
+        self.shift = nn.Parameter(1 - place ** (rest**4))
+        mark(self, "shift", decay=False)
+        self.dim, hidden = dim, max(1, round(dim * config.ratio))
+        self.in_proj = nn.Linear(dim, hidden, bias=False)
+        self.out_proj = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Float[Tensor, "b t d"], context: Context, state: State | None = None) -> Output:
         layout = Context.of(context).layout
         last = None if state is None else state["last"]
         before, last = token_shift(x, last, layout.cu_seqlens)
-        hidden = self.in_proj(torch.addcmul(x, before - x, self.shift.to(x.dtype)))
-        y = self.out_proj(F.relu(hidden).square())
+        hidden = apply_linear(self.in_proj, torch.addcmul(x, before - x, self.shift.to(x.dtype)))
+        y = apply_linear(self.out_proj, F.relu(hidden).square())
         return Output(y, State({"last": last}) if layout.causal else None)
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:
-        return State({"last": torch.zeros(batch, self.in_proj.in_features, 1, device=device, dtype=dtype)})
+        return State({"last": torch.zeros(batch, self.dim, 1, device=device, dtype=dtype)})

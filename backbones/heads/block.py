@@ -74,8 +74,8 @@ class BlockDiffusion(Denoiser):
     """Σ over blocks of `masked`'s bound on −log p(block | blocks before it).
 
     Blocks count from the start of each sequence, whose first token is given. The model walks over them as decoding
-    does: each one is read twice from the state at its border, clean and with masked tokens, in one call, and the clean
-    copy's state goes on; the gradient flows through it. So it serves every mixer, and training and decoding are the
+    does: each one is read twice from the state before it, clean and with masked tokens, in one call, and the clean
+    copy's state is kept; the gradient flows through it. So it serves every mixer, and training and decoding are the
     same computation. (The paper's form for attention, one pass over clean ‖ noisy, computes the same.)
     """
 

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import UnsupportedCall, UnsupportedShape
-from ...kernels import cross_entropy
 from ...utils.renamed import renamed_options
 from ..config import DEEPEST, ObjectiveConfig, not_negative, positive
 from ..layer import unfit
@@ -67,8 +66,8 @@ class Causal(Objective):
     def check(self, model: LanguageModel) -> None:
         if name := unfit(model.backbone, lambda can: can.causal):
             raise UnsupportedCall(
-                f"objective 'causal' needs causal layers, and {name} is not: it runs in several directions or compares "
-                "tokens of the whole sequence; configure scan='forward' for mixers that scan"
+                f"objective 'causal' needs causal layers, and {name} is not: it runs a multi-directional scan or "
+                "compares tokens of the whole sequence; configure scan='forward' for mixers that scan"
             )
 
     def loss(
@@ -89,15 +88,14 @@ class Causal(Objective):
         if not torch.compiler.is_compiling() and not count:
             raise UnsupportedShape(f"tokens: of {tuple(tokens.shape)} none is left to be predicted")
         out = model.hidden(tokens, Layout(causal=True, cu_seqlens=cu_seqlens))
-        weight = model.output_weight(out.y)
-        plain = cross_entropy(out.y, weight, targets, reduction="sum", z_loss=self.config.z_loss)
+        plain = model.cross_entropy(out.y, targets, reduction="sum", z_loss=self.config.z_loss)
         parts = {"next": plain.detach() / count}
         loss = plain / count
         if self.config.n_future > 1:
             total = loss.new_zeros(())
             for i, layer in enumerate(self.further):
                 later = shifted(tokens, i + 2, cu_seqlens, counted)
-                total = total + cross_entropy(out.y + F.silu(layer(out.y)), weight, later)
+                total = total + model.cross_entropy(out.y + F.silu(layer(out.y)), later)
             parts["n_future"] = total.detach() / len(self.further)
             loss = loss + self.config.n_future_weight * total / len(self.further)
         for name, extra in out.losses.items():
@@ -106,7 +104,7 @@ class Causal(Objective):
         nats = plain.detach()
         if self.config.z_loss:
             with torch.no_grad():
-                nats = cross_entropy(out.y, weight, targets, reduction="sum")
+                nats = model.cross_entropy(out.y, targets, reduction="sum")
         return ObjectiveLoss(loss=loss, nats=nats, count=count, parts=parts)
 
     @torch.no_grad()
@@ -127,7 +125,7 @@ class Causal(Objective):
             tokens, counted, cu_seqlens = packed(tokens, counted, lengths)
         targets = shifted(tokens, 1, cu_seqlens, counted)
         y = model.hidden(tokens, Layout(causal=True, cu_seqlens=cu_seqlens)).y
-        nats = cross_entropy(y, model.output_weight(y), targets, reduction="none").double().flatten().split(sizes)
+        nats = model.cross_entropy(y, targets, reduction="none").double().flatten().split(sizes)
         pairs = zip(y.flatten(0, 1).split(sizes), targets.flatten().split(sizes), strict=True)
         greedy = [((model.logits(row).argmax(-1) == own) | (own == IGNORED)).all() for row, own in pairs]
         return Likelihood(nats=torch.stack([row.sum() for row in nats]).cpu(), greedy=torch.stack(greedy).cpu())

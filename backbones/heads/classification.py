@@ -39,7 +39,7 @@ class ClassificationHeadConfig(Config):
 def split_tokens(
     tokens: Float[Tensor, "b t d"], layout: Layout
 ) -> tuple[Float[Tensor, "b grid d"], Float[Tensor, "b extra d"]]:
-    """The tokens of the grid, and those beside it (class token, registers), each in order."""
+    """The tokens of the grid, and the others (class token, registers), each in order."""
     if not layout.extra:
         return tokens, tokens[:, :0]
     edges = (-1, *layout.extra, tokens.shape[1])

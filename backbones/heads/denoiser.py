@@ -1,4 +1,4 @@
-"""What all objectives share that hide tokens behind a mask and predict them."""
+"""What all objectives share that replace tokens by a mask and predict them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import UnsupportedCall
-from ...kernels import cross_entropy
 from ..config import ObjectiveConfig
 from ..layer import Capabilities, unfit
 from .objective import Objective
@@ -55,7 +54,7 @@ class Denoiser(Objective):
         self, model: LanguageModel, y: Float[Tensor, "n d"], targets: Int[Tensor, " n"]
     ) -> Float[Tensor, " n"]:
         """What each masked token costs, given the backbone's output where it is predicted."""
-        return cross_entropy(y, model.output_weight(y), targets, reduction="none")
+        return model.cross_entropy(y, targets, reduction="none")
 
     def haste(self, logits: Float[Tensor, "n v"]) -> Float[Tensor, " n"]:
         """By which factor each masked token is revealed sooner, or later, than its share of the time left says."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..language import LanguageModel
     from ..mixers import Mixer
 
-# Tokens that an estimate of a likelihood passes through the model at a time.
+# Tokens in one forward pass of an estimated likelihood.
 TOKENS_AT_A_TIME = 16384
 
 
@@ -43,8 +43,8 @@ class MaskedConfig(ObjectiveConfig):
             token is predicted (LaViDa, arXiv 2505.16839, section 3.2).
         shift: a token is predicted at the place before it, as in the autoregressive model that the weights come from
             (DiffuLLaMA, arXiv 2410.17891, section 3.2; Dream, arXiv 2508.15487).
-        anneal_steps: over so many first training steps the model goes from looking backwards to looking both ways;
-            see `Masked.anneal`.
+        anneal_steps: over so many first training steps the model changes from causal to bidirectional; see
+            `Masked.anneal`.
     """
 
     eps: float = LEAST_LEVEL
@@ -190,7 +190,7 @@ class Masked(Denoiser):
 def _doubled(
     masked: Tensor, others: Tensor, rate: Tensor, tokens: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Masks, rates, tokens and borders of a batch followed by itself with the complementary masks."""
+    """Masks, rates, tokens and boundaries of a batch followed by itself with the complementary masks."""
     if cu_seqlens is None:
         return torch.cat([masked, others]), torch.cat([rate, 1 - rate]), tokens.repeat(2, 1), None
     borders = torch.cat([cu_seqlens, cu_seqlens[1:] + cu_seqlens[-1]])

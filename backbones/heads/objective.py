@@ -56,7 +56,7 @@ class Objective(nn.Module, ABC):
     """What a language model is trained for.
 
     Attributes:
-        decoder: which decoder writes text with such a model.
+        decoder: which decoder generates text with such a model.
         extra_tokens: rows of the embedding beyond the vocabulary; never predicted. The first is the mask token.
     """
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...kernels import cross_entropy
 from .masked import Masked, MaskedConfig
 from .objective import register_objective
 
@@ -42,10 +41,9 @@ class Sedd(Masked):
     def token_nats(
         self, model: LanguageModel, y: Float[Tensor, "n d"], targets: Int[Tensor, " n"]
     ) -> Float[Tensor, " n"]:
-        weight = model.output_weight(y)
-        plain = cross_entropy(y, weight, targets, reduction="none")
+        plain = model.cross_entropy(y, targets, reduction="none")
         # log n from the cross-entropy, which knows the normaliser, and the target's logit, a product of two rows.
-        logit = (y * weight[targets]).to(plain.dtype).sum(-1)
+        logit = model.logits_of(y, targets).to(plain.dtype)
         normaliser = plain + logit - log(self.vocabulary)
         return plain + normaliser.exp() - normaliser - 1
 

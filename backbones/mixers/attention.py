@@ -14,7 +14,7 @@ from ..config import MixerConfig, Site, positive
 from ..context import Context
 from ..layer import Capabilities, Output
 from ..layout import Layout, repack, unpack
-from ..linear import Linear
+from ..linear import apply_linear
 from ..norm import RMSNorm
 from ..rotary import rotary
 from ..state import State
@@ -59,7 +59,7 @@ class AttentionConfig(MixerConfig):
 class Attention(Mixer):
     """softmax(q kᵀ / √d) v. Its state holds every key and value that was read, so it grows.
 
-    Under blocks a mask of queries by keys stands beside the scores, unless one block holds all tokens.
+    Under blocks a mask of queries by keys is added to the scores, unless one block holds all tokens.
     """
 
     capabilities = Capabilities(constant_state=False)
@@ -74,11 +74,11 @@ class Attention(Mixer):
             raise ConfigError(f"kv_heads is {kv_heads}; it must divide the {heads} query heads")
         self.size, self.rope_base = dim // heads, config.rope_base if config.rope else None
         self.sizes = (dim, kv_heads * self.size, kv_heads * self.size, dim if config.gate else 0)
-        self.in_proj = Linear(dim, sum(self.sizes), bias=False)
+        self.in_proj = nn.Linear(dim, sum(self.sizes), bias=False)
         self.qk_norm = config.qk_norm
         self.q_norm = RMSNorm(self.size, eps=site.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.size, eps=site.norm_eps) if config.qk_norm else nn.Identity()
-        self.out_proj = Linear(dim, dim, bias=False)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
         self.cache = self.make_cache({name: (kv_heads, self.size) for name in "kv"})
         if config.rope:
             self.capabilities = dataclasses.replace(self.capabilities, reads=frozenset({"positions"}))
@@ -88,7 +88,7 @@ class Attention(Mixer):
         return KVCache(shapes)
 
     def mix(self, x: Tensor, context: Context, state: State | None) -> Output:
-        qk, v, gate = self.in_proj(x).split((sum(self.sizes[:2]), *self.sizes[2:]), dim=-1)
+        qk, v, gate = apply_linear(self.in_proj, x).split((sum(self.sizes[:2]), *self.sizes[2:]), dim=-1)
         qk, v = (s.unflatten(-1, (-1, self.size)) for s in (qk, v))
         heads = self.sizes[0] // self.size
         if self.qk_norm:
@@ -103,7 +103,7 @@ class Attention(Mixer):
             k, v = k.contiguous(), v.contiguous()
         o, state = self.attend(q, {"k": k, "v": v}, context.layout, state)
         o = o.flatten(-2)
-        return Output(self.out_proj(o * gate.sigmoid() if self.sizes[-1] else o), state)
+        return Output(apply_linear(self.out_proj, o * gate.sigmoid() if self.sizes[-1] else o), state)
 
     def attend(
         self, q: Tensor, rows: dict[str, Tensor], layout: Layout, state: State | None

@@ -65,7 +65,7 @@ class Mixer(SequenceLayer):
                 )
         elif layout.causal and not can.causal:
             raise UnsupportedCall(
-                f"{name} runs in several directions and does not serve Layout(causal=True); configure scan='forward'"
+                f"{name} runs a multi-directional scan and does not serve Layout(causal=True); configure scan='forward'"
             )
         elif not layout.causal and not can.bidirectional:
             raise UnsupportedCall(
@@ -136,7 +136,7 @@ class ScanMixer(Mixer):
         """The output from the branches' mean, (b, t, ...)."""
 
     def publish(self, more: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
-        """What is shared with later layers, from what each branch returned beside its output."""
+        """What is shared with later layers, from what each branch returned in addition to its output."""
         return {}
 
     def mix(self, x: Tensor, context: Context, state: State | None) -> Output:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import ConfigError, UnsupportedShape
 from ...kernels import attention
@@ -13,7 +13,7 @@ from ..config import Site, positive
 from ..context import Context, Memory
 from ..layer import Capabilities, Output
 from ..layout import repack, unpack
-from ..linear import Linear
+from ..linear import apply_linear
 from ..rotary import rotary
 from ..state import State
 from .base import Mixer, heads_for
@@ -70,10 +70,11 @@ class CrossAttention(Mixer):
         self.kv_heads, self.size = config.kv_heads or heads, dim // heads
         if heads % self.kv_heads:
             raise ConfigError(f"kv_heads is {self.kv_heads}; it must divide the {heads} query heads")
-        self.q_proj = Linear(dim, dim, bias=False)
+        self.q_proj = nn.Linear(dim, dim, bias=False)
         if not config.projected:
-            self.kv_proj = Linear(config.source_dim or dim, 2 * self.kv_heads * self.size, bias=False)
-        self.out_proj = Linear(dim, dim, bias=False)
+            self.source_dim = config.source_dim or dim
+            self.kv_proj = nn.Linear(self.source_dim, 2 * self.kv_heads * self.size, bias=False)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
         # What is published holds the tokens of one call; a memory from elsewhere is the same in all of them.
         streaming = not config.source.startswith("stages.")
         reads = frozenset({config.source, "positions"})
@@ -81,10 +82,10 @@ class CrossAttention(Mixer):
 
     def mix(self, x: Tensor, context: Context, state: State | None) -> Output:
         positions, layout = context.positions_of(x), context.layout
-        memory = self._memory(context, layout.sequences(len(x)))
+        memory = self._memory(context, layout.sequences(x.shape[0]))
         if not memory.positions.numel():
-            return Output(self.out_proj(torch.zeros_like(x)))
-        q = self.q_proj(x).unflatten(-1, (-1, self.size))
+            return Output(apply_linear(self.out_proj, torch.zeros_like(x)))
+        q = apply_linear(self.q_proj, x).unflatten(-1, (-1, self.size))
         q = rotary(q, positions, self.config.rope_base) if self.config.rope else q
         k, v = self._keys(memory)
         # Where nothing is causal, every filled slot is seen: all queries stand at the last slot's position.
@@ -93,7 +94,7 @@ class CrossAttention(Mixer):
             q, seen = unpack(q, layout.cu_seqlens), unpack(seen, layout.cu_seqlens, fill=-1)
         o = attention(q, k, v, q_positions=seen, k_positions=memory.positions)
         o = o if layout.cu_seqlens is None else repack(o, layout.cu_seqlens)
-        return Output(self.out_proj(o.flatten(-2)))
+        return Output(apply_linear(self.out_proj, o.flatten(-2)))
 
     def _memory(self, context: Context, sequences: int) -> Memory:
         """The memory, one row for each sequence."""
@@ -107,7 +108,7 @@ class CrossAttention(Mixer):
             found = len(memory.positions)
             raise UnsupportedShape(f"cross_attention: {name!r} has {found} sequences, and the tokens {sequences}")
         channels = memory.tensors[wanted[0]].shape[-1]
-        takes = self.size if self.config.projected else self.kv_proj.in_features
+        takes = self.size if self.config.projected else self.source_dim
         if channels != takes:
             raise UnsupportedShape(
                 f"cross_attention: {wanted[0]!r} of {name!r} has {channels} channels, and the layer takes {takes}; see "
@@ -118,5 +119,6 @@ class CrossAttention(Mixer):
     def _keys(self, memory: Memory) -> tuple[Tensor, Tensor]:
         if self.config.projected:
             return memory.tensors["k"], memory.tensors["v"]
-        k, v = self.kv_proj(memory.tensors["x"]).unflatten(-1, (2 * self.kv_heads, self.size)).chunk(2, dim=-2)
+        kv = apply_linear(self.kv_proj, memory.tensors["x"])
+        k, v = kv.unflatten(-1, (2 * self.kv_heads, self.size)).chunk(2, dim=-2)
         return rotary(k, memory.positions, self.config.rope_base) if self.config.rope else k, v

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..config import MixerConfig, Site, positive
 from ..context import Context
-from ..linear import Linear
+from ..linear import apply_linear
 from ..norm import RMSNorm
 from .base import heads_for
 from .parts.delta import DeltaDirection, DeltaMixer
@@ -48,15 +48,15 @@ class DeltaNet(DeltaMixer):
     def __init__(self, dim: int, config: DeltaNetConfig, site: Site):
         heads, sizes = heads_for(dim, config.heads), (dim, dim, dim)
         super().__init__(site, heads, sizes, config.conv_size)
-        self.in_proj = Linear(dim, sum(sizes) + heads, bias=False)
+        self.in_proj = nn.Linear(dim, sum(sizes) + heads, bias=False)
         self.branches = nn.ModuleList(
             DeltaDirection(heads, sizes, config.conv_size, 2.0 if config.negative else 1.0) for _ in site.scan
         )
         self.norm = RMSNorm(dim, eps=site.norm_eps, groups=heads)
-        self.out_proj = Linear(dim, dim, bias=False)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
 
     def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], None]:
-        return self.in_proj(x).split((sum(self.sizes), self.heads), dim=-1), None
+        return apply_linear(self.in_proj, x).split((sum(self.sizes), self.heads), dim=-1), None
 
     def finish(self, mixed: Tensor, kept: None) -> Tensor:
-        return self.out_proj(self.norm(mixed))
+        return apply_linear(self.out_proj, self.norm(mixed))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..config import MixerConfig, Site, positive
 from ..context import Context
-from ..linear import Linear
+from ..linear import apply_linear
 from ..norm import RMSNorm
 from .base import heads_for
 from .parts.delta import DeltaDirection, DeltaMixer
@@ -65,16 +65,18 @@ class GatedDeltaNet(DeltaMixer):
         key, value = (max(1, round(dim * r / heads)) * heads for r in (config.key_ratio, config.value_ratio))
         sizes = (key, key, value)
         super().__init__(site, heads, sizes, config.conv_size)
-        self.in_proj = Linear(dim, sum(sizes) + 2 * heads + value, bias=False)
+        self.in_proj = nn.Linear(dim, sum(sizes) + 2 * heads + value, bias=False)
         self.branches = nn.ModuleList(
             _Direction(heads, sizes, config.conv_size, 2.0 if config.negative else 1.0) for _ in site.scan
         )
         self.norm = RMSNorm(value, eps=site.norm_eps, groups=heads)
-        self.out_proj = Linear(value, dim, bias=False)
+        self.out_proj = nn.Linear(value, dim, bias=False)
 
     def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], Tensor]:
-        *streams, gate = self.in_proj(x).split((sum(self.sizes), self.heads, self.heads, self.sizes[2]), dim=-1)
+        *streams, gate = apply_linear(self.in_proj, x).split(
+            (sum(self.sizes), self.heads, self.heads, self.sizes[2]), dim=-1
+        )
         return tuple(streams), gate
 
     def finish(self, mixed: Tensor, kept: Tensor | None) -> Tensor:
-        return self.out_proj(self.norm(mixed, kept))
+        return apply_linear(self.out_proj, self.norm(mixed, kept))

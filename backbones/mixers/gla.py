@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...kernels import gated_linear
 from ..config import MixerConfig, Site, positive
 from ..context import Context
-from ..linear import Linear
+from ..linear import apply_linear
 from ..norm import RMSNorm
 from ..state import State
 from .base import ScanMixer, heads_for
@@ -45,14 +45,14 @@ class _Direction(nn.Module):
     def __init__(self, dim: int, heads: int, key_dim: int, config: GLAConfig):
         super().__init__()
         self.heads, self.temperature = heads, config.gate_temperature
-        self.gate_down = Linear(dim, config.gate_rank, bias=False)
-        self.gate_up = Linear(config.gate_rank, key_dim)
+        self.gate_down = nn.Linear(dim, config.gate_rank, bias=False)
+        self.gate_up = nn.Linear(config.gate_rank, key_dim)
 
     def forward(
         self, streams: tuple[Tensor, ...], context: Context, state: State | None
     ) -> tuple[Tensor, State | None]:
         x, q, k, v = streams
-        decay = log_sigmoid(self.gate_up(self.gate_down(x))) / self.temperature
+        decay = log_sigmoid(apply_linear(self.gate_up, apply_linear(self.gate_down, x))) / self.temperature
         o, memory = gated_linear(
             q.unflatten(-1, (self.heads, -1)),
             k.unflatten(-1, (self.heads, -1)),
@@ -75,7 +75,7 @@ class _Direction(nn.Module):
 class GLA(ScanMixer):
     """S_t = diag(α_t) S_{t-1} + k_t v_tᵀ with α_t = σ(W x_t)^(1/16); normalised by head, with a swish output gate.
 
-    In several directions: ViG (arXiv 2405.18425), which shares q, k, v and the output and gives each its gates.
+    Multi-directional scans: ViG (arXiv 2405.18425), which shares q, k, v and the output and gives each its gates.
     """
 
     def __init__(self, dim: int, config: GLAConfig, site: Site):
@@ -83,18 +83,18 @@ class GLA(ScanMixer):
         heads = heads_for(dim, config.heads)
         key_dim = max(1, round(dim * config.key_ratio / heads)) * heads
         self.sizes = (key_dim, key_dim, dim, dim)
-        self.in_proj = Linear(dim, sum(self.sizes), bias=False)
+        self.in_proj = nn.Linear(dim, sum(self.sizes), bias=False)
         self.branches = nn.ModuleList(_Direction(dim, heads, key_dim, config) for _ in site.scan)
         self.norm = RMSNorm(dim, eps=site.norm_eps, groups=heads)
-        self.out_proj = Linear(dim, dim, bias=False)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
         self.state_shape = (heads, key_dim // heads, dim // heads)
 
     def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], Tensor]:
-        q, k, v, gate = self.in_proj(x).split(self.sizes, dim=-1)
+        q, k, v, gate = apply_linear(self.in_proj, x).split(self.sizes, dim=-1)
         return (x, q, k, v), gate
 
     def finish(self, mixed: Tensor, kept: Tensor | None) -> Tensor:
-        return self.out_proj(self.norm(mixed, kept))
+        return apply_linear(self.out_proj, self.norm(mixed, kept))
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:
         wide = torch.promote_types(dtype, torch.float32)

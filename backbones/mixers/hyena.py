@@ -29,7 +29,7 @@ class HyenaConfig(MixerConfig):
         length: taps of the long filters: how far back a token sees, and so the size of the state. It is the unit of
             the positions too, whatever the sequence's length.
         conv_size: taps of the short convolution.
-        features: sines and cosines of the position that the filter network sees, beside the position itself.
+        features: sines and cosines of the position that the filter network sees, in addition to the position itself.
         filter_dim, filter_depth: hidden channels and hidden layers of the filter network.
         frequency: of its sine activations at the start.
     """
@@ -51,7 +51,7 @@ class HyenaConfig(MixerConfig):
 
 
 class _Direction(nn.Module):
-    """What each direction owns: the short convolution, the long filters, and the skips beside them."""
+    """What each direction owns: the short convolution, the long filters and the skip connections."""
 
     def __init__(self, dim: int, config: HyenaConfig):
         super().__init__()
@@ -66,7 +66,8 @@ class _Direction(nn.Module):
             depth=config.filter_depth,
             frequency=config.frequency,
         )
-        self.skip = mark(nn.Parameter(torch.randn(config.order - 1, dim)), decay=False)
+        self.skip = nn.Parameter(torch.randn(config.order - 1, dim))
+        mark(self, "skip", decay=False)
 
     def forward(
         self, streams: tuple[Tensor, ...], context: Context, state: State | None

@@ -63,7 +63,7 @@ class KDA(DeltaMixer):
     def __init__(self, dim: int, config: KDAConfig, site: Site):
         heads, sizes = heads_for(dim, config.heads), (dim, dim, dim)
         super().__init__(site, heads, sizes, config.conv_size)
-        rank = dim // heads if config.gate_rank is None else config.gate_rank
+        self.rank = rank = dim // heads if config.gate_rank is None else config.gate_rank
         self.in_proj = nn.Linear(dim, sum(sizes) + heads + rank, bias=False)
         self.gate_up = nn.Linear(rank, dim)
         self.branches = nn.ModuleList(_Direction(heads, dim, rank, config) for _ in site.scan)
@@ -71,7 +71,7 @@ class KDA(DeltaMixer):
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
     def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], Tensor]:
-        qkv, beta, gate = self.in_proj(x).split((sum(self.sizes), self.heads, self.gate_up.in_features), dim=-1)
+        qkv, beta, gate = self.in_proj(x).split((sum(self.sizes), self.heads, self.rank), dim=-1)
         return (qkv, beta, x), self.gate_up(gate)
 
     def finish(self, mixed: Tensor, kept: Tensor | None) -> Tensor:

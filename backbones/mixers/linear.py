@@ -66,7 +66,7 @@ class Linear(Mixer):
         layout, memory = context.layout, None if state is None else state["memory"]
         q, k, v = (s.unflatten(-1, (self.heads, -1)) for s in self.in_proj(x).chunk(3, dim=-1))
         q, k = self._features(q), self._features(k)
-        # A channel of ones beside the values sums φ(k): numerator and normaliser come out of one product. Both grow
+        # A channel of ones next to the values sums φ(k): numerator and normaliser come out of one product. Both grow
         # with the sequence, out of float16's range, and are wide until they are divided.
         v = F.pad(v.to(torch.promote_types(v.dtype, torch.float32)), (0, 1), value=1.0)
         if layout.causal is True:

@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...kernels import selective_scan, short_conv
 from ..config import MixerConfig, Site, positive
 from ..context import Context
+from ..linear import without_bias
 from ..parameters import mark
 from ..state import State
 from .base import ScanMixer
@@ -65,11 +65,11 @@ class _Direction(nn.Module):
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-(rank**-0.5), rank**-0.5)
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
-        mark(self.dt_proj.weight, initialised=True)
-        mark(self.dt_proj.bias, initialised=True, decay=False)
+        mark(self.dt_proj, "weight", "bias", initialised=True)
         # S4D-Real: A_n = -(n + 1).
-        self.A_log = mark(nn.Parameter(torch.arange(1.0, n + 1).log().repeat(inner, 1)), decay=False)
-        self.D = mark(nn.Parameter(torch.ones(inner)), decay=False)
+        self.A_log = nn.Parameter(torch.arange(1.0, n + 1).log().repeat(inner, 1))
+        self.D = nn.Parameter(torch.ones(inner))
+        mark(self, "A_log", "D", decay=False)
 
     def forward(
         self, streams: tuple[Tensor, ...], context: Context, state: State | None
@@ -84,16 +84,17 @@ class _Direction(nn.Module):
             cu_seqlens=context.layout.cu_seqlens,
         )
         dt, b, c = self.x_proj(x).split(self.sizes, dim=-1)
+        dt, bias = without_bias(self.dt_proj, dt)
         wide = torch.promote_types(x.dtype, torch.float32)
         y, memory = selective_scan(
             x,
-            F.linear(dt, self.dt_proj.weight),
+            dt,
             -self.A_log.to(wide).exp(),
             b.unsqueeze(2),
             c.unsqueeze(2),
             D=self.D,
             z=z,
-            delta_bias=self.dt_proj.bias,
+            delta_bias=bias,
             delta_softplus=True,
             initial_state=None if state is None else state["memory"],
             cu_seqlens=context.layout.cu_seqlens,
@@ -110,9 +111,9 @@ class _Direction(nn.Module):
     reference=reference,
 )
 class Mamba(ScanMixer):
-    """h_t = e^{Δ_t A} h_{t-1} + Δ_t B_t x_t, y_t = (C_t h_t + D x_t) silu(z_t), behind a short convolution.
+    """h_t = e^{Δ_t A} h_{t-1} + Δ_t B_t x_t, y_t = (C_t h_t + D x_t) silu(z_t), after a short convolution.
 
-    In several directions: Vim (arXiv 2401.09417, forward and backward) and VMamba (arXiv 2401.10166, cross-scan).
+    Multi-directional scans: Vim (arXiv 2401.09417, forward and backward) and VMamba (arXiv 2401.10166, cross-scan).
     """
 
     def __init__(self, dim: int, config: MambaConfig, site: Site):

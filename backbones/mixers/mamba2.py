@@ -13,7 +13,7 @@ from ...errors import ConfigError
 from ...kernels import gated_linear, mamba2_step, short_conv
 from ..config import MixerConfig, Site, positive
 from ..context import Context
-from ..linear import Linear
+from ..linear import apply_linear
 from ..norm import RMSNorm
 from ..parameters import mark
 from ..state import State
@@ -61,9 +61,10 @@ class _Direction(nn.Module):
         self.conv_bias = nn.Parameter(torch.zeros(channels))
         dt = torch.exp(torch.empty(heads).uniform_(math.log(config.dt_min), math.log(config.dt_max)))
         # The inverse of softplus, so that softplus(dt_bias) is log-uniform.
-        self.dt_bias = mark(nn.Parameter(dt + torch.log(-torch.expm1(-dt))), decay=False)
-        self.A_log = mark(nn.Parameter(torch.empty(heads).uniform_(1, 16).log()), decay=False)
-        self.D = mark(nn.Parameter(torch.ones(heads)), decay=False)
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(heads))
+        mark(self, "dt_bias", "A_log", "D", decay=False)
 
     def forward(
         self, streams: tuple[Tensor, ...], context: Context, state: State | None
@@ -121,19 +122,19 @@ class Mamba2(ScanMixer):
             raise ConfigError(f"groups is {config.groups}; it must divide the {heads} heads")
         channels = inner + 2 * config.groups * config.state_size
         self.sizes = (inner, channels, heads)
-        self.in_proj = Linear(dim, sum(self.sizes), bias=False)
+        self.in_proj = nn.Linear(dim, sum(self.sizes), bias=False)
         self.branches = nn.ModuleList(_Direction(inner, heads, config) for _ in site.scan)
         self.norm = RMSNorm(inner, eps=site.norm_eps, groups=config.groups, norm_before_gate=False)
-        self.out_proj = Linear(inner, dim, bias=False)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
         self.conv_shape = (channels, config.conv_size - 1)
         self.state_shape = (heads, config.state_size, inner // heads)
 
     def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], Tensor]:
-        z, xbc, dt = self.in_proj(x).split(self.sizes, dim=-1)
+        z, xbc, dt = apply_linear(self.in_proj, x).split(self.sizes, dim=-1)
         return (xbc, dt), z
 
     def finish(self, mixed: Tensor, kept: Tensor | None) -> Tensor:
-        return self.out_proj(self.norm(mixed, kept))
+        return apply_linear(self.out_proj, self.norm(mixed, kept))
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:
         wide = torch.promote_types(dtype, torch.float32)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.block_sparse.lists import by_mean_key
+from ...kernels.common.graphs import for_every_length
 from ..config import Site, positive
 from ..layer import Capabilities
 from ..layout import Layout, repack, unpack
@@ -75,7 +76,8 @@ class MoBA(Attention):
             per_row, queries = unpack(q, borders), unpack(ranks, borders, fill=-1)
         keys, count = grown["k"], grown["count"]
         blocks = None
-        if keys.shape[1] > self.top_k * self.block_size:
+        # A graph that is exported serves every length.
+        if for_every_length() or keys.shape[1] > self.top_k * self.block_size:
             blocks = by_mean_key(
                 per_row,
                 self._means(keys, count),
@@ -95,8 +97,11 @@ class MoBA(Attention):
 
     def _means(self, keys: Tensor, lengths: Tensor) -> Tensor:
         """The mean key of each block, (n, m, g, d); of one that is not full, of the keys that it has."""
-        count = -(-keys.shape[1] // self.block_size)
-        keys = F.pad(keys, (0, 0, 0, 0, 0, count * self.block_size - keys.shape[1])).unflatten(1, (count, -1))
+        # torch.export would take a single block for a constraint; an empty one is never chosen.
+        count = -(-keys.shape[1] // self.block_size) + int(for_every_length())
+        keys = F.pad(keys, (0, 0, 0, 0, 0, count * self.block_size - keys.shape[1])).unfold(
+            1, self.block_size, self.block_size
+        )
         start = torch.arange(count, device=keys.device) * self.block_size
         filled = (lengths[:, None] - start).clamp(1, self.block_size)[..., None, None]
-        return keys.sum(2, dtype=torch.promote_types(keys.dtype, torch.float32)) / filled
+        return keys.sum(-1, dtype=torch.promote_types(keys.dtype, torch.float32)) / filled

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...kernels import attention
 from ...kernels.block_sparse.lists import by_compressed_attention
+from ...kernels.common.graphs import for_every_length
 from ..config import MixerConfig, Site, divides, positive
 from ..context import Context
 from ..layer import Capabilities, Output
@@ -17,7 +18,7 @@ from ..rotary import rotary
 from ..state import State
 from .base import Mixer, heads_for
 from .parts.chosen_blocks import to_blocks
-from .parts.compress import Compress, compressed_rows, over_all
+from .parts.compress import Compress, compressed_rows, most_compressed, over_all
 from .parts.kv_cache import DenseCache, WindowCache
 from .reference.nsa import reference
 from .registry import register_mixer
@@ -102,10 +103,9 @@ class NSA(Mixer):
         if borders is not None:
             rows, turned, queries = unpack(q, borders), unpack(rotated, borders), unpack(ranks, borders, fill=-1)
         if old is None:
-            old = self.init_state(len(queries), device=x.device, dtype=q.dtype)
+            old = self.init_state(queries.shape[0], device=x.device, dtype=q.dtype)
         blocks_of = self.chosen.grown(chosen, layout, None if state is None else old["chosen"])
-        # One at least, if only to keep the compression within the graph: parameters without gradients halt DDP.
-        capacity = max(1, (blocks_of["k"].shape[1] - config.size) // config.stride + 1)
+        capacity = most_compressed(blocks_of["k"].shape[1], config.size, config.stride)
         compressed = compressed_rows(self.compress, coarse, layout, old, config.stride, capacity)
         o_coarse, blocks = self._coarse(rows, queries, compressed, blocks_of, causal)
         if state is None:
@@ -135,7 +135,7 @@ class NSA(Mixer):
         """The compressed branch's output, and the lists of selected blocks; None where there are no more than these."""
         k, v, lengths, config = compressed["k_coarse"], compressed["v_coarse"], blocks_of["count"], self.config
         count, blocks = -(-blocks_of["k"].shape[1] // config.block_size), None
-        if count > config.blocks:
+        if for_every_length() or count > config.blocks:
             sizes = {"size": config.size, "stride": config.stride, "block_size": config.block_size}
             choice = sizes | {"number": config.blocks, "local": config.local, "blocks": count}
             blocks = by_compressed_attention(q, k, queries, causal=causal, lengths=lengths, **choice)

@@ -56,8 +56,8 @@ class _Direction(nn.Module):
         self.gate_bias = nn.Parameter(torch.zeros(config.blocks, 1, 2 * size))
         # Section 2.4: σ(Λ)^c is uniform in [0.9, 0.999] at the start; below, Λ from its logarithm.
         log_a = torch.empty(inner).uniform_(0.9, 0.999).log() / config.exponent
-        self.decay = mark(nn.Parameter(log_a - torch.log(-torch.expm1(log_a))), decay=False)
-        mark(self.gate_bias, decay=False)
+        self.decay = nn.Parameter(log_a - torch.log(-torch.expm1(log_a)))
+        mark(self, "decay", "gate_bias", decay=False)
 
     def forward(
         self, streams: tuple[Tensor, ...], context: Context, state: State | None
@@ -93,7 +93,7 @@ class _Direction(nn.Module):
     reference=reference,
 )
 class RGLRU(ScanMixer):
-    """h_t = a_t h_{t-1} + sqrt(1 - a_t²) (i_t x_t) with a_t = σ(Λ)^(c r_t); times gelu of a branch beside it.
+    """h_t = a_t h_{t-1} + sqrt(1 - a_t²) (i_t x_t) with a_t = σ(Λ)^(c r_t); times gelu of a parallel branch.
 
     Gates r_t and i_t are sigmoids of block-diagonal maps of x_t, which comes from a short convolution (eq. 1 to 4).
     """

@@ -54,7 +54,7 @@ def _rank(configured: int | None, published: float) -> int:
 
 
 class _Direction(nn.Module):
-    """All but the output projection: the token shift, which looks back, stands before every other one."""
+    """All but the output projection: every other one follows the token shift, which is causal."""
 
     def __init__(self, dim: int, heads: int, config: RWKV7Config, site: Site, index: int, mixes: bool):
         super().__init__()
@@ -62,7 +62,7 @@ class _Direction(nn.Module):
         place, depth, rest = torch.arange(dim) / dim, site.layer / max(1, site.depth - 1), 1 - site.layer / site.depth
         # How much of the token before is mixed into what makes r, w, k, v, a and g.
         powers = torch.tensor([0.2, 0.9, 0.7, 0.7, 0.9, 0.2]) * rest
-        self.shift = mark(nn.Parameter(1 - place ** powers[:, None]), decay=False)
+        self.shift = nn.Parameter(1 - place ** powers[:, None])
         self.r_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         slow = -6.5 + 5 * (torch.arange(dim) / max(1, dim - 1)) ** (0.85 + depth**0.5)
         self.decay = LowRank(dim, _rank(config.decay_rank, 1.8 * dim**0.5), slow, nn.Tanh())
@@ -70,9 +70,10 @@ class _Direction(nn.Module):
         self.gate = LowRank(dim, _rank(config.gate_rank, 0.6 * dim**0.8), None, nn.Sigmoid())
         rank = _rank(config.value_rank, 1.3 * dim**0.5)
         self.value = LowRank(dim, rank, torch.ones(dim), nn.Identity()) if mixes else None
-        self.removal = mark(nn.Parameter(torch.full((dim,), 0.85)), decay=False)
-        self.replace = mark(nn.Parameter(torch.ones(dim)), decay=False)
-        self.bonus = mark(nn.Parameter(torch.zeros(heads, dim // heads)), decay=False)
+        self.removal = nn.Parameter(torch.full((dim,), 0.85))
+        self.replace = nn.Parameter(torch.ones(dim))
+        self.bonus = nn.Parameter(torch.zeros(heads, dim // heads))
+        mark(self, "shift", "removal", "replace", "bonus", decay=False)
         # Published with 64e-5 for heads of 64 channels.
         self.norm = nn.GroupNorm(heads, dim, eps=site.norm_eps * dim / heads)
 
@@ -118,13 +119,13 @@ class RWKV7(ScanMixer):
     """S_t = diag(w_t) S_{t-1} − (a_t ⊙ κ̂_t)(κ̂_tᵀ S_{t-1}) + k̃_t v_tᵀ (eq. 16-17, transposed), read by r_t.
 
     Normalised by head, with the bonus (r_t · ρ ⊙ k̃_t) v_t and a gate. The first layer shares its values, and later ones
-    move theirs towards these by a gate of the token (value residual, section 4). In several directions each owns
-    everything but the output projection, and has values of its own.
+    move theirs towards these by a gate of the token (value residual, section 4). In a multi-directional scan
+    each direction owns all but the output projection, and has values of its own.
     """
 
     def __init__(self, dim: int, config: RWKV7Config, site: Site):
         super().__init__(site)
-        self.heads = heads_for(dim, config.heads)
+        self.dim, self.heads = dim, heads_for(dim, config.heads)
         orders = range(len(site.scan))
         self.names = [f"first_value/{dim}/{i}" for i in orders if config.value_residual]
         self.first = not site.written.issuperset(self.names)
@@ -143,7 +144,6 @@ class RWKV7(ScanMixer):
         return self.out_proj(mixed)
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:
-        dim = self.out_proj.in_features
-        size, wide = dim // self.heads, torch.promote_types(dtype, torch.float32)
+        size, wide = self.dim // self.heads, torch.promote_types(dtype, torch.float32)
         memory = torch.zeros(batch, self.heads, size, size, device=device, dtype=wide)
-        return State({"last": torch.zeros(batch, dim, 1, device=device, dtype=dtype), "memory": memory})
+        return State({"last": torch.zeros(batch, self.dim, 1, device=device, dtype=dtype), "memory": memory})

@@ -54,11 +54,12 @@ class _Direction(nn.Module):
         size, n = config.state_size, torch.arange(config.state_size // 2)
         frequency = math.pi * n if config.init == "lin" else size / math.pi * (size / (2 * n + 1) - 1)
         log_dt = torch.empty(dim).uniform_(math.log(config.dt_min), math.log(config.dt_max))
-        self.log_dt = mark(nn.Parameter(log_dt), decay=False)
-        self.A_log = mark(nn.Parameter(torch.full((dim, size // 2), 0.5).log()), decay=False)
-        self.A_imag = mark(nn.Parameter(frequency.expand(dim, -1).clone()), decay=False)
+        self.log_dt = nn.Parameter(log_dt)
+        self.A_log = nn.Parameter(torch.full((dim, size // 2), 0.5).log())
+        self.A_imag = nn.Parameter(frequency.expand(dim, -1).clone())
         self.C = nn.Parameter(torch.randn(dim, size // 2, 2) * 0.5**0.5)
-        self.D = mark(nn.Parameter(torch.randn(dim)), decay=False)
+        self.D = nn.Parameter(torch.randn(dim))
+        mark(self, "log_dt", "A_log", "A_imag", "D", decay=False)
 
     def discretised(self, wide: torch.dtype) -> tuple[Pair, Pair]:
         """ΔA, and 2 C B̄ with B̄ = (e^{ΔA} − 1) / A (zero-order hold; the 2 for the conjugates)."""

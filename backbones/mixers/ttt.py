@@ -61,13 +61,15 @@ class _Direction(nn.Module):
         self.base_lr = config.base_lr or (1.0 if self.hidden is None else 0.1)
         first = self.hidden or size
         self.w1 = nn.Parameter(torch.randn(heads, size, first) * 0.02)
-        self.b1 = mark(nn.Parameter(torch.zeros(heads, first)), decay=False)
+        self.b1 = nn.Parameter(torch.zeros(heads, first))
         self.w2 = self.b2 = None
         if self.hidden is not None:
             self.w2 = nn.Parameter(torch.randn(heads, first, size) * 0.02)
-            self.b2 = mark(nn.Parameter(torch.zeros(heads, size)), decay=False)
-        self.norm_weight = mark(nn.Parameter(torch.ones(heads, size)), decay=False)
-        self.norm_bias = mark(nn.Parameter(torch.zeros(heads, size)), decay=False)
+            self.b2 = nn.Parameter(torch.zeros(heads, size))
+            mark(self, "b2", decay=False)
+        self.norm_weight = nn.Parameter(torch.ones(heads, size))
+        mark(self, "b1", "norm_weight", "norm_bias", decay=False)
+        self.norm_bias = nn.Parameter(torch.zeros(heads, size))
         self.gates = nn.Linear(dim, heads * (1 + config.momentum + config.forget))
         self.heads, self.state_shape = heads, (heads, state_size(size, self.hidden, momentum=config.momentum))
 

@@ -45,12 +45,12 @@ class AdaLN(Residual):
     def __init__(self, dim: int, config: AdaLNConfig, site: Site, drop_path: float):
         super().__init__(dim, config, site, drop_path)
         self.norm = RMSNorm(dim, eps=site.norm_eps)
-        self.modulation = nn.Linear(config.condition, 3 * dim)
-        nn.init.zeros_(mark(self.modulation.weight, initialised=True))
+        self.channels, self.modulation = config.condition, nn.Linear(config.condition, 3 * dim)
+        nn.init.zeros_(self.modulation.weight)
+        mark(self.modulation, "weight", initialised=True)
 
     def forward(self, stream: Tensor, layer: SequenceLayer, context: Context, state: State | None) -> Output:
-        weight = self.modulation.weight
-        condition = context.condition_of(stream, weight.shape[1], weight.dtype)
+        condition = context.condition_of(stream, self.channels, self.norm.weight.dtype)
         shift, scale, gate = self.modulation(F.silu(condition)).chunk(3, dim=-1)
         out = layer(self.norm(stream) * (1 + scale) + shift, context, state)
         return out._replace(y=stream + self.dropped(out.y * gate, context))

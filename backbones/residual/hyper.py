@@ -54,14 +54,17 @@ class Hyper(Residual):
         read = torch.zeros(n, 1)
         # Each layer reads another copy at the start (eq. 14).
         read[site.layer % n] = 1.0
-        self.mix = mark(nn.Parameter(torch.cat([read, torch.eye(n)], dim=1)), decay=False)
-        self.write = mark(nn.Parameter(torch.ones(n)), decay=False)
+        self.mix = nn.Parameter(torch.cat([read, torch.eye(n)], dim=1))
+        self.write = nn.Parameter(torch.ones(n))
+        mark(self, "mix", "write", decay=False)
         self.dynamic = None
         if config.dynamic:
             self.copies_norm = RMSNorm(dim, eps=site.norm_eps)
             self.dynamic = nn.Linear(dim, n + 2, bias=False)
-            nn.init.zeros_(mark(self.dynamic.weight, initialised=True))
-            self.strength = mark(nn.Parameter(torch.full((2,), 0.01)), decay=False)
+            nn.init.zeros_(self.dynamic.weight)
+            mark(self.dynamic, "weight", initialised=True)
+            self.strength = nn.Parameter(torch.full((2,), 0.01))
+            mark(self, "strength", decay=False)
 
     def open(self, x: Tensor) -> Tensor:
         return x.unsqueeze(-2).expand(*x.shape[:-1], self.rate, x.shape[-1])

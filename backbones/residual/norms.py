@@ -53,7 +53,8 @@ class Pre(Residual):
         if self.after:
             self.norm_after = RMSNorm(dim, eps=site.norm_eps)
         scale = config.layer_scale
-        self.layer_scale = None if scale is None else mark(nn.Parameter(torch.full((dim,), scale)), decay=False)
+        self.layer_scale = None if scale is None else nn.Parameter(torch.full((dim,), scale))
+        mark(self, "layer_scale", decay=False)
 
     def forward(self, stream: Tensor, layer: SequenceLayer, context: Context, state: State | None) -> Output:
         out = layer(self.norm(stream) if self.before else stream, context, state)
@@ -171,7 +172,8 @@ class Gated(Pre):
     def __init__(self, dim: int, config: GatedConfig, site: Site, drop_path: float):
         super().__init__(dim, config, site, drop_path)
         # FSDP2 cannot shard a parameter without dimensions.
-        self.gate = mark(nn.Parameter(torch.full((1,), config.gate)), decay=False)
+        self.gate = nn.Parameter(torch.full((1,), config.gate))
+        mark(self, "gate", decay=False)
 
     def scaled(self, y: Tensor) -> Tensor:
         return super().scaled(y) * self.gate.tanh().to(y.dtype)

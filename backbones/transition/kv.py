@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ..config import Site, TransitionConfig, positive
 from ..context import Context, Memory
 from ..layer import Capabilities, Output
-from ..linear import Linear
+from ..linear import apply_linear
 from ..mixers.base import heads_for
 from ..mixers.parts.kv_cache import KVCache
 from ..norm import RMSNorm
@@ -60,7 +60,7 @@ class SharedKV(Transition):
         heads = heads_for(dim, config.heads)
         self.size, kv_heads = dim // heads, config.kv_heads or heads
         self.norm = RMSNorm(dim, eps=site.norm_eps)
-        self.kv_proj = Linear(dim, 2 * kv_heads * self.size, bias=False)
+        self.kv_proj = nn.Linear(dim, 2 * kv_heads * self.size, bias=False)
         self.cache = KVCache({name: (kv_heads, self.size) for name in "kv"} | {"positions": ()})
         self.capabilities = Capabilities(
             constant_state=False,
@@ -73,7 +73,7 @@ class SharedKV(Transition):
     def forward(self, x: Tensor, context: Context, state: State | None = None) -> Output:
         context, config = Context.of(context), self.config
         positions = context.positions_of(x)
-        k, v = self.kv_proj(self.norm(x)).unflatten(-1, (-1, self.size)).chunk(2, dim=-2)
+        k, v = apply_linear(self.kv_proj, self.norm(x)).unflatten(-1, (-1, self.size)).chunk(2, dim=-2)
         k = rotary(k, positions, config.rope_base) if config.rope else k
         grown = self.cache.grown({"k": k, "v": v, "positions": positions}, context.layout, state)
         memory = Memory({"k": grown["k"], "v": grown["v"]}, grown["positions"])

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import UnsupportedCall
 from ..config import Site, TransitionConfig
 from ..context import Context
 from ..layer import Capabilities, Output
 from ..layout import Grid, Layout
-from ..linear import Linear
+from ..linear import apply_linear
 from ..norm import RMSNorm
 from ..state import State
 from .base import Transition, of_other_tokens, register_transition
@@ -41,7 +41,7 @@ class Merge(Transition):
     def __init__(self, dim: int, config: MergeConfig, site: Site, dim_out: int):
         super().__init__()
         self.norm = RMSNorm(4 * dim, eps=site.norm_eps)
-        self.reduction = Linear(4 * dim, dim_out, bias=False)
+        self.reduction = nn.Linear(4 * dim, dim_out, bias=False)
 
     def forward(self, x: Tensor, context: Context, state: State | None = None) -> Output:
         context = Context.of(context)
@@ -60,7 +60,7 @@ class Merge(Transition):
             lengths = torch.tensor([0, *(part.shape[1] for part, _ in parts)], device=x.device)
             borders = lengths.cumsum(0).to(layout.cu_seqlens.dtype)
             after = Layout(causal=False, cu_seqlens=borders, grid=tuple(grid for _, grid in parts))
-        return Output(self.reduction(self.norm(merged)), context=of_other_tokens(context, after))
+        return Output(apply_linear(self.reduction, self.norm(merged)), context=of_other_tokens(context, after))
 
 
 def _merged(x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:

@@ -51,7 +51,8 @@ class MetaTokens(Transition):
         super().__init__()
         if dim != dim_out:
             raise ConfigError(f"meta_tokens keeps the width {dim}, and the stage's is {dim_out}")
-        self.tokens = mark(nn.Parameter(torch.randn(config.tokens, dim) * 0.02), decay=False)
+        self.tokens = nn.Parameter(torch.randn(config.tokens, dim) * 0.02)
+        mark(self, "tokens", decay=False)
 
     def forward(self, x: Tensor, context: Context, state: State | None = None) -> Output:
         context = Context.of(context)

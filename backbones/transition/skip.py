@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import UnsupportedCall, UnsupportedShape
 from ..config import Site, TransitionConfig, positive
 from ..context import Context
 from ..layer import Capabilities, Output
 from ..layout import Grid, Layout
-from ..linear import Linear
+from ..linear import apply_linear
 from ..state import State
 from .base import Transition, of_other_tokens, register_transition
 
@@ -39,7 +39,7 @@ class SkipConfig(TransitionConfig):
 @register_transition(
     "skip",
     SkipConfig,
-    summary="tokens, expanded where wanted, beside an earlier stage's, and one linear map of both",
+    summary="tokens, expanded where wanted, concatenated with an earlier stage's, and one linear map of both",
     source="arXiv 1505.04597, 2209.12152",
     examples=(),
 )
@@ -50,8 +50,8 @@ class Skip(Transition):
         super().__init__()
         self.config, self.shrinks = config, 0.5 if config.expand else 1.0
         source_dim = self.source_dim = config.source_dim or dim
-        self.expand = Linear(dim, 4 * source_dim, bias=False) if config.expand else None
-        self.joined = Linear(source_dim + (source_dim if config.expand else dim), dim_out, bias=False)
+        self.expand = nn.Linear(dim, 4 * source_dim, bias=False) if config.expand else None
+        self.joined = nn.Linear(source_dim + (source_dim if config.expand else dim), dim_out, bias=False)
         sequential = not config.expand
         self.capabilities = Capabilities(
             causal=sequential,
@@ -66,10 +66,10 @@ class Skip(Transition):
         context = Context.of(context)
         source, layout = self._source(context)
         if self.expand is not None:
-            x = _expanded(self.expand(x), context.layout, layout)
+            x = _expanded(apply_linear(self.expand, x), context.layout, layout)
         if x.shape[:2] != source.shape[:2]:
             raise UnsupportedShape(f"skip: x has {x.shape[1]} tokens, and {self.config.source!r} {source.shape[1]}")
-        y = self.joined(torch.cat([x, source], dim=-1))
+        y = apply_linear(self.joined, torch.cat([x, source], dim=-1))
         return Output(y, context=None if self.expand is None else of_other_tokens(context, layout))
 
     def _source(self, context: Context) -> tuple[Tensor, Layout | None]:

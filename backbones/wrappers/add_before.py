@@ -12,7 +12,7 @@ from ..block import added
 from ..config import INHERIT, BlockConfig, MixerConfig, Site, configured
 from ..context import Context
 from ..layer import Capabilities, Output, SequenceLayer
-from ..linear import Linear
+from ..linear import apply_linear
 from ..norm import RMSNorm
 from ..registry import build_part
 from ..state import State
@@ -26,7 +26,7 @@ class AddBeforeConfig(WrapperConfig):
     Args:
         inner: the mixer that stays the block's own.
         branch: the block that may be tied between depths; it has nothing to inherit but its residual form, "pre".
-        concat: name of the shared tensor (b, t, d) that is put beside the tokens that the branch reads; None for none.
+        concat: name of the shared tensor (b, t, d) that is concatenated to what the branch reads; None for none.
     """
 
     inner: MixerConfig | str
@@ -56,7 +56,7 @@ class AddBefore(SequenceLayer):
         self.concat = config.concat
         wide = dim if config.concat is None else 2 * dim
         self.branch = inner_block(wide, config.branch, site)
-        self.linear = Linear(wide, dim, bias=False)
+        self.linear = nn.Linear(wide, dim, bias=False)
         self.norm = RMSNorm(dim, eps=site.norm_eps)
         self.inner = build_part(config.inner, dim, site)
         joined = Capabilities.joined(part.capabilities for part in (self.branch, self.inner))
@@ -69,7 +69,7 @@ class AddBefore(SequenceLayer):
         wide = x if self.concat is None else torch.cat([x, context.tensor(self.concat, type(self).__name__)], dim=-1)
         branch = self.branch(wide, context, before.get("branch"))
         context = context.with_shared(branch.shared)
-        out = self.inner(self.norm(x + self.linear(branch.y)), context, before.get("inner"))
+        out = self.inner(self.norm(x + apply_linear(self.linear, branch.y)), context, before.get("inner"))
         states = {"branch": branch.state, "inner": out.state}
         states = {name: after for name, after in states.items() if after is not None}
         return Output(

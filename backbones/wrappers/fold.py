@@ -55,7 +55,7 @@ class FoldConfig(WrapperConfig):
     examples=(),
 )
 class Fold(SequenceLayer):
-    """The inner mixer within each group of the grid's cells, in raster order. Tokens beside the grid are refused."""
+    """The inner mixer within each group of the grid's cells, in raster order. Other tokens are refused."""
 
     def __init__(self, dim: int, config: FoldConfig, site: Site):
         super().__init__()

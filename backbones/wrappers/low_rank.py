@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..config import FFNConfig, MixerConfig, Site, configured, positive
 from ..context import Context
 from ..layer import Output, SequenceLayer
+from ..linear import apply_linear
 from ..parameters import mark
 from ..registry import build_part
 from ..state import State
@@ -44,7 +45,8 @@ class Corrected(nn.Module):
         self.base = base
         self.down = nn.Linear(base.in_features, rank, bias=False)
         self.up = nn.Linear(rank, base.out_features, bias=False)
-        nn.init.zeros_(mark(self.up.weight, initialised=True))
+        nn.init.zeros_(self.up.weight)
+        mark(self.up, "weight", initialised=True)
 
     @property
     def weight(self) -> Tensor:
@@ -52,7 +54,7 @@ class Corrected(nn.Module):
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.up(self.down(x))
+        return apply_linear(self.base, x) + self.up(self.down(x))
 
 
 @register_wrapper(

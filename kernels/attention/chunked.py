@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.graphs import for_every_length
 from .visible import Rule, positions, visible_keys
 
 # In a block of a window's queries. Shorter ones meet fewer keys in vain, but are smaller products.
@@ -45,10 +46,10 @@ def attention_chunked(
 def aligned(q: Tensor, k: Tensor, v: Tensor, rule: Rule, scale: float) -> Tensor:
     """Attention where keys stand at 0 … tk-1 and the queries are the last of them. Shapes as in `attention`."""
     tq, tk = q.shape[1], k.shape[1]
-    if rule.window is not None and rule.window < tk:
+    if rule.window is not None and (for_every_length() or rule.window < tk):
         reach = -(-max(rule.window - 1, 1) // 64) * 64
-        # With fewer steps there is nothing to save.
-        if tq > 2 * reach and tq <= tk:
+        # With fewer steps there is nothing to save; a graph that is exported serves any number of them.
+        if not for_every_length() and tq > 2 * reach and tq <= tk:
             return _windowed(q, k, v, rule, scale, min(reach, QUERIES))
     elif not rule.causal or tq == 1:
         return _sdpa(q, k, v, scale)
@@ -75,7 +76,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = N
         groups = heads
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     o = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=heads != groups
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=bool(heads != groups)
     )
     return o.transpose(1, 2)[..., :width]
 

@@ -35,9 +35,7 @@ def positions(
     q_positions: Tensor | None, k_positions: Tensor | None, tq: int, tk: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """The positions of the queries [b or 1, tq] and keys [b or 1, tk], with the defaults filled in."""
-    if k_positions is None:
-        k_positions = torch.arange(tk, device=device)[None]
+    if q_positions is None:
         last = torch.arange(tk - tq, tk, device=device)[None]
-    else:
-        last = k_positions[:, -tq:]
-    return last if q_positions is None else q_positions, k_positions
+        q_positions = last if k_positions is None else k_positions[:, -tq:]
+    return q_positions, torch.arange(tk, device=device)[None] if k_positions is None else k_positions

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedShape
 from ...utils.modes import own_precision
+from ..common.graphs import for_every_length, for_other_runtimes
 from .tables import distinct
 
 Lists = Int[Tensor, "_ _ _ _"]
@@ -195,6 +196,10 @@ def by_mean_key(
         causal: whether only earlier blocks are chosen from.
         counts: the number of blocks in each row of the batch; m by default.
     """
+    if for_every_length() and not for_other_runtimes():
+        from . import exported
+
+        return exported.by_mean_key(q.detach(), means.detach(), positions, counts, block_size, number, causal)
     own = positions[..., None, None] // block_size
     block = torch.arange(means.shape[1], device=q.device)
     there = None if counts is None else block < counts[:, None, None, None]
@@ -261,6 +266,11 @@ def by_compressed_attention(
     """
     if size % stride or block_size % stride:
         raise UnsupportedShape(f"size {size} and block_size {block_size} must be multiples of the stride {stride}")
+    if for_every_length() and not for_other_runtimes():
+        from . import exported
+
+        sizes = (size, stride, block_size, number, blocks, first, local)
+        return exported.by_compressed_attention(q.detach(), keys.detach(), positions, lengths, *sizes, causal, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     ends = torch.arange(keys.shape[1], device=q.device) * stride + size
     full = None if lengths is None else torch.arange(blocks, device=q.device) * block_size < lengths[:, None]

@@ -13,7 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..common.graphs import for_every_length
+
 Pair = tuple[Tensor, Tensor]
+
+# Columns of the fine factor where torch.compile traces.
+FINE = 64
 
 
 def multiply(x: Pair, y: Pair) -> Pair:
@@ -30,8 +35,12 @@ def powers(log_a: Pair, exponents: Float[Tensor, " m"]) -> Pair:
 
 def _factors(log_a: Pair, t: int) -> tuple[int, int, Pair, Pair]:
     """The columns of the two factors, then the coarse powers a^{ic} and the fine ones a^r."""
-    fine = math.isqrt(t - 1) + 1
-    coarse = (t + fine - 1) // fine
+    # A root would fix a traced length. Where none may be fixed, all powers are made.
+    if for_every_length():
+        coarse, fine = 1, t
+    else:
+        fine = FINE if torch.compiler.is_compiling() else math.isqrt(t - 1) + 1
+        coarse = (t + fine - 1) // fine
     steps = torch.arange(max(fine, coarse), device=log_a[0].device, dtype=log_a[0].dtype)
     return coarse, fine, powers(log_a, steps[:coarse] * fine), powers(log_a, steps[:fine])
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.graphs import for_every_length
+
 
 class Pieces(NamedTuple):
     """Mini-batches, counted from each sequence's start, as rows of one tensor: (m, h, chunk, ...).
@@ -46,7 +48,8 @@ class Pieces(NamedTuple):
 def pieces_of(v: Tensor, chunk: int, state: Tensor | None, cu_seqlens: Tensor | None) -> Pieces:
     """The pieces of a call on v (b, t, h, k) that goes on from `state`."""
     b, t = v.shape[:2]
-    if state is not None or cu_seqlens is not None:
+    # A graph that is exported serves every length, and no comparison may fix what is left of one.
+    if state is not None or cu_seqlens is not None or for_every_length():
         return _table(v, chunk, state, cu_seqlens)
     each = (t + chunk - 1) // chunk
     valid = None

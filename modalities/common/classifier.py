@@ -15,7 +15,6 @@ from ...backbones.config import FFNConfig, MixerConfig
 from ...backbones.heads import ClassificationHead, ClassificationHeadConfig
 from ...backbones.layer import Output, unfit
 from ...backbones.mixers import get_mixer
-from ...backbones.parameters import remember_marks
 from ...errors import ConfigError, UnsupportedCall
 
 
@@ -33,7 +32,6 @@ class Classifier(nn.Module):
         self.tokenizer = tokenizer
         self.backbone = Backbone(backbone)
         self.head = ClassificationHead(self.backbone.stages[-1].dim, head)
-        remember_marks(self)
 
     @classmethod
     def examples(cls) -> list[tuple[Any, list[Any]]]:

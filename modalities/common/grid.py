@@ -106,11 +106,12 @@ class GridTokenizer(nn.Module, ABC):
 
     def _table(self, *shape: int) -> nn.Parameter:
         table = torch.empty(*shape, self.config.dim)
-        return mark(nn.Parameter(nn.init.trunc_normal_(table, std=0.02)), decay=False)
+        return nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
 
     def _make_extra(self) -> None:
         self.class_token = self._table(1) if self.config.class_token else None
         self.registers = self._table(self.config.registers) if self.config.registers else None
+        mark(self, "class_token", "registers", *self._all_tables(), decay=False)
 
     def extra(self, grid_tokens: int) -> tuple[int, ...]:
         """Indices of the class token and the registers in a sequence with `grid_tokens` grid tokens."""
@@ -140,8 +141,7 @@ class GridTokenizer(nn.Module, ABC):
         for name, size in self.table_sizes().items():
             table = getattr(self, name)
             if table.shape[:-1] != size:
-                resized = nn.Parameter(resize_table(table, *size), requires_grad=table.requires_grad)
-                setattr(self, name, mark(resized, decay=False))
+                setattr(self, name, nn.Parameter(resize_table(table, *size), requires_grad=table.requires_grad))
 
 
 def check_extra(config: Any) -> None:

@@ -180,7 +180,8 @@ def test_sequences_too_short_for_the_tokens_ahead_have_a_finite_loss():
 
 def test_the_head_is_the_embedding_unless_untied():
     tied, untied = model(), model(tie=False)
-    assert tied.head is None
+    assert tied.head.weight is tied.embedding.weight
+    assert sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in tied.parameters()) == 23 * 32
     assert untied.head.weight.shape == untied.embedding.weight.shape
     untied.load_state_dict(tied.state_dict() | {"head.weight": tied.embedding.weight + 1.0})
     y = torch.randn(2, 32)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 from functools import partial
 
@@ -362,3 +363,21 @@ def test_blocks_of_one_token_are_no_bound(adapter, block, exact):
     )
     info = adapter.OmnimixLM(model=omnimix.LanguageModel(config), tokenizer=BYTES).get_model_info()
     assert (info["likelihood"] == "exact") == exact == ("likelihood_samples" not in info)
+
+
+def test_lm_evals_own_models_remain(adapter):
+    code = (
+        "import omnimix.interop.lm_eval as ours; from lm_eval.api.registry import get_model; "
+        "assert get_model('omnimix') is ours.OmnimixLM; print(get_model('dummy').__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "DummyLM"
+
+
+def test_the_default_device_of_lm_eval_need_not_exist(adapter, monkeypatch, caplog):
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    lm = adapter.OmnimixLM(model=language_model(), tokenizer=BYTES, device=EvaluatorConfig().device)
+    assert lm.device.type == "cpu" and "cuda:0 is not available" in caplog.text

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from omnimix.backbones import BackboneConfig, Context, Layout, list_ffns
+from omnimix.backbones import Backbone, BackboneConfig, Context, Layout, list_ffns
 from omnimix.backbones.config import Site
 from omnimix.backbones.ffn import FFNS
 from omnimix.backbones.language import LanguageModel, LanguageModelConfig
@@ -153,6 +154,19 @@ def test_a_system_compiles_whole_at_any_length(name: str):
         resumed = torch.compile(function, fullgraph=True, backend="eager")
         with torch.no_grad():
             equal(resumed(x, system.context(x), state), function(x, system.context(x), state))
+
+
+@pytest.mark.parametrize("name", ["gla", "rglru"])
+def test_lengths_share_a_graph(name: str):
+    """torch compiles once for the first length, and once more for all others."""
+    net = Backbone(BackboneConfig(dim=48, depth=2, pattern=(name,))).eval()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda x: net(x, CAUSAL).y, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for length in (20, 33, 50, 90):
+            x = tokens(3, length, torch.float32)
+            assert error(compiled(x), net(x, CAUSAL).y) < 1e-5
+    assert counter.frame_count == 2
 
 
 def equal(found: tuple, wanted: tuple) -> None:

@@ -119,7 +119,7 @@ MAMBA = _of(
     "mamba",
     ("mamba:_Direction.forward", "A without exp", "-self.A_log.to(wide).exp()", "-self.A_log.to(wide).abs()"),
     ("mamba:_Direction.forward", "Δ without softplus", "delta_softplus=True", "delta_softplus=False"),
-    ("mamba:_Direction.forward", "Δ without bias", "delta_bias=self.dt_proj.bias", "delta_bias=None"),
+    ("mamba:_Direction.forward", "Δ without bias", "delta_bias=bias", "delta_bias=None"),
     ("mamba:_Direction.forward", "D dropped", "D=self.D", "D=None"),
     ("mamba:_Direction.forward", "B and C swapped", "dt, b, c =", "dt, c, b ="),
     ("mamba:_Direction.forward", "no activation after the convolution", 'activation="silu"', "activation=None"),

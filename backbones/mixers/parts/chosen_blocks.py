@@ -23,5 +23,5 @@ def to_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, block_size
     if blocks is not None:
         return block_sparse(q, k, v, blocks, block_size=block_size, query_block=1, **options)
     if "q_positions" in options:
-        options["k_positions"] = torch.arange(k.shape[1], device=k.device).expand(len(k), -1)
+        options["k_positions"] = torch.arange(k.shape[1], device=k.device).expand(k.shape[0], -1)
     return attention(q, k, v, **options)

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ....kernels import attention, block_sparse
+from ....kernels.common.graphs import for_every_length
 from ...layout import Layout, unpack
 from ...parameters import mark
 from ...state import State
@@ -32,13 +33,23 @@ class Compress(nn.Module):
 
     def __init__(self, width: int, size: int):
         super().__init__()
-        self.places = mark(nn.Parameter(torch.zeros(size, width)), decay=False)
+        self.places = nn.Parameter(torch.zeros(size, width))
+        mark(self, "places", decay=False)
         self.up = nn.Linear(size * width, 2 * width)
         # Without a bias, which all keys would share and a softmax would not see.
         self.down = nn.Linear(2 * width, width, bias=False)
 
     def forward(self, x: Float[Tensor, "*b l k"]) -> Float[Tensor, "*b k"]:
         return x.mean(-2) + self.down(F.gelu(self.up((x + self.places).flatten(-2))))
+
+
+def most_compressed(keys: int, size: int, stride: int) -> int:
+    """Capacity for the compressed tokens of `keys` tokens.
+
+    One at least, if only to keep the compression within the graph: parameters without gradients halt DDP. torch.export
+    would take a comparison for a constraint; it has empty slots at the end instead, which nothing sees.
+    """
+    return keys // stride + 2 if for_every_length() else max(1, (keys - size) // stride + 1)
 
 
 def compressed(
@@ -59,10 +70,12 @@ def compressed(
     before, t = size - 1, joined.shape[1] - (size - 1)
     # The first block that was not complete, and as many as t tokens can complete.
     first = ((position - size + stride) // stride).clamp(min=0)
-    number = first[:, None] + torch.arange(min((t - 1) // stride + 1, room), device=joined.device)
+    # torch.export would take a comparison, and a single block, for constraints; what is not complete is cut off.
+    most = (t - 1) // stride + 2 if for_every_length() else min((t - 1) // stride + 1, room)
+    number = first[:, None] + torch.arange(most, device=joined.device)
     start = number * stride - position[:, None] + before
     index = (start[..., None] + torch.arange(size, device=joined.device)).clamp(max=before + t - 1)
-    blocks = joined[torch.arange(len(joined), device=joined.device)[:, None, None], index]
+    blocks = joined[torch.arange(joined.shape[0], device=joined.device)[:, None, None], index]
     made = compress(blocks.transpose(2, 3))
     complete = number * stride + size <= (position + lengths)[:, None]
     # What is not complete goes into a slot that is cut off.
@@ -98,8 +111,9 @@ def compressed_rows(
 
 def over_all(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     """Attention to all compressed keys up to each query's last one, `seen` (n, t); zeros for queries that see none."""
-    if q.shape[1] * k.shape[1] <= MASKED:
-        keys = torch.arange(k.shape[1], device=k.device).expand(len(k), -1)
+    # A graph that is exported serves every length.
+    if for_every_length() or q.shape[1] * k.shape[1] <= MASKED:
+        keys = torch.arange(k.shape[1], device=k.device).expand(k.shape[0], -1)
         return attention(q, k, v, q_positions=seen, k_positions=keys)
     every = torch.arange(-(-k.shape[1] // DENSE), device=q.device).expand(1, -(-q.shape[1] // DENSE), 1, -1)
     return block_sparse(q, k, v, every, block_size=DENSE, q_positions=seen)

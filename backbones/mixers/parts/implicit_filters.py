@@ -6,11 +6,11 @@ import math
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ....kernels.registry import own_precision
+from ...linear import apply_wide
 from ...parameters import mark
 
 
@@ -20,7 +20,7 @@ class ImplicitFilters(nn.Module):
     Args:
         channels: filters.
         length: unit of the positions.
-        features: sines and cosines of the position that the network sees, beside the position itself.
+        features: sines and cosines of the position that the network sees, in addition to the position itself.
         width, depth: hidden channels and hidden layers of the network.
         frequency: of its sine activations at the start.
     """
@@ -33,9 +33,9 @@ class ImplicitFilters(nn.Module):
         self.last = nn.Linear(width, channels, bias=False)
         for layer in (*self.layers, self.last):
             # The width that torch gives them spreads the filters over many frequencies.
-            for p in layer.parameters():
-                mark(p, decay=False, initialised=True)
-        self.frequency = mark(nn.Parameter(torch.full((width,), frequency)), decay=False)
+            mark(layer, *dict(layer.named_parameters()), decay=False, initialised=True)
+        self.frequency = nn.Parameter(torch.full((width,), frequency))
+        mark(self, "frequency", decay=False)
 
     def forward(self, taps: int, wide: torch.dtype) -> Float[Tensor, "c taps"]:
         device = self.frequency.device
@@ -45,8 +45,8 @@ class ImplicitFilters(nn.Module):
         z = torch.cat([place, angle.cos(), -angle.sin()], dim=-1)
         with own_precision(device.type):
             for layer in self.layers:
-                z = (self.frequency.to(wide) * F.linear(z, layer.weight.to(wide), layer.bias.to(wide))).sin()
-            filters = F.linear(z, self.last.weight.to(wide)).t()
+                z = (self.frequency.to(wide) * apply_wide(layer, z)).sin()
+            filters = apply_wide(self.last, z).t()
         # From channel to channel the window falls to a hundredth after 0.3 to 1.5 times the length.
         reach = torch.linspace(1 / 0.3, 1 / 1.5, filters.shape[0], device=device, dtype=wide)
         return filters * torch.exp(math.log(0.01) * reach[:, None] * place.t())

@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ....kernels.common.graphs import for_every_length
 from ...layout import Layout, unpack
 from ...state import State
 
@@ -95,7 +96,9 @@ class WindowCache(KVCache):
         self.slots = window - 1 + sinks
 
     def kept(self, grown: State) -> State:
-        ranks, count, missing = grown["ranks"], grown["count"], max(0, self.slots - grown["ranks"].shape[1])
+        ranks, count = grown["ranks"], grown["count"]
+        # A graph that is exported serves every length.
+        missing = self.slots if for_every_length() else max(0, self.slots - ranks.shape[1])
         ranks = F.pad(ranks, (missing, 0), value=-1)
         needed = (ranks > count[:, None] - self.window) | (ranks < self.sinks)
         ranks, index = torch.where(needed, ranks, -1).topk(self.slots, dim=1)
@@ -110,7 +113,8 @@ class WindowCache(KVCache):
     def fresh(self, rows: Mapping[str, Tensor], layout: Layout) -> State:
         some = next(iter(rows.values()))
         n, t = some.shape[:2]
-        if layout.cu_seqlens is not None:
+        # A graph that is exported serves every length, and here sequences of different ones.
+        if layout.cu_seqlens is not None or for_every_length():
             return super().fresh(rows, layout)
 
         def cut(x: Tensor, empty: int = 0) -> Tensor:
@@ -175,7 +179,8 @@ class _Room:
             return True
 
 
-# Of each cache that `appended` returned, its room, or None. Beside the tensors, which may be pickled or copied.
+# The spare memory of each cache that `appended` returned, or None. It is not kept in the tensors, which may be pickled
+# or copied.
 _rooms = WeakIdKeyDictionary()
 _claiming = threading.Lock()
 

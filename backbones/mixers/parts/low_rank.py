@@ -23,9 +23,12 @@ class LowRank(nn.Module):
     def __init__(self, dim: int, rank: int, bias: Tensor | None, act: nn.Module):
         super().__init__()
         self.down, self.act, self.up = nn.Linear(dim, rank, bias=False), act, nn.Linear(rank, dim, bias=False)
-        nn.init.zeros_(mark(self.down.weight, initialised=True))
-        nn.init.orthogonal_(mark(self.up.weight, initialised=True), gain=0.1)
-        self.bias = None if bias is None else mark(nn.Parameter(bias), decay=False)
+        nn.init.zeros_(self.down.weight)
+        nn.init.orthogonal_(self.up.weight, gain=0.1)
+        for layer in (self.down, self.up):
+            mark(layer, "weight", initialised=True)
+        self.bias = None if bias is None else nn.Parameter(bias)
+        mark(self, "bias", decay=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(self.act(self.down(x)))

@@ -23,8 +23,9 @@ class StepDecay(nn.Module):
         super().__init__()
         steps = torch.exp(torch.empty(channels).uniform_(math.log(1e-3), math.log(0.1)))
         # What softplus turns into these steps.
-        self.bias = mark(nn.Parameter(steps.expm1().log()), decay=False)
-        self.log_rate = mark(nn.Parameter(torch.empty(heads).uniform_(1, 16).log()), decay=False)
+        self.bias = nn.Parameter(steps.expm1().log())
+        self.log_rate = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        mark(self, "bias", "log_rate", decay=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(b, t, channels)` -> `(b, t, h, channels / h)`"""

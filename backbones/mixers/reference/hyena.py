@@ -20,7 +20,7 @@ def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
 
     As in the published code N gates stand around N − 1 filters: z is multiplied by a gate before each filter and by the
     last gate after all, and each filter has a skip. The projections are x⁰ (last gate), the other gates, and v. Lags
-    of `length` and more have no tap, and `length` is the unit of positions. Both ways: the mean of two directions.
+    of `length` and more have no tap, and `length` is the unit of positions. Bidirectional: the mean of two directions.
     """
     return affine(directions(mixer, (affine(x, mixer.in_proj),), causal, partial(_run, config)), mixer.out_proj)
 

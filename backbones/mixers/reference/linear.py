@@ -16,7 +16,7 @@ def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
     s_i = s_{i−1} + φ(k_i) v_iᵀ, z_i = z_{i−1} + φ(k_i), y_i = φ(q_i)ᵀ s_i / φ(q_i)ᵀ z_i, with φ(x) = elu(x) + 1
     (arXiv 2006.16236, eq. 7 and 16 to 20), or φ = ReLU (EfficientViT, arXiv 2205.14756, section 3.1).
 
-    Both ways every token reads the last sums (eq. 5). `eps` on the denominator is of the published code.
+    Bidirectional: every token reads the last sums (eq. 5). `eps` on the denominator is of the published code.
     """
     q, k, v = (heads_of(s, config.heads) for s in affine(x, mixer.in_proj).chunk(3, dim=-1))
     q, k = (_features(s, config.feature_map) for s in (q, k))

@@ -17,7 +17,7 @@ def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
     Attention of a query to the blocks with the highest ⟨q, mean pool(K[I_i])⟩ (MoBA, arXiv 2502.13189, eq. 5 and 6).
 
     Blocks ahead of the query have the score −∞, the query's own block is always among the k that are chosen, and
-    attention within it is causal (section 2.2). Both ways, which the paper does not have, all blocks can be chosen.
+    attention within it is causal (section 2.2). Bidirectional, which the paper does not have, all blocks can be chosen.
     """
     q, k, v, gate = projected(mixer, config, x)
     b, t, h, _ = q.shape

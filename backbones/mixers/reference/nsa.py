@@ -21,7 +21,7 @@ def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
     (section 4.1). Each branch has keys and values of its own (section 3.3.3).
 
     Left open by the paper: φ is the mean plus an MLP of the tokens with embeddings of their places; the compressed
-    branch has no rotary positions, the others have. Both ways, which the paper does not have, nothing is hidden.
+    branch has no rotary positions, the others have. Bidirectional, which the paper does not have, nothing is hidden.
     """
     dim, heads, kv_heads = x.shape[-1], config.heads, config.kv_heads
     sizes = (dim, *[dim // heads * kv_heads] * 6, 3 * heads)

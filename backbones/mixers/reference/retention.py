@@ -17,7 +17,8 @@ def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
     S_n = γ S_{n−1} + K_nᵀ V_n, o_n = Q_n S_n with Q and K rotated by e^{inθ} and γ = 1 − 2^(−5−h) (RetNet, arXiv
     2307.08621, eq. 6 and 8), then norm by head, times swish(X W_G), projected (eq. 8).
 
-    As in the published code: o_n is divided by √d_k, and the norm is RMSNorm. Both ways: the mean of two directions.
+    As in the published code: o_n is divided by √d_k, and the norm is RMSNorm. Bidirectional: the mean of two
+    directions.
     """
     heads, dim = config.heads, x.shape[-1]
     values = dim * config.value_ratio

@@ -19,7 +19,7 @@ def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
     h_t = a_t ⊙ h_{t−1} + √(1 − a_t²) ⊙ (i_t ⊙ x_t) (Griffin, arXiv 2402.19427, eq. 1 to 4), after a short convolution
     without activation; times GeLU of the other branch, projected (figure 2c).
 
-    As in the published code W_a and W_x are block-diagonal and GeLU is its tanh form. Both ways: the mean of two
+    As in the published code W_a and W_x are block-diagonal and GeLU is its tanh form. Bidirectional: the mean of two
     directions.
     """
     x, gate = affine(x, mixer.in_proj).chunk(2, dim=-1)

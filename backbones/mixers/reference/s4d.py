@@ -17,7 +17,7 @@ def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
     section 3), Ā = e^{ΔA}, B̄ = (e^{ΔA} − 1) A⁻¹ B (zero-order hold), Re A = −e^{A_log}, B = 1; then GELU and a linear
     layer with a GLU (as S4's).
 
-    Both ways: the mean of two directions, where the published code sums two kernels.
+    Bidirectional: the mean of two directions, where the published code sums two kernels.
     """
     y = affine(gelu(directions(mixer, (x,), causal, _run)), mixer.out_proj)
     y, gate = y.chunk(2, dim=-1)

@@ -17,7 +17,7 @@ def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
     Attention of token i to the tokens j with i − window < j ≤ i (Longformer, arXiv 2004.05150, section 3.1; causal
     as its section 4), and to the first `sinks` tokens (StreamingLLM, arXiv 2309.17453, section 3.2).
 
-    Both ways |i − j| < window. StreamingLLM counts rotary positions within its cache; here, as in the sequence.
+    Bidirectional: |i − j| < window. StreamingLLM counts rotary positions within its cache; here, as in the sequence.
     """
     q, k, v, gate = projected(mixer, config, x)
     place = torch.arange(x.shape[1])
