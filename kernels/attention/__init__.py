@@ -1,4 +1,4 @@
-"""Softmax attention: causal or both ways, grouped heads, sliding windows, sinks, packed sequences, caches."""
+"""Softmax attention: causal or bidirectional, grouped heads, sliding windows, sinks, packed sequences, caches."""
 
 from __future__ import annotations
 
@@ -123,11 +123,11 @@ def _cases() -> tuple[Case, ...]:
         _case("causal", typical={}),
         _case("causal, grouped", heads=4),
         _case("causal, one key head", heads=3, groups=1, scale=0.5),
-        _case("both ways", causal=False),
+        _case("bidirectional", causal=False),
         _case("window", window=5, typical={"window": 512}),
         _case("window, sinks, grouped", heads=4, window=9, sinks=3),
-        _case("window both ways", causal=False, window=4),
-        _case("window both ways, sinks", causal=False, window=3, sinks=2, heads=4),
+        _case("bidirectional window", causal=False, window=4),
+        _case("bidirectional window, sinks", causal=False, window=3, sinks=2, heads=4),
     )
 
 

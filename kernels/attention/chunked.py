@@ -142,5 +142,5 @@ def _block_mask(start: Tensor, block: int, back: int, around: int, tk: int, sink
     of_near = visible_keys(p, near, rule) & (near >= sinks) & (near < tk)
     of_sinks = visible_keys(p, torch.arange(sinks, device=device), rule).expand(len(start), block, sinks)
     seen = torch.cat([of_sinks, of_near], dim=-1)
-    # Queries behind the end are cut off later; until then they must see something.
+    # Queries after the end are cut off later; until then they must see something.
     return (seen | (p >= tk))[:, None]

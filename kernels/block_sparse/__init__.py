@@ -207,7 +207,7 @@ def _cases() -> tuple[Case, ...]:
     return (
         _case("a list a query, grouped", (4, 1), heads=2, groups=1, lists=1, packed=True, compiled=(64, 4, 4, 1)),
         _case("rows of queries, one list", (16, 16), heads=2, groups=2, lists=1, compiled=(8, 8, 8, 64), typical=True),
-        _case("both ways, a list a head", (7, 20), heads=2, groups=1, lists=2, causal=False, scale=0.5),
+        _case("bidirectional, a list a head", (7, 20), heads=2, groups=1, lists=2, causal=False, scale=0.5),
     )
 
 

@@ -156,14 +156,14 @@ class _Call:
         return ranges
 
     def slots(self, count: int, width: int, tiles: _Tiles) -> Tensor:
-        """Room for each slot, (count, width), with zeros in those that no group fills."""
+        """Space for each slot, (count, width), with zeros in those that no group fills."""
         if self.room is None or self.room.numel() < count * width:
             self.room = self.q.new_empty(count * width, dtype=self.compute)
         found = self.room[: count * width].view(count, width)
         return found.index_fill_(0, tiles.unfilled, 0)
 
     def gathered(self, x: Tensor, tiles: _Tiles) -> Tensor:
-        """The rows of x (b, t, h, d) for each tile, (tiles + 1, tile · heads · d); behind them a tile of zeros."""
+        """The rows of x (b, t, h, d) for each tile, (tiles + 1, tile · heads · d); after them a tile of zeros."""
         lanes = x.unflatten(2, (self.sizes.lanes, self.sizes.heads))
         rows = lanes[tiles.batch[:, None], tiles.query, tiles.lane[:, None]].flatten(1)
         return torch.cat([rows, rows.new_zeros(1, rows.shape[1])]).to(self.compute)

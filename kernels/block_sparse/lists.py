@@ -155,7 +155,7 @@ def union(*lists: Lists) -> Lists:
     """What any of the lists names, each block once, in ascending order."""
     shape = torch.broadcast_shapes(*(x.shape[:3] for x in lists))
     merged = distinct(torch.cat([x.expand(*shape, -1) for x in lists], -1))
-    # In ascending order again, with what names no block behind.
+    # In ascending order again, with what names no block at the end.
     highest = torch.iinfo(torch.int64).max
     merged = merged.masked_fill(merged < 0, highest).sort(-1).values
     if merged.numel() and merged.device.type != "meta" and not torch.compiler.is_compiling():

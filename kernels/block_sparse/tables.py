@@ -62,7 +62,7 @@ def tables(
     key_sequence, block = _numbered(
         (lengths + block_size - 1) // block_size, torch.arange(s // block_size + len(lengths), device=device)
     )
-    # Behind the last sequence stands an empty one, for rows and blocks that are none.
+    # After the last sequence follows an empty one, for rows and blocks that are none.
     ends, begins = torch.cat([bounds[1:], bounds[-1:]]), torch.cat([bounds[:-1], bounds[-1:]])
     counts = torch.nn.functional.pad((lengths + block_size - 1) // block_size, (0, 1))
     start, key_start = begins[sequence] + within * query_block, begins[key_sequence] + block * block_size

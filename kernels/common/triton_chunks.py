@@ -1,6 +1,6 @@
 """Chunkwise recurrences with a matrix state: the Triton kernels that `gated_linear` and `delta_rule` share.
 
-A sequence is cut into chunks of C steps. `_state` walks over the chunks and keeps the state at the border of
+A sequence is cut into chunks of C steps. `_state` walks over the chunks and keeps the state at the boundary of
 each; everything else is parallel over chunks: `_score` computes the C x C weights of the values within a chunk,
 `_output_kernel` adds to their product what the state contributes (GLA, arXiv 2312.06635, sections 4.1 and 4.2).
 Backward, the same three kernels serve: the state's gradient walks the other way with (q, do) in place of (k, v), the
@@ -8,7 +8,7 @@ scores' gradient is a score of (do, v), and dv is an output of (k, do); `_gradie
 
 Exponents are sums of log decays over a range of steps, always added up from the range itself: no exponent is positive
 and none is the difference of two large sums. `prefix` is the sum from the start of a chunk (or block) to the step that
-reads the state, `suffix` the sum from behind a step to the end. An EXCLUSIVE read takes the state before the step's own
+reads the state, `suffix` the sum from after a step to the end. An EXCLUSIVE read takes the state before the step's own
 decay and update, so the prefix leaves that decay out.
 
 `triton_launches` holds the launchers.
@@ -67,7 +67,7 @@ def _decays(pointer, t, low, high, columns, width, stride, ACC: tl.constexpr, EX
 
 @triton.jit
 def _before(x, EXCLUSIVE: tl.constexpr):
-    """Gradient of a log decay from P's gradient x: it counts in every P at or behind it."""
+    """Gradient of a log decay from P's gradient x: it counts in every P at or after it."""
     later = tl.cumsum(x, 0, reverse=True)
     if EXCLUSIVE:
         later -= x
@@ -88,7 +88,7 @@ def _state(
     scale: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, MODE: tl.constexpr, PACKED: tl.constexpr,
     EXCLUSIVE: tl.constexpr, REVERSE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Stores the state before each chunk; in REVERSE its gradient behind it. Program: sequence and head, tile.
+    """Stores the state before each chunk; in REVERSE its gradient after it. Program: sequence and head, tile.
 
     The state gains scale * xᵀ y and, where there is `more`, moreᵀ values. With `weights` the values depend on the
     state: they are weights @ state + base, and are stored; without y they take its place.
@@ -160,7 +160,7 @@ def _state(
             state *= tl.exp(total)[:, None]
         state += dot(tl.trans(xt * scale), yt, MODE)
         if more is not None:
-            # Only now, so that the decays of x are not kept beside those of more.
+            # Only now, so that the decays of x are not kept together with those of more.
             xt = _load(more, t, low, high, column, K, m_strides[1], ACC)
             if DECAY != NONE:
                 if DECAY == CHANNEL:
@@ -368,7 +368,7 @@ def _channel_pairs(q, k, qt, kt, grads, decay, t, low, high, column, width, q_st
         within += tl.reshape(tl.where(here, into_k[None, :, :], 0.0), (C, BK))
     dk += within
     x, y = qt * dq, kt * within
-    # Of a block's pairs, a decay counts in those that read at or behind it, less those that also write there.
+    # Of a block's pairs, a decay counts in those that read at or after it, less those that also write there.
     blocks: tl.constexpr = (C // BLOCK, BLOCK, BK)
     later = tl.cumsum(tl.reshape(x - y, blocks), 1, reverse=True)
     dd += tl.reshape(later, (C, BK))

@@ -77,7 +77,7 @@ class Chunks:
         self.table = self.first = self.bounds = None
         if cu_seqlens is not None:
             self.table, self.first = chunk_table(cu_seqlens, self.size, self.length)
-            # The table's last rows name a sequence behind the last one, which ends where it starts.
+            # The table's last rows name a sequence after the last one, which ends where it starts.
             self.bounds = torch.cat([cu_seqlens, cu_seqlens[-1:]])
         self.dtype = accumulate_dtype(v.dtype)
         self.stored = stored(v.dtype)
@@ -105,7 +105,7 @@ class Chunks:
         reverse: bool = False, more: Tensor | None = None, values: Tensor | None = None,
         weights: Tensor | None = None, base: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The state at each chunk, (rows, h, k, v), and behind the last, (n, h, k, v).
+        """The state at each chunk, (rows, h, k, v), and after the last, (n, h, k, v).
 
         Args:
             x, y: what is written, scale * xᵀ y; y may be None where there are weights.

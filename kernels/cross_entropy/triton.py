@@ -2,7 +2,7 @@
 
 `_softmax_kernel` moves, for n rows of v logits in float32 and a gradient of s bytes, n · v · (8 + s) bytes (4 without a
 gradient): it reads the logits once for the normaliser, which it adds up as it goes (arXiv 1805.02867), and once for the
-gradient. It computes about ten operations for each, hence one a byte: bound by the memory, beside products of
+gradient. It computes about ten operations for each, hence one a byte: bound by the memory, compared with products of
 6 · n · v · d operations.
 """
 

@@ -98,7 +98,7 @@ def _check_forms(beta, removal, a, b) -> None:
         raise UnsupportedCall(f"{given} is given without {missing}; the general form needs both")
     if a is not None and (beta is not None or removal is not None):
         name = "removal" if beta is None else "beta"
-        raise UnsupportedCall(f"{name} has no place beside a and b; leave it out, or multiply it into a, b and v")
+        raise UnsupportedCall(f"{name} cannot be combined with a and b; leave it out, or multiply it into a, b and v")
 
 
 def _check_keys(k, v, beta, keys) -> None:

@@ -86,7 +86,7 @@ def _blocks(v: Tensor, packing: Packing | None, chunk_bytes: int) -> list[Block]
 
 
 def _start(final: Tensor, initial_state: Tensor | None, packing: Packing | None) -> Tensor:
-    """A state of our own to go on from."""
+    """A state of our own to continue from."""
     if initial_state is None:
         return torch.zeros_like(final)
     state = packing.sort(initial_state) if packing else initial_state
@@ -125,7 +125,7 @@ def _forward(
             saved[block.saved : used] = now[: block.alive].flatten(1)
         blocks.forward(block, now.flatten(0, 1), by_group)
     if train:
-        # Blocks of several chunks need fewer states than there is room for.
+        # Blocks of several chunks need fewer states than there is space for.
         saved[used:] = 0
     if packing:
         return packing.unpack(dense), packing.unsort(state), saved

@@ -103,7 +103,7 @@ class Blocks:
         """Move `dstate`, in place, to the block's start; complete the errors' gradients.
 
         Args:
-            slots: `(N, ...)`: what each chunk reads, T H, and the gradients of the errors and of the reads as they come
+            slots: `(N, ...)`: what each chunk reads, T H, and the gradients of the errors and of the reads that come
                 through the chunk's output.
             tail: the gradient of the last chunks' G', `(sequences * h, 1 or k)`; it moves along in place.
 

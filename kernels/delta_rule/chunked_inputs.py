@@ -279,7 +279,7 @@ class Inputs:
     # Backwards.
 
     def load_gradient(self, block: Block, x: Operands, doutput: Tensor, scale: float) -> Tensor:
-        """`(N, 2 c, v)`: above, scale times the output's gradient; below, room for the right side's."""
+        """`(N, 2 c, v)`: above, scale times the output's gradient; below, space for the right side's."""
         *lead, c = self._lead(block, x.parts)
         both = self.scratch("doutput", *lead, 2, c, doutput.shape[-1])
         # A product with a number is rounded to the dtype of the tensor, wherever it is written.

@@ -49,7 +49,7 @@ def _solve_kernel(
     C: tl.constexpr, DECAY: tl.constexpr, MODE: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """weights = inverse @ (x decayed from the chunk's border), base = inverse @ mix @ y; in REVERSE both transposed.
+    """weights = inverse @ (x decayed from the chunk's boundary), base = inverse @ mix @ y; in REVERSE both transposed.
 
     Program: chunk and head.
     """

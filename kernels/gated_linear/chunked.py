@@ -119,7 +119,7 @@ def _forward(
             saved[block.saved : used] = now[: block.alive].flatten(1)
         form.forward(block, now, by_group)
     if train:
-        # Blocks of several chunks need fewer states than there is room for.
+        # Blocks of several chunks need fewer states than there is space for.
         saved[used:] = 0
     state = form.export_state(state)
     if packing:

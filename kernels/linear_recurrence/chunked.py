@@ -76,7 +76,7 @@ def _forward(x, a, initial_state, cu_seqlens, reverse) -> tuple[Tensor, Tensor]:
 
 
 def _before(segment: _Segment, h: Tensor, steps: slice, initial_state: Tensor | None, reverse: bool) -> Tensor:
-    """The states from which the steps of a chunk went on."""
+    """The states from which the steps of a chunk continued."""
     wide = wide_dtype(h.dtype)
     edge = steps.stop if reverse else steps.start - 1
     if segment.start <= edge < segment.stop:

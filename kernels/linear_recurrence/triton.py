@@ -80,7 +80,7 @@ def _forward_kernel(
         else:
             t = start + p
         inside = (p < steps) & valid[None, :]
-        # Behind the end nothing is added and nothing forgotten, so that the last row is the state.
+        # After the end nothing is added and nothing forgotten, so that the last row is the state.
         ur, ui = _load(x, batch * x_batch + t * x_step + column[None, :], inside, 0.0, COMPLEX, ACC)
         ar, ai = _load(a, batch * a_batch + t * a_step + column[None, :], inside, 1.0, COMPLEX, ACC)
         ar, ai, hr, hi = scan(ar, ai, ur, ui, row, LOG, False, COMPLEX, STEPWISE)

@@ -25,14 +25,14 @@ def long_conv(
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "n d l_minus_1"]]:
     """y_t = skip ⊙ u_t + Σ_j filters[:, j] · u_{t-j}, j = 0 … l-1 (S4, arXiv 2111.00396, eq. 4; Hyena, 2302.10866).
 
-    It looks backwards; both ways is a second filter on the reversed sequence. Products of FFTs take O(t log t) steps;
-    there is no Triton backend, because the FFT library's kernels are the ones to use on a GPU.
+    It is causal; a bidirectional layer has a second filter on the reversed sequence. Products of FFTs take O(t log t)
+    steps; there is no Triton backend, because the FFT library's kernels are the ones to use on a GPU.
 
     Args:
         u: the inputs.
         filters: by lag, l >= 1: column 0 meets the current step (unlike `short_conv`, whose last column does). One
             a channel, or `h` that divides d: channel i uses filter i // (d / h).
-        skip: weight of the current input beside the filter's, per channel (S4's D).
+        skip: weight of the current input, added to the filter's, per channel (S4's D).
         initial_state: the l - 1 inputs before the first, oldest first; zeros by default. One per sequence: n = b, or
             the number of packed sequences.
         cu_seqlens: for packed sequences (b = 1): 0, then the running total of their lengths, int32 or int64.

@@ -1,6 +1,6 @@
 """Mamba-2's step on the kernel for one step of `gated_linear`, which reads the state once and writes it once.
 
-The convolution, whose window is small beside the state, and the step size are plain torch.
+The convolution, whose window is small compared with the state, and the step size are plain torch.
 """
 
 from __future__ import annotations

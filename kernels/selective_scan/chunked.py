@@ -200,7 +200,7 @@ def _retreat(
         y = y if inputs.D is None else y.addcmul_(own, inputs.D[block.channels])
         dy = _ungate(inputs, block, steps, dy, y, sums)
     sums.C[block.rows, steps, block.group] += _project(states, dy).transpose(0, 1)
-    # The gradients of the states after each step; those that go through the decay of the step behind come last.
+    # The gradients of the states after each step; those that go through the decay of the next step come last.
     grown = torch.mul(out.unsqueeze(3), dy.unsqueeze(2), out=inputs.scratch("gradients", *states.shape))
     rows, factors = grown.unbind(), decays.unbind()
     rows[-1].add_(g)

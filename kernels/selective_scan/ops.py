@@ -16,14 +16,14 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 
 
 def borders_shape(batch: int, length: int, cu_seqlens: Tensor | None, chunk: int) -> int:
-    """Room for the chunks of all sequences, numbered as in `native.segments`."""
+    """Space for the chunks of all sequences, numbered as in `native.segments`."""
     if cu_seqlens is None:
         return batch * ((length + chunk - 1) // chunk)
     return length // chunk + cu_seqlens.shape[0] - 1
 
 
 def shapes(x, delta, A, B, C, D, z, bias, initial_state, cu_seqlens, softplus, chunk) -> Outputs:
-    """Empty tensors for the output, the final states (s, d, n) and the states at the borders (m, n, d)."""
+    """Empty tensors for the output, the final states (s, d, n) and the states at the boundaries (m, n, d)."""
     b, t, d = x.shape
     s = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
     n, wide = A.shape[1], accumulate_dtype(x.dtype)

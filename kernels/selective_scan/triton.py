@@ -194,7 +194,7 @@ def _backward_kernel(
         # One share of dB and dC for each block of channels: [block, batch, step, group, n].
         share = ((block % BLOCKS) * rows + batch * length + t[:, None]) * GROUPS * N + group * N + k[None, :]
         tl.store(dC + share, tl.sum(after * grow[:, :, None], 1), mask=states)
-        # The gradients of the states after each step: a scan back through the decays of the steps behind.
+        # The gradients of the states after each step: a scan back through the decays of the later steps.
         behind = inside & (t + 1 < end)[:, None]
         next_step = _step(delta, bias, batch * delta_batch, t + 1, behind, channel, delta_step, SOFTPLUS, ACC)
         factor = tl.exp(next_step[:, :, None] * decay[None, :, :])

@@ -46,7 +46,7 @@ def _input(x, state, t, start, end, column, stride, D, W: tl.constexpr, ACC: tl.
         other=0.0,
     ).to(ACC)
     if state is not None:
-        # Rows behind the last tile have no sequence, and no state either.
+        # Rows after the last tile have no sequence, and no state either.
         slot = t - start + W - 1
         value += tl.load(
             state + column[None, :] * (W - 1) + slot[:, None],
@@ -172,7 +172,7 @@ class _Call:
             self.sequences = cu_seqlens.shape[0] - 1
             self.table, _ = chunk_table(cu_seqlens, STEPS, self.length)
             self.rows = self.table.shape[0]
-            # The table's last rows name a sequence behind the last one, which ends where it starts.
+            # The table's last rows name a sequence after the last one, which ends where it starts.
             self.bounds = torch.cat([cu_seqlens, cu_seqlens[-1:]])
         self.dtype = accumulate_dtype(x.dtype)
 

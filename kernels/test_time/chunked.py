@@ -74,7 +74,7 @@ def test_time_chunked(
         hidden or 0,
         eps,
     )
-    # The first piece of a sequence goes on from the weights now, every other from those it began with.
+    # The first piece of a sequence continues from the weights now, every other from those it began with.
     weights = layers_of(torch.cat([now, used[pieces.sequences :]]), size, hidden)
     steps = [None] * len(weights) if step is None else layers_of(fed, size, hidden)
     z = _read(with_one(q), x, weights[0], steps[0], last if hidden is None else d_first, mixed)

@@ -175,7 +175,7 @@ def inner(
         if zs:
             values[wave.pieces] = zs[0].view_as(values[wave.pieces])
             first[wave.pieces] = gradients[0].view_as(first[wave.pieces])
-    # Pieces behind the last wave are empty places of the table.
+    # Pieces after the last wave are empty places of the table.
     end = loop.waves[-1].pieces.stop
     for output in (last, values, first, used, fed):
         output[end:] = 0
@@ -256,7 +256,7 @@ def _wave_backward(
 
     Args:
         used: W°.
-        values: hidden values and, behind them, the gradient that reaches them from outside; unused in the linear model.
+        values: hidden values and, after them, the gradient that reaches them from outside; unused in the linear model.
         gradients: D of each layer.
         of: the gradients that reach them from outside.
     """

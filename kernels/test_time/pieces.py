@@ -13,7 +13,7 @@ from ..common.graphs import for_every_length
 class Pieces(NamedTuple):
     """Mini-batches, counted from each sequence's start, as rows of one tensor: (m, h, chunk, ...).
 
-    A token's slot is its place in its mini-batch; slots before the call's first token, behind its last, or of no
+    A token's slot is its place in its mini-batch; slots before the call's first token, after its last, or of no
     sequence at all are empty. Pieces are in the order of waves: the first of every sequence, then the second of every
     sequence that has one, sequences with more pieces first.
 
@@ -46,7 +46,7 @@ class Pieces(NamedTuple):
 
 
 def pieces_of(v: Tensor, chunk: int, state: Tensor | None, cu_seqlens: Tensor | None) -> Pieces:
-    """The pieces of a call on v (b, t, h, k) that goes on from `state`."""
+    """The pieces of a call on v (b, t, h, k) that continues from `state`."""
     b, t = v.shape[:2]
     # A graph that is exported serves every length, and no comparison may fix what is left of one.
     if state is not None or cu_seqlens is not None or for_every_length():
@@ -85,7 +85,7 @@ def _table(v: Tensor, chunk: int, state: Tensor | None, cu_seqlens: Tensor | Non
     begin = place[known, None]
     valid = (owner < n)[:, None] & (slot >= begin) & (slot < ends[known, None])
     token = torch.where(valid, slot - begin + edges[known, None], 0)
-    # Empty slots write behind the last token.
+    # Empty slots write after the last token.
     into = torch.where(valid, token, b * t).flatten()
     slots = torch.zeros(b * t + 1, dtype=torch.long, device=device)
     return Pieces(
