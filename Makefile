@@ -1,12 +1,13 @@
 # Two commands matter: `make demo` and `make test`. Each sets up .venv by itself.
 PYTHON ?= python3
+EXTRAS ?= dev,hf,eval
 BIN := .venv/bin
 
 .PHONY: demo test test-fast coverage lint docs format clean
 
 .venv/.stamp: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[dev,hf,eval]'
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	@touch $@
 
 demo: .venv/.stamp
@@ -22,18 +23,17 @@ test-fast: .venv/.stamp
 # Branches that tests reach; kernels in Triton are left out, since they run in its interpreter.
 coverage: .venv/.stamp
 	$(BIN)/coverage erase
-	$(BIN)/python -m pytest -n 2 --dist worksteal --cov
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=
 	$(BIN)/coverage report
 
 lint: .venv/.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
-	$(BIN)/python -m pytest -q tests/test_words.py
 
 # The site, in site/. Strict: a broken link or an unknown name is an error.
 docs: .venv/.stamp
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/docs .
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: .venv/.stamp

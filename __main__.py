@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import io
 import os
 import sys
 from importlib import import_module
@@ -11,21 +12,21 @@ from importlib import import_module
 # Command -> the function that runs it with the remaining arguments, and what it does.
 COMMANDS = {
     "vision fit": (".recipes.vision.recipe:fit", "train an image classifier (default: handwritten digits)"),
-    "vision validate": (".recipes.vision.recipe:validate", "measure a run on its held-out images"),
-    "vision test": (".recipes.vision.recipe:test", "measure a run on its test images"),
-    "vision predict": (".recipes.vision.predict:main", "name the class of image files with a run"),
-    "video fit": (".recipes.video.recipe:fit", "train a classifier of video clips (default: moving digits)"),
-    "video validate": (".recipes.video.recipe:validate", "measure a run on its held-out clips"),
-    "video test": (".recipes.video.recipe:test", "measure a run on its test clips, from several views"),
-    "video predict": (".recipes.video.predict:main", "name the class of clips, or what happens when in films"),
-    "audio fit": (".recipes.audio.recipe:fit", "train a classifier of sounds (default: vowels and notes)"),
-    "audio validate": (".recipes.audio.recipe:validate", "measure a run on its held-out sounds"),
-    "audio test": (".recipes.audio.recipe:test", "measure a run on its test sounds"),
-    "audio predict": (".recipes.audio.predict:main", "name the class of sounds with a run, or what is heard when"),
-    "text eval": (".recipes.text.evaluate:main", "measure a language model on tasks of lm-eval"),
+    "vision validate": (".recipes.vision.recipe:validate", "evaluate a run on the validation split"),
+    "vision test": (".recipes.vision.recipe:test", "evaluate a run on the test split"),
+    "vision predict": (".recipes.vision.predict:main", "classify image files with a run"),
+    "video fit": (".recipes.video.recipe:fit", "train a video classifier (default: moving digits)"),
+    "video validate": (".recipes.video.recipe:validate", "evaluate a run on the validation split"),
+    "video test": (".recipes.video.recipe:test", "evaluate a run on the test split, from several views"),
+    "video predict": (".recipes.video.predict:main", "classify clips, or label long videos over time"),
+    "audio fit": (".recipes.audio.recipe:fit", "train an audio classifier (default: vowels and notes)"),
+    "audio validate": (".recipes.audio.recipe:validate", "evaluate a run on the validation split"),
+    "audio test": (".recipes.audio.recipe:test", "evaluate a run on the test split"),
+    "audio predict": (".recipes.audio.predict:main", "classify audio files with a run, or label recordings over time"),
+    "text eval": (".recipes.text.evaluate:main", "evaluate a language model on lm-eval tasks"),
     "text fit": (".recipes.text.recipe:fit", "train a language model (default: the standard library's sources)"),
-    "text validate": (".recipes.text.recipe:validate", "measure a run's bits per byte on its held-out text"),
-    "text generate": (".recipes.text.generate:main", "write on behind a prompt or standard input with a run"),
+    "text validate": (".recipes.text.recipe:validate", "evaluate a run in bits per byte on the validation split"),
+    "text generate": (".recipes.text.generate:main", "continue a prompt or standard input with a run"),
     "data shard": (".cli.shard:main", "write folders of labelled files into tar shards"),
     "list mixers": (".cli.commands:list_mixers", "the sequence mixers"),
     "list objectives": (".cli.commands:list_objectives", "what language models are trained for"),
@@ -40,9 +41,9 @@ COMMANDS = {
     "kernels compile": (".cli.compile_kernels:main", "compile the Triton kernels ahead of time for named GPUs"),
     "kernels explain": (".cli.commands:explain", "which backend serves an op, and why"),
     "bench kernels": (".cli.bench_kernels:main", "time the kernels"),
-    "bench blocks": (".cli.bench_blocks:main", "time blocks beside other packages'"),
-    "bench models": (".cli.bench_models:main", "time whole models beside their peers"),
-    "bench reading": (".cli.bench_reading:main", "time reading images from shards beside torchvision"),
+    "bench blocks": (".cli.bench_blocks:main", "time blocks, compared with other packages"),
+    "bench models": (".cli.bench_models:main", "time whole models, compared with other packages"),
+    "bench reading": (".cli.bench_reading:main", "time reading images from shards, compared with torchvision"),
     "bench decode": (".cli.bench_decode:main", "time decoding against the length of the context"),
 }
 
@@ -82,7 +83,7 @@ def unknown(words: list[str]) -> int:
         words[0], [*COMMANDS, *{name.split()[0] for name in COMMANDS}], n=1
     )
     hint = f"did you mean 'omnimix {near[0]}'?" if near else "see omnimix --help"
-    complain(f"no command is called {tried!r}; {hint}")
+    complain(f"unknown command {tried!r}; {hint}")
     return 2
 
 
@@ -101,7 +102,9 @@ def run(argv: list[str]) -> int:
     command = getattr(import_module(module, package=__package__), function)
     gc.freeze()
     gc.enable()
-    return command(argv[len(name.split()) :]) or 0
+    from .utils.options import underscored
+
+    return command(underscored(argv[len(name.split()) :])) or 0
 
 
 def answer(argv: list[str]) -> int:
@@ -119,6 +122,10 @@ def answer(argv: list[str]) -> int:
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
+    for output in (sys.stdout, sys.stderr):
+        # A console of another encoding than UTF-8 shows the escapes of what it lacks.
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="backslashreplace")
     from .errors import OmnimixError
 
     try:
@@ -192,7 +199,7 @@ def of_the_system(error: OSError, lost: bool) -> str | None:
     Args:
         lost: whether standard output takes no more.
     """
-    # Of two files, as of a copy, the second is the one that is written.
+    # Where two files are named, as for a copy, the second is the one that is written.
     name = error.filename2 or error.filename
     if name is None and lost:
         name = "standard output"
@@ -210,7 +217,7 @@ def without_the_current_folder() -> None:
     if getattr(sys.flags, "safe_path", False) or os.path.dirname(os.path.dirname(os.path.abspath(__file__))) == here:
         return
     sys.path[:1] = [] if sys.path[:1] in ([""], [here]) else sys.path[:1]
-    # Of the processes that are started.
+    # The processes that are started read it.
     os.environ["PYTHONSAFEPATH"] = "1"
 
 

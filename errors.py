@@ -18,7 +18,7 @@ class UnknownName(OmnimixError, ValueError):
         by_case = {word.lower(): word for word in known}
         near = [by_case[word] for word in difflib.get_close_matches(str(name).lower(), by_case, n=3, cutoff=0.5)]
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
-        super().__init__(f"no {kind} is called {name!r}; {hint}")
+        super().__init__(f"unknown {kind} {name!r}; {hint}")
 
 
 class ConfigError(OmnimixError, ValueError):

@@ -1,4 +1,4 @@
-"""Times whole blocks beside the packages that people take for them: `omnimix bench blocks`.
+"""Times whole blocks compared with other packages: `omnimix bench blocks`.
 
 Each row is measured in a process of its own: some packages change how others behave once they are imported.
 """
@@ -256,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--blocks", nargs="+", metavar="NAME", help="only these: mamba, mamba2, moe")
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024], metavar="T", help="tokens")
     parser.add_argument("--skip", nargs="+", default=[], metavar="NAME", help="subjects to leave out")
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of weights and tokens")
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="dtype of weights and tokens")
     add_device(parser)
     add_threads(parser)
     parser.add_argument("--repeats", type=int, default=5, help="calls whose median is taken")

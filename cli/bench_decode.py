@@ -1,4 +1,4 @@
-"""Times decoding beside transformers, against the length of what was read before: `omnimix bench decode`.
+"""Times decoding against the length of the context, compared with transformers: `omnimix bench decode`.
 
 Each model is measured in a process of its own: some packages change how others behave once they are imported.
 """
@@ -244,8 +244,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--patience", type=float, default=plan.patience, help="seconds a model may read; longer lengths are left out"
     )
     for name, value in asdict(sizes).items():
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"of the models (default {value})")
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of the weights")
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"{name} of the models (default {value})")
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="dtype of the weights")
     add_device(parser)
     add_threads(parser)
     add_json(parser)

@@ -1,4 +1,4 @@
-"""The models that `omnimix bench decode` times, ours and transformers', behind one interface."""
+"""The models that `omnimix bench decode` times, ours and transformers', with one interface."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Sizes:
 
 
 class Decoder(ABC):
-    """A language model that reads and then goes on token by token; `memory` is what it remembers."""
+    """A language model that prefills a prompt and then decodes token by token; `memory` is what it remembers."""
 
     net: nn.Module
 

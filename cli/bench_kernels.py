@@ -1,4 +1,4 @@
-"""Times the kernels beside each other and beside softmax attention: `omnimix bench kernels`."""
+"""Times the kernels, compared with each other and with softmax attention: `omnimix bench kernels`."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ class Bench:
         watch: takes the times.
         dtype: of all floating-point arguments.
         roofs: of which the kernels' rates are shares.
-        peers: names of other packages' functions to time beside ours; None for all that are installed.
+        peers: names of other packages' functions to time too; None for all that are installed.
         rows: the table so far.
         left_out: peers that could not be timed, and why.
     """
@@ -186,7 +186,7 @@ class Bench:
             b, h, t, dv = other["v"].shape
             times = passes(softmax_attention, other, self.watch)
             work = (2e-9 * b * h * t * t * dv, self.roofs.gemm, "GFLOP/s")
-            self._add("attention", f"beside {case.name}", SDPA, length, times, work, {})
+            self._add("attention", f"for {case.name}", SDPA, length, times, work, {})
         for peer in PEERS:
             if peer.op == op.name and self._wanted(peer.name) and served(peer, arguments, length):
                 self._peer(peer, op, case, length)
@@ -235,7 +235,7 @@ class Bench:
     ) -> None:
         for name in (n for n in PASSES if n in found):
             taken = found[name]
-            # Of a backward pass only the time is known: how much is computed again is the backend's affair.
+            # Only the time of a backward pass is known: how much is computed again is the backend's affair.
             rate = work[0] / taken * 1e3 if work and name == "forward" else None
             self.rows.append(
                 {
@@ -270,7 +270,7 @@ def bench_all(
         ops_named: the ops; all by default.
         lengths: steps in time.
         backends: names of backends; all by default.
-        peers: names of what to time beside them ("sdpa": softmax attention with the same heads; "fla chunk", ...); all
+        peers: names of what to time too ("sdpa": softmax attention with the same heads; "fla chunk", ...); all
             that are installed by default.
         dtype: of the arguments.
         device: "cpu", "cuda", ...
@@ -321,7 +321,7 @@ def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
         math.ceil(len(panels) / columns), columns, squeeze=False, figsize=(5 * columns, 4), layout="constrained"
     )
     for axis, (op, case) in zip(axes.flat, panels, strict=False):
-        shown = [r for r in rows if (r["op"], r["case"]) in {(op, case), ("attention", f"beside {case}")}]
+        shown = [r for r in rows if (r["op"], r["case"]) in {(op, case), ("attention", f"for {case}")}]
         for backend, direction in dict.fromkeys((r["backend"], r["pass"]) for r in shown):
             line = [(r["T"], r["ms"]) for r in shown if (r["backend"], r["pass"]) == (backend, direction)]
             style = "-" if direction == "forward" else "--"
@@ -343,8 +343,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ops", nargs="+", metavar="OP", help="only these ops")
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 2048, 8192], metavar="T", help="steps in time")
     parser.add_argument("--backends", nargs="+", metavar="NAME", help="only these")
-    parser.add_argument("--peers", nargs="*", metavar="NAME", help=f"only these beside ours ({SDPA}, fla ...); or none")
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of the arguments")
+    parser.add_argument("--peers", nargs="*", metavar="NAME", help=f"only these packages ({SDPA}, fla ...); or none")
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="dtype of the arguments")
     add_device(parser)
     add_threads(parser)
     parser.add_argument("--repeats", type=int, default=7, help="calls whose median is taken")

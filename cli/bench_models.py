@@ -1,4 +1,4 @@
-"""Times whole models of a medium over input sizes, beside plain transformers: `omnimix bench models`."""
+"""Times whole models of a medium over input sizes, compared with plain transformers: `omnimix bench models`."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     units = ", ".join(f"{entry.unit} ({name})" for name, entry in MEDIA.items())
     parser.add_argument("--sizes", nargs="+", type=int, metavar="N", help=units)
     parser.add_argument("--batch", type=int, default=1, help="samples a call")
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of weights and samples")
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="dtype of weights and samples")
     add_device(parser)
     add_threads(parser)
     parser.add_argument("--repeats", type=int, default=5, help="calls whose median is taken")

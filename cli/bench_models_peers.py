@@ -1,4 +1,4 @@
-"""The models that `omnimix bench models` times beside ours, and what each medium's models are given."""
+"""The models that `omnimix bench models` compares with ours, and what each medium's models are given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Times reading images from shards and folders beside torchvision's ImageFolder: `omnimix bench reading`."""
+"""Times reading images from shards and folders, compared with torchvision's ImageFolder: `omnimix bench reading`."""
 
 from __future__ import annotations
 
@@ -60,20 +60,30 @@ class Load:
         self.transform = transform
 
     def __call__(self, media: Path | bytes, seed: int | None) -> dict[str, Tensor]:
-        return {"image": self.transform(load_image(media))}
+        return {"image": self.transform(load_image(media, keep_bytes=True))}
+
+
+MEAN, STD = [0.5] * 3, [0.25] * 3
 
 
 def transforms(size: int) -> Any:
-    """What both sides do to a decoded image (c, h, w) in 0..1: what training does."""
+    """What ours do to a decoded image (c, h, w) of bytes, as training does."""
     from torchvision.transforms import v2
 
-    return v2.Compose(
-        [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(), v2.Normalize([0.5] * 3, [0.25] * 3)]
-    )
+    crop = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
+    return v2.Compose([*crop, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+
+
+def usual_transforms(size: int) -> Any:
+    """The same in the order of torchvision's own examples: what is cropped and resized is a PIL image."""
+    from torchvision import transforms as tv
+
+    crop = [tv.RandomResizedCrop(size), tv.RandomHorizontalFlip()]
+    return tv.Compose([*crop, tv.ToTensor(), tv.Normalize(MEAN, STD)])
 
 
 def images_per_second(loader: Any, epoch: int) -> float:
-    """Of one pass over everything, the start of the pass included."""
+    """Measure one pass over everything, the start of the pass included."""
     if isinstance(loader, EpochLoader):
         loader.set_epoch(epoch)
     start, count = time.perf_counter(), 0
@@ -85,7 +95,6 @@ def images_per_second(loader: Any, epoch: int) -> float:
 def loaders_of(folder: Path, size: int, workers: int, batch: int) -> dict[str, Any]:
     """The readers by name, with the same transforms, workers and batches."""
     from torchvision.datasets import ImageFolder
-    from torchvision.transforms import Compose, ToTensor
 
     transform = transforms(size)
 
@@ -97,7 +106,7 @@ def loaders_of(folder: Path, size: int, workers: int, batch: int) -> dict[str, A
         "omnimix shards": ours(find_source(folder / "shards", "train", IMAGE_SUFFIXES)),
         "omnimix folders": ours(find_source(folder / "files", "train", IMAGE_SUFFIXES)),
         PEER: DataLoader(
-            ImageFolder(str(folder / "files" / "train"), Compose([ToTensor(), transform])),
+            ImageFolder(str(folder / "files" / "train"), usual_transforms(size)),
             batch_size=batch,
             shuffle=True,
             drop_last=True,

@@ -54,7 +54,7 @@ def arguments_of(
     state: bool = True,
     lengths: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """The keyword arguments of one call: the case's, with its initial state and the borders of packed sequences."""
+    """The keyword arguments of one call: the case's, with its initial state and the sequence offsets of packed ones."""
     arguments = case.make(draw, batch, time)
     if state and case.state is not None:
         arguments["initial_state"] = case.state(draw, batch if lengths is None else len(lengths))

@@ -67,7 +67,7 @@ def shard_folder(
     overwrite: bool = False,
     seen: Callable[[str, int, int], None] = lambda split, done, total: None,
 ) -> list[Written]:
-    """Write `out/SPLIT-000000.tar`, ..., an index beside each, and `out/classes.json`.
+    """Write `out/SPLIT-000000.tar`, ..., an index for each, and `out/classes.json`.
 
     A sample is `NUMBER.jpg` (its file's own suffix), `NUMBER.cls` with the index of its class, and `NUMBER.json` with
     the name of its class and its path under `root`. The folder appears when all is written. The same files and seed
@@ -262,10 +262,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("out", help="folder to make")
     parser.add_argument("--kind", required=True, choices=tuple(KINDS), help="which files count")
     parser.add_argument("--splits", help="names of splits, comma between them (default: train, val and test as found)")
-    parser.add_argument("--samples", type=int, default=10_000, help="of a shard at most (default: 10000)")
+    parser.add_argument("--samples", type=int, default=10_000, help="most samples per shard (default: 10000)")
     parser.add_argument("--bytes", default="256M", metavar="SIZE", help="after which a shard ends (default: 256M)")
-    parser.add_argument("--seed", type=int, default=0, help="of the order that samples are written in")
-    parser.add_argument("--keep-order", action="store_true", help="write them as they come, class after class")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the order of the samples")
+    parser.add_argument("--keep_order", action="store_true", help="keep the order of the files, class after class")
     parser.add_argument("--policy", choices=("skip", "raise"), default="skip", help="what an unreadable file does")
     parser.add_argument("--overwrite", action="store_true", help="replace the shards in OUT")
     add_json(parser)

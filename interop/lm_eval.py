@@ -263,7 +263,7 @@ class OmnimixLM(TemplateLM):
                 raise _Differs
 
         try:
-            diffuse(self.model, [context], DiffusionConfig(length=len(continuation)), watch=compare)
+            diffuse(self.model, [context], DiffusionConfig(max_new_tokens=len(continuation)), watch=compare)
         except _Differs:
             return False
         return True
@@ -318,7 +318,7 @@ class OmnimixLM(TemplateLM):
             if refused:
                 raise UnsupportedCall(f"{', '.join(refused)}: writing by diffusion has temperature and top_p only")
             config = DiffusionConfig(
-                length=options.most,
+                max_new_tokens=options.most,
                 steps=self.steps,
                 temperature=options.temperature,
                 seed=self.seed,
@@ -326,7 +326,7 @@ class OmnimixLM(TemplateLM):
             )
         else:
             config = GenerationConfig(
-                max_tokens=options.most,
+                max_new_tokens=options.most,
                 temperature=options.temperature,
                 stop=[[token] for token in options.stop],
                 seed=self.seed,

@@ -10,7 +10,7 @@ from ..modalities.text.tokenizer import Tokenizer
 # What tasks call the most tokens to write, and other options, by our names.
 _MOST = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _OPTIONS = {name: name for name in ("top_k", "top_p", "min_p", "repetition_penalty", "length_penalty")}
-_OPTIONS |= {"num_beams": "beams"}
+_OPTIONS |= {"num_beams": "num_beams"}
 
 
 class WritingOptions:

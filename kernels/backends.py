@@ -14,6 +14,7 @@ def backends(
     *names: str,
     triton: Callable[[Arguments], str | None] = triton_refusal,
     native: Callable[[Arguments], str | None] | None = None,
+    native_limits: Callable[[Arguments], str | None] = serves_everything,
     triton_limits: Callable[[Arguments], str | None] = serves_everything,
 ) -> tuple[Backend, ...]:
     """Backends by name, in `auto`'s order: `<op>_<name>` in `kernels/<op>/<name>.py`, each on the devices it is for.
@@ -23,7 +24,8 @@ def backends(
         names: of "native" (C++ on CPUs), "triton" (GPUs), "chunked" (any device) and "reference" (only when named).
         triton: the `refuse` of the Triton backend, where it has reasons of its own.
         triton_limits: the `limits` of the Triton backend, where it is for some calls only.
-        native: the `limits` of the native backend, `direct_limits` among them, where it is for some calls only.
+        native: the `limits` of a native backend that has `direct_limits` among them.
+        native_limits: the `limits` of any other native backend that is for some calls only.
     """
     kinds = {
         "native": (native_refusal(op) if native is None else step_refusal(op), frozenset({"cpu"})),
@@ -31,7 +33,7 @@ def backends(
         "chunked": (serves_everything, None),
         "reference": (serves_everything, frozenset()),
     }
-    limits = {"native": native or serves_everything, "triton": triton_limits}
+    limits = {"native": native or native_limits, "triton": triton_limits}
     return tuple(
         Backend(
             name=name,

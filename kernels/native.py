@@ -26,6 +26,7 @@ from torch.autograd import forward_ad
 
 from ..utils.cache import cache_folder
 from ..utils.console import say
+from ..utils.files import one_at_a_time
 from ..utils.modes import constant_in_graphs, outliving_modes
 from .common.checks import check_edges
 
@@ -136,9 +137,10 @@ def _build(op: str) -> str | None:
     try:
         library = cache_folder("native") / f"{op}-{_key(op, compiler)}.so"
         if not library.exists():
-            library.parent.mkdir(parents=True, exist_ok=True)
-            if failure := _compile(op, compiler, library):
-                return failure
+            # Of several processes that start together one compiles, and the others wait for it.
+            with one_at_a_time(library):
+                if not library.exists() and (failure := _compile(op, compiler, library)):
+                    return failure
         _libraries[op] = ctypes.CDLL(str(library))
     except OSError as error:
         return f"its compiled kernel could not be stored or loaded: {error}"

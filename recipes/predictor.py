@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..backbones import LanguageModel
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, UnsupportedShape
 from ..modalities import load_model
 from ..modalities.audio.model import AudioClassifier
 from ..modalities.common.weights import CONFIG, WEIGHTS
-from ..modalities.data.sources import walk_files
+from ..modalities.data.sources import AUDIO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, walk_files
 from ..modalities.image.model import ImageClassifier
 from ..modalities.text.text_generator import TextGenerator
 from ..modalities.text.tokenizer import load_tokenizer
@@ -28,11 +29,49 @@ from .common.preprocess import Preprocess
 from .video.preprocess import VideoPreprocess
 from .vision.preprocess import ImagePreprocess
 
-# Class of models -> how its inputs are prepared.
-PREPROCESS: dict[type[torch.nn.Module], type[Preprocess]] = {
-    ImageClassifier: ImagePreprocess,
-    VideoClassifier: VideoPreprocess,
-    AudioClassifier: AudioPreprocess,
+
+@dataclass(frozen=True)
+class _Kind:
+    """What there is to know of one class of classifiers.
+
+    Args:
+        preprocess: how its inputs are prepared.
+        noun: what its inputs are, in the plural.
+        suffixes: of their files.
+        prepare: an input that is a tensor, prepared.
+    """
+
+    preprocess: type[Preprocess]
+    noun: str
+    suffixes: frozenset[str]
+    prepare: Callable[[Any, Tensor], Tensor]
+
+
+def _clip(preprocess: VideoPreprocess, frames: Tensor) -> Float[Tensor, "c t h w"]:
+    if frames.ndim != 4 or frames.shape[1] not in (1, 3) or not frames.numel():
+        raise UnsupportedShape(f"inputs: shape {tuple(frames.shape)} is not (t, c, h, w), the frames of a video")
+    if frames.is_floating_point():
+        frames = (frames * 255).round().clamp(0, 255).to(torch.uint8)
+    if frames.dtype != torch.uint8:
+        raise UnsupportedShape(f"inputs: dtype {frames.dtype}; frames are uint8, or floating point in [0, 1]")
+    if frames.shape[1] < preprocess.channels:
+        frames = frames.expand(-1, preprocess.channels, -1, -1)
+    index = torch.linspace(0, len(frames) - 1, preprocess.frames).round().long()
+    return preprocess.finish(preprocess.squares(frames[index])[0])
+
+
+def _wave(preprocess: AudioPreprocess, wave: Tensor) -> Float[Tensor, " n"]:
+    if wave.ndim not in (1, 2) or not wave.numel() or not wave.is_floating_point():
+        raise UnsupportedShape(
+            f"inputs: {wave.dtype} of shape {tuple(wave.shape)}; audio is floating point, (n,) or (channels, n)"
+        )
+    return preprocess.fit(wave.float().reshape(-1, wave.shape[-1]).mean(0))
+
+
+_KINDS: dict[type[torch.nn.Module], _Kind] = {
+    ImageClassifier: _Kind(ImagePreprocess, "images", IMAGE_SUFFIXES, lambda p, image: p.load(image)),
+    VideoClassifier: _Kind(VideoPreprocess, "videos", VIDEO_SUFFIXES, _clip),
+    AudioClassifier: _Kind(AudioPreprocess, "audio files", AUDIO_SUFFIXES | VIDEO_SUFFIXES, _wave),
 }
 
 
@@ -66,6 +105,7 @@ class Predictor:
     def __init__(self, model: Any, preprocess: Preprocess):
         self.model = model.eval()
         self.preprocess = preprocess
+        self._kind = next(kind for base, kind in _KINDS.items() if isinstance(model, base))
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -119,16 +159,21 @@ class Predictor:
     def _many(self, inputs: Any) -> Iterable[Any] | None:
         """The inputs where there are several; None for one."""
         if isinstance(inputs, str | Path) and Path(inputs).is_dir():
-            files = walk_files(Path(inputs), self.preprocess.suffixes)
+            files = walk_files(Path(inputs), self._kind.suffixes)
             if not files:
-                raise ConfigError(f"inputs is {str(inputs)!r}, a directory without {self.preprocess.noun}")
+                raise ConfigError(f"inputs is {str(inputs)!r}, a directory without {self._kind.noun}")
             return files
         return inputs if isinstance(inputs, list | tuple | Iterator) else None
 
     @torch.inference_mode()
     def _logits(self, inputs: Sequence[Any]) -> Float[Tensor, "b classes"]:
-        prepared = [self.preprocess.load(_as_tensor(one)).to(self.device) for one in inputs]
-        return self.model(self.preprocess.collate(prepared)).float().cpu()
+        prepared = [self._prepared(_as_tensor(one)).to(self.device) for one in inputs]
+        # Clips of several lengths are packed by the model.
+        same = len({one.shape for one in prepared}) == 1
+        return self.model(torch.stack(prepared) if same else prepared).float().cpu()
+
+    def _prepared(self, one: Any) -> Tensor:
+        return self._kind.prepare(self.preprocess, one) if isinstance(one, Tensor) else self.preprocess.load(one)
 
     def _ranked(self, logits: Float[Tensor, " classes"], top: int) -> list[Prediction]:
         values, indices = logits.softmax(-1).topk(min(top, len(self.classes)))
@@ -158,9 +203,9 @@ def load(source: str | Path, *, device: str = "cpu") -> Predictor | TextGenerato
     model = load_model(folder)
     if isinstance(model, LanguageModel):
         return TextGenerator(model.to(place), load_tokenizer(folder))
-    for kind, preprocess in PREPROCESS.items():
-        if isinstance(model, kind):
-            return Predictor(model, preprocess.of_model(folder, model)).to(place)
+    for base, kind in _KINDS.items():
+        if isinstance(model, base):
+            return Predictor(model, kind.preprocess.of_model(folder, model)).to(place)
     raise CheckpointError(
         f"the model in {str(folder)!r} is a {type(model).__name__}, which has no predictor; use "
         "omnimix.modalities.load_model"

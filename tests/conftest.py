@@ -31,6 +31,21 @@ class _Unchecked(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, _Unchecked())
 
+_jaxtyped = jaxtyping.jaxtyped
+
+
+def _with_shapes_only(fn=None, /, **options):
+    """Leave functions without shapes of tensors unchecked: the import hook decorates all, which doubles tests' time."""
+
+    def decorate(target):
+        annotations = getattr(target, "__annotations__", {}).values()
+        return _jaxtyped(target, **options) if any("[Tensor," in str(a) for a in annotations) else target
+
+    return decorate if fn is None else decorate(fn)
+
+
+jaxtyping.jaxtyped = _with_shapes_only
+
 _prepare = interpreter._patch_lang
 
 

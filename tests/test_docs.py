@@ -56,8 +56,15 @@ def test_the_tables_of_mixers_are_the_registry():
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_exist(page: str):
     text = PAGES[page].read_text(encoding="utf-8")
-    named = re.findall(r"(?:^|`)omnimix ([a-z]+(?: [a-z]+)?)", text, re.M)
-    assert all(any(command == name or name.startswith(f"{command} ") for command in COMMANDS) for name in named), named
+    shell = "".join(re.findall(r"```sh\n(.*?)```", text, re.S))
+    named = [
+        *re.findall(r"`omnimix ([a-z]+(?: [a-z]+)?)", text),
+        *re.findall(r"^omnimix ([a-z]+(?: [a-z]+)?)", shell, re.M),
+    ]
+    assert all(
+        any(f"{command} ".startswith(f"{name} ") or f"{name} ".startswith(f"{command} ") for command in COMMANDS)
+        for name in named
+    ), named
 
 
 @pytest.mark.parametrize("page", PAGES)

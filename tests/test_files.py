@@ -1,14 +1,17 @@
 """Files appear whole or not at all."""
 
 import errno
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from torch import nn
 
 from omnimix.modalities.common.weights import save_weights
-from omnimix.utils.files import hidden_folder, replace_file
+from omnimix.utils import cache
+from omnimix.utils.files import hidden_folder, one_at_a_time, replace_file
 from omnimix.utils.run_folder import RunFolder
 
 
@@ -77,7 +80,6 @@ def hidden(place) -> list:
 
 @pytest.mark.parametrize("there", [True, False])
 def test_what_a_killed_process_has_left_is_removed(there, tmp_path):
-    pytest.importorskip("fcntl")
     target = tmp_path / "shards [1]"
     if there:
         target.mkdir()
@@ -92,7 +94,6 @@ def test_what_a_killed_process_has_left_is_removed(there, tmp_path):
 
 
 def test_what_a_living_process_makes_stays(tmp_path):
-    pytest.importorskip("fcntl")
     command = [sys.executable, "-c", KILLED, str(tmp_path / "shards"), "live"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as living:
         assert living.stdout.readline() == b"ready\n"
@@ -111,3 +112,92 @@ def test_a_resumed_run_starts_without_what_a_killed_one_was_writing(tmp_path):
     run.last.touch()
     run.create(resume=True)
     assert [path for path in run.path.rglob("*") if path.is_file()] == [run.last]
+
+
+ORDER = """
+import pathlib, sys, time
+from omnimix.utils.files import one_at_a_time
+target = pathlib.Path(sys.argv[1])
+with one_at_a_time(target):
+    if not target.exists():
+        time.sleep(0.2)
+        target.write_text(sys.argv[2])
+        print("made", flush=True)
+"""
+
+
+def test_one_process_at_a_time_makes_a_target(tmp_path):
+    commands = [[sys.executable, "-c", ORDER, str(tmp_path / "deep" / "target"), str(i)] for i in range(3)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE) for command in commands]
+    assert sorted(process.communicate()[0] for process in running) == [b"", b"", b"made\n"]
+    assert all(process.returncode == 0 for process in running)
+
+
+def test_locks_need_no_fcntl_of_ours(tmp_path):
+    """On Windows there is no such module; filelock knows what there is."""
+    import ast
+    import inspect
+
+    from omnimix.utils import files
+
+    found = [node for node in ast.walk(ast.parse(inspect.getsource(files))) if isinstance(node, ast.Import)]
+    assert not {"fcntl", "msvcrt"} & {alias.name for node in found for alias in node.names}
+    with one_at_a_time(tmp_path / "x"):
+        assert (tmp_path / ".x.lock").exists()
+
+
+def test_the_cache_is_where_the_system_or_the_user_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache.cache_folder("text") == tmp_path / "omnimix" / "text"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    import platformdirs
+
+    assert cache.cache_folder("text") == Path(platformdirs.user_cache_dir("omnimix", appauthor=False)) / "text"
+
+
+def _raises(*_, **__):
+    raise RuntimeError("could not determine the home directory")
+
+
+@pytest.mark.parametrize("without", [_raises, lambda *_, **__: "~/.cache/omnimix"])
+def test_a_cache_without_a_home_is_private(tmp_path, monkeypatch, without):
+    import platformdirs
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(platformdirs, "user_cache_dir", without)
+    monkeypatch.setattr(cache.tempfile, "tempdir", str(tmp_path))
+    cache._without_home.cache_clear()
+    folder = cache.cache_folder("native").parent
+    assert folder.parent == tmp_path and folder.stat().st_mode & 0o077 == 0
+    cache._without_home.cache_clear()
+    assert cache.cache_folder("native").parent == folder
+    # One that others may write to is left alone.
+    folder.chmod(0o777)
+    cache._without_home.cache_clear()
+    assert cache.cache_folder("native").parent not in (folder, tmp_path)
+    cache._without_home.cache_clear()
+
+
+HOMELESS = """
+import os, pwd, sys
+os.environ.pop("HOME", None)
+os.environ.pop("XDG_CACHE_HOME", None)
+def nobody(uid):
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
+pwd.getpwuid = nobody
+from omnimix.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("command", ["kernels explain linear_recurrence", "text fit --help"])
+def test_commands_run_without_a_home(command, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", HOMELESS, *command.split()],
+        cwd=tmp_path,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "~").exists()

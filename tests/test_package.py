@@ -1,6 +1,7 @@
 """What a fresh install holds, and what importing it costs."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,19 @@ def test_import_is_lazy_and_costs_little_more_than_torch():
     assert not any(name.startswith(("torch._dynamo", "torch._inductor", "torch.distributed.")) for name in modules)
     # Of ours some 180; of others jaxtyping and what torch loads late.
     assert len(modules) < 400
+
+
+def test_calls_import_no_compiler():
+    """A compiler and its packages wait until torch.compile, a tracer or a GPU needs them."""
+    code = """
+import omnimix as om
+for name in om.list_mixers():
+    net = om.Backbone(om.BackboneConfig(dim=32, depth=1, pattern=[name]))
+    net(torch.randn(1, 5, 32), om.Layout(causal=True)).y.sum().backward()
+"""
+    modules = imported(code, after="import torch")
+    assert not packages(modules) & {"sympy", "triton"}
+    assert not any(name.startswith(("torch._dynamo", "torch._inductor", "torch.distributed.")) for name in modules)
 
 
 def test_the_laziness_test_can_fail():
@@ -117,3 +131,10 @@ def test_the_wheel_holds_every_module_source_and_configuration(installed):
     ours = {p.relative_to(ROOT) for p in shipped_files() if p.suffix in {".py", ".yaml", ".cpp", ".h"}}
     missing = sorted(str(p) for p in ours if not (installed / "omnimix" / p).is_file())
     assert len(ours) > 100 and not missing
+
+
+def test_the_lowest_versions_are_those_declared():
+    """What CI installs to test them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lowest = [re.sub(r"(\[\w+\])?>=([\d.]+).*", r"==\2", requirement) for requirement in project["dependencies"]]
+    assert (ROOT / ".ci" / "lowest.txt").read_text().splitlines() == lowest

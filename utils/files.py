@@ -12,17 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # of Windows
-    fcntl = None
-
-# What is beside a file, or a folder, until it is whole.
+# The suffix of a file or a folder until it is whole.
 PART = ".part"
 
 
 def replace_file(target: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
-    """Write beside `target`, flush to the disk, and put it in the place of `target` in one step.
+    """Write next to `target`, flush to the disk, and put it in the place of `target` in one step.
 
     Args:
         target: its folder is made where there is none; an interrupt or a full disk leaves an old file whole.
@@ -53,7 +48,7 @@ def _write(temporary: Path, target: Path, write: Callable[[Path], Any]) -> None:
 
 @contextlib.contextmanager
 def _named(target: Path) -> Iterator[None]:
-    """Errors of the system name the file that was to be written: of a full disk they name none, or the one beside."""
+    """Let errors of the system name the file that was to be written, and not the temporary one, or none."""
     try:
         yield
     except OSError as error:
@@ -65,7 +60,7 @@ def _named(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hidden_folder(target: Path) -> Iterator[Path]:
-    """A new folder, in a hidden one beside `target`, for what is to take the place of `target` when it is whole.
+    """A new folder, in a hidden one next to `target`, for what is to take the place of `target` when it is whole.
 
     The hidden one is locked while its process lives, and goes with it. One that a killed process has left is removed
     by the next that makes `target`; what had given way to it, `replaced` in the hidden folder, comes back first.
@@ -74,13 +69,18 @@ def hidden_folder(target: Path) -> Iterator[Path]:
         target: its folder must exist.
     """
     for left in target.parent.glob(f".{glob.escape(target.name)}.*{PART}"):
-        with contextlib.suppress(OSError), _lock(left / "lock"):
-            if (left / "replaced").exists() and not os.path.lexists(target):
-                (left / "replaced").rename(target)
+        with contextlib.suppress(OSError):
+            with _lock(left / "lock", wait=False):
+                if (left / "replaced").exists() and not os.path.lexists(target):
+                    (left / "replaced").rename(target)
+                for inside in left.iterdir():
+                    if inside.name != "lock":
+                        shutil.rmtree(inside)
+            # Windows removes no file that is open.
             shutil.rmtree(left)
     hidden = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=PART))
     try:
-        with _lock(hidden / "lock"):
+        with _lock(hidden / "lock", wait=False):
             # mkdtemp's folder is private; one inside has the rights that any new folder has.
             (hidden / "whole").mkdir()
             yield hidden / "whole"
@@ -88,18 +88,13 @@ def hidden_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _lock(file: Path) -> Iterator[None]:
-    """Hold a lock on a file, which ends with the process; BlockingIOError where another holds it."""
-    if fcntl is None:
-        if file.exists():
-            raise BlockingIOError(f"{file} is there, and this system does not tell whether its process lives")
-        file.touch()
-        yield
-        return
-    with file.open("a") as opened:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+def _lock(file: Path, *, wait: bool) -> contextlib.AbstractContextManager[Any]:
+    """A lock on a file, which ends with its process; TimeoutError, an OSError, where another holds it and `wait` is
+    False."""
+    # It imports asyncio, which few commands need.
+    import filelock
+
+    return filelock.FileLock(file, timeout=-1 if wait else 0)
 
 
 def replace_tensors(target: str | os.PathLike[str], tensors: Mapping[str, Any], about: Mapping[str, str]) -> None:
@@ -129,8 +124,7 @@ def replace_tensors(target: str | os.PathLike[str], tensors: Mapping[str, Any], 
 def one_at_a_time(target: str | os.PathLike[str]) -> Iterator[None]:
     """Let one process at a time make `target`; the others wait, and then find it.
 
-    The lock is on a file beside it and ends with its process, however that ends. Where the system has no such locks
-    (Windows) all go on at once, so what they write must appear whole or not at all even so.
+    The lock is on a file next to it and ends with its process, however that ends.
 
     Args:
         target: its folder is made where there is none.
@@ -138,11 +132,7 @@ def one_at_a_time(target: str | os.PathLike[str]) -> Iterator[None]:
     Raises:
         OSError: the folder cannot be written.
     """
-    if fcntl is None:
-        yield
-        return
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / f".{target.name}.lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with _lock(target.parent / f".{target.name}.lock", wait=True):
         yield

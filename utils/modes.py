@@ -48,7 +48,13 @@ def outliving_modes() -> Iterator[None]:
 
 def autocast_enabled(device: str) -> bool:
     """Whether autocast is on for a device type; it is not where torch has none."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
+
+
+# Until torch 2.10 torch.compile cannot trace the question.
+@constant_in_graphs
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def own_precision(device: str) -> contextlib.AbstractContextManager[Any]:

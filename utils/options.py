@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .console import say
+from .renamed import warn_renamed
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +30,37 @@ def add_threads(parser: argparse.ArgumentParser, kind: Any = int) -> None:
     parser.add_argument(
         "--threads", type=kind, default=None, help="processor threads of each process; default: all cores"
     )
+
+
+def renamed_option(parser: argparse.ArgumentParser, old: str, new: str, kind: Any) -> None:
+    """Take an option by its old name too, with a FutureWarning."""
+
+    class Renamed(argparse.Action):
+        def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+            warn_renamed(old, new)
+            setattr(namespace, self.dest, values)
+
+    parser.add_argument(
+        old, dest=new.lstrip("-"), action=Renamed, type=kind, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
+
+
+def underscored(argv: list[str]) -> list[str]:
+    """A command line whose long options are written with underscores, as commands define them.
+
+    Hyphens serve as well: `--max-new-tokens 5`. Values stay, and so does all that follows `--`.
+    """
+    end = argv.index("--") if "--" in argv else len(argv)
+    return [_underscored(word) for word in argv[:end]] + argv[end:]
+
+
+def _underscored(word: str) -> str:
+    name, equals, value = word.partition("=")
+    if not name.startswith("--"):
+        return word
+    name = "--" + name[2:].replace("-", "_")
+    # argparse itself writes the opposite of a switch as `--no-NAME`.
+    return name.replace("--no_", "--no-") + equals + value
 
 
 def cores() -> int:

@@ -46,22 +46,24 @@ class RunFolder:
             folder = RunFolder(path)
             if folder.config.is_file():
                 if not folder.weights.is_file():
-                    raise CheckpointError(f"the run {str(path)!r} has no model yet; go on with --resume")
+                    raise CheckpointError(f"the run {str(path)!r} has no model yet; resume it with --resume")
                 return folder
-        raise CheckpointError(f"{run!r} is no run: it holds no config.yaml")
+        raise CheckpointError(f"{run!r} is not a run directory: it has no config.yaml")
 
     def check(self, *, overwrite: bool, resume: bool) -> None:
-        """Raise ConfigError where a new run would meet an old one, or there is none to go on with."""
+        """Raise ConfigError where a new run would meet an old one, or there is none to resume."""
         if not self.path.exists():
             self.recover()
         if resume and not self.path.is_dir():
-            raise ConfigError(f"there is no run {str(self.path)!r} to go on with; start it without --resume")
+            raise ConfigError(f"run {str(self.path)!r} does not exist and cannot be resumed; leave --resume out")
         if resume or not self.path.exists() or not any(self.path.iterdir()):
             return
         if not self.config.is_file():
-            raise ConfigError(f"{str(self.path)!r} is not empty and no run; choose another --name")
+            raise ConfigError(f"{str(self.path)!r} is not empty and not a run directory; choose another --name")
         if not overwrite:
-            raise ConfigError(f"the run {str(self.path)!r} exists; go on with --resume, or start anew with --overwrite")
+            raise ConfigError(
+                f"the run {str(self.path)!r} exists; add --resume to continue it, or --overwrite to start anew"
+            )
 
     def create(self, *, resume: bool) -> None:
         """Make the folder; without `resume` an older run of this name is set aside."""

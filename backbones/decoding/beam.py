@@ -31,7 +31,7 @@ class _Search:
     """The search after one prompt.
 
     Args:
-        running: hypotheses that go on, best first.
+        running: unfinished hypotheses, best first.
         finished: (score, hypothesis, reason) of those that do not, best first, at most as many as there are beams.
         over: whether nothing more is looked for.
     """
@@ -41,19 +41,19 @@ class _Search:
     over: bool = False
 
     def take(self, candidates: list[_Hypothesis], config: GenerationConfig) -> list[int]:
-        """Take in the best 2 · beams continuations, best first; returns the numbers of those that go on."""
+        """Take in the best 2 · beams continuations, best first; return the indices of the unfinished ones."""
         going, stopped = [], []
         for i, candidate in enumerate(candidates):
             reason = finish_reason(candidate.tokens, config)
             if reason is None:
                 going.append(i)
-            elif i < config.beams:
+            elif i < config.num_beams:
                 stopped.append((candidate.total / len(candidate.tokens) ** config.length_penalty, candidate, reason))
-        self.finished = sorted(self.finished + stopped, key=lambda f: -f[0])[: config.beams]
-        going = going[: config.beams]
+        self.finished = sorted(self.finished + stopped, key=lambda f: -f[0])[: config.num_beams]
+        going = going[: config.num_beams]
         self.running = [candidates[i] for i in going]
         self.over = not going
-        if going and len(self.finished) == config.beams:
+        if going and len(self.finished) == config.num_beams:
             best = self.running[0]
             self.over = best.total / len(best.tokens) ** config.length_penalty <= self.finished[-1][0]
         return going
@@ -65,7 +65,7 @@ def search(
     """The best text after each prompt by total log-probability over length ** length_penalty.
 
     Of every prompt's hypotheses the 2 · beams best continuations are looked at; one that ends is kept only if it is
-    among the first `beams`. The search is over when as many are kept as there are beams and the best that goes on is
+    among the first `beams`. The search is over when as many are kept as there are beams and the best unfinished one is
     not better than the worst of them, each at its present length: what transformers does with early_stopping=False.
     """
     begin = time.perf_counter()
@@ -83,7 +83,9 @@ def search(
             origins, tokens, offset = [], [], 0
             for i, count in zip(alive, counts, strict=True):
                 rows = slice(offset, offset + count)
-                candidates, sources = _continuations(searches[i].running, log_probs[rows], scores[rows], config.beams)
+                candidates, sources = _continuations(
+                    searches[i].running, log_probs[rows], scores[rows], config.num_beams
+                )
                 going = searches[i].take(candidates, config)
                 if not searches[i].over:
                     origins += [offset + sources[j] for j in going]

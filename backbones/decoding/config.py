@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...errors import ConfigError
+from ...utils.renamed import renamed_options
 from ..config import bounded, positive, proportion
 from ..typed import Config
 
 
+@renamed_options(max_tokens="max_new_tokens", beams="num_beams")
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig(Config):
     """Options of `generate` and `stream`. The filters act in this order: penalty, forbidden, temperature, k, p, min-p.
 
     Args:
-        max_tokens: at most so many are written.
+        max_new_tokens: at most so many tokens are generated.
         temperature: divides the logits before a token is drawn; at 0 the most probable one is taken (greedy), which no
             filter below ever removes.
         top_k: draw among the k most probable tokens.
@@ -28,11 +30,11 @@ class GenerationConfig(Config):
         end: the id after which a text is finished, where there is one.
         seed: of the draws; each sequence has a generator of its own, seeded by this and the sequence's number.
         chunk: read prompts in pieces of so many tokens, to bound the memory; None reads them whole.
-        beams: hypotheses of a beam search; 1 for none.
+        num_beams: hypotheses of a beam search; 1 for none.
         length_penalty: a hypothesis's score is the sum of its log-probabilities over length ** length_penalty.
     """
 
-    max_tokens: int = 256
+    max_new_tokens: int = 256
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
@@ -43,11 +45,11 @@ class GenerationConfig(Config):
     end: int | None = None
     seed: int = 0
     chunk: int | None = None
-    beams: int = 1
+    num_beams: int = 1
     length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        positive(self, "max_tokens", "top_k", "chunk", "beams")
+        positive(self, "max_new_tokens", "top_k", "chunk", "num_beams")
         bounded(self, "temperature", least=0, wanted="at least 0 (greedy) and finite")
         proportion(self, "top_p")
         bounded(self, "min_p", least=0, most=1, wanted="in [0, 1]")
@@ -55,8 +57,8 @@ class GenerationConfig(Config):
         bounded(self, "length_penalty", "end", "seed")
         if () in self.stop:
             raise ConfigError("GenerationConfig.stop holds an empty sequence; each needs at least one id")
-        if self.beams > 1 and self.temperature:
+        if self.num_beams > 1 and self.temperature:
             raise ConfigError(
-                f"GenerationConfig.beams is {self.beams} with temperature {self.temperature}; a beam search does not "
-                "draw: set temperature=0, or beams=1"
+                f"GenerationConfig.num_beams is {self.num_beams} with temperature {self.temperature}; a beam search "
+                "does not sample: set temperature=0, or num_beams=1"
             )

@@ -1,4 +1,4 @@
-"""Writing by diffusion: hidden tokens are revealed over some steps, all at once or block by block."""
+"""Generation by diffusion: hidden tokens are revealed over some steps, all at once or block by block."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import UnsupportedCall, UnsupportedShape
+from ...utils.renamed import renamed_options
 from ..config import bounded, not_negative, positive, proportion
 from ..language import LanguageModel
 from ..layout import Layout
@@ -26,13 +27,14 @@ from .sampling import draw, generator, keep_top_p
 Watch = Callable[[list[list[int]]], None]
 
 
+@renamed_options(length="max_new_tokens")
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig(Config):
     """Options of `diffuse`.
 
     Args:
-        length: tokens that are generated after each prompt; 0 only fills in the prompt's own mask tokens.
-        steps: passes through the model for each sequence, shared out evenly over its blocks, at least one each; by
+        max_new_tokens: tokens that are generated after each prompt; 0 only fills in the prompt's own mask tokens.
+        steps: denoising steps for each sequence, distributed evenly over its blocks, at least one each; by
             default as many as there are hidden tokens.
         block: tokens that are written at a time. Under objective "masked" (and "sedd") blocks are counted from the
             prompt's end, None for all at once (semi-autoregressive, arXiv 2502.09992). Under objective "block" they are
@@ -51,7 +53,7 @@ class DiffusionConfig(Config):
             default, where it is exact.
     """
 
-    length: int = 128
+    max_new_tokens: int = 128
     steps: int | None = None
     block: int | None = None
     remask: Literal["low_confidence", "random", "threshold", "ancestral"] = "low_confidence"
@@ -64,7 +66,7 @@ class DiffusionConfig(Config):
 
     def __post_init__(self) -> None:
         positive(self, "steps", "block")
-        not_negative(self, "length")
+        not_negative(self, "max_new_tokens")
         proportion(self, "threshold", "top_p")
         bounded(self, "temperature", least=0, wanted="at least 0 (greedy) and finite")
         bounded(self, "end", "seed")
@@ -88,21 +90,21 @@ class _Canvas:
 
     def __init__(self, prompt: list[int], number: int, mask: int, block: int | None, config: DiffusionConfig):
         self.config, self.mask = config, mask
-        self.tokens = torch.tensor(prompt + [mask] * config.length, dtype=torch.int64)
+        self.tokens = torch.tensor(prompt + [mask] * config.max_new_tokens, dtype=torch.int64)
         self.log_probs = torch.zeros(len(self.tokens), dtype=torch.float64)
         self.prompt, self.steps, self.number = len(prompt), 0, 0
         self.generator = generator(config.seed, number)
         if block is not None:
-            borders = [*range(0, len(self.tokens), block), len(self.tokens)]
+            bounds = [*range(0, len(self.tokens), block), len(self.tokens)]
         else:
-            borders = [
+            bounds = [
                 0,
-                *range(self.prompt, len(self.tokens), config.block or max(1, config.length)),
+                *range(self.prompt, len(self.tokens), config.block or max(1, config.max_new_tokens)),
                 len(self.tokens),
             ]
             # What is hidden inside the prompt is filled in together with the first block.
-            del borders[1 : 2 if config.length else 1]
-        self.spans = [(a, b) for a, b in pairwise(borders) if (self.tokens[a:b] == mask).any()]
+            del bounds[1 : 2 if config.max_new_tokens else 1]
+        self.spans = [(a, b) for a, b in pairwise(bounds) if (self.tokens[a:b] == mask).any()]
         # The tokens that a state has read, and the backbone's output at the last of them.
         self.read, self.last = 0, None
         if self.spans:
@@ -165,7 +167,7 @@ class _Canvas:
 
 
 class _Filler:
-    """Fills canvases, each at its own block, in common passes through the model."""
+    """Fills canvases, each at its own block, in common denoising steps."""
 
     def __init__(
         self, model: LanguageModel, canvases: list[_Canvas], block: int | None, cache: bool, watch: Watch | None
@@ -193,7 +195,7 @@ class _Filler:
         return self.state.select(torch.tensor(rows, device=self.device))
 
     def _read(self, active: list[_Canvas]) -> None:
-        """Bring each state to the border of its canvas's block."""
+        """Advance each state to the start of its canvas's block."""
         rows = [i for i, c in enumerate(active) if c.read < c.start]
         rest = [i for i in range(len(active)) if i not in set(rows)]
         if not rows:
@@ -248,8 +250,8 @@ class _Filler:
         lengths = [len(piece) for piece in pieces]
         ragged = len(set(lengths)) > 1
         tokens = (torch.cat(pieces)[None] if ragged else torch.stack(pieces)).to(self.device)
-        borders = torch.tensor([0, *accumulate(lengths)], device=self.device) if ragged else None
-        layout = Layout(causal=False if self.block is None else "block", block=self.block, cu_seqlens=borders)
+        bounds = torch.tensor([0, *accumulate(lengths)], device=self.device) if ragged else None
+        layout = Layout(causal=False if self.block is None else "block", block=self.block, cu_seqlens=bounds)
         out = self.model.hidden(tokens, layout, state)
         return out.y[0].split(lengths) if ragged else list(out.y), out.state
 
@@ -279,8 +281,7 @@ def diffuse(
     name = model.config.objective.type
     if model.objective.decoder != "diffusion":
         raise UnsupportedCall(
-            f"objective {name!r} writes token by token; call generate, or make a diffusion model of it with "
-            "omnimix.convert"
+            f"objective {name!r} is autoregressive; call generate, or make a diffusion model of it with omnimix.convert"
         )
     block = model.objective.block
     if block is None and config.cache:

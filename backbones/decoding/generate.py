@@ -1,4 +1,4 @@
-"""Writing text token by token: prompts are read together, then all sequences continue as one batch of single steps."""
+"""Autoregressive generation: prompts are prefilled together, then all sequences continue as one batch of steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Step:
     Args:
         token: its id.
         log_prob: log p(token | tokens before it) as the model has it, before any filter or temperature.
-        reason: why the text is finished with this token, or None where it goes on.
+        reason: why the text is finished with this token, or None where it continues.
     """
 
     token: int
@@ -44,7 +44,8 @@ class Generation:
     Args:
         tokens: one list a prompt, without the prompt; the end token and stop sequences are among them.
         log_probs: of each token, before any filter or temperature.
-        reasons: why each text is finished: "end" (the end token), "stop" (a stop sequence) or "length" (max_tokens).
+        reasons: why each text is finished: "end" (the end token), "stop" (a stop sequence) or "length"
+            (max_new_tokens).
         scores: of a beam search: each text's log-probability over its length ** length_penalty.
         prompt_tokens, new_tokens: how many were read and written.
         prefill_seconds: until the first tokens were known.
@@ -68,7 +69,7 @@ def finish_reason(written: Sequence[int], config: GenerationConfig) -> Reason | 
     for stop in config.stop:
         if tuple(written[-len(stop) :]) == stop:
             return "stop"
-    return "length" if len(written) >= config.max_tokens else None
+    return "length" if len(written) >= config.max_new_tokens else None
 
 
 def start(
@@ -142,7 +143,7 @@ class Writer:
         return steps
 
     def leave(self, rows: Container[int]) -> None:
-        """Go on without these sequences, which are finished for a reason that tokens do not show (stop strings)."""
+        """Continue without these sequences, which are finished for a reason that tokens do not show (stop strings)."""
         left = [i for i, row in enumerate(self.rows) if row not in rows]
         if len(left) < len(self.rows):
             self.pending = self.pending[left]
@@ -163,12 +164,12 @@ def generate(
     prefix: Prefix | None = None,
     numbers: Sequence[int] | None = None,
 ) -> Generation:
-    """Go on with each prompt; each is written as it would be alone.
+    """Continue each prompt; each text is generated as it would be alone.
 
     Args:
         prompts: ids, of any lengths; an empty one only after a prefix.
         config: how; greedy by default.
-        prefix: what all prompts are behind, read before (`read_prefix`).
+        prefix: the state after what all prompts follow (`read_prefix`).
         numbers: by which, with the seed, each prompt draws; its place by default. So a prompt is written the same in
             any batch where its number is the same.
 
@@ -179,7 +180,7 @@ def generate(
     config = config or GenerationConfig()
     check_decoder(model, config)
     prompts = as_lists(prompts, model.vocabulary, empty=prefix is not None)
-    if config.beams > 1:
+    if config.num_beams > 1:
         from .beam import search
 
         return search(model, prompts, config, prefix)
@@ -214,15 +215,17 @@ def stream(
     prefix: Prefix | None = None,
     number: int = 0,
 ) -> Iterator[Step]:
-    """The tokens that `generate` writes behind one prompt, each as soon as it is known.
+    """The tokens that `generate` generates after one prompt, each as soon as it is known.
 
     Whoever stops listening, by an interrupt or otherwise, keeps what was written until then. For arguments and errors
     see `generate`; they are raised before the first token is asked for.
     """
     config = config or GenerationConfig()
     check_decoder(model, config)
-    if config.beams > 1:
-        raise UnsupportedCall(f"config.beams is {config.beams}; a beam search knows no token before the last: beams=1")
+    if config.num_beams > 1:
+        raise UnsupportedCall(
+            f"config.num_beams is {config.num_beams}; a beam search knows no token before the last: num_beams=1"
+        )
     prompts = as_lists([list(map(int, prompt))], model.vocabulary, empty=prefix is not None)
     return _stream(model, prompts, config, prefix, number)
 

@@ -153,6 +153,6 @@ def _read_pieces(
         out = model.hidden(torch.tensor(pieces, device=device), CAUSAL, state)
         return out.y[:, -1], out.state
     tokens = torch.tensor([[token for piece in pieces for token in piece]], device=device)
-    borders = torch.tensor([0, *accumulate(lengths)], device=device)
-    out = model.hidden(tokens, Layout(causal=True, cu_seqlens=borders), state)
-    return out.y[0, borders[1:] - 1], out.state
+    bounds = torch.tensor([0, *accumulate(lengths)], device=device)
+    out = model.hidden(tokens, Layout(causal=True, cu_seqlens=bounds), state)
+    return out.y[0, bounds[1:] - 1], out.state

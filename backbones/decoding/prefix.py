@@ -1,4 +1,4 @@
-"""What a long prompt leaves behind, read once and reused."""
+"""The state after a long prompt, computed once and reused."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Prefix:
 
 
 def read_prefix(model: LanguageModel, tokens: Sequence[int] | Int[Tensor, " t"], *, chunk: int | None = None) -> Prefix:
-    """Read a text once, for `generate` and `stream` to go on from.
+    """Prefill a text once, for `generate` and `stream` to continue from.
 
     Args:
         tokens: ids.

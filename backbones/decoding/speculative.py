@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import UnsupportedCall
+from ...utils.renamed import renamed_options
 from ..config import not_negative, positive
 from ..language import LanguageModel
 from ..state import State
@@ -26,21 +27,22 @@ from .prefill import CAUSAL, as_lists, check_decoder, evaluating, last_logits, r
 from .sampling import distribution, draw, generator, seen_tokens
 
 
+@renamed_options(ahead="num_assistant_tokens")
 @dataclass(frozen=True, kw_only=True)
 class SpeculationConfig(Config):
     """Options of `speculate`.
 
     Args:
-        ahead: tokens that the draft model proposes at a time.
+        num_assistant_tokens: tokens that the draft model proposes at a time.
         again: accepted tokens that are read again with the next proposals; where there are more, they are read first,
             in a call of their own.
     """
 
-    ahead: int = 4
+    num_assistant_tokens: int = 4
     again: int = 8
 
     def __post_init__(self) -> None:
-        positive(self, "ahead")
+        positive(self, "num_assistant_tokens")
         not_negative(self, "again")
 
 
@@ -112,8 +114,8 @@ def speculate(
             f"draft has a vocabulary of {draft.vocabulary} tokens, and the model {model.vocabulary}; train it with the "
             "model's tokenizer"
         )
-    if config.beams > 1:
-        raise UnsupportedCall(f"config.beams is {config.beams}; speculation does not search: beams=1")
+    if config.num_beams > 1:
+        raise UnsupportedCall(f"config.num_beams is {config.num_beams}; speculation does not search: num_beams=1")
     prompts = as_lists(prompts, model.vocabulary, empty=False)
     begin = time.perf_counter()
     with evaluating(model), evaluating(draft), torch.inference_mode():
@@ -155,7 +157,7 @@ class _Text:
 
     def round(self, speculation: SpeculationConfig) -> None:
         """Propose, check, and take what is accepted and one token more."""
-        proposals, guesses, draft_state = self._propose(speculation.ahead)
+        proposals, guesses, draft_state = self._propose(speculation.num_assistant_tokens)
         target = self.target
         if len(target.unread) > speculation.again + 1:
             _, target.state = target.look(target.unread[:-1], target.state, 1)
@@ -181,10 +183,10 @@ class _Text:
             target.unread = target.unread + taken
             self.draft.unread = taken
 
-    def _propose(self, ahead: int) -> tuple[list[int], list[Tensor], State]:
+    def _propose(self, count: int) -> tuple[list[int], list[Tensor], State]:
         """Tokens of the draft model, the distributions that each was drawn from, and its state before the last."""
         # No more than may be written, the target's own token included.
-        ahead = max(1, min(ahead, self.config.max_tokens - len(self.written) - 1))
+        count = max(1, min(count, self.config.max_new_tokens - len(self.written) - 1))
         logits, state = self.draft.look(self.draft.unread, self.draft.state, 1)
         # What follows may be rejected.
         self.draft.state, self.draft.unread = state, []
@@ -193,7 +195,7 @@ class _Text:
         while True:
             guesses.append(self._distribution(logits, proposals))
             proposals.append(self._draw(guesses[-1]))
-            if len(proposals) == ahead:
+            if len(proposals) == count:
                 return proposals, guesses, state
             logits, state = self.draft.look(proposals[-1:], state, 1)
 

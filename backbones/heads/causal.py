@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedCall, UnsupportedShape
 from ...kernels import cross_entropy
+from ...utils.renamed import renamed_options
 from ..config import DEEPEST, ObjectiveConfig, not_negative, positive
 from ..layer import unfit
 from ..layout import Layout, offsets, pack_rows
@@ -22,23 +23,24 @@ if TYPE_CHECKING:
 IGNORED = -100
 
 
+@renamed_options(ahead="n_future", ahead_weight="n_future_weight")
 @dataclass(frozen=True, kw_only=True)
 class CausalConfig(ObjectiveConfig):
     """Options of `causal`.
 
     Args:
-        ahead: tokens that are predicted from each position; only the first of them is used to decode.
-        ahead_weight: of the mean loss of the further tokens.
+        n_future: tokens that are predicted from each position; only the first of them is used to decode.
+        n_future_weight: of the mean loss of the further tokens.
         z_loss: coefficient that keeps the softmax's normaliser near 1 (arXiv 2204.02311, section 5).
     """
 
-    ahead: int = 1
-    ahead_weight: float = 0.3
+    n_future: int = 1
+    n_future_weight: float = 0.3
     z_loss: float = 0.0
 
     def __post_init__(self) -> None:
-        positive(self, "ahead", most=DEEPEST)
-        not_negative(self, "ahead_weight", "z_loss")
+        positive(self, "n_future", most=DEEPEST)
+        not_negative(self, "n_future_weight", "z_loss")
 
 
 @register_objective(
@@ -46,19 +48,19 @@ class CausalConfig(ObjectiveConfig):
     CausalConfig,
     summary="each token from those before it; several ahead where wanted",
     source="arXiv 2404.19737",
-    examples=(CausalConfig(), CausalConfig(ahead=3, z_loss=1e-3)),
+    examples=(CausalConfig(), CausalConfig(n_future=3, z_loss=1e-3)),
 )
 class Causal(Objective):
     """−log p(token | tokens before it).
 
-    With `ahead` > 1 each further token has its own residual layer between the backbone and the shared output matrix
+    With `n_future` > 1 each further token has its own residual layer between the backbone and the shared output matrix
     (multi-token prediction, arXiv 2404.19737; the layer is Medusa's, arXiv 2401.10774), which decoding leaves out.
     """
 
     def __init__(self, dim: int, vocabulary: int, config: CausalConfig):
         super().__init__()
         self.config = config
-        self.further = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(config.ahead - 1))
+        self.further = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(config.n_future - 1))
         for layer in self.further:
             nn.init.zeros_(layer.weight)
 
@@ -91,13 +93,13 @@ class Causal(Objective):
         plain = cross_entropy(out.y, weight, targets, reduction="sum", z_loss=self.config.z_loss)
         parts = {"next": plain.detach() / count}
         loss = plain / count
-        if self.config.ahead > 1:
+        if self.config.n_future > 1:
             total = loss.new_zeros(())
             for i, layer in enumerate(self.further):
                 later = shifted(tokens, i + 2, cu_seqlens, counted)
                 total = total + cross_entropy(out.y + F.silu(layer(out.y)), weight, later)
-            parts["ahead"] = total.detach() / len(self.further)
-            loss = loss + self.config.ahead_weight * total / len(self.further)
+            parts["n_future"] = total.detach() / len(self.further)
+            loss = loss + self.config.n_future_weight * total / len(self.further)
         for name, extra in out.losses.items():
             parts[name] = extra.detach()
             loss = loss + extra

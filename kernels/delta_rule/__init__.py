@@ -12,9 +12,11 @@ from torch import Tensor
 from ...errors import UnsupportedCall, UnsupportedShape
 from ..backends import backends
 from ..common.checks import check_matrix_recurrence, floats, integers, untouched
-from ..common.steps import one_step
 from ..common.tools import accumulate_dtype, triton_refusal
 from ..registry import Case, Draw, Op, register_op
+
+# Elements of a head's state up to which the recurrence itself is faster than matrix products over chunks.
+LARGEST_STATE = 1 << 16
 
 
 def delta_rule(
@@ -59,7 +61,8 @@ def delta_rule(
         initial_state: the state to resume from, zeros by default; one per sequence: n = b, or the number of packed
             sequences.
         cu_seqlens: for packed sequences (b = 1): 0, then the running total of their lengths, int32 or int64.
-        backend: "auto", "reference", "chunked", "native" (one step without gradients, on CPUs) or "triton".
+        backend: "auto", "reference", "chunked", "native" (on CPUs; several steps take states of at most
+            LARGEST_STATE elements a head) or "triton".
 
     Returns:
         The output in v's dtype, and the state after the last step: float32, or float64 where v is.
@@ -131,6 +134,14 @@ def _triton_refusal(arguments: Mapping[str, Any]) -> str | None:
     return triton_refusal(arguments)
 
 
+def _native_limits(arguments: Mapping[str, Any]) -> str | None:
+    """States that leave the caches are worth the matrix products of `chunked`, except for a single step."""
+    v, keys = arguments["v"], arguments["k"].shape[-1]
+    if keys * v.shape[-1] > LARGEST_STATE and v.shape[1] != 1:
+        return f"it takes states of at most {LARGEST_STATE} elements a head, and these have more"
+    return None
+
+
 def _unit(x: Tensor) -> Tensor:
     return x if x.device.type == "meta" else torch.nn.functional.normalize(x, dim=-1)
 
@@ -195,7 +206,13 @@ OP = register_op(
     Op(
         name="delta_rule",
         backends=backends(
-            "delta_rule", "triton", "native", "chunked", "reference", native=one_step("v"), triton=_triton_refusal
+            "delta_rule",
+            "triton",
+            "native",
+            "chunked",
+            "reference",
+            native_limits=_native_limits,
+            triton=_triton_refusal,
         ),
         sequences=("q", "k", "v", "beta", "decay", "removal", "a", "b"),
         cases=_cases,

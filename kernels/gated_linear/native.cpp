@@ -9,15 +9,11 @@
 // has keys in them, so that only dv sums across a vector. It computes a block's states again, chunk by chunk, and takes
 // the decay's gradient from the state and its gradient directly, which no decay is too strong for.
 #include <cmath>
-#include <new>
 
+#include "../common/recurrence.h"
 #include "../common/step.h"
 
 namespace {
-
-enum { Q, K, V_, DECAY, INITIAL, SEGMENTS, SAVED, FINAL, OUTPUT };
-enum { DOUTPUT = OUTPUT, DQ, DK, DV, DDECAY, DINITIAL };
-enum { NONE, PER_HEAD, PER_STEP, PER_CHANNEL };
 
 // Tokens for which a tile of the state stays in registers.
 constexpr int CHUNK = 16;
@@ -27,120 +23,6 @@ constexpr int WIDE = 2, WIDE_BACK = VECTOR_BYTES == 64 ? 2 : 1;
 
 template <class S>
 constexpr int R = ROWS < Math<S>::lanes ? ROWS : Math<S>::lanes;
-
-template <class S>
-int64_t padded(int64_t n) {
-    return (n + Math<S>::lanes - 1) / Math<S>::lanes * Math<S>::lanes;
-}
-
-struct Call {
-    const View* v;
-    int64_t threads, sequences, tokens, steps, groups, heads, keys, values, block, kind, before, head_parts, value_parts;
-    double scale;
-
-    Call(const View* views, const int64_t* n)
-        : v(views), threads(n[1]), sequences(n[2]), tokens(n[3]), steps(n[4]), groups(n[5]), heads(n[6]), keys(n[7]),
-          values(n[8]), block(n[9]), kind(n[10]), before(n[11]), head_parts(n[12]), value_parts(n[13]) {
-        std::memcpy(&scale, n + 14, sizeof scale);
-    }
-    int64_t tasks() const { return sequences * groups * head_parts * value_parts; }
-
-    // Where a share of a gradient lies: shares follow each other, each of `rows` rows.
-    template <class S>
-    S* share(int at, int64_t index, int64_t rows, int64_t row, int64_t width) const {
-        return v[at].at<S>() + (index * rows + row) * width;
-    }
-};
-
-// One sequence, some heads of one group, and a slice of their values.
-template <class S>
-struct Task {
-    const Call& call;
-    int64_t sequence, row, start, stop, saved, group, first_head, last_head, part, slice, value, values;
-
-    Task(const Call& call, int64_t index) : call(call) {
-        slice = index % call.value_parts, index /= call.value_parts;
-        const int64_t range = index % call.head_parts;
-        index /= call.head_parts;
-        group = index % call.groups, sequence = index / call.groups;
-        part = range * call.value_parts + slice;
-        const int64_t shared = call.heads / call.groups;
-        first_head = group * shared + shared * range / call.head_parts;
-        last_head = group * shared + shared * (range + 1) / call.head_parts;
-        const int64_t lanes = Math<S>::lanes, vectors = (call.values + lanes - 1) / lanes;
-        value = vectors * slice / call.value_parts * lanes;
-        values = std::min(vectors * (slice + 1) / call.value_parts * lanes, call.values) - value;
-        const int64_t* at = call.v[SEGMENTS].at<int64_t>(sequence);
-        row = at[0], start = at[1], stop = at[2];
-        // The first block starts from the initial state, for which nothing is kept.
-        saved = at[3] - sequence - 1;
-    }
-    int64_t heads() const { return last_head - first_head; }
-    int64_t blocks() const { return (stop - start + call.block - 1) / call.block; }
-    S* state(const View& view, int64_t index, int64_t head) const { return view.at<S>(index, head) + value; }
-};
-
-// Memory of one thread, which it keeps between calls: fresh pages would cost more than the work of a short sequence.
-class Scratch {
-  public:
-    static char* of(size_t bytes) {
-        thread_local Scratch kept;
-        if (kept.bytes < bytes) {
-            kept.release();
-            kept.memory = static_cast<char*>(::operator new(bytes, std::align_val_t(64)));
-            kept.bytes = bytes;
-        }
-        return kept.memory;
-    }
-
-  private:
-    char* memory = nullptr;
-    size_t bytes = 0;
-    void release() {
-        if (memory) ::operator delete(memory, std::align_val_t(64));
-    }
-    ~Scratch() { release(); }
-};
-
-// Divides scratch memory into arrays.
-template <class S, int N>
-void allot(S** const (&arrays)[N], const int64_t (&sizes)[N]) {
-    int64_t total = 0;
-    for (int64_t size : sizes) total += padded<S>(size);
-    S* at = reinterpret_cast<S*>(Scratch::of(total * sizeof(S)));
-    for (int i = 0; i < N; i++) *arrays[i] = at, at += padded<S>(sizes[i]);
-}
-
-// Copies n elements into whole vectors, followed by zeros.
-template <class S>
-void copy(S* to, const S* from, int64_t n, S factor = 1) {
-    using M = Math<S>;
-    for (int64_t i = 0; i < n; i += M::lanes)
-        M::store(to + i, M::load(from + i, int(std::min<int64_t>(M::lanes, n - i))) * factor, M::lanes);
-}
-
-// Copies n elements of whole vectors to where there is no more room than that.
-template <class S>
-void emit(S* to, const S* from, int64_t n) {
-    using M = Math<S>;
-    for (int64_t i = 0; i < n; i += M::lanes)
-        M::store(to + i, M::load(from + i, M::lanes), int(std::min<int64_t>(M::lanes, n - i)));
-}
-
-// e^decay of one token and head, a number for each key.
-template <class S>
-void retain(const Task<S>& task, S* to, int64_t token, int64_t head) {
-    using M = Math<S>;
-    const Call& call = task.call;
-    if (call.kind == PER_CHANNEL) {
-        const S* from = call.v[DECAY].at<S>(task.row, token, head);
-        for (int64_t c = 0; c < call.keys; c += M::lanes)
-            M::store(to + c, M::exp(M::load(from + c, int(std::min<int64_t>(M::lanes, call.keys - c)))), M::lanes);
-    } else {
-        const S constant = call.kind == NONE ? S(1) : std::exp(*call.v[DECAY].at<S>(task.row, token, head));
-        std::fill(to, to + padded<S>(call.keys), constant);
-    }
-}
 
 template <class S, int W>
 using Tile = typename Math<S>::V[R<S>][W];
@@ -160,6 +42,9 @@ inline void store(const Tile<S, W>& tile, S* to, int64_t width) {
 #pragma GCC unroll 2
         for (int w = 0; w < W; w++) Math<S>::store(to + r * width + w * Math<S>::lanes, tile[r][w], Math<S>::lanes);
 }
+
+// Whether the output reads the state before the token is written.
+bool reads_before(const Call& call) { return call.own[0]; }
 
 // What a forward task works on: the heads' states, keys by values, and a chunk's tokens of one head, one a row.
 template <class S>
@@ -247,21 +132,13 @@ void forward(const Task<S>& task) {
                 copy(work.v + i * work.values, v[V_].at<S>(task.row, t + i, head) + task.value, task.values);
                 retain(task, work.decay + i * work.keys, t + i, head);
             }
-            call.before ? work.template chunk<true>(state, n) : work.template chunk<false>(state, n);
+            reads_before(call) ? work.template chunk<true>(state, n) : work.template chunk<false>(state, n);
             for (int i = 0; i < n; i++)
                 emit(v[OUTPUT].at<S>(task.row, t + i, head) + task.value, work.y + i * work.values, task.values);
         }
     }
     for (int64_t head = task.first_head; head < task.last_head; head++)
         write(task.state(v[FINAL], task.sequence, head), work.states + (head - task.first_head) * size);
-}
-
-// Sums of neighbours, of a's in the first half and of b's in the second.
-template <class S>
-inline typename Math<S>::V fold(typename Math<S>::V a, typename Math<S>::V b) {
-    typename Math<S>::I even, odd;
-    for (int i = 0; i < Math<S>::lanes; i++) even[i] = 2 * i, odd[i] = 2 * i + 1;
-    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
 }
 
 // Transposes a matrix by perfect shuffles of its rows, a block of lanes x lanes at a time; what is outside is zero.
@@ -336,15 +213,6 @@ struct Backward {
         store<S, W>(s, to, W * L);
     }
 
-    // A tile's share of dv: the sums across N of its rows of vectors, each over L / N neighbouring lanes.
-    template <int N, class Row>
-    [[gnu::always_inline]] static inline V summed(const Row& row, int first = 0) {
-        if constexpr (N == 1)
-            return row(first);
-        else
-            return fold<S>(summed<N / 2>(row, first), summed<N / 2>(row, first + N / 2));
-    }
-
     // Goes back through n tokens. The gradient of the state after a token, as it comes from later ones, becomes that of
     // the state before it.
     template <int W, bool BEFORE, bool DECAY_>
@@ -375,7 +243,7 @@ struct Backward {
                 }
                 return p;
             };
-            V share = summed<R<S>>(row);
+            V share = summed<S, R<S>>(row);
             if (key) share += M::load(shares + t * L, L);
             M::store(shares + t * L, share, L);
 #pragma GCC unroll 2
@@ -447,19 +315,11 @@ void write(const Task<S>& task, const Backward<S>& work, int64_t head, int64_t f
         const int64_t token = task.row * call.steps + first + i, at = i * work.keys;
         emit(v[DV].at<S>(task.row, first + i, head) + task.value, work.dv + i * work.values, task.values);
         if (!v[DDECAY]) continue;
-        typename M::V sum = {};
         for (int64_t c = 0; c < work.keys; c += M::lanes) {
             const auto product = M::load(work.ddecay + at + c, M::lanes) * M::load(work.decay + at + c, M::lanes);
             M::store(work.ddecay + at + c, product, M::lanes);
-            sum += product;
         }
-        if (call.kind == PER_CHANNEL)
-            emit(call.share<S>(DDECAY, task.slice, call.tokens, token, call.heads * call.keys) + head * call.keys,
-                 work.ddecay + at, call.keys);
-        else if (call.kind == PER_STEP)
-            call.share<S>(DDECAY, task.slice, call.tokens, token, call.heads)[head] = M::sum(sum);
-        else
-            call.share<S>(DDECAY, task.slice, call.sequences, task.sequence, call.heads)[head] += M::sum(sum);
+        write_decay(task, work.ddecay + at, token, head);
     }
 }
 
@@ -480,7 +340,7 @@ void backward(const Task<S>& task, const Backward<S>& work, int64_t head, int64_
         std::fill(work.state, work.state + work.keys * work.values, S(0));
     read(task, work, head, first, n);
     const bool differentiate = bool(v[DDECAY]);
-    if (call.before)
+    if (reads_before(call))
         differentiate ? work.template block<true, true>(gradient, n) : work.template block<true, false>(gradient, n);
     else
         differentiate ? work.template block<false, true>(gradient, n) : work.template block<false, false>(gradient, n);

@@ -88,7 +88,7 @@ class Corpus(ABC):
     def _read(self, name: str, path: Path) -> Iterator[Document]: ...
 
     def options(self) -> list[Any]:
-        """What decides, beside the files, which documents there are."""
+        """The options that decide, next to the files, which documents there are."""
         return []
 
     def __iter__(self) -> Iterator[Document]:
@@ -308,7 +308,7 @@ class Parquet(Rows):
 class Shards(Rows):
     """webdataset shards: tar files whose .txt members are documents; of .json members the field is.
 
-    With `chat` .txt members are left alone. Of a shard that is cut short the members before the cut are kept.
+    With `chat` .txt members are left alone. Members before the cut of a truncated shard are kept.
     """
 
     usual = ("*.tar", "*.tar.gz", "*.tgz")

@@ -9,7 +9,7 @@ import re
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from ...errors import ConfigError, MediaError
 from ...utils.console import write_atomically
@@ -28,25 +28,38 @@ class _Sample(NamedTuple):
     member: Member
     # The index of its class, or its name.
     label: int | str
+    # Why it cannot be used, if it cannot.
+    problem: str | None = None
+
+
+class _Refused(MediaError):
+    """A member that says nothing which can be a label."""
 
 
 class ShardSource:
     """Media in tar shards as webdataset and `omnimix data shard` write them.
 
     A sample is the members of one key: `key.jpg` with a suffix that counts, `key.cls` with the index of its class (or
-    its name), or `key.json` with the name as "class". A `SHARD.index.json` beside a shard, which `omnimix data shard`
-    leaves, saves the pass over its headers; it is used only if it fits, and each read checks it.
+    its name), or `key.json` with the name as "class". As in webdataset a key ends at the first dot, and what follows
+    may itself have dots: `Track 2.0 (x).wav` is of the key `Track 2`. Each of several such media with a label of its
+    own (`Track 2.0 (x).cls`) is a sample.
+
+    A `SHARD.index.json` next to a shard, which `omnimix data shard` leaves, saves the pass over its headers; it is used
+    only if it fits, and each read checks it.
+
+    A sample without a label, with one that is no name or index, or one of several media for a single label, counts as
+    a file that cannot be read: it has its place, `media` raises, and `problems` names it.
 
     Args:
         shards: the tar files; samples come in their order.
         suffixes: of the media, lower case, with their dots.
-        classes: by index; None takes those of `classes.json` or `classes.txt` beside the shards or a folder above,
+        classes: by index; None takes those of `classes.json` or `classes.txt` next to the shards or a folder above,
             those that the .json members name, or the numbers up to the largest.
         limit: bytes of a member at most.
 
     Raises:
-        ConfigError: no shards, no media with these suffixes, a sample without a label or with two media, or labels
-            that `classes` does not know.
+        ConfigError: no shards, no media with these suffixes, none that can be used, or labels that `classes` does not
+            know.
         MediaError: a shard that is cut short, corrupt, compressed or hostile; see `modalities.tar.scan`.
     """
 
@@ -69,6 +82,7 @@ class ShardSource:
         names: list[str] = []
         found_labels: list[int | str] = []
         described: dict[int, str] = {}
+        self._problems: dict[int, str] = {}
         for number, shard in enumerate(self._shards):
             found = None if classes is None else read_index(shard, suffixes, limit)
             if found is None:
@@ -76,22 +90,28 @@ class ShardSource:
             else:
                 stamp, samples = found
             self._stamps.append(stamp)
-            for (name, offset, size), label in samples:
+            for (name, offset, size), label, problem in samples:
+                if problem is not None:
+                    self._problems[len(names)] = problem
                 names.append(name)
                 found_labels.append(label)
                 self._shard.append(number)
                 self._offsets.append(offset)
                 self._sizes.append(size)
-        if not names:
-            raise ConfigError(
-                f"no member of the {len(shards)} shards in {str(folder)!r} ends in {', '.join(sorted(suffixes))}"
-            )
+        used = {label for index, label in enumerate(found_labels) if index not in self._problems}
+        if not used:
+            _refuse(len(shards), folder, suffixes, self._problems)
         if classes is None:
-            classes = name_classes(set(found_labels), str(folder), described)
-        labels = label_of(set(found_labels), classes, str(folder), numbers=False)
+            classes = name_classes(used, str(folder), described)
+        labels = label_of(used, classes, str(folder), numbers=False)
         self.classes = tuple(classes)
         self._names = Strings(names)
-        self._labels = array("q", [labels[label] for label in found_labels])
+        self._labels = array("q", [labels.get(label, -1) for label in found_labels])
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """The samples that cannot be used, by name, with the reason."""
+        return {self.name(index): reason for index, reason in self._problems.items()}
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -100,9 +120,12 @@ class ShardSource:
         return f"{self._shards[self._shard[index]]}/{self._names[index]}"
 
     def label(self, index: int) -> int:
-        return self._labels[index]
+        """The index of its class; -1 for a sample that `media` refuses."""
+        return -1 if index in self._problems else self._labels[index]
 
     def media(self, index: int) -> bytes:
+        if index in self._problems:
+            raise MediaError(self._problems[index])
         shard = self._shard[index]
         member = Member(self._names[index], self._offsets[index], self._sizes[index])
         return read_member(self._shards[shard], member, self._stamps[shard])
@@ -121,6 +144,16 @@ def split_key(name: str) -> tuple[str, str] | None:
     return name[:dot], name[dot + 1 :].lower()
 
 
+def _refuse(shards: int, folder: Path, suffixes: Collection[str], problems: dict[int, str]) -> NoReturn:
+    """Raise for shards that have no sample that can be used."""
+    if not problems:
+        raise ConfigError(f"no member of the {shards} shards in {str(folder)!r} ends in {', '.join(sorted(suffixes))}")
+    raise ConfigError(
+        f"none of the {len(problems)} samples in the {shards} shards of {str(folder)!r} can be used; the first: "
+        f"{next(iter(problems.values()))}"
+    )
+
+
 def _read_shard(
     shard: str, suffixes: Collection[str], limit: int, described: dict[int, str] | None
 ) -> tuple[Stamp, list[_Sample]]:
@@ -130,52 +163,94 @@ def _read_shard(
         described: takes the class name that a .json member gives to a label of a .cls member, for one of each.
     """
     index = TarIndex(shard, limit=limit)
-    groups: dict[str, dict[str, int]] = {}
+    groups: dict[str, list[tuple[str, int]]] = {}
     for number, name in enumerate(index.names):
         if (parts := split_key(name)) is not None:
-            members = groups.setdefault(parts[0], {})
-            if parts[1] in members:
-                raise ConfigError(
-                    f"the sample {parts[0]!r} of the shard {shard!r} has two of {parts[1]!r}, "
-                    f"{index.names[members[parts[1]]]!r} and {name!r}"
-                )
-            members[parts[1]] = number
-    samples = []
+            groups.setdefault(parts[0], []).append((parts[1], number))
+    samples: list[_Sample] = []
     for key, members in groups.items():
-        media = [number for suffix, number in members.items() if f".{suffix}" in suffixes]
-        if not media:
-            continue
-        if len(media) > 1:
-            names = " and ".join(repr(index.names[number]) for number in media[:2])
-            raise ConfigError(f"the sample {key!r} of the shard {shard!r} has two media, {names}")
-        label = _label(index, members, described)
-        if label is None:
-            raise ConfigError(
-                f"the sample {key!r} of the shard {shard!r} has no label; it needs a member {key}.cls with the index "
-                f"of its class, or {key}.json with its name as 'class'"
-            )
-        samples.append(_Sample(index[media[0]], label))
+        samples += _samples(index, key, members, suffixes, described)
     return index.stamp, samples
 
 
-def _label(index: TarIndex, members: dict[str, int], described: dict[int, str] | None) -> int | str | None:
-    text = "" if "cls" not in members else _small(index, members["cls"], "cls").decode(errors="replace").strip()
-    if not text:
-        return None if "json" not in members else _named(index, members["json"])
-    label = as_index(text)
-    if label is None:
-        return text
-    if described is not None and label not in described and "json" in members:
-        name = _named(index, members["json"])
+def _samples(
+    index: TarIndex,
+    key: str,
+    members: list[tuple[str, int]],
+    suffixes: Collection[str],
+    described: dict[int, str] | None,
+) -> Iterator[_Sample]:
+    """The samples among the members of one key: those with a label of their own, or else the one of the key's label."""
+    parts: dict[str, dict[str, list[int]]] = {}
+    for suffix, number in members:
+        stem, _, kind = suffix.rpartition(".")
+        parts.setdefault(stem, {}).setdefault(kind, []).append(number)
+    media = {stem: [n for kind, ns in p.items() if f".{kind}" in suffixes for n in ns] for stem, p in parts.items()}
+    media = {stem: numbers for stem, numbers in media.items() if numbers}
+    labelled = {stem for stem in media if not parts[stem].keys().isdisjoint(_LONGEST)}
+    # Next to `key.jpg`, media without a label of their own are further columns of its sample, such as a mask.
+    own = [(media[s], parts[s]) for s in media if not s or s in labelled or (labelled and "" not in media)]
+    for numbers, about in own or [([n for ns in media.values() for n in ns], parts.get("", {}))]:
+        for number in numbers:
+            try:
+                if len(numbers) > 1:
+                    names = " and ".join(repr(index.names[number]) for number in numbers[:2])
+                    raise _Refused(f"the sample {key!r} of the shard {index.path!r} has two media, {names}")
+                label = _label(index, key, about, described)
+            except _Refused as problem:
+                yield _Sample(index[number], "", str(problem))
+            else:
+                yield _Sample(index[number], label)
+
+
+def _label(index: TarIndex, key: str, members: dict[str, list[int]], described: dict[int, str] | None) -> int | str:
+    """The label among the members of a sample.
+
+    Raises:
+        _Refused: there is none, two, or one that can be neither the index nor the name of a class.
+    """
+    for kind in _LONGEST:
+        if len(members.get(kind, ())) > 1:
+            names = " and ".join(repr(index.names[number]) for number in members[kind][:2])
+            raise _Refused(f"the sample {key!r} of the shard {index.path!r} has two of {kind!r}, {names}")
+    named = None if "json" not in members else members["json"][0]
+    text = "" if "cls" not in members else _text(index, members["cls"][0])
+    label = as_index(text) if text else None if named is None else _named(index, named)
+    if label is None and not text:
+        raise _Refused(
+            f"the sample {key!r} of the shard {index.path!r} has no label; it needs a member {key}.cls with the index "
+            f"of its class, or {key}.json with its name as 'class'"
+        )
+    if described is not None and isinstance(label, int) and label not in described and named is not None:
+        name = _named(index, named)
         if name is not None:
             described[label] = name
-    return label
+    return text if label is None else label
+
+
+def _text(index: TarIndex, number: int) -> str:
+    """What a .cls member says: an index, or what can be the name of a class."""
+    data = _small(index, number, "cls")
+    try:
+        return _checked(index, number, data.decode().strip())
+    except UnicodeDecodeError:
+        return _checked(index, number, repr(data), possible=False)
+
+
+def _checked(index: TarIndex, number: int, text: str, possible: bool = True) -> str:
+    """The text, if it can be the index or the name of a class: no control characters, and no other number."""
+    if possible and text.isprintable() and (as_index(text) is not None or not re.fullmatch(r"[-+]?\d+", text)):
+        return text
+    raise _Refused(
+        f"the member {index.names[number]!r} of the shard {index.path!r} holds {text[:40]!r}, which is neither the "
+        "index nor the name of a class"
+    )
 
 
 def _small(index: TarIndex, number: int, kind: str) -> bytes:
     member = index[number]
     if member.size > _LONGEST[kind]:
-        raise MediaError(f"the member {member.name!r} of the shard {index.path!r} has {member.size:,} bytes, no {kind}")
+        raise _Refused(f"the member {member.name!r} of the shard {index.path!r} has {member.size:,} bytes, no {kind}")
     return index.read(number)
 
 
@@ -185,13 +260,13 @@ def _named(index: TarIndex, number: int) -> str | None:
         content = json.loads(_small(index, number, "json"))
     except (ValueError, RecursionError) as error:
         name = index.names[number]
-        raise MediaError(f"the member {name!r} of the shard {index.path!r} is no JSON: {error}") from error
+        raise _Refused(f"the member {name!r} of the shard {index.path!r} is not JSON: {error}") from error
     name = content.get("class") if isinstance(content, dict) else None
-    return name if isinstance(name, str) and name else None
+    return _checked(index, number, name) if isinstance(name, str) and name else None
 
 
 def write_index(shard: Path, samples: Iterable[tuple[Member, int]]) -> None:
-    """Leave `SHARD.index.json` beside a whole shard: the media members of its samples and their labels."""
+    """Write `SHARD.index.json` next to a whole shard: the media members of its samples and their labels."""
     rows = list(samples)
     content = {
         "version": _VERSION,
@@ -206,7 +281,7 @@ def write_index(shard: Path, samples: Iterable[tuple[Member, int]]) -> None:
 
 
 def read_index(shard: str, suffixes: Collection[str], limit: int) -> tuple[Stamp, list[_Sample]] | None:
-    """What the index beside a shard says, or None where there is none that fits the shard.
+    """What the index of a shard says, or None where there is none that fits the shard.
 
     Raises:
         MediaError: there is no such shard.

@@ -176,11 +176,11 @@ def check_folder(root: Path) -> None:
 
     Raises:
         ConfigError: it is not. The message has its whole path: a relative one, which a run's configuration keeps, means
-            another folder wherever the run goes on from elsewhere.
+            another folder when the run is resumed from elsewhere.
     """
     if not root.is_dir():
         whole = "" if root.is_absolute() else f"; from the present folder it would be {os.path.abspath(root)!r}"
-        raise ConfigError(f"there is no folder {str(root)!r}{whole}")
+        raise ConfigError(f"folder {str(root)!r} does not exist{whole}")
 
 
 def check_classes(classes: Sequence[str], where: Path) -> None:
@@ -282,9 +282,7 @@ def name_classes(labels: set[str | int], where: str, described: Mapping[int, str
     indices = [label if isinstance(label, int) else as_index(label) for label in labels]
     if None in indices:
         if not all(isinstance(label, str) for label in labels):
-            raise ConfigError(
-                f"{where} has labels that are indices beside some that are names; it must name all classes"
-            )
+            raise ConfigError(f"{where} mixes labels that are indices and labels that are names; use one kind")
         return sorted(labels)  # type: ignore[type-var]
     top = max(indices)  # type: ignore[type-var]
     if top >= _MOST_CLASSES:

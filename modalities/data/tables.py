@@ -27,7 +27,7 @@ class CSVSource(FileSource):
     Args:
         table: the .csv file.
         suffixes: of the media files, which tell a sample from a header too.
-        classes: by index; None takes those of `classes.json` or `classes.txt` beside the table, or the names that
+        classes: by index; None takes those of `classes.json` or `classes.txt` next to the table, or the names that
             occur, in alphabetical order, or the numbers up to the largest.
 
     Raises:
@@ -137,7 +137,7 @@ def _find_ids(
 ) -> list[tuple[str, str]]:
     found: dict[str, str] = {}
     for path in walk_files(table.parent, suffixes):
-        # Of the same clip in two folders that of this table's split counts.
+        # Where a clip lies in two folders, the one of this table's split counts.
         if path.stem not in found or path.is_relative_to(table.parent / table.stem):
             found[path.stem] = str(path)
     rows = []

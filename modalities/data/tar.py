@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tarfile
+import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -42,7 +43,7 @@ class Stamp(NamedTuple):
 
     @staticmethod
     def of(file: str | Path | int) -> Stamp:
-        """Of a path or an open descriptor."""
+        """Return the stamp of a path or an open descriptor."""
         stat = os.stat(file)
         return Stamp(stat.st_size, stat.st_mtime_ns)
 
@@ -180,7 +181,7 @@ def member_problem(member: tarfile.TarInfo, limit: int = LIMIT) -> str | None:
 
 
 def end_problem(file: BinaryIO, end: int) -> str | None:
-    """Why an open tar file does not end as it should at `end`, behind its last member, if so: with zeros alone.
+    """Why an open tar file does not end as it should at `end`, after its last member: with zeros alone.
 
     tarfile takes the end of the file, a corrupt header and junk for the end of the archive, in silence.
     """
@@ -192,7 +193,7 @@ def end_problem(file: BinaryIO, end: int) -> str | None:
         return "a header is corrupt"
     while chunk := file.read(1 << 20):
         if chunk.count(0) < len(chunk):
-            return "there is more behind its end; several archives in one file are not read"
+            return "data follows its end; several archives in one file are not read"
     return None
 
 
@@ -206,10 +207,7 @@ def read_member(path: str, member: Member, stamp: Stamp) -> bytes:
     # One read fetches the header too, which says whether the index is right.
     start, length = member.offset - _BLOCK, _BLOCK + member.size
     try:
-        data = os.pread(handle.number, length, start)
-        # Linux reads at most 2 GiB at once.
-        while len(data) < length and (more := os.pread(handle.number, length - len(data), start + len(data))):
-            data += more
+        data = handle.read(start, length)
     except OSError as error:
         raise MediaError(f"cannot read the shard {path!r}: {error.strerror}") from error
     if len(data) < length:
@@ -237,12 +235,29 @@ class _Handle:
     """An open file, closed with the last one who uses it."""
 
     def __init__(self, path: str):
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.file = open(path, "rb", buffering=0)
+        # For systems that cannot read at an offset (Windows): there threads take turns.
+        self._turn = None if hasattr(os, "pread") else threading.Lock()
+
+    def read(self, start: int, length: int) -> bytes:
+        """Up to `length` bytes from `start` on; fewer only where the file ends."""
+        data = self._some(start, length)
+        # Linux reads at most 2 GiB at once.
+        while len(data) < length and (more := self._some(start + len(data), length - len(data))):
+            data += more
+        return data
+
+    def _some(self, start: int, length: int) -> bytes:
+        if self._turn is None:
+            return os.pread(self.file.fileno(), length, start)
+        with self._turn:
+            self.file.seek(start)
+            return self.file.read(length)
 
     def __del__(self) -> None:
-        # Without a number it could not be opened.
-        if "number" in self.__dict__:
-            os.close(self.number)
+        # Without a file it could not be opened.
+        if "file" in self.__dict__:
+            self.file.close()
 
 
 class _Handles:
@@ -262,7 +277,7 @@ class _Handles:
                 handle = _Handle(path)
             except OSError as error:
                 raise MediaError(f"cannot open the shard {path!r}: {error.strerror}") from error
-            if Stamp.of(handle.number) != stamp:
+            if Stamp.of(handle.file.fileno()) != stamp:
                 raise MediaError(f"the shard {path!r} has changed since it was indexed; start again")
         self._open[path, stamp] = handle
         # Another thread may have let it go at the same moment.

@@ -22,11 +22,11 @@ from ...utils.files import one_at_a_time, replace_file
 from ..text.tokenizer import WORDS, Tokenizer, load_tokenizer, train_bpe
 from .corpus import Corpus, Document, held_out, place
 
-# Of the layout of the files and of how documents are encoded: older files are then not read.
+# Changes with the layout of the files and with how documents are encoded: older files are then not read.
 _VERSION = 1
 _MAGIC = b"omnixtok"
 _BATCH = 1 << 20  # characters that are encoded at a time
-_SAMPLE = 64 << 20  # bytes of text from which a vocabulary is learnt
+_SAMPLE = 64 << 20  # bytes of text from which a vocabulary is learned
 _LONG = 1 << 20  # characters of a document of which a part may be taken for that
 
 
@@ -36,7 +36,7 @@ def text_cache() -> Path:
 
 
 class TokenCache:
-    """The tokens of all documents of a corpus, behind each other, in one file.
+    """The tokens of all documents of a corpus, concatenated in one file.
 
     Args:
         file: what `write_tokens` wrote. It is checked as a whole.
@@ -108,7 +108,7 @@ def _read_footer(file: Path, size: int) -> tuple[dict[str, Any], int]:
 
 
 class _Writer:
-    """Writes arrays behind each other, padded to 8 bytes, with a checksum of everything."""
+    """Writes arrays one after another, padded to 8 bytes, with a checksum of everything."""
 
     def __init__(self, stream: BinaryIO):
         self.stream, self.crc, self.written = stream, 0, 0
@@ -202,11 +202,15 @@ def _encode_chat(
     messages: list[dict[str, Any]], tokenizer: Tokenizer, answers_only: bool
 ) -> tuple[list[int], list[bool], int]:
     if answers_only:
-        answers = (m["content"] for m in messages if m["role"] == "assistant")
-        return *tokenizer.chat_document(messages), sum(len(answer.encode()) for answer in answers)
+        ids, scored = tokenizer.chat_document(messages)
+        answers = [m for m in messages if m["role"] == "assistant"]
+        if all(isinstance(m.get("content"), str) and not m.get("tool_calls") for m in answers):
+            return ids, scored, sum(len(m["content"].encode()) for m in answers)
+        # Parts and calls are text only once the template has rendered them.
+        text = tokenizer.decode([i for i, own in zip(ids, scored, strict=True) if own])
+        return ids, scored, len(text.encode())
     ids = tokenizer.encode_chat(messages, generate=False)
-    # A template may write the end token at the beginning itself.
-    ids = [tokenizer.end, *(ids[1:] if ids[:1] == [tokenizer.end] else ids), tokenizer.end]
+    ids = [*([] if tokenizer.begins(ids) else [tokenizer.end]), *ids, tokenizer.end]
     return ids, [], len(tokenizer.decode(ids).encode())
 
 
@@ -215,7 +219,7 @@ def cached_tokens(
 ) -> TokenCache:
     """The tokens of a corpus, encoded now or before.
 
-    A file that is corrupt is written anew. Of several processes one encodes, and the others wait for it.
+    A file that is corrupt is written anew. One of several processes encodes, and the others wait for it.
 
     Args:
         folder: of the cache; `text_cache()` by default.
@@ -269,7 +273,7 @@ def cached_bpe(
         return load_tokenizer(file)
     except CheckpointError:
         with _writing(folder), one_at_a_time(file):
-            with contextlib.suppress(CheckpointError):  # another process may have learnt it in the meantime
+            with contextlib.suppress(CheckpointError):  # another process may have trained it in the meantime
                 return load_tokenizer(file)
             part = min(1.0, _SAMPLE / max(1, corpus.nbytes))
             with _progress(corpus, f"learning {vocabulary} tokens") as seen:
@@ -284,7 +288,7 @@ def _texts(corpus: Corpus, val_part: float, part: float, seen: Callable[[Documen
         if held_out(document.key, val_part):
             continue
         text = document.text or "\n".join(m["content"] for m in document.messages or [])
-        # Of few long documents chance might choose none: of each of them a part.
+        # Chance might choose none of few long documents: a fraction of each is taken.
         if part < 1 and len(text) > _LONG:
             yield text[: round(part * len(text))]
         # Whether one of many is read follows from its name too, but independently of what is held out.

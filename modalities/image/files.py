@@ -40,7 +40,9 @@ _DAMAGED = (
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL converts to grey
 
 
-def load_image(source: object, mode: Literal["RGB", "L"] = "RGB", *, name: str | None = None) -> Float[Tensor, "c h w"]:
+def load_image(
+    source: object, mode: Literal["RGB", "L"] = "RGB", *, name: str | None = None, keep_bytes: bool = False
+) -> Shaped[Tensor, "c h w"]:
     """Read an image as a float32 tensor in 0..1.
 
     Args:
@@ -48,6 +50,8 @@ def load_image(source: object, mode: Literal["RGB", "L"] = "RGB", *, name: str |
             a tensor `(c, h, w)` or `(h, w)` with 1 to 4 channels: uint8, uint16 or floating point in 0..1.
         mode: "RGB", 3 channels; "L", 1 channel, grey.
         name: what error messages call the source; by default the path.
+        keep_bytes: return uint8 for files and PIL images that are stored so without transparency, which is quicker to
+            crop and resize.
 
     Palettes are expanded, 16-bit images keep their precision, the EXIF orientation is applied (unless the EXIF data are
     damaged), and transparent pixels are laid over white. Integers of 32 bits that do not exceed 255 are taken to be of
@@ -76,11 +80,11 @@ def load_image(source: object, mode: Literal["RGB", "L"] = "RGB", *, name: str |
     name = name or _name_of(source)
     try:
         if isinstance(source, Image.Image):
-            return _pixels(source, mode)
+            return _pixels(source, mode, keep_bytes)
         else:
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 _bound(image)
-                return _pixels(image, mode)
+                return _pixels(image, mode, keep_bytes)
     except (*_DAMAGED, Image.DecompressionBombError) as error:
         raise MediaError(f"cannot read the image {name!r}: {error}") from error
 
@@ -104,7 +108,7 @@ def _name_of(source: Any) -> str:
     return getattr(source, "filename", "") or ("(an open file)" if hasattr(source, "read") else "(a PIL image)")
 
 
-def _pixels(image: Any, mode: str) -> Float[Tensor, "c h w"]:
+def _pixels(image: Any, mode: str, keep_bytes: bool) -> Shaped[Tensor, "c h w"]:
     import numpy as np
 
     image.load()
@@ -118,6 +122,9 @@ def _pixels(image: Any, mode: str) -> Float[Tensor, "c h w"]:
         return _finished(values, mode)
     transparent = image.mode in {"RGBA", "LA", "PA", "La", "RGBa"} or "transparency" in image.info
     stored = "RGBA" if transparent else "L" if image.mode in {"1", "L"} else "RGB"
+    if keep_bytes and not transparent and image.mode != "1":
+        planes = _planes(image, mode)
+        return planes if mode == "RGB" else planes[None]
     width, height = image.size
     rows = max(1, _BAND // width)
     if rows >= height:

@@ -25,7 +25,7 @@ Config = GenerationConfig | DiffusionConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TextResult:
-    """What was written behind one prompt.
+    """The text generated after one prompt.
 
     Args:
         text: up to the end token or stop string, which it does not hold.
@@ -137,13 +137,13 @@ class TextGenerator:
         prefix: Prefix | None = None,
         number: int = 0,
     ) -> Iterator[str]:
-        """The text that `generate` writes behind one prompt, in pieces as soon as they are sure.
+        """The text that `generate` generates after one prompt, in pieces as soon as they are final.
 
         No piece ends inside a character, and none holds a part of a stop string. What diffusion or a
         beam search writes comes at once.
         """
         config = self._config(config)
-        if isinstance(config, DiffusionConfig) or config.beams > 1:
+        if isinstance(config, DiffusionConfig) or config.num_beams > 1:
             return iter([self.generate([prompt], config, stop=stop, prefix=prefix, numbers=[number])[0].text])
         text = _Text(self.tokenizer, stop)
         return self._pieces(stream(self.model, self._ids(prompt, prefix), config, prefix=prefix, number=number), text)
@@ -171,15 +171,15 @@ class TextGenerator:
         numbers: Sequence[int] | None = None,
         watch: Watch | None = None,
     ) -> list[TextResult]:
-        """Go on with each prompt, as it would be alone.
+        """Continue each prompt, as it would be alone.
 
         Args:
             prompts: texts; conversations as lists of messages with "role" and "content"; or ids, taken as they are.
             config: a `GenerationConfig`, or a `DiffusionConfig` for models that are decoded by diffusion; their
                 defaults otherwise. Without an `end` it is the tokenizer's.
-            stop: strings before which a text ends, wherever the borders of the tokens are. Under diffusion and in a
+            stop: strings before which a text ends, wherever the boundaries of the tokens are. Under diffusion and in a
                 beam search they are looked for afterwards.
-            prefix: what all prompts are behind (`read`).
+            prefix: the state after what all prompts follow (`read`).
             numbers: by which, with the seed, each prompt draws; its place by default.
             watch: under diffusion called after every step; see `diffuse`.
 
@@ -189,12 +189,12 @@ class TextGenerator:
         """
         config, ids = self._config(config), [self._ids(prompt, prefix) for prompt in prompts]
         texts = [_Text(self.tokenizer, stop) for _ in prompts]
-        if isinstance(config, GenerationConfig) and config.beams == 1:
+        if isinstance(config, GenerationConfig) and config.num_beams == 1:
             return self._write(ids, config, texts, prefix, numbers)
         if isinstance(config, GenerationConfig):
             found = generate(self.model, ids, config, prefix=prefix)
         elif prefix is not None:
-            raise UnsupportedCall("prefix: diffusion does not go on from one; write it into the prompts")
+            raise UnsupportedCall("prefix: diffusion does not continue from a state; put its text into the prompts")
         else:
             found = diffuse(self.model, ids, config, numbers=numbers, watch=watch)
         results = []
@@ -233,11 +233,11 @@ class TextGenerator:
         ]
 
     def _ids(self, prompt: Prompt, prefix: Prefix | None) -> list[int]:
-        """A prompt's ids, behind the end token with which every document begins unless there is a prefix."""
+        """A prompt's ids, after the end token with which every document begins unless there is a prefix."""
         if not isinstance(prompt, str) and all(isinstance(part, int) for part in prompt):
             return list(prompt)
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.encode_chat(prompt)
-        begun = prefix is not None or (not isinstance(prompt, str) and ids[:1] == [self.tokenizer.end])
+        begun = prefix is not None or (not isinstance(prompt, str) and self.tokenizer.begins(ids))
         return ids if begun else [self.tokenizer.end, *ids]
 
     def _config(self, config: Config | None) -> Config:

@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from ...errors import CheckpointError, ConfigError, UnknownName
+from ...errors import CheckpointError, ConfigError, OmnimixError, UnknownName
 from ...utils.files import replace_file
 from .base import TextStream, Tokenizer
 from .chat import CHATML, TURN, pattern
@@ -20,20 +20,20 @@ __all__ = ["END", "BPETokenizer", "ByteTokenizer", "TextStream", "Tokenizer", "l
 
 END = "<|endoftext|>"
 FILE, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
-# In the configuration, beside what transformers reads there: the token that ends documents.
+# A key of the configuration that transformers does not read: the token that ends documents.
 OWN_END = "omnimix_end"
 
 # What ends a document is called otherwise in every family; looked for in this order.
 _ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|end▁of▁sentence|>", "<EOS>", "[EOS]", "[SEP]")
 
 # A word with what introduces it (" is", ".append", "_name"), one digit, punctuation together with the line end and the
-# indentation behind it ("):\n        "), blank lines with indentation, other space. On Python's standard library a
+# indentation after it ("):\n        "), blank lines with indentation, other space. On Python's standard library a
 # vocabulary of 4096 so reaches 3.47 bytes a token, where GPT-2's pattern, which cuts indentation up, reaches 3.27.
 WORDS = r"(?:[^\s\p{L}\p{N}]| )?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+(?:[ \t]*[\r\n]\s*)?|\s*[\r\n][ \t]*|\s+(?!\S)|\s+"
 
 
 class ByteTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8, and behind them the end token and any other special tokens.
+    """The 256 bytes of UTF-8, followed by the end token and any other special tokens.
 
     Args:
         special: names of further special tokens.
@@ -80,10 +80,10 @@ class BPETokenizer(Tokenizer):
         inner: what it adds, cuts or fills up by itself is switched off.
         end: name of the token that ends documents; None looks for the usual ones.
         template: a chat template.
-        variables: what it may use beside the messages, such as `bos_token`; the end token by default.
+        variables: what it may use next to the messages, such as `bos_token`; the end token by default.
 
     Raises:
-        UnknownName: no token is called `end`.
+        UnknownName: unknown token `end`.
         ConfigError: none of the usual end tokens is there.
     """
 
@@ -122,13 +122,16 @@ class BPETokenizer(Tokenizer):
         self.template = _template(template, self.special)
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+        """See `Tokenizer.encode_batch`; ConfigError too where the tokenizer fails, as without an unknown token."""
         for text in texts:
             _writable(text)
         inner = self._special if special else self._plain
-        return [encoding.ids for encoding in inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with _Failures(ConfigError, "the tokenizer cannot encode the text"):
+            return [encoding.ids for encoding in inner.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def _decode(self, ids: list[int], special: bool) -> str:
-        return self._plain.decode(ids, skip_special_tokens=not special)
+        with _Failures(ConfigError, "the tokenizer cannot decode the ids"):
+            return self._plain.decode(ids, skip_special_tokens=not special)
 
     def state(self) -> dict[str, Any]:
         inner = json.loads(self._special.to_str())
@@ -182,7 +185,7 @@ def load_tokenizer(path: str | Path, *, end: str | None = None) -> Tokenizer:
 
     Args:
         path: a folder that holds `tokenizer.json`, or such a file. The chat template is taken from
-            `chat_template.jinja` or `tokenizer_config.json` beside it.
+            `chat_template.jinja` or `tokenizer_config.json` next to it.
         end: name of the token that ends documents; None takes the one it was saved with, looks for the usual ones, then
             takes the `eos_token` of `tokenizer_config.json`.
 
@@ -202,14 +205,17 @@ def load_tokenizer(path: str | Path, *, end: str | None = None) -> Tokenizer:
             raise UnknownName("end token of bytes", end, [END])
         return ByteTokenizer(special, template=template)
     config = _read_json(file.with_name(CONFIG)) if file.with_name(CONFIG).is_file() else {}
-    with _Corrupt(file):
+    with _Failures(CheckpointError, f"{file} is not a tokenizer"):
         inner = tokenizers.Tokenizer.from_file(str(file))
+        # Some files load, and fail where they are written or used.
+        tokenizers.Tokenizer.from_str(inner.to_str())
     if not inner.get_vocab_size(with_added_tokens=True):
-        raise CheckpointError(f"{file} is no tokenizer: it has no tokens")
+        raise CheckpointError(f"{file} is not a tokenizer: it has no tokens")
     end = _name(config.get(OWN_END)) if end is None else end
     if end is None and not any(name in _ENDS for name in _special_of(inner)):
         end = _name(config.get("eos_token"))
-    named = {key: _name(config[key]) for key in ("bos_token", "eos_token", "pad_token", "unk_token") if config.get(key)}
+    keys = ("bos_token", "eos_token", "pad_token", "unk_token")
+    named = {key: name for key in keys if (name := _name(config.get(key))) is not None}
     return BPETokenizer(inner, end=end, template=_read_template(file, config), variables=named)
 
 
@@ -232,7 +238,8 @@ def _read_template(file: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def _name(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
+    name = token.get("content") if isinstance(token, dict) else token
+    return name if isinstance(name, str) and name else None
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -242,22 +249,27 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"there is no tokenizer: {file} does not exist") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{file} is corrupt: its brackets are nested too deeply") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} is corrupt: it holds a {type(content).__name__} and not an object")
     return content
 
 
-class _Corrupt:
-    """Makes a CheckpointError of what the `tokenizers` library raises for a bad file: plain `Exception`s."""
+class _Failures:
+    """Makes an error of ours of what the `tokenizers` library raises: plain `Exception`s, and panics of Rust.
 
-    def __init__(self, file: Path):
-        self.file = file
+    A panic is no `Exception` at all, so that it would pass by whoever handles errors.
+    """
+
+    def __init__(self, error: type[OmnimixError], what: str):
+        self.error, self.what = error, what
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if kind is Exception:
-            raise CheckpointError(f"{self.file} is no tokenizer: {error}") from error
+        if kind is Exception or (kind is not None and kind.__name__ == "PanicException"):
+            raise self.error(f"{self.what}: {str(error)[:1000]}") from error
 
 
 def _special_names(further: Sequence[str]) -> list[str]:

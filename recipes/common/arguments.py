@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pkgutil
 import re
-import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +66,11 @@ def configurations(argv: list[str], recipe: str) -> tuple[list[str], Path, str]:
     return rest, base, name
 
 
-@contextlib.contextmanager
-def prepared(argv: list[str], base: Path, model: type, data: type[RecipeData]) -> Iterator[tuple[list[str], Path]]:
-    """What the parser is given: a command line and a file of defaults, with the trees of both in a file of their own.
+def prepared(argv: list[str], base: Path, model: type, data: type[RecipeData]) -> tuple[list[str], dict[str, Any]]:
+    """What the parser is given: a command line and defaults, with the trees of both in a configuration of their own.
+
+    Configurations stand in the command line as text: while jsonargparse reads a file, it changes the current folder of
+    the process, and so that of every thread.
 
     Args:
         argv: the command line, with files that this version reads.
@@ -86,32 +85,28 @@ def prepared(argv: list[str], base: Path, model: type, data: type[RecipeData]) -
     # Where the data set is unknown, the parser says what is wrong with its name.
     chosen = data_class(data, [*_class_paths(defaults.get("data")), *data_paths(argv)][-1]) or data
     both = trees, options = Trees(model), DataTrees(chosen)
-    with tempfile.TemporaryDirectory() as folder:
-
-        def copied(content: Any, name: str) -> str:
-            file = Path(folder) / name
-            file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-            return str(file)
-
-        file = Path(copied(_take(both, defaults), base.name))
-        rest, flags = _parted(argv, both, copied)
-        # A part is named before its options are set, in whatever order they were typed; and flags win over files.
-        for owner, *flag in sorted(flags, key=lambda flag: len(flag[2])):
-            owner.flag(*flag)
-        ours = ["--config", copied({"model": trees.checked()}, "trees.yaml")]
-        ours += [f"--data.{name}={json.dumps(value)}" for name, value in options.checked().items()]
-        # Help is printed as soon as it is read, without the words that follow it.
-        helps = [i for i, word in enumerate(rest) if word.partition("=")[0] in ("--help", "-h", "--data.help")]
-        end = helps[0] if helps else len(rest)
-        yield [*rest[:end], *ours, *rest[end:]], file
+    rest_of_defaults = _take(both, defaults)
+    rest, flags = _parted(argv, both)
+    # A part is named before its options are set, in whatever order they were typed; and flags win over files.
+    for owner, *flag in sorted(flags, key=lambda flag: len(flag[2])):
+        owner.flag(*flag)
+    ours = ["--config", _inline({"model": trees.checked()})]
+    ours += [f"--data.{name}={json.dumps(value)}" for name, value in options.checked().items()]
+    # Help is printed as soon as it is read, without the words that follow it.
+    helps = [i for i, word in enumerate(rest) if word.partition("=")[0] in ("--help", "-h", "--data.help")]
+    end = helps[0] if helps else len(rest)
+    return [*rest[:end], *ours, *rest[end:]], rest_of_defaults
 
 
-def _parted(
-    argv: list[str], both: tuple[Trees, ...], copied: Callable[[Any, str], str]
-) -> tuple[list[str], list[tuple[Trees, str, list[str], str]]]:
+def _inline(content: Any) -> str:
+    """A configuration as the text that the parser takes in place of a file."""
+    return yaml.safe_dump(content, sort_keys=False, default_flow_style=True, width=1 << 30)
+
+
+def _parted(argv: list[str], both: tuple[Trees, ...]) -> tuple[list[str], list[tuple[Trees, str, list[str], str]]]:
     """A command line without what belongs to trees, and the flags among that: (tree, flag, place, value) each.
 
-    What the files in it say of the trees is merged; copies of the rest stand for them.
+    What the files in it say of the trees is merged; the text of the rest stands for them.
     """
     rest: list[str] = []
     flags: list[tuple[Trees, str, list[str], str]] = []
@@ -129,7 +124,7 @@ def _parted(
             continue
         content = _read(value) if option == "--config" else {"data": _mapping(value)}
         if isinstance(content, dict) and option == "--config":
-            value = copied(_take(both, content), f"{len(rest)}.yaml")
+            value = _inline(_take(both, content))
         elif isinstance(content, dict) and isinstance(content["data"], dict):
             value = json.dumps(_take(both, content)["data"])
         rest += [option, value]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from ...backbones.serialization import to_dict
+from ...errors import ConfigError
 from ...modalities import save_model
 from ...modalities.common.classifier import Classifier, pattern_name
 from ...utils.console import emit, say
@@ -67,26 +68,41 @@ class Classification(pl.LightningModule):
         """What a training step sees of a batch, media and targets; it may draw from the global generator."""
         return media, labels
 
-    def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
+    def named(self, batch: Any) -> Mapping[str, Any]:
+        """A batch by names: as it is, or of a pair of media and labels, as data sets of others give them.
+
+        Raises:
+            ConfigError: it is neither.
+        """
+        if isinstance(batch, list | tuple) and len(batch) == 2:
+            batch = {self.medium: batch[0], "label": batch[1]}
+        if not isinstance(batch, Mapping) or self.medium not in batch or "label" not in batch:
+            shown = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
+            raise ConfigError(f"a batch is {shown}; it must be a pair, or a dict with {self.medium!r} and 'label'")
+        return batch
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        batch = self.named(batch)
         if bool((batch["label"] == IGNORED).all()):
             # In place of samples that cannot be read: nothing is learned, and every rank takes the step.
             return self.model(batch[self.medium]).float().sum() * 0.0
         media, targets = self.varied(batch[self.medium], batch["label"])
         logits, extra = self.model.forward_with_losses(media)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.training_config.label_smoothing)
-        # Of routed experts; weighted already.
+        # The losses of routed experts are weighted already.
         loss = loss + sum(extra.values())
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(media), sync_dist=True)
         return loss
 
-    def validation_step(self, batch: dict[str, Any], index: int) -> dict[str, Tensor]:
+    def validation_step(self, batch: Any, index: int) -> dict[str, Tensor]:
         return self.measure(batch, "val")
 
-    def test_step(self, batch: dict[str, Any], index: int) -> dict[str, Tensor]:
+    def test_step(self, batch: Any, index: int) -> dict[str, Tensor]:
         return self.measure(batch, "test")
 
-    def measure(self, batch: dict[str, Any], split: str) -> dict[str, Tensor]:
+    def measure(self, batch: Any, split: str) -> dict[str, Tensor]:
         """Count a held-out batch; logits (b, classes) and labels (b,)."""
+        batch = self.named(batch)
         labels = batch["label"]
         logits = self(batch[self.medium]).float()
         counted = int((labels != IGNORED).sum())
@@ -234,7 +250,7 @@ def finish(cli: RecipeCLI, look: Look, baseline: Callable[[RecipeCLI], Baseline 
     }
     # Before the comparison too: whatever ends that must not cost the run its numbers.
     write_metrics(folder.metrics, metrics)
-    compared = baseline(cli) if baseline is not None else None
+    compared = baseline(cli) if baseline is not None and measured else None
     if compared is not None:
         metrics |= {"baseline": compared.name, "baseline/acc1": round(compared.acc1, 6)}
         metrics["baseline_seconds"] = round(compared.seconds, 1)
@@ -245,9 +261,10 @@ def finish(cli: RecipeCLI, look: Look, baseline: Callable[[RecipeCLI], Baseline 
 
 def _picture(cli: RecipeCLI, seen: Predictions, metrics: dict[str, Any], look: Look) -> None:
     names, history = cli.datamodule.preprocess.classes, cli.history.rows
-    counts = seen.confusion(len(names))
-    total, right = int(counts.sum()), int(counts.diagonal().sum())
-    title = f"{metrics['val/acc1']:.1%} of {total} held-out {look.noun} right"
+    validated = "val/acc1" in metrics
+    counts = seen.confusion(len(names)) if validated else None
+    total = metrics[f"val_{look.noun}"]
+    title = f"{metrics['val/acc1']:.1%} of {total} held-out {look.noun} right" if validated else "not validated"
     if "baseline" in metrics:
         title += f"; with {metrics['baseline']}: {metrics['baseline/acc1']:.1%}"
     subtitle = (
@@ -258,16 +275,15 @@ def _picture(cli: RecipeCLI, seen: Predictions, metrics: dict[str, Any], look: L
     accuracy = curves(
         history, {"top 1": "val/acc1", "top 5": "val/acc5"}, f"accuracy on held-out {look.noun}", percent=True
     )
-    panels: list[Panel] = [
-        curves(history, {"training": "train/loss", "held out": "val/loss"}, "loss"),
-        accuracy,
-        confusion(counts, names, f"confusion of held-out {look.noun}"),
-    ]
-    shown = seen.gallery(names, look.picture, look.columns * look.rows)
-    below = gallery(shown, f"held-out {look.noun}: {total - right} of {total} are wrong", look.columns)
-    write_report(
-        cli.folder.report, title, subtitle, [Row(panels=panels, height=4.6), Row(panels=[below], height=look.height)]
-    )
+    panels: list[Panel] = [curves(history, {"training": "train/loss", "held out": "val/loss"}, "loss"), accuracy]
+    rows = [Row(panels=panels, height=4.6)]
+    if counts is not None:
+        panels.append(confusion(counts, names, f"confusion of held-out {look.noun}"))
+        shown = seen.gallery(names, look.picture, look.columns * look.rows)
+        wrong = total - int(counts.diagonal().sum())
+        below = gallery(shown, f"held-out {look.noun}: {wrong} of {total} are wrong", look.columns)
+        rows.append(Row(panels=[below], height=look.height))
+    write_report(cli.folder.report, title, subtitle, rows)
 
 
 def _say(cli: RecipeCLI, metrics: dict[str, Any], look: Look) -> None:
@@ -275,8 +291,7 @@ def _say(cli: RecipeCLI, metrics: dict[str, Any], look: Look) -> None:
     row = {
         "run": folder.path.name,
         "mixer": metrics["mixer"],
-        "top 1": f"{metrics['val/acc1']:.2%}",
-        "top 5": f"{metrics['val/acc5']:.2%}",
+        **{f"top {k}": f"{metrics[f'val/acc{k}']:.2%}" for k in (1, 5) if f"val/acc{k}" in metrics},
         **({f"with {metrics['baseline']}": f"{metrics['baseline/acc1']:.2%}"} if "baseline" in metrics else {}),
         "parameters": f"{metrics['parameters']:,}",
         "seconds": f"{metrics['train_seconds']:.0f}",

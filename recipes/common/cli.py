@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ...backbones.serialization import to_dict
 from ...errors import CheckpointError, ConfigError, OmnimixError
@@ -82,6 +83,8 @@ class RecipeCLI(LightningCLI):
         self.history = history or History()
         self.callbacks = callbacks
         self.task = recipe.split("_")[0]
+        # Whatever changes the current folder later, the run stays where it was started.
+        self._started = os.getcwd()
         _quiet()
         run = _run_of(command, argv, self.task)
         with (
@@ -90,11 +93,15 @@ class RecipeCLI(LightningCLI):
             else stored_config(argv, run, data, fit=command == "fit") as argv
         ):
             argv, base, self.configuration = configurations(argv, recipe)
-            with migrated_files(argv) as argv, prepared(argv, base, model, data) as (argv, file):
-                self._start(model, data, str(file), argv)
+            with migrated_files(argv) as argv:
+                argv, self._defaults = prepared(argv, base, model, data)
+        try:
+            self._start(model, data, argv)
+        except MisconfigurationException as error:
+            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
 
-    def _start(self, model: type[pl.LightningModule], data: type[RecipeData], file: str, argv: list[str]) -> None:
-        """Parse with the defaults of a file, and do what is typed."""
+    def _start(self, model: type[pl.LightningModule], data: type[RecipeData], argv: list[str]) -> None:
+        """Parse with the recipe's defaults, and do what is typed."""
         super().__init__(
             model,
             data,
@@ -103,23 +110,14 @@ class RecipeCLI(LightningCLI):
             trainer_defaults={"enable_model_summary": False, "num_sanity_val_steps": 0, "log_every_n_steps": 10},
             seed_everything_default=0,
             parser_class=Parser,
-            parser_kwargs={
-                "prog": f"omnimix {self.task}",
-                self.command: {"default_config_files": [file]},
-            },
+            parser_kwargs={"prog": f"omnimix {self.task}"},
             auto_configure_optimizers=False,
             args=[self.command, *argv],
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        # Lightning complains where both its arguments and those of the process are given. Only while it parses are
-        # the latter away: with several devices it starts the other processes by them.
-        program = sys.argv
-        sys.argv = program[:1]
-        try:
-            super().parse_arguments(parser, args)
-        finally:
-            sys.argv = program
+        # Lightning's own warns of arguments of the process, which there always are.
+        self.config = parser.parse_args(args)
         if self.options.configuration is None:
             self.options.configuration = self.configuration
 
@@ -135,7 +133,7 @@ class RecipeCLI(LightningCLI):
         def shown(text: str) -> str:
             return text if fitting else argparse.SUPPRESS
 
-        parser.add_argument("--name", default=self.task, help=shown("of the run: its folder under --runs"))
+        parser.add_argument("--name", default=self.task, help=shown("name of the run: its folder under --runs"))
         parser.add_argument("--runs", default="runs", help=shown("the folder that holds the runs"))
         parser.add_argument(
             "--checkpoint_steps", type=int, default=0, help=shown("save the state within an epoch too, every N steps")
@@ -150,12 +148,15 @@ class RecipeCLI(LightningCLI):
         add_threads(parser, int | None)
         if fitting:
             parser.add_argument("--overwrite", action="store_true", help="delete an older run of this name first")
-            parser.add_argument("--resume", action="store_true", help="go on with the run where its state was saved")
+            parser.add_argument("--resume", action="store_true", help="resume the run from its last saved state")
         else:
             parser.add_argument("--run", required=True, help="folder of the run, or its name under runs/")
             add_json(parser)
         parser.epilog = f"{EPILOG} {epilog(self.datamodule_class)}"
         parser.link_arguments("seed_everything", f"data.init_args.{options_argument(self.datamodule_class)}.seed")
+        for group, values in self._defaults.items():
+            plain = group != "data" and isinstance(values, dict)
+            parser.set_defaults({f"{group}.{name}": v for name, v in values.items()} if plain else {group: values})
         for source, target in self.links:
             parser.link_arguments(f"data.{source}", f"model.{target}", apply_on="instantiate")
 
@@ -171,7 +172,8 @@ class RecipeCLI(LightningCLI):
         else:
             share_threads()
         if self.command == "fit":
-            self.folder = RunFolder.named(self.options.runs, self.options.name)
+            runs = os.path.join(self._started, self.options.runs)
+            self.folder = RunFolder.named(runs, self.options.name)
             if rank_zero_only.rank == 0:  # the others start when the first has made the folder
                 self.folder.check(overwrite=self.options.overwrite, resume=self.options.resume)
         else:
@@ -215,11 +217,23 @@ class RecipeCLI(LightningCLI):
         return [CSVLogger(**place), TensorBoardLogger(**place)]
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> pl.Trainer:
-        ours = [RichProgressBar(leave=False)] if sys.stdout.isatty() else []
+        given = config.get("callbacks") or []
+        theirs = any(isinstance(each, ProgressBar) for each in (given if isinstance(given, list) else [given]))
+        shown = sys.stdout.isatty() and config.get("enable_progress_bar") is not False
+        ours: list[pl.Callback] = [RichProgressBar(leave=False)] if shown and not theirs else []
+        if not (shown or theirs):
+            config["enable_progress_bar"] = False
+        if config.get("overfit_batches"):
+            # Lightning would replace the sampler of a loader, which ours, that resumes anywhere, does not have.
+            config |= dict.fromkeys(("limit_train_batches", "limit_val_batches"), config["overfit_batches"])
+            config["overfit_batches"] = 0.0
+            self.datamodule.shuffled = False
         if self.command == "fit":
-            self.history.lines = not ours
+            self.history.lines = not (ours or theirs)
             self.begin = Begin(self._begin)
             ours += [SeedEveryStep(self.options.seed_everything), self.begin, self.history, *self.callbacks]
+        # Lightning takes no callback that saves where nothing is to be saved.
+        if self.command == "fit" and config.get("enable_checkpointing") is not False:
             ours += [
                 ModelCheckpoint(
                     self.folder.checkpoints,
@@ -233,8 +247,6 @@ class RecipeCLI(LightningCLI):
                 LastCheckpoint(self.folder.checkpoints, self.options.checkpoint_steps),
             ]
         config.setdefault("enable_checkpointing", None)
-        if not sys.stdout.isatty():
-            config["enable_progress_bar"] = False
         trainer = super()._instantiate_trainer(config, [*callbacks, *ours])
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # and no plugin of the user's
             trainer.strategy.checkpoint_io = WholeFiles()
@@ -282,11 +294,15 @@ class RecipeCLI(LightningCLI):
         self.measured = self.trainer.test(model, datamodule=datamodule, verbose=False)
 
     def measure(self) -> dict[str, float]:
-        """What a validation of the trained model says, with its averaged weights where there are any."""
+        """What a validation of the trained model says, with its averaged weights where there are any.
+
+        Nothing where validation is switched off (`trainer.limit_val_batches` 0).
+        """
         for callback in self.trainer.callbacks:
             if isinstance(callback, AverageWeights):
                 callback.adopt(self.model)
-        return dict(self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)[0])
+        found = self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        return dict(found[0]) if found else {}
 
     def about(self) -> dict[str, Any]:
         """What the numbers of every recipe's run say of how they came about."""
@@ -316,7 +332,7 @@ class RecipeCLI(LightningCLI):
             config.model[name] = to_dict(config.model[name])
         parser = self._parser(self.command)
         options = {"skip_unset": False, "skip_validation": True, "overwrite": True, "multifile": False}
-        # In one step: when a run goes on, other processes read the file at this very time.
+        # In one step: when a run is resumed, other processes read the file at this very time.
         replace_file(self.folder.config, lambda path: parser.save(config, str(path), **options))
 
 
@@ -358,6 +374,6 @@ def _quiet() -> None:
     """Leave out what Lightning says of itself; warnings about the run stay."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # What we do on purpose: a run goes on in its folder, and small sets have short epochs.
+    # What we do on purpose: a run is resumed in its folder, and small sets have short epochs.
     for message in ("`isinstance.*LeafSpec", "Checkpoint directory .* not empty", "The number of training batches"):
         warnings.filterwarnings("ignore", message=f".*{message}.*")

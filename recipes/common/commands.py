@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from ...errors import ConfigError
 from ...utils.console import emit, say
 from ...utils.run_folder import RunFolder
 from .arguments import argument
@@ -21,7 +22,7 @@ def run_fit(
     make: Callable[[str, list[str]], RecipeCLI],
     finish: Callable[[RecipeCLI], None],
 ) -> int:
-    """Train, and then `finish`; or, where it is stopped from outside, say how to go on.
+    """Train, and then `finish`; or, where it is stopped from outside, say how to resume.
 
     Args:
         task: the command is `omnimix TASK fit`, and the run's name, unless it is given another, TASK.
@@ -33,7 +34,7 @@ def run_fit(
     again = f"{same_again(f'omnimix {task} fit')} --name {name}{place} --resume"
     cli = None
     try:
-        with losses_named(f"; go on with: {again}"):
+        with losses_named(f"; resume with: {again}"):
             cli = make("fit", argv)
             finish(cli)
     except (Interrupted, KeyboardInterrupt) as stop:
@@ -41,18 +42,23 @@ def run_fit(
             return 0  # a failure of theirs would make whoever started them stop the first before it has spoken
         if not folder.config.is_file():
             raise
-        done = "stopped" if cli is None else "stopped behind the training, before the report was done"
+        done = "stopped" if cli is None else "stopped after the training, before the report was done"
         say(f"\n{str(stop) or done}", keep="\n")
-        say(f"go on with: {again}")
+        say(f"resume with: {again}")
         return 130
     return 0
 
 
 def evaluate(command: str, argv: list[str], make: Callable[[str, list[str]], RecipeCLI]) -> int:
-    """Measure the run that `--run` names with its own configuration, and print the numbers."""
+    """Evaluate the run that `--run` names with its own configuration, and print the metrics."""
     run = argument(argv, "--run", "")
     with losses_named():
         cli = make(command, argv)
+    if not cli.measured:
+        split = "val" if command == "validate" else "test"
+        raise ConfigError(
+            f"trainer.limit_{split}_batches is 0, so nothing is evaluated; add --trainer.limit_{split}_batches 1.0"
+        )
     row = {"run": str(cli.folder.path), **{name: float(value) for name, value in cli.measured[0].items()}}
     if cli.trainer.is_global_zero:
         emit(f"{command} {run}", [row], cli.options.json)

@@ -59,7 +59,7 @@ class History(Callback):
 class StepHistory(History):
     """Rows over the optimiser's steps: the training loss each few of them, and what each validation measured.
 
-    A training step returns, beside its loss, "nats" and "count" of all ranks; the loss in a row is their quotient over
+    A training step returns, next to its loss, "nats" and "count" of all ranks; the loss in a row is their quotient over
     all batches since the row before, in nats per token. `tokens_per_second` is counted over the same batches, without
     the validations in between.
 

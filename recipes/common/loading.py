@@ -211,7 +211,7 @@ class EpochLoader:
             ) from error
 
     def state_dict(self) -> dict[str, int]:
-        """Where to go on: after an epoch's last batch, at the next one's first."""
+        """Where to resume: after an epoch's last batch, at the next one's first."""
         ended = self._done >= len(self)
         return {"epoch": self._batches.epoch + ended, "batches": 0 if ended else self._done}
 

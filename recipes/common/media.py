@@ -17,7 +17,7 @@ from .loading import EpochLoader, Key, mix, own_key
 from .options import LOADING, LoadingOptions, RecipeData
 from .preprocess import Preprocess
 
-# Of samples that fill up a batch, so that every rank takes equally many: losses and metrics leave them out.
+# The label of samples that fill up a batch, so that every rank takes equally many: losses and metrics skip them.
 IGNORED = -100
 # Files after which the share of unreadable ones means something.
 ENOUGH = 50
@@ -130,7 +130,7 @@ class MediaData(RecipeData):
         )
 
     def train_dataloader(self) -> EpochLoader:
-        return self._loader(self.train_set, shuffle=True)
+        return self._loader(self.train_set, shuffle=self.shuffled)
 
     def val_dataloader(self) -> EpochLoader:
         return self._loader(self.val_set, shuffle=False)

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ...errors import ConfigError
+from ...utils.renamed import new_names
 
 # A module that configurations of 0.1 name in a `class_path` -> the module that has its classes now.
 MODULES = {
@@ -27,6 +28,9 @@ MODULES = {
     "omnimix.recipes.video_data": "omnimix.recipes.video.data",
     "omnimix.recipes.video_preprocess": "omnimix.recipes.video.preprocess",
 }
+
+# What options of objectives were called before.
+RENAMED = {"ahead": "n_future", "ahead_weight": "n_future_weight"}
 
 
 def current_path(class_path: str) -> str:
@@ -58,6 +62,8 @@ def _model(values: dict[str, Any]) -> dict[str, Any]:
         values = dict(values)
         chosen = (values.pop("objectives") or {}).get(kind := values.get("objective", "causal")) or {}
         values["objective"] = {"type": kind, **chosen.get("init_args", chosen)}
+    if isinstance(values.get("objective"), dict):
+        values = {**values, "objective": _objective(values["objective"])}
     if not {"channel", "channels"} & values.keys():
         return values
     values = dict(values)
@@ -72,6 +78,13 @@ def _model(values: dict[str, Any]) -> dict[str, Any]:
         named = re.split(r"[,+\s]+", values["mixer"])
         values["mixers"] = {name: v for name, v in (values.get("mixers") or {}).items() if name in named}
     return values
+
+
+def _objective(values: dict[str, Any]) -> dict[str, Any]:
+    """The options of an objective by their new names."""
+    if isinstance(values.get("init_args"), dict):
+        values = {**values, "init_args": new_names(values["init_args"], RENAMED)}
+    return new_names(values, RENAMED)
 
 
 def _with_front(values: dict[str, Any]) -> dict[str, Any]:

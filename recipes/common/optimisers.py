@@ -143,6 +143,9 @@ def wsd(step: int, total: int, warmup: float, floor: float, decay: float) -> flo
     return floor + (1 - floor) * (1 - math.sqrt(min(1.0, (step - total + fall) / fall)))
 
 
+_ENDLESS = "trainer.max_epochs is -1; the learning rate's schedule needs an end (or trainer.max_steps)"
+
+
 def planned_steps(trainer: pl.Trainer) -> int:
     """The optimiser's steps in the whole run.
 
@@ -152,13 +155,19 @@ def planned_steps(trainer: pl.Trainer) -> int:
     Raises:
         ConfigError: a run without an end, for which there is no schedule.
     """
+    if trainer.datamodule is None:
+        # Loaders that are passed on their own have no state to restore.
+        most = trainer.estimated_stepping_batches
+        if most == math.inf:
+            raise ConfigError(_ENDLESS)
+        return int(most)
     most = trainer.max_steps if trainer.max_steps >= 0 else math.inf
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
         batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         most = min(most, math.ceil(batches / trainer.accumulate_grad_batches) * trainer.max_epochs)
     if most == math.inf:
-        raise ConfigError("trainer.max_epochs is -1; the learning rate's schedule needs an end (or trainer.max_steps)")
+        raise ConfigError(_ENDLESS)
     return int(most)
 
 

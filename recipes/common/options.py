@@ -73,10 +73,12 @@ class RecipeData(pl.LightningDataModule):
     Attributes:
         defaults: what an option is that was left None.
         fixed: options that are never anything else, each with the reason.
+        shuffled: whether training samples come in a new order each epoch.
     """
 
     defaults: ClassVar[DataOptions]
     fixed: ClassVar[Mapping[str, str]] = {}
+    shuffled: bool = True
 
     @classmethod
     def filled(cls, given: DataOptions) -> Any:

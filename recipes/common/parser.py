@@ -54,7 +54,7 @@ class Parser(LightningArgumentParser):
             own -= {"h", "help"}
             within = sorted(name for name in own if name.endswith(f".{unknown[1]}"))
             if within:
-                return f"no option is called {unknown[1]!r}; did you mean {within[0]!r}?"
+                return f"unknown option {unknown[1]!r}; did you mean {within[0]!r}?"
             return str(UnknownName("option", unknown[1], own))
         unknown = re.search(r"does not accept option '([^']+)'|[Uu]nrecognized arguments: --?([^\s=]+)", message)
         if unknown is None:

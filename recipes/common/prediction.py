@@ -1,4 +1,4 @@
-"""What the commands that name the classes of files share."""
+"""What the commands that classify files share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LONG = 3.0
 
 
 def add_options(parser: argparse.ArgumentParser, each: str) -> None:
-    """The options of a command that names the class of short files, and says what is when in long ones.
+    """The options of a command that classifies short files, and labels long ones over time.
 
     Args:
         each: what a short file is called.
@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser, each: str) -> None:
         "--timeline",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help=f"what happens when in each file; by default of files {LONG:g} times as long as the model's clips",
+        help=f"label each file over time; by default files {LONG:g} times as long as the model's clips",
     )
     parser.add_argument("--every", type=int, default=4, help="moments of a timeline to the length of a clip")
     parser.add_argument("--policy", choices=("skip", "raise"), default="skip", help="what an unreadable file does")
@@ -104,7 +104,7 @@ def named_files(words: Sequence[str], suffixes: Collection[str], noun: str) -> l
 
 
 def ranked(path: Path, logits: Float[Tensor, " classes"], classes: Sequence[str], top: int) -> list[dict[str, Any]]:
-    """One row a class, the likeliest first; `top` of them, or all where there are fewer.
+    """One row a class, the most probable first; `top` of them, or all where there are fewer.
 
     Raises:
         ConfigError: `top` is below 1.

@@ -29,7 +29,7 @@ class Panel:
 
     Args:
         draw: draws into its part of the figure.
-        width: beside the others in its row.
+        width: relative to the others in its row.
     """
 
     draw: Callable[[FigureBase], None]
@@ -38,7 +38,7 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Panels beside each other, `height` inches high."""
+    """Panels next to each other, `height` inches high."""
 
     panels: Sequence[Panel]
     height: float = field(default=4.0)

@@ -32,13 +32,13 @@ from .arguments import data_class, data_paths
 from .migration import migrate
 from .options import RecipeData
 from .parser import subclasses
-from .trees import SHORT, TREES, short_forms
+from .trees import SHORT, TREES, renamed_of, short_forms
 
 OTHER_MODEL = "it is of another model; leave out options that change the model, or start anew with --overwrite"
 DAMAGED = "it is damaged; start anew with --overwrite"
 # Bytes, values and depth of a file; ours have some 4 kB.
 _LARGEST, _VALUES, _DEPTH = 1 << 20, 100_000, 40
-# Fields beside `trainer`, `model` and `data`; the folder itself says what `name` and `runs` are.
+# Fields next to `trainer`, `model` and `data`; the folder itself says what `name` and `runs` are.
 _PLAIN = ("seed_everything", "checkpoint_steps", "configuration", "threads")
 # Options of the trainer that say what is computed, as plain values.
 _TRAINER = frozenset(
@@ -65,7 +65,7 @@ _IDLE = {"num_nodes": 1, "enable_autolog_hparams": True}
 def stored_config(argv: list[str], folder: RunFolder, data: type[RecipeData], *, fit: bool) -> Iterator[list[str]]:
     """The command line with what a run was started with in front, so that flags still win.
 
-    Where the run has a tokenizer, that is the one: learnt again, from text that has changed since, it would be another.
+    Where the run has a tokenizer, it is used: one trained again, on text that has changed since, would differ.
 
     Args:
         argv: what the user typed after the command.
@@ -233,7 +233,7 @@ class _Run:
         return {"class_path": path, "init_args": self._options(chosen, self._mapping("data.init_args", given))}
 
     def _options(self, chosen: type[RecipeData], values: dict[str, Any]) -> dict[str, Any]:
-        hints, short = _hints(chosen), short_forms(chosen)
+        hints, short = _hints(chosen), {*short_forms(chosen), *renamed_of(chosen)}
         kept = {}
         for name, value in values.items():
             place = f"data.{name}"
@@ -333,7 +333,7 @@ def build_fitting(folder: RunFolder, cls: type[Any], *arguments: Any, fit: bool,
     except CheckpointError as error:
         if not fit:
             raise
-        raise CheckpointError(f"cannot go on from {str(file)!r}: {OTHER_MODEL} ({error})") from error
+        raise CheckpointError(f"cannot resume from {str(file)!r}: {OTHER_MODEL} ({error})") from error
     return make()
 
 

@@ -108,7 +108,7 @@ def shard_backbone(backbone: Backbone, mesh: DeviceMesh, *, root: bool = True) -
     uses = Counter(id(module) for part in parts for module in part.modules())
     # Modules that have a parameter in common, and are not one module, belong into one group.
     together = {id(slot[0]): [module for module, _ in slots] for slots in shared_parameters(backbone) for slot in slots}
-    # From the leaves upwards, as FSDP2 asks; the first module of a group comes last, behind what all of them hold.
+    # From the leaves upwards, as FSDP2 asks; the first module of a group comes last, after what all of them hold.
     for module in reversed([*backbone.modules()]):
         if (group := together.get(id(module))) is not None:
             if group[0] is module:

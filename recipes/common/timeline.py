@@ -1,4 +1,4 @@
-"""What happens when: stretches of time that follow each other, put together by what a model says of them."""
+"""Labels over time: consecutive segments, merged by what a model says of them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Scene:
 
 
 def scenes(moments: Iterable[Moment]) -> Iterator[Scene]:
-    """Moments one after the other of the same likeliest class, put together; each as soon as another class follows.
+    """Moments one after the other of the same most probable class, merged; each as soon as another class follows.
 
     What an iterator gives is read no further than to there.
     """

@@ -154,8 +154,8 @@ class AverageWeights(Callback):
     """An exponential moving average of the weights that is validated, saved, and kept at the end.
 
     The first steps average over fewer weights, (1 + t) / (10 + t) of the past, so that the initial ones fade at once
-    (as TensorFlow's ExponentialMovingAverage does with `num_updates`). Of weights in shards each process averages its
-    own part. A checkpoint has the average as `state_dict` and what is trained as `current_model_state`.
+    (as TensorFlow's ExponentialMovingAverage does with `num_updates`). Each process averages its own part of
+    sharded weights. A checkpoint has the average as `state_dict` and what is trained as `current_model_state`.
     """
 
     def __init__(self, decay: float):
@@ -271,8 +271,8 @@ class LastCheckpoint(Checkpoint):
     """Keeps `last.ckpt`, at each epoch's end and when the run is stopped.
 
     Ctrl-C and SIGTERM let the step finish, save, and end the run; a second Ctrl-C ends it at once. A step of several
-    batches is whole before anything is saved, and so is a validation that follows it. Of several processes it is enough
-    that one is told: all stop after the same step.
+    batches is whole before anything is saved, and so is a validation that follows it. It is enough to tell one
+    process: all stop after the same step.
 
     Args:
         folder: where `last.ckpt` lies.
@@ -309,7 +309,7 @@ class LastCheckpoint(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         loop = trainer.fit_loop
-        # Of a state between a step and its validation Lightning resumes without the validation.
+        # Lightning resumes a state between a step and its validation without the validation.
         if not loop._should_accumulate() and not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
             self._pause(trainer)
 

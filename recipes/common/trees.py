@@ -23,6 +23,8 @@ from ...backbones.serialization import from_dict, to_dict
 from ...errors import ConfigError
 from ...modalities.audio.fronts import FrontConfig
 from ...modalities.common.classifier import ShortForm
+from ...utils.renamed import warn_renamed
+from .migration import RENAMED
 from .options import RecipeData, options_argument
 
 # What is short for what: `--model.dim 64` is `--model.backbone.dim 64`.
@@ -123,6 +125,9 @@ class Trees:
             content = yaml.load(value, Loader=_Loader)
         except yaml.YAMLError as error:
             raise ConfigError(f"{word}: cannot read {value!r}: {' '.join(str(error).split())}") from error
+        if place[:-1] == ["objective"] and place[-1] in RENAMED:
+            warn_renamed(word, new := word.removesuffix(place[-1]) + RENAMED[place[-1]])
+            place = [*place[:-1], new.rpartition(".")[2]]
         self.merge(place, content)
 
     def merge(self, place: list[str], value: Any) -> None:
@@ -176,12 +181,18 @@ class DataTrees(Trees):
     def __init__(self, data: type[RecipeData]):
         self.data, self.name = data, options_argument(data)
         self.values, self._starts = {self.name: {}}, {}
-        self.short = short_forms(data)
+        self._old = {old: (self.name, new) for old, new in renamed_of(data).items()}
+        self.short = {**short_forms(data), **self._old}
 
     def path(self, option: str) -> list[str] | None:
         section, *path = option.split(".")
         path = path[1:] if path[:1] == ["init_args"] else path
         return self.place(path) if section == "--data" and path else None
+
+    def flag(self, word: str, place: list[str], value: str) -> None:
+        if (old := word.rpartition(".")[2]) in self._old:
+            warn_renamed(word, word.removesuffix(old) + self._old[old][1])
+        super().flag(word, place, value)
 
     def take(self, content: Any) -> Any:
         data = content.get("data") if isinstance(content, dict) else None
@@ -206,6 +217,11 @@ def short_forms(data: type[RecipeData]) -> dict[str, tuple[str, str]]:
     """What is short for what among the options of a data set."""
     name = options_argument(data)
     return {field: (name, field) for field in fields_of(type(data.defaults))}
+
+
+def renamed_of(data: type[RecipeData]) -> dict[str, str]:
+    """The new names of the options of a data set that had others before."""
+    return getattr(type(data.defaults), "renamed", {})
 
 
 def epilog(data: type[RecipeData]) -> str:

@@ -16,11 +16,13 @@ from ...errors import ConfigError
 from ...modalities.data.corpus import Corpus
 from ...modalities.data.token_cache import TokenCache, cached_bpe, cached_tokens
 from ...modalities.text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from ...utils.renamed import renamed_options
 from ..common.loading import EpochLoader
 from ..common.options import DataOptions, RecipeData, at_least
 from .windows import PackedWindows, Pieces
 
 
+@renamed_options(borders="boundaries")
 @dataclass(frozen=True, kw_only=True)
 class TextOptions(DataOptions):
     """What all text data sets take; see `DataOptions` for the rest. The tokens lie in memory: 0 workers are fastest.
@@ -28,10 +30,10 @@ class TextOptions(DataOptions):
     Args:
         tokenizer: "bpe" learns one from the text that is not held out; "bytes"; or where one lies: a folder or a
             tokenizer.json.
-        vocabulary: size of a tokenizer that is learnt.
+        vocabulary: size of a tokenizer that is trained.
         length: tokens of a sequence that are scored; one more is given.
-        borders: "packed" runs through all documents, with borders between them; "padded" fills rows up, of which each
-            holds a document or a piece of one.
+        boundaries: "packed" runs through all documents, with sequence boundaries between them; "padded" fills rows up,
+            of which each holds a document or a piece of one.
         val_part: the fraction of all documents that is held out, by a hash of their names.
         val_batch_size: sequences of a batch that is validated; null is twice `batch_size`.
         val_tokens: about how many held-out tokens each validation during a fit takes, always the same; null takes all,
@@ -43,7 +45,7 @@ class TextOptions(DataOptions):
     tokenizer: str | None = None
     vocabulary: int | None = None
     length: int | None = None
-    borders: Literal["packed", "padded"] | None = None
+    boundaries: Literal["packed", "padded"] | None = None
     val_part: float | None = None
     val_batch_size: int | None = None
     val_tokens: int | None = None
@@ -77,10 +79,10 @@ class TextData(RecipeData):
         tokenizer="bpe",
         vocabulary=4096,
         length=256,
-        borders="packed",
+        boundaries="packed",
         val_part=0.05,
     )
-    # Special tokens, beside the end token, that the documents need.
+    # Special tokens, except the end token, that the documents need.
     _special: tuple[str, ...] = ()
     # Whether of conversations only the answers are scored.
     _answers_only = False
@@ -103,7 +105,7 @@ class TextData(RecipeData):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, learnt now where it has to be."""
+        """The tokenizer, trained now where it has to be."""
         if self.options.tokenizer == "bytes":
             return ByteTokenizer(self._special)
         if self.options.tokenizer != "bpe":
@@ -132,7 +134,7 @@ class TextData(RecipeData):
         return dict(self.cache.problems)
 
     def prepare_data(self) -> None:
-        # Of several processes on a machine one encodes, and the others find its work.
+        # One process of a machine encodes, and the others find its work.
         _ = self.cache
 
     def _documents(self, *, held_out: bool) -> np.ndarray:
@@ -152,7 +154,7 @@ class TextData(RecipeData):
     @cached_property
     def train_set(self) -> PackedWindows | Pieces:
         documents = self._documents(held_out=False)
-        if self.options.borders == "packed":
+        if self.options.boundaries == "packed":
             return PackedWindows(self.cache, documents, self.options.length, seed=self.options.seed)
         return Pieces(self.cache, documents, self.options.length, fill=self.tokenizer.end)
 
@@ -190,7 +192,7 @@ class TextData(RecipeData):
         )
 
     def train_dataloader(self) -> EpochLoader:
-        return self._loader(self.train_set, self.options.batch_size, shuffle=True)
+        return self._loader(self.train_set, self.options.batch_size, shuffle=self.shuffled)
 
     def val_dataloader(self) -> EpochLoader:
         """The held-out text; during a fit as much of it as `val_tokens` says."""

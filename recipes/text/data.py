@@ -97,11 +97,11 @@ class ChatLines(TextData):
         path: a .jsonl file (or .jsonl.gz, .ndjson), or a folder of them.
         field: that holds the messages, each with role and content.
         answers_only: whether only what the assistant wrote is scored.
-        options: what all text data sets take but `borders`.
+        options: what all text data sets take but `boundaries`.
     """
 
-    defaults = replace(TextData.defaults, borders="padded")
-    fixed: ClassVar[dict[str, str]] = {"borders": "each conversation has rows of its own"}
+    defaults = replace(TextData.defaults, boundaries="padded")
+    fixed: ClassVar[dict[str, str]] = {"boundaries": "each conversation has rows of its own"}
     _special = TURN
 
     def __init__(

@@ -22,23 +22,23 @@ def length_at(step: int, growing: int, longest: int) -> int:
 
 
 def scored(batch: dict[str, Any]) -> int:
-    """The tokens behind the first of the longest sequence of a batch, those that fill up its row included."""
-    borders = batch.get("cu_seqlens")
-    return (batch["tokens"].shape[1] if borders is None else int(borders.diff().max())) - 1
+    """The tokens after the first of the longest sequence of a batch, those that fill up its row included."""
+    bounds = batch.get("cu_seqlens")
+    return (batch["tokens"].shape[1] if bounds is None else int(bounds.diff().max())) - 1
 
 
 def cut(batch: dict[str, Any], length: int) -> dict[str, Any]:
-    """The same tokens as sequences of `length` behind a first one: packed ones get more borders, rows become more rows.
+    """The same tokens as sequences of `length` after a first one: packed ones get more boundaries, rows become more.
 
-    Rows begin with the token that the one before ended with. What is left over behind the last whole one is dropped,
+    Rows begin with the token that the one before ended with. What is left over after the last whole one is dropped,
     unless nothing would then be scored: such a batch stays as it is.
     """
     if scored(batch) <= length:
         return batch
     if batch.get("cu_seqlens") is not None:
-        borders = batch["cu_seqlens"].tolist()
-        starts = [at for a, b in pairwise(borders) for at in range(a, b, length + 1)]
-        return batch | {"cu_seqlens": batch["cu_seqlens"].new_tensor([*starts, borders[-1]])}
+        bounds = batch["cu_seqlens"].tolist()
+        starts = [at for a, b in pairwise(bounds) for at in range(a, b, length + 1)]
+        return batch | {"cu_seqlens": batch["cu_seqlens"].new_tensor([*starts, bounds[-1]])}
     rows = {
         name: batch[name].unfold(1, length + 1, length).flatten(0, 1)
         for name in ("tokens", "counted")

@@ -31,7 +31,7 @@ from .lengths import cut, length_at, scored
 from .samples import Samples
 
 RECIPE = "text_generation"
-# Of the masks that a diffusion objective draws over the held-out text.
+# Seeds the masks that a diffusion objective samples over the validation text.
 VALIDATION_SEED = 0x7E57
 
 
@@ -66,11 +66,11 @@ class TextGeneration(pl.LightningModule):
     Args:
         backbone: the configuration of the blocks; see `BackboneConfig`. Under diffusion the scan "forward" stands for
             "both".
-        objective: what the model is trained for, by name or configuration; "causal" writes from left to right, the
+        objective: what the model is trained for, by name or configuration; "causal" is autoregressive, the
             others by diffusion.
         tie: whether the output matrix is the embedding.
         training: optimiser, schedule, regularisation and averaging.
-        prompts: what the samples over time go on from; "" is the beginning of a document.
+        prompts: the prompts that the samples over time continue; "" is the beginning of a document.
         vocabulary: number of token ids; the data says it.
     """
 
@@ -114,7 +114,7 @@ class TextGeneration(pl.LightningModule):
         return {"loss": loss, "nats": nats, "count": count}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Of several batches a step: make the mean over all their tokens of what Lightning leaves, a mean of means."""
+        """Make the mean over all tokens of a step's batches of what Lightning leaves, a mean of means."""
         if self._window:
             factor = float(self._window[0] * self.trainer.accumulate_grad_batches / sum(self._window))
             torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], factor)
@@ -124,7 +124,8 @@ class TextGeneration(pl.LightningModule):
         self._sums = [0.0, 0, 0]
 
     def validation_step(self, batch: dict[str, Any], index: int) -> None:
-        size = batch["bytes"]
+        # Where batches have none, the end of the epoch says what is missing.
+        size = batch.get("bytes", 0)
         batch = {name: value for name, value in batch.items() if name != "bytes"}
         # Rows that only fill up a rank's last batch: it takes its step, which ranks take together, and counts nothing.
         filling = "counted" in batch and not batch["counted"][:, 1:].any()
@@ -141,7 +142,7 @@ class TextGeneration(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         nats, tokens, size = map(sum, zip(*from_all_ranks(self.trainer, self._sums), strict=True))
         if not size:
-            raise ConfigError("the held-out batches count no bytes; bits per byte need text behind the tokens")
+            raise ConfigError("the held-out batches count no bytes; bits per byte need those of the tokens' text")
         self.measured = {"val_tokens": tokens, "val_bytes": size}
         self.log_dict(
             {
@@ -218,7 +219,8 @@ def _finish(cli: RecipeCLI) -> None:
 def _picture(cli: RecipeCLI, samples: Samples, metrics: dict[str, Any]) -> None:
     rows, every = cli.history.rows, cli.history.every
     training = "training" if every == 1 else f"training, each {every} steps"
-    title = f"{metrics['val/bits_per_byte']:.3f} bits per byte of held-out text"
+    found = metrics.get("val/bits_per_byte")
+    title = "not validated" if found is None else f"{found:.3f} bits per byte of held-out text"
     subtitle = (
         f"{metrics['configuration']} · mixer {metrics['mixer']} · {metrics['objective']} · "
         f"{metrics['parameters']:,} parameters · {metrics['steps']:,} steps, {metrics['tokens']:,} tokens in "
@@ -251,8 +253,8 @@ def _say(cli: RecipeCLI, metrics: dict[str, Any]) -> None:
         "run": folder.path.name,
         "mixer": metrics["mixer"],
         "objective": metrics["objective"],
-        "bits per byte": f"{metrics['val/bits_per_byte']:.3f}",
-        "perplexity": f"{metrics['val/perplexity']:.2f}",
+        **({"bits per byte": f"{metrics['val/bits_per_byte']:.3f}"} if "val/bits_per_byte" in metrics else {}),
+        **({"perplexity": f"{metrics['val/perplexity']:.2f}"} if "val/perplexity" in metrics else {}),
         "parameters": f"{metrics['parameters']:,}",
         "seconds": f"{metrics['train_seconds']:.0f}",
         "tokens / s": f"{metrics['tokens_per_second'] or 0:,.0f}",

@@ -21,7 +21,7 @@ from ..common.strategies import whole_model
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What was written at a step: the prompt, and what the model made of it behind it."""
+    """What was written at a step: the prompt, and the model's continuation."""
 
     step: int
     prompt: str
@@ -29,12 +29,12 @@ class Sample:
 
 
 class Samples(Callback):
-    """Lets the model go on from the module's `prompts` at each validation, always with the same seed.
+    """Lets the model continue the module's `prompts` at each validation, always with the same seed.
 
     All of it stands in the run's `samples.txt`; it is part of the checkpoint, so a resumed run has it from the start.
 
     Args:
-        tokens: to write behind each prompt.
+        tokens: to generate after each prompt.
         temperature: of the choice among tokens.
         top_p: part of the probability that is chosen from.
         seed: of the choice.
@@ -47,7 +47,7 @@ class Samples(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = RunFolder(Path(trainer.default_root_dir))
-        if trainer.is_global_zero and not folder.tokenizer.is_file():
+        if trainer.datamodule is not None and trainer.is_global_zero and not folder.tokenizer.is_file():
             trainer.datamodule.tokenizer.save(folder.path)
 
     # Not at the validation's end: only until here are the averaged weights in the module's place.
@@ -72,10 +72,10 @@ class Samples(Callback):
     def _write(self, model: LanguageModel, tokenizer: Tokenizer, prompts: list[str]) -> list[str]:
         writer = TextGenerator(model, tokenizer)
         if writer.diffusion:
-            # A pass through the model for each token would take as long as many steps of training.
-            config = DiffusionConfig(length=self.tokens, steps=-(-self.tokens // 5), **self.options)
+            # A denoising step for each token would take as long as many steps of training.
+            config = DiffusionConfig(max_new_tokens=self.tokens, steps=-(-self.tokens // 5), **self.options)
         else:
-            config = GenerationConfig(max_tokens=self.tokens, **self.options)
+            config = GenerationConfig(max_new_tokens=self.tokens, **self.options)
         return [result.text for result in writer.generate(prompts, config)]
 
     def of_step(self, step: int) -> list[Sample]:

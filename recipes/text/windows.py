@@ -19,8 +19,8 @@ class PackedWindows:
     """Windows of `length` + 1 tokens over all documents in a ring, the last token of one the first of the next.
 
     So over an epoch every token is scored once, but for fewer than `length` of them. Where the windows begin is another
-    place each epoch. A batch with a border of documents inside a window is one row with `cu_seqlens`, others are plain
-    rows.
+    place each epoch. A batch with a boundary between documents inside a window is one row with `cu_seqlens`, others are
+    plain rows.
 
     Args:
         cache: the tokens.
@@ -37,8 +37,8 @@ class PackedWindows:
             raise ConfigError("documents are none; there is nothing to read")
         self.cache, self.documents, self.length, self.seed = cache, documents, length, seed
         self._starts, self._ends = cache.offsets[documents], cache.offsets[documents + 1]
-        self._borders = np.concatenate([[0], np.cumsum(self._ends - self._starts)])
-        self.tokens = int(self._borders[-1])
+        self._bounds = np.concatenate([[0], np.cumsum(self._ends - self._starts)])
+        self.tokens = int(self._bounds[-1])
         # Each document's first token is given and not scored.
         self._bytes = float(cache.text_bytes[documents].sum()) / (self.tokens - len(documents))
 
@@ -68,8 +68,8 @@ class PackedWindows:
 
     def _fill(self, row: np.ndarray, at: int) -> list[int]:
         """Read the ring from `at` on; returns where in the row sequences begin."""
-        document = int(np.searchsorted(self._borders, at, side="right")) - 1
-        begin = self._starts[document] + at - self._borders[document]
+        document = int(np.searchsorted(self._bounds, at, side="right")) - 1
+        begin = self._starts[document] + at - self._bounds[document]
         starts, done = [], 0
         while done < len(row):
             end = min(self._ends[document], begin + len(row) - done)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from ...modalities.data.sources import IMAGE_SUFFIXES, find_splits
@@ -32,7 +32,7 @@ class Augment:
     flip: bool = True
     colour: float = 0.0
 
-    def __call__(self, image: Float[Tensor, "*t c h w"], size: int, seed: int) -> Float[Tensor, "*t c s s"]:
+    def __call__(self, image: Shaped[Tensor, "*t c h w"], size: int, seed: int) -> Shaped[Tensor, "*t c s s"]:
         from torchvision.transforms import v2
 
         steps: list[Any] = [v2.RandomResizedCrop(size, scale=(self.scale, 1.0), antialias=True)]
@@ -60,8 +60,10 @@ class LoadImage:
     def __call__(self, media: Path | bytes, seed: int | None) -> dict[str, Float[Tensor, "c h w"]]:
         if self.augment is None or seed is None:
             return {"image": self.preprocess.load(media)}
-        raw = load_image(media, "L" if self.preprocess.channels == 1 else "RGB")
-        return {"image": self.preprocess.normalise(self.augment(raw, self.preprocess.size, seed))}
+        raw = load_image(media, "L" if self.preprocess.channels == 1 else "RGB", keep_bytes=True)
+        image = self.augment(raw, self.preprocess.size, seed)
+        image = image.float().div_(255) if image.dtype == torch.uint8 else image
+        return {"image": self.preprocess.normalise(image)}
 
 
 class ImageFolderData(ImageData):

@@ -50,7 +50,7 @@ patterns = pytest.mark.parametrize("pattern", PATTERNS, ids=",".join)
 @patterns
 def test_a_ragged_batch_is_each_alone(pattern):
     model = tiny(pattern)
-    options = {"max_tokens": 8, "temperature": 0.9, "top_p": 0.95, "seed": 5}
+    options = {"max_new_tokens": 8, "temperature": 0.9, "top_p": 0.95, "seed": 5}
     end = generate(model, PROMPTS, GenerationConfig(**options)).tokens[1][2]
     config = GenerationConfig(**options, end=end)
     together = generate(model, PROMPTS, config)
@@ -68,7 +68,7 @@ def test_a_ragged_batch_is_each_alone(pattern):
 @patterns
 def test_greedy_is_the_argmax_of_a_full_pass(pattern):
     model = tiny(pattern)
-    found = generate(model, PROMPTS, GenerationConfig(max_tokens=6))
+    found = generate(model, PROMPTS, GenerationConfig(max_new_tokens=6))
     for prompt, tokens, log_probs in zip(PROMPTS, found.tokens, found.log_probs, strict=True):
         with torch.no_grad():
             logits, _ = model(torch.tensor([prompt + tokens]))
@@ -81,7 +81,7 @@ def test_a_stream_is_a_generation_and_may_be_left():
     model = tiny(["gated_deltanet", "attention"]).train()
     model.backbone.blocks[0].eval()
     modes = [m.training for m in model.modules()]
-    config = GenerationConfig(max_tokens=8, temperature=1.0, seed=2)
+    config = GenerationConfig(max_new_tokens=8, temperature=1.0, seed=2)
     whole = generate(model, [PROMPTS[0]], config)
     steps = stream(model, torch.tensor(PROMPTS[0]), config)
     first = [next(steps).token for _ in range(3)]
@@ -99,7 +99,7 @@ def test_dropped_tokens_do_not_matter():
     """Stochastic depth is off while text is written."""
     model = tiny(["mamba2"]).train()
     model.backbone.blocks[0].drop_path = 0.9
-    runs = [generate(model, PROMPTS, GenerationConfig(max_tokens=4)).tokens for _ in range(2)]
+    runs = [generate(model, PROMPTS, GenerationConfig(max_new_tokens=4)).tokens for _ in range(2)]
     assert runs[0] == runs[1]
 
 
@@ -128,12 +128,12 @@ def test_a_state_stays_as_it_is_when_several_go_on_from_it():
 
 def test_stop_sequences_and_the_end():
     model = tiny(["gla"])
-    free = generate(model, PROMPTS, GenerationConfig(max_tokens=12)).tokens[0]
+    free = generate(model, PROMPTS, GenerationConfig(max_new_tokens=12)).tokens[0]
     stop = free[3:5]
-    found = generate(model, PROMPTS, GenerationConfig(max_tokens=12, stop=[stop, [END, END, END, END, END]]))
+    found = generate(model, PROMPTS, GenerationConfig(max_new_tokens=12, stop=[stop, [END, END, END, END, END]]))
     first = next(i for i in range(2, 13) if free[i - 2 : i] == stop)
     assert found.tokens[0] == free[:first] and found.reasons[0] == "stop"
-    ended = generate(model, PROMPTS, GenerationConfig(max_tokens=12, end=free[4]))
+    ended = generate(model, PROMPTS, GenerationConfig(max_new_tokens=12, end=free[4]))
     assert ended.tokens[0] == free[: free.index(free[4]) + 1] and ended.reasons[0] == "end"
 
 
@@ -144,8 +144,8 @@ def test_what_cannot_be_served_says_why():
             generate(model, prompts)
     with pytest.raises(UnsupportedShape, match="2 for 1"):
         generate(model, [[1]], numbers=[0, 1])
-    with pytest.raises(UnsupportedCall, match="beams=1"):
-        stream(model, [1], GenerationConfig(beams=2))
+    with pytest.raises(UnsupportedCall, match="num_beams=1"):
+        stream(model, [1], GenerationConfig(num_beams=2))
     for ids in ([V], [-1], range(V)):
         with pytest.raises(ConfigError, match="forbidden"):
             generate(model, [[1]], GenerationConfig(forbidden=ids))
@@ -158,14 +158,14 @@ def test_what_cannot_be_served_says_why():
 @pytest.mark.parametrize(
     "options",
     [
-        {"max_tokens": 0},
+        {"max_new_tokens": 0},
         {"temperature": -1.0},
         {"top_p": 0.0},
         {"top_k": 0},
         {"min_p": 1.5},
         {"repetition_penalty": 0.0},
         {"stop": [[]]},
-        {"beams": 2, "temperature": 1.0},
+        {"num_beams": 2, "temperature": 1.0},
         {"chunk": 0},
     ],
     ids=str,
@@ -244,7 +244,7 @@ def test_seeds_decide():
     model = tiny(["gla"])
 
     def written(seed):
-        return generate(model, [[1]] * 3, GenerationConfig(max_tokens=8, temperature=1.5, seed=seed)).tokens
+        return generate(model, [[1]] * 3, GenerationConfig(max_new_tokens=8, temperature=1.5, seed=seed)).tokens
 
     assert written(1) == written(1) != written(2)
     assert len({tuple(t) for t in written(1)}) > 1, "equal prompts drew the same"
@@ -252,7 +252,7 @@ def test_seeds_decide():
 
 def test_a_penalty_looks_at_the_prompt_and_what_was_written():
     model = tiny(["gla"])
-    config = GenerationConfig(max_tokens=V - 2, repetition_penalty=1e9, forbidden=[0])
+    config = GenerationConfig(max_new_tokens=V - 2, repetition_penalty=1e9, forbidden=[0])
     tokens = generate(model, [[1]], config).tokens[0]
     # A seen token's logit is 0 or hugely negative; whatever is chosen twice had nothing positive beside it.
     with torch.no_grad():
@@ -269,7 +269,7 @@ def test_a_penalty_looks_at_the_prompt_and_what_was_written():
 
 def test_a_prefix_is_the_beginning(tmp_path):
     model = tiny(["gated_deltanet", "attention+mamba2", "s4d"])
-    config = GenerationConfig(max_tokens=5, temperature=1.0, repetition_penalty=1.2)
+    config = GenerationConfig(max_new_tokens=5, temperature=1.0, repetition_penalty=1.2)
     prefix = read_prefix(model, [1, 2, 3, 4], chunk=3)
     assert isinstance(prefix, Prefix) and prefix.length == 4
     rest = [[5, 6], [], [7]]
@@ -281,7 +281,7 @@ def test_a_prefix_is_the_beginning(tmp_path):
         assert all(map(lambda a, b: far(a, b) < 1e-9, found.log_probs, wanted.log_probs))
         assert [s.token for s in stream(model, [7], config, prefix=start, number=2)] == wanted.tokens[2]
     assert generate(model, [[], []], config, prefix=prefix).tokens[1] == wanted.tokens[1]
-    config = GenerationConfig(max_tokens=4, beams=3)
+    config = GenerationConfig(max_new_tokens=4, num_beams=3)
     wanted = generate(model, [[1, 2, 3, 4, *r] for r in rest], config)
     assert generate(model, rest, config, prefix=prefix).tokens == wanted.tokens
 
@@ -309,8 +309,8 @@ def test_prefixes_of_others_are_refused(tmp_path):
 
 def test_two_streams_of_a_model_in_training_do_not_disturb_each_other():
     model = tiny(["gated_deltanet"]).train()
-    first = stream(model, PROMPTS[0], GenerationConfig(max_tokens=2))
-    second = stream(model, PROMPTS[0], GenerationConfig(max_tokens=5))
+    first = stream(model, PROMPTS[0], GenerationConfig(max_new_tokens=2))
+    second = stream(model, PROMPTS[0], GenerationConfig(max_new_tokens=5))
     next(first)
     next(second)
     assert model.training

@@ -20,12 +20,12 @@ from .writers import PROMPTS, tiny
 @pytest.mark.parametrize(
     "call",
     [
-        lambda model: generate(model, PROMPTS, GenerationConfig(max_tokens=2)),
-        lambda model: generate(model, PROMPTS, GenerationConfig(max_tokens=2, temperature=1.0, top_k=3, top_p=0.9)),
-        lambda model: generate(model, PROMPTS, GenerationConfig(max_tokens=2, beams=2)),
-        lambda model: list(stream(model, PROMPTS[0], GenerationConfig(max_tokens=2))),
-        lambda model: speculate(model, tiny(["gla"]), PROMPTS, GenerationConfig(max_tokens=2)),
-        lambda model: speculate(tiny(["gla"]), model, PROMPTS, GenerationConfig(max_tokens=2)),
+        lambda model: generate(model, PROMPTS, GenerationConfig(max_new_tokens=2)),
+        lambda model: generate(model, PROMPTS, GenerationConfig(max_new_tokens=2, temperature=1.0, top_k=3, top_p=0.9)),
+        lambda model: generate(model, PROMPTS, GenerationConfig(max_new_tokens=2, num_beams=2)),
+        lambda model: list(stream(model, PROMPTS[0], GenerationConfig(max_new_tokens=2))),
+        lambda model: speculate(model, tiny(["gla"]), PROMPTS, GenerationConfig(max_new_tokens=2)),
+        lambda model: speculate(tiny(["gla"]), model, PROMPTS, GenerationConfig(max_new_tokens=2)),
     ],
     ids=["greedy", "sampled", "beams", "stream", "speculate", "draft"],
 )
@@ -44,14 +44,14 @@ def test_nothing_is_denoised_from_logits_that_are_not_finite():
     with torch.no_grad():
         model.embedding.weight[2, 3] = torch.nan
     with pytest.raises(NotFinite, match="weights"):
-        diffuse(model, [[2, 1]], DiffusionConfig(length=3))
+        diffuse(model, [[2, 1]], DiffusionConfig(max_new_tokens=3))
 
 
 def test_a_token_that_is_ruled_out_by_the_model_is_no_fault():
     model = tiny(["gla"])
     whole = model.logits
     model.logits = lambda y: whole(y).index_fill(-1, torch.tensor([1]), -torch.inf)
-    assert all(1 not in tokens for tokens in generate(model, PROMPTS, GenerationConfig(max_tokens=3)).tokens)
+    assert all(1 not in tokens for tokens in generate(model, PROMPTS, GenerationConfig(max_new_tokens=3)).tokens)
 
 
 def test_the_first_to_finish_leaves_the_others_in_evaluation_mode():
@@ -82,7 +82,7 @@ def test_threads_generate_what_one_does_from_a_model_in_training_mode():
     model = tiny(["gated_deltanet"]).train()
     model.backbone.blocks[0].add_module("noise", torch.nn.Dropout(0.9))
     model.backbone.register_forward_pre_hook(lambda m, args: (m.blocks[0].noise(args[0]), *args[1:]))
-    configs = [GenerationConfig(max_tokens=n) for n in (1, 12, 2, 9, 3, 12)]
+    configs = [GenerationConfig(max_new_tokens=n) for n in (1, 12, 2, 9, 3, 12)]
     alone = [generate(model, PROMPTS, config).tokens for config in configs]
     with ThreadPoolExecutor(len(configs)) as pool:
         for _ in range(3):

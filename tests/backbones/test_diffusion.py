@@ -242,13 +242,13 @@ def test_the_walk_equals_one_pass_over_clean_and_noisy_tokens():
 
 
 SAMPLERS = {
-    "one a step": om.DiffusionConfig(length=7),
-    "all at once": om.DiffusionConfig(length=7, steps=1),
-    "random": om.DiffusionConfig(length=7, steps=3, block=3, remask="random", temperature=1.0, seed=4),
-    "threshold": om.DiffusionConfig(length=7, steps=5, block=4, remask="threshold", threshold=0.4),
-    "ancestral": om.DiffusionConfig(length=7, steps=4, remask="ancestral", temperature=2.0, top_p=0.9),
-    "end": om.DiffusionConfig(length=9, block=2, end=3, temperature=1.5),
-    "infill only": om.DiffusionConfig(length=0, temperature=1.0),
+    "one a step": om.DiffusionConfig(max_new_tokens=7),
+    "all at once": om.DiffusionConfig(max_new_tokens=7, steps=1),
+    "random": om.DiffusionConfig(max_new_tokens=7, steps=3, block=3, remask="random", temperature=1.0, seed=4),
+    "threshold": om.DiffusionConfig(max_new_tokens=7, steps=5, block=4, remask="threshold", threshold=0.4),
+    "ancestral": om.DiffusionConfig(max_new_tokens=7, steps=4, remask="ancestral", temperature=2.0, top_p=0.9),
+    "end": om.DiffusionConfig(max_new_tokens=9, block=2, end=3, temperature=1.5),
+    "infill only": om.DiffusionConfig(max_new_tokens=0, temperature=1.0),
 }
 CASES = {
     "masked": ("hybrid", "masked", None, SAMPLERS),
@@ -302,14 +302,15 @@ def test_low_confidence_reveals_the_most_probable_token_first():
         best = {i: probabilities[i].max() for i, token in enumerate(canvas) if token == net.mask_token}
         place = max(best, key=best.get)
         canvas[place] = int(probabilities[place].argmax())
-    assert om.diffuse(net, [[1, 4]], om.DiffusionConfig(length=5)).sequences == [canvas]
+    assert om.diffuse(net, [[1, 4]], om.DiffusionConfig(max_new_tokens=5)).sequences == [canvas]
 
 
 def test_one_block_of_all_is_full_diffusion():
     masked = model(pattern="hybrid")
     block = model("block", "hybrid", options=BlockDiffusionConfig(block=64))
     block.load_state_dict(masked.state_dict())
-    for config in (om.DiffusionConfig(length=9), om.DiffusionConfig(length=9, steps=4, temperature=1.0)):
+    for options in ({}, {"steps": 4, "temperature": 1.0}):
+        config = om.DiffusionConfig(max_new_tokens=9, **options)
         written = [om.diffuse(net, [[]], config) for net in (masked, block)]
         assert written[0].sequences == written[1].sequences
         assert written[0].log_probs[0] == pytest.approx(written[1].log_probs[0], abs=1e-9)
@@ -320,7 +321,7 @@ def test_converted_with_blocks_of_one_writes_as_the_autoregressive_model(pattern
     net = model("causal", pattern, scan="forward")
     converted = om.convert(net, "block", BlockDiffusionConfig(block=1, shift=True))
     prompts = [[1, 2, 3, 4], [5]]
-    written = om.diffuse(converted, prompts, om.DiffusionConfig(length=8))
+    written = om.diffuse(converted, prompts, om.DiffusionConfig(max_new_tokens=8))
     for prompt, found, log_probs in zip(prompts, written.sequences, written.log_probs, strict=True):
         tokens, wanted = list(prompt), []
         for _ in range(8):
@@ -388,5 +389,5 @@ def test_a_model_learns_a_pattern_and_writes_it():
         optimiser.zero_grad()
         net.loss(tokens).loss.backward()
         optimiser.step()
-    written = om.diffuse(net, [[3, 4], [0]], om.DiffusionConfig(length=10, steps=10))
+    written = om.diffuse(net, [[3, 4], [0]], om.DiffusionConfig(max_new_tokens=10, steps=10))
     assert written.sequences == [cycle[3:15].tolist(), cycle[:11].tolist()]

@@ -30,7 +30,7 @@ def model(
             backbone=backbone,
             vocabulary=VOCABULARY,
             tie=tie,
-            objective=CausalConfig(ahead=ahead),
+            objective=CausalConfig(n_future=ahead),
         )
     )
 
@@ -169,7 +169,7 @@ def test_a_batch_without_a_scored_token_is_refused():
 def test_a_gradient_reaches_everything_tokens_ahead_included(without_gradient):
     net = model(ahead=3, tie=False)
     assert without_gradient(net, lambda net: net.loss(ids(2, 9)).loss) == []
-    assert net.loss(ids(2, 9)).parts.keys() == {"next", "ahead"}
+    assert net.loss(ids(2, 9)).parts.keys() == {"next", "n_future"}
 
 
 def test_sequences_too_short_for_the_tokens_ahead_have_a_finite_loss():

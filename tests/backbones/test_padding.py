@@ -16,7 +16,7 @@ from omnimix.backbones.heads.sedd import SeddConfig
 LENGTHS = (9, 2, 5)
 OBJECTIVES = {
     "causal": CausalConfig(),
-    "several ahead": CausalConfig(ahead=2),
+    "several ahead": CausalConfig(n_future=2),
     "masked": MaskedConfig(),
     "masked, complementary": MaskedConfig(complementary=True),
     "blocks": BlockDiffusionConfig(block=4),

@@ -22,7 +22,7 @@ from .writers import END, PROMPTS, far, tiny
 
 def test_one_beam_is_greedy():
     model = tiny(["gla", "attention"])
-    config = GenerationConfig(max_tokens=8, end=END)
+    config = GenerationConfig(max_new_tokens=8, end=END)
     found, wanted = search(model, PROMPTS, config, None), generate(model, PROMPTS, config)
     assert found.tokens == wanted.tokens and found.reasons == wanted.reasons
     assert all(map(lambda a, b: far(a, b) < 1e-9, found.log_probs, wanted.log_probs))
@@ -34,7 +34,7 @@ def test_enough_beams_are_an_exhaustive_search(penalty):
     with torch.no_grad():
         model.head.weight.mul_(0.3)
     prompts, length, end = [[1, 2, 4], [0]], 4, 3
-    config = GenerationConfig(max_tokens=length, beams=5 ** (length - 1), length_penalty=penalty, end=end)
+    config = GenerationConfig(max_new_tokens=length, num_beams=5 ** (length - 1), length_penalty=penalty, end=end)
     found = generate(model, prompts, config)
     for prompt, tokens, score in zip(prompts, found.tokens, found.scores, strict=True):
         texts = [list(t) for t in itertools.product(range(5), repeat=length)]
@@ -51,10 +51,10 @@ def test_enough_beams_are_an_exhaustive_search(penalty):
 
 def test_beams_of_a_batch_are_each_alone():
     model = tiny(["mamba2", "attention"])
-    config = GenerationConfig(max_tokens=9, beams=3, end=END, chunk=2)
+    config = GenerationConfig(max_new_tokens=9, num_beams=3, end=END, chunk=2)
     together = generate(model, PROMPTS, config)
     assert together.tokens == [generate(model, [p], config).tokens[0] for p in PROMPTS]
-    greedy = generate(model, PROMPTS, GenerationConfig(max_tokens=9, end=END))
+    greedy = generate(model, PROMPTS, GenerationConfig(max_new_tokens=9, end=END))
     assert together.tokens != greedy.tokens
 
 
@@ -68,10 +68,10 @@ def test_greedy_speculation_is_greedy(without_shape_checks):
         for p in near.parameters():
             p.add_(torch.randn_like(p) * 0.02)
     prompts = PROMPTS[:2]
-    config = GenerationConfig(max_tokens=14, end=END, repetition_penalty=1.3)
+    config = GenerationConfig(max_new_tokens=14, end=END, repetition_penalty=1.3)
     wanted = generate(model, prompts, config)
     for draft, again in ((model, 8), (near, 8), (tiny(["gla"], seed=1), 2)):
-        found = speculate(model, draft, prompts, config, SpeculationConfig(ahead=3, again=again))
+        found = speculate(model, draft, prompts, config, SpeculationConfig(num_assistant_tokens=3, again=again))
         assert found.generation.tokens == wanted.tokens
         assert found.generation.reasons == wanted.reasons
         assert all(map(lambda a, b: far(a, b) < 1e-9, found.generation.log_probs, wanted.log_probs))
@@ -105,8 +105,8 @@ def test_sampled_speculation_has_the_models_distribution(without_shape_checks):
     with torch.no_grad():
         logits, _ = model(torch.tensor([[1, *t] for t in texts]))
     log_probs = logits[:, :-1].log_softmax(-1).gather(2, torch.tensor(texts)[..., None]).sum((1, 2))
-    config = GenerationConfig(max_tokens=length, temperature=1.0)
-    found = speculate(model, draft, [[1]] * n, config, SpeculationConfig(ahead=2))
+    config = GenerationConfig(max_new_tokens=length, temperature=1.0)
+    found = speculate(model, draft, [[1]] * n, config, SpeculationConfig(num_assistant_tokens=2))
     assert 0 < found.acceptance < 1
     counts = torch.tensor([found.generation.tokens.count(t) for t in texts])
     share = log_probs.exp()
@@ -117,7 +117,7 @@ def test_speculation_refuses_what_does_not_fit():
     model = tiny(["gla"])
     with pytest.raises(UnsupportedCall, match="vocabulary of 5"):
         speculate(model, tiny(["gla"], vocabulary=5), [[1]])
-    with pytest.raises(UnsupportedCall, match="beams=1"):
-        speculate(model, model, [[1]], GenerationConfig(beams=2))
-    with pytest.raises(ConfigError, match="ahead"):
-        SpeculationConfig(ahead=0)
+    with pytest.raises(UnsupportedCall, match="num_beams=1"):
+        speculate(model, model, [[1]], GenerationConfig(num_beams=2))
+    with pytest.raises(ConfigError, match="num_assistant_tokens"):
+        SpeculationConfig(num_assistant_tokens=0)

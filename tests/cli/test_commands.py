@@ -118,7 +118,7 @@ def test_explain_shows_each_backend_once(capsys):
 def test_an_error_of_ours_is_one_line(capsys):
     assert main(["kernels", "explain", "nrm"]) == 2
     captured = capsys.readouterr()
-    assert captured.err == "omnimix: error: no kernel op is called 'nrm'; did you mean 'norm'?\n"
+    assert captured.err == "omnimix: error: unknown kernel op 'nrm'; did you mean 'norm'?\n"
     with pytest.raises(omnimix.errors.UnknownName):
         main(["kernels", "explain", "nrm", "--debug"])
 

@@ -93,7 +93,7 @@ def test_forward_keeps_the_logits_asked_for():
 def test_greedy_search_is_ours():
     model, ours = wrapped()
     inputs = batch()
-    expected = generate(model, [BYTES.encode(text) for text in TEXTS], GenerationConfig(max_tokens=10)).tokens
+    expected = generate(model, [BYTES.encode(text) for text in TEXTS], GenerationConfig(max_new_tokens=10)).tokens
     length = inputs["input_ids"].shape[1]
     # Early ends are another test's: the rows are then filled up.
     options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
@@ -110,9 +110,9 @@ def test_greedy_search_is_ours():
 def test_texts_end_where_ours_do():
     model, ours = wrapped()
     prompts = [BYTES.encode(text) for text in TEXTS]
-    free = generate(model, prompts, GenerationConfig(max_tokens=10)).tokens
+    free = generate(model, prompts, GenerationConfig(max_new_tokens=10)).tokens
     end = free[0][3]
-    expected = generate(model, prompts, GenerationConfig(max_tokens=10, end=end)).tokens
+    expected = generate(model, prompts, GenerationConfig(max_new_tokens=10, end=end)).tokens
     assert len(expected[0]) <= 4
     found = ours.generate(**batch(), max_new_tokens=10, do_sample=False, eos_token_id=end, pad_token_id=256)
     for row, tokens in zip(found[:, batch()["input_ids"].shape[1] :].tolist(), expected, strict=True):
@@ -123,8 +123,8 @@ def test_texts_end_where_ours_do():
 def test_beam_search_is_ours(penalty):
     model, ours = wrapped()
     prompts = [BYTES.encode(text) for text in TEXTS]
-    end = generate(model, prompts, GenerationConfig(max_tokens=6)).tokens[1][2]
-    config = GenerationConfig(max_tokens=6, beams=3, end=end, length_penalty=penalty)
+    end = generate(model, prompts, GenerationConfig(max_new_tokens=6)).tokens[1][2]
+    config = GenerationConfig(max_new_tokens=6, num_beams=3, end=end, length_penalty=penalty)
     expected = generate(model, prompts, config)
     options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "length_penalty": penalty}
     options |= {"eos_token_id": end, "pad_token_id": 256, "return_dict_in_generate": True, "output_scores": True}
@@ -157,7 +157,7 @@ def test_sampling_draws_from_our_distribution(options):
         output_scores=True,
         **{"top_k": 0} | options,
     )
-    config = GenerationConfig(max_tokens=5, **options)
+    config = GenerationConfig(max_new_tokens=5, **options)
     for i, scores in enumerate(theirs.scores):
         before = theirs.sequences[:, : prompt.shape[1] + i]
         seen = seen_tokens(before.tolist(), model.vocabulary, before.device)
@@ -174,7 +174,7 @@ def test_a_cache_goes_on_and_branches():
     said = ours.generate(torch.tensor([first]), past_key_values=cache, **options)
     kept = copy.deepcopy(cache)
     whole = torch.cat([said, torch.tensor([second])], dim=1)
-    expected = generate(model, whole.tolist(), GenerationConfig(max_tokens=4)).tokens[0]
+    expected = generate(model, whole.tolist(), GenerationConfig(max_new_tokens=4)).tokens[0]
     for states in (cache, kept):
         found = ours.generate(whole, past_key_values=states, **options)
         assert found[0, whole.shape[1] :].tolist() == expected
@@ -243,7 +243,7 @@ def test_an_incomplete_checkpoint_is_refused(tmp_path):
 
 EXTRAS = {
     "ffn": MoEConfig(experts=4),
-    "objective": CausalConfig(ahead=2, z_loss=1e-3),
+    "objective": CausalConfig(n_future=2, z_loss=1e-3),
 }
 
 

@@ -86,7 +86,7 @@ def test_likelihoods_are_those_of_one_pass(adapter, monkeypatch, at_once):
         expected, best = plain(model, [END, *(context + continuation).encode()], 1 + len(context.rstrip().encode()))
         assert close(value, expected) and greedy is best
     # What the model itself writes is greedy.
-    first = generate(model, [[END, *b"start"]], GenerationConfig(max_tokens=1)).tokens[0][0]
+    first = generate(model, [[END, *b"start"]], GenerationConfig(max_new_tokens=1)).tokens[0][0]
     tokens = [(None, [END, *b"start"], [first]), (None, [END, *b"start"], [first ^ 1])]
     assert [greedy for _, greedy in lm._loglikelihood_tokens(tokens, disable_tqdm=True)] == [True, False]
 
@@ -121,7 +121,7 @@ def test_long_contexts_lose_their_beginning(adapter):
 
 
 def written(model, text: str, **options) -> str:
-    config = GenerationConfig(**{"max_tokens": 24, "end": END} | options)
+    config = GenerationConfig(**{"max_new_tokens": 24, "end": END} | options)
     return BYTES.decode(generate(model, [[END, *text.encode()]], config).tokens[0])
 
 
@@ -138,7 +138,7 @@ def test_texts_end_before_the_strings(adapter):
     assert len(found[0]) <= 4
     beams = {"until": [], "num_beams": 2, "max_gen_toks": 5}
     assert lm.generate_until(requests("generate_until", ("one", beams)), True) == [
-        written(model, "one", beams=2, max_tokens=5)
+        written(model, "one", num_beams=2, max_new_tokens=5)
     ]
     with pytest.raises(UnsupportedCall, match="typical_p"):
         lm.generate_until(requests("generate_until", ("one", {"typical_p": 0.5})), True)
@@ -168,9 +168,9 @@ def test_a_special_token_ends_a_text(adapter, objective):
     """Though texts do not show it."""
     model = language_model(objective)
     if objective == "causal":
-        tokens = generate(model, [[END, *b"one"]], GenerationConfig(max_tokens=8)).tokens[0]
+        tokens = generate(model, [[END, *b"one"]], GenerationConfig(max_new_tokens=8)).tokens[0]
     else:
-        tokens = diffuse(model, [[END, *b"one"]], DiffusionConfig(length=8)).tokens[0]
+        tokens = diffuse(model, [[END, *b"one"]], DiffusionConfig(max_new_tokens=8)).tokens[0]
     place = next(i for i, token in enumerate(tokens) if i > 1 and token not in (*tokens[:i], *b"one"))
     # The model now writes the special token wherever it wrote this one.
     pair = [tokens[place], BYTES.special[TURN[1]]]
@@ -185,13 +185,13 @@ def test_ids_without_text_are_not_written(adapter):
     """Where a vocabulary was filled up, say to a multiple of 64."""
     model = language_model(vocabulary=320)
     lm = adapter.OmnimixLM(model=model, tokenizer=BYTES, max_gen_toks=8)
-    config = GenerationConfig(max_tokens=8)
+    config = GenerationConfig(max_new_tokens=8)
     first = generate(model, [[END, *b"one"]], config).tokens[0][0]
     with torch.no_grad():
         model.embedding.weight[[first, 300]] = model.embedding.weight[[300, first]]
     assert generate(model, [[END, *b"one"]], config).tokens[0][0] == 300
     [text] = lm.generate_until(requests("generate_until", ("one", {"until": []})), True)
-    config = GenerationConfig(max_tokens=8, forbidden=range(BYTES.vocabulary, 320), end=END)
+    config = GenerationConfig(max_new_tokens=8, forbidden=range(BYTES.vocabulary, 320), end=END)
     assert text == BYTES.decode(generate(model, [[END, *b"one"]], config).tokens[0])
     with pytest.raises(ConfigError, match="trained with"):
         adapter.OmnimixLM(model=language_model("masked", vocabulary=320), tokenizer=BYTES)
@@ -210,13 +210,13 @@ def test_diffusion_likelihoods_are_seeded_bounds(adapter, objective):
         expected = model.objective.log_likelihood(model, torch.tensor([ids]), counted=counted, samples=6, seed=3)
         assert close(value, -expected.nats.item())
         errors += expected.error.tolist()
-        best = diffuse(model, [ids[:given]], DiffusionConfig(length=len(ids) - given)).tokens[0]
+        best = diffuse(model, [ids[:given]], DiffusionConfig(max_new_tokens=len(ids) - given)).tokens[0]
         assert greedy is (best == ids[given:])
     info = lm.get_model_info()
     assert info["likelihood"] == "bound from 6 draws, seed 3" and info["likelihood_samples"] == 6
     assert close(info["likelihood_standard_error"], sum(errors) / len(errors))
     context = [END, *b"start"]
-    best = diffuse(model, [context], DiffusionConfig(length=3)).tokens[0]
+    best = diffuse(model, [context], DiffusionConfig(max_new_tokens=3)).tokens[0]
     tokens = [(None, context, best), (None, context, [best[0] ^ 1, *best[1:]])]
     assert [greedy for _, greedy in lm._loglikelihood_tokens(tokens, disable_tqdm=True)] == [True, False]
 
@@ -227,7 +227,7 @@ def test_diffusion_writes(adapter):
     contexts = ["one", "another"]
     found = lm.generate_until(requests("generate_until", *((c, {"until": []}) for c in contexts)), True)
     for text, context in zip(found, contexts, strict=True):
-        config = DiffusionConfig(length=8, steps=4, end=END)
+        config = DiffusionConfig(max_new_tokens=8, steps=4, end=END)
         assert text == BYTES.decode(diffuse(model, [[END, *context.encode()]], config).tokens[0])
     with pytest.raises(UnsupportedCall, match="top_k"):
         lm.generate_until(requests("generate_until", ("one", {"top_k": 3})), True)
@@ -273,7 +273,7 @@ def tasks(tmp_path, monkeypatch):
     # One answer is what the model writes, so that not all are wrong.
     documents = [dict(d) for d in DOCUMENTS]
     for document in documents:
-        text = written(model, document["text"], max_tokens=6).split("\n")[0]
+        text = written(model, document["text"], max_new_tokens=6).split("\n")[0]
         if text.isprintable() and text.strip() == text:
             document["answer"] = text
     file = tmp_path / "toy.jsonl"
@@ -305,7 +305,7 @@ def test_tasks_offline(adapter, tasks, capsys):
     size = sum(len(d["text"].encode()) for d in documents)
     assert close(rows["toy_rolling", "bits_per_byte"]["value"], -total / size / math.log(2))
     assert close(rows["toy_rolling", "byte_perplexity"]["value"], math.exp(-total / size))
-    matches = [written(model, d["text"], max_tokens=6).split("\n")[0] == d["answer"] for d in documents]
+    matches = [written(model, d["text"], max_new_tokens=6).split("\n")[0] == d["answer"] for d in documents]
     assert close(rows["toy_generate", "exact_match"]["value"], sum(matches) / 3)
     assert {row["likelihood"] for row in rows.values()} == {"exact"}
     assert {row["documents"] for row in rows.values()} == {3}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from itertools import product
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from omnimix.cli.check_kernels import FLOAT32_TOLERANCE, error, results
 from omnimix.errors import BackendUnavailable, UnsupportedCall, UnsupportedShape
-from omnimix.kernels import Draw, delta_rule, gated_linear
+from omnimix.kernels import Draw, delta_rule, gated_linear, native
 
-BACKENDS = ("reference", "chunked")
+BACKENDS = [b for b in ("reference", "chunked", "native") if b != "native" or not native.machine_refusal()]
+FAST = BACKENDS[1:]
 
 
 def draw_inputs(
@@ -75,22 +77,24 @@ def test_the_general_form_contains_the_delta_form(backend):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("time", [63, 64, 512])
-def test_repeated_keys_and_full_steps_keep_float32(time):
+def test_repeated_keys_and_full_steps_keep_float32(time, backend):
     """I - 2 k kᵀ over and over: the powers of the chunk's triangular matrix would reach 1e18 on the way."""
     x = {name: t[:, :1].expand(-1, time, -1, -1) for name, t in draw_inputs(1).items() if name != "beta"}
     x["v"], beta = Draw.seeded().normal(2, time, 4, 7), torch.full((2, time, 4), 2.0, dtype=torch.float64)
     expected, _ = delta_rule(**x, beta=beta, backend="reference")
     narrow = {name: t.float() for name, t in x.items()}
-    found, _ = delta_rule(**narrow, beta=beta.float(), backend="chunked")
+    found, _ = delta_rule(**narrow, beta=beta.float(), backend=backend)
     assert error(found, expected) < 1e-4
 
 
+@pytest.mark.parametrize("fast", FAST)
 @pytest.mark.parametrize("form", ["delta", "general"])
 @pytest.mark.parametrize("shape", ["scalar", "channel"])
 @pytest.mark.parametrize("strength", [0.1, 2.0, 20.0])
-def test_decays_of_every_strength_keep_float32(form: str, shape: str, strength: float):
-    """From whole chunks through shorter ones to scores made step by step."""
+def test_decays_of_every_strength_keep_float32(form: str, shape: str, strength: float, fast: str):
+    """In plain torch from whole chunks through shorter ones to scores made step by step."""
     x = draw_inputs(96, groups=4, dtype=torch.float32)
     draw = Draw.seeded(1, dtype=torch.float32)
     x["decay"] = draw.log_decay(*((2, 96, 4) if shape == "scalar" else (2, 96, 4, 6)), scale=strength)
@@ -101,7 +105,7 @@ def test_decays_of_every_strength_keep_float32(form: str, shape: str, strength: 
     def call(backend: str):
         return lambda **arguments: delta_rule(**arguments, backend=backend)
 
-    found = results(call("chunked"), x).named()
+    found = results(call(fast), x).named()
     truth = results(call("reference"), {name: t.double() for name, t in x.items()}).named()
     assert {name: e for name, t in truth.items() if (e := error(found[name], t)) > FLOAT32_TOLERANCE} == {}
 
@@ -114,13 +118,56 @@ def test_triangular_inverse(size: int):
     torch.testing.assert_close(block.unit_lower_inverse(lower) @ (eye - lower), eye)
 
 
+# Keys and values of one number, of vectors and tails of them, and of several columns of vectors.
+SIZES = [(1, 1), (16, 40), (24, 16), (33, 100)]
+EDGES = [0, 1, 34, 34, 41]
+
+
+@pytest.mark.skipif(native.machine_refusal() is not None, reason=str(native.machine_refusal()))
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("form", ["plain", "beta", "removal", "general"])
+def test_native_divides_heads_and_values_among_tasks(form, size, threads, monkeypatch):
+    """Whole sequences and packed ones of one block to three, with tails; heads share keys or do not."""
+    recurrence = import_module("omnimix.kernels.common.recurrence")
+    monkeypatch.setattr(import_module("omnimix.kernels.delta_rule.native"), "BLOCK", 16)
+    monkeypatch.setattr(recurrence, "SMALLEST", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for kind, (groups, heads), lengths in product((None, "head", "scalar", "channel"), ((1, 2), (2, 2)), (None, EDGES)):
+        draw = Draw.seeded(heads)
+        shape, of_values = (1, 41, groups, size[0]), (1, 41, heads)
+        key = torch.nn.functional.normalize(draw.normal(*shape), dim=-1)
+        x = {"q": draw.normal(*shape), "k": key * draw.uniform(0.5, 1.0, *shape), "v": draw.normal(*of_values, size[1])}
+        if form in ("beta", "removal"):
+            x["beta"] = draw.uniform(0.0, 2.0, *of_values)
+        if form == "removal":
+            x["removal"] = key
+        if form == "general":
+            x |= {"a": -key * draw.uniform(0.0, 1.0, *shape), "b": key}
+        if kind is not None:
+            shapes = {"head": (heads,), "scalar": of_values, "channel": (*of_values, size[0])}
+            x["decay"] = draw.log_decay(*shapes[kind])
+        if groups < heads:
+            x["initial_state"] = draw.normal(1 if lengths is None else len(lengths) - 1, heads, *size)
+        if lengths is not None:
+            x["cu_seqlens"] = torch.tensor(lengths)
+        found, truth = (
+            results(lambda backend=backend, **arguments: delta_rule(**arguments, backend=backend), x).named()
+            for backend in ("native", "reference")
+        )
+        assert found.keys() == truth.keys()
+        for name, t in truth.items():
+            torch.testing.assert_close(found[name], t, rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("fast", FAST)
 @pytest.mark.parametrize("kept", [0, 1])
-def test_either_output_alone_has_gradients(kept: int):
+def test_either_output_alone_has_gradients(kept: int, fast: str):
     x = draw_inputs(40) | {"decay": Draw.seeded(1).log_decay(2, 40, 4), "initial_state": torch.ones(2, 4, 6, 7)}
     x["initial_state"] = x["initial_state"].double()
     found, truth = (
         results(lambda backend=backend, **arguments: delta_rule(**arguments, backend=backend)[kept], x).named()
-        for backend in ("chunked", "reference")
+        for backend in (fast, "reference")
     )
     for name, t in truth.items():
         torch.testing.assert_close(found[name], t, msg=name)

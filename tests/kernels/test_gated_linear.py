@@ -170,9 +170,9 @@ SIZES = [(1, 1), (16, 40), (24, 16), (33, 64), (64, 17)]
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_native_divides_heads_and_values_among_tasks(size, threads, monkeypatch):
     """One sequence of three blocks, the last with a tail of a chunk; heads share q and k or do not."""
-    module = import_module("omnimix.kernels.gated_linear.native")
-    monkeypatch.setattr(module, "BLOCK", 32)
-    monkeypatch.setattr(module, "SMALLEST", 1)
+    recurrence = import_module("omnimix.kernels.common.recurrence")
+    monkeypatch.setattr(import_module("omnimix.kernels.gated_linear.native"), "BLOCK", 32)
+    monkeypatch.setattr(recurrence, "SMALLEST", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     divided = []
     for kind, groups, heads in itertools.product((None, "head", "scalar", "channel"), (1, 2), (2, 4)):
@@ -180,7 +180,7 @@ def test_native_divides_heads_and_values_among_tasks(size, threads, monkeypatch)
         shapes = {"head": (heads,), "scalar": (1, 83, heads), "channel": (1, 83, heads, size[0])}
         x |= {} if kind is None else {"decay": draw.log_decay(*shapes[kind])}
         x |= {} if groups == heads else {"initial_state": draw.normal(1, heads, *size)}
-        divided.append(module._division(x["q"], x["v"], 1))
+        divided.append(recurrence.division(x["q"], x["v"], 1))
         assert_is_the_reference("native", x)
     assert {parts[0] for parts in divided} == {threads}
     assert threads == 1 or {parts[1] > 1 for parts in divided} == {True, False}

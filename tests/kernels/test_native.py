@@ -85,8 +85,16 @@ def test_a_library_is_compiled_once(afresh, monkeypatch, capfd):
     native._build.cache_clear()
     assert native._build(OP) is None
     assert capfd.readouterr().err == ""
-    (library,) = native.cache_folder("native").iterdir()
+    (library,) = native.cache_folder("native").glob("[!.]*")
     assert library.suffix == ".so"
+
+
+@needs_compiler
+def test_of_several_that_start_together_one_compiles(afresh, monkeypatch, capfd):
+    source(afresh, monkeypatch, "int unused;")
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(native._build.__wrapped__, [OP] * 4)) == [None] * 4
+    assert capfd.readouterr().err.count("compiling the native kernels") == 1
 
 
 @needs_compiler

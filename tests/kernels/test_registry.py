@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -66,15 +67,21 @@ def step_arguments(**changes):
 
 
 @needs_compiler
-def test_explain_names_the_step_kernel(capsys):
-    asked = ((1, []), (1, ["--grad"]), (2, []))
-    for name, backends in (("gated_linear", ["native"] * 3), ("delta_rule", ["native", "chunked", "chunked"])):
-        for (tokens, grad), backend in zip(asked, backends, strict=True):
-            words = ["kernels", "explain", name, "--device", "cpu", "--tokens", str(tokens), *grad, "--json", "-"]
-            assert main(words) == 0
-            rows = {row["backend"]: row for row in json.loads(capsys.readouterr().out)}
-            assert [name for name, row in rows.items() if row["auto"] == "chosen"] == [backend]
-    assert rows["native"]["why"] == "it takes one step at a time, and there are several"
+def test_explain_names_the_kernels_of_tokens_and_of_training(capsys):
+    for name, (tokens, grad) in product(("gated_linear", "delta_rule"), ((1, []), (1, ["--grad"]), (2, []))):
+        words = ["kernels", "explain", name, "--device", "cpu", "--tokens", str(tokens), *grad, "--json", "-"]
+        assert main(words) == 0
+        rows = {row["backend"]: row for row in json.loads(capsys.readouterr().out)}
+        assert [name for name, row in rows.items() if row["auto"] == "chosen"] == ["native"]
+
+
+@needs_compiler
+def test_explain_names_a_kernel_without_gradients_and_what_trains_in_its_place(capsys):
+    for grad, backend in (([], "native"), (["--grad"], "chunked")):
+        assert main(["kernels", "explain", "linear", "--device", "cpu", "--tokens", "1", *grad, "--json", "-"]) == 0
+        rows = {row["backend"]: row for row in json.loads(capsys.readouterr().out)}
+        assert [name for name, row in rows.items() if row["auto"] == "chosen"] == [backend]
+    assert rows["native"]["why"] == "it computes no gradients, and a tensor requires one"
 
 
 @needs_compiler
@@ -84,25 +91,32 @@ def test_explain_follows_using():
     assert (rows["native"], rows["chunked"], rows["reference"]) == ("on request", "chosen", "on request")
 
 
-META = torch.ones(1, 1, 2, 4, device="meta")
-
-
 @needs_compiler
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"q": torch.ones(1, 2, 2, 4), "k": torch.ones(1, 2, 2, 4), "v": torch.ones(1, 2, 2, 4)}, "one step at a time"),
-        ({"cu_seqlens": torch.tensor([0, 1])}, "no packed sequences"),
-        ({"v": torch.ones(1, 1, 2, 4, requires_grad=True)}, "no gradients"),
-        (dict.fromkeys("qkv", META) | {"initial_state": META.new_ones(1, 2, 4, 4)}, "on meta"),
-        ({"q": torch.randn(1, 1, 2, 4, dtype=torch.complex64).conj().imag}, "lazy negation"),
+        ({"weight": torch.ones(2, 3, requires_grad=True)}, "no gradients"),
+        ({"x": torch.ones(1, 3, device="meta"), "weight": torch.ones(2, 3, device="meta")}, "on meta"),
+        ({"x": torch.randn(1, 3, dtype=torch.complex64).conj().imag}, "lazy negation"),
+        ({"x": torch.ones(99, 3)}, "1 to 4 rows"),
     ],
 )
-def test_a_step_kernel_named_for_another_call_says_why_not(changes, reason):
+def test_a_kernel_named_for_another_kind_of_call_says_why_not(changes, reason):
+    arguments = {"x": torch.ones(1, 3), "weight": torch.ones(2, 3)} | changes
     with pytest.raises(BackendUnavailable, match=reason):
-        delta_rule(**step_arguments(**changes), backend="native")
-    if reason != "on meta":
-        delta_rule(**step_arguments(**changes))
+        linear(**arguments, backend="native")
+    linear(**arguments)
+
+
+@needs_compiler
+def test_large_states_are_served_by_matrix_products_but_for_a_single_step():
+    for tokens, size, backend in ((3, 256, "native"), (3, 257, "chunked"), (1, 257, "native")):
+        x = torch.zeros(1, tokens, 1, size)
+        rows = {row["backend"]: row for row in explain("delta_rule", q=x, k=x, v=x)}
+        assert rows[backend]["auto"] == "chosen"
+    x = torch.zeros(1, 3, 1, 257)
+    with pytest.raises(BackendUnavailable, match="at most 65536 elements a head"):
+        delta_rule(x, x, x, backend="native")
 
 
 @needs_compiler

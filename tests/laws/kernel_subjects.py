@@ -115,7 +115,8 @@ class Subject:
     @property
     def limited(self) -> bool:
         """Whether the backend is for some calls only, and these without gradients: the steps of decoding."""
-        return self.op.backend(self.backend).limits is not serves_everything
+        limits = self.op.backend(self.backend).limits
+        return limits is not serves_everything and not self.serves(self.draw(1, 1), backward=True)
 
     def draw(self, batch: int, time: int, state: bool = True) -> dict:
         return Asked(batch, time, state).of(self.case)

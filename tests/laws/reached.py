@@ -1,4 +1,7 @@
-"""Which lines of a file run, and which could."""
+"""Which lines and branches of a file run, and which could.
+
+That the body of an `if` without `else` is passed over is a branch without a line: it is told by the negative line.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,25 @@ def lines_of_functions(path: Path) -> set[int]:
         # A class body is no function: its code has no fast locals.
         if code.co_flags & 2:
             found.update(line for _, _, line in code.co_lines() if line and line != code.co_firstlineno)
-    return found - left_out
+    return (found - left_out) | {-line for line, _ in _conditions(tree).values() if line not in left_out}
+
+
+def _conditions(tree: ast.AST) -> dict[int, tuple[int, range]]:
+    """By the lines of its test: an `if` without `else`, as its first line and the lines of its body.
+
+    Those that raise are left out, as their bodies are, and those for torch.compile.
+    """
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and not node.orelse and "is_compiling()" not in ast.unparse(node.test):
+            if isinstance(node.body[-1], ast.Raise):
+                continue
+            body = range(node.body[0].lineno, node.body[-1].end_lineno + 1)
+            for line in range(node.lineno, node.test.end_lineno + 1):
+                # A body on the line of its test cannot be told from it.
+                if line not in body:
+                    found[line] = (node.lineno, body)
+    return found
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
@@ -42,20 +63,31 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 @contextmanager
 def lines_reached(paths: set[Path]) -> Iterator[dict[Path, set[int]]]:
-    """Record the lines of these files that run."""
+    """Record the lines of these files that run, and the conditions that do not hold."""
     reached: dict[Path, set[int]] = {path: set() for path in paths}
-    by_name = {str(path): lines for path, lines in reached.items()}
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+    by_name = {str(path): (lines, _conditions(trees[path])) for path, lines in reached.items()}
 
     def of_frame(frame: FrameType, event: str, _: Any) -> Any:
-        lines = by_name.get(frame.f_code.co_filename)
-        if lines is None:
+        known = by_name.get(frame.f_code.co_filename)
+        if known is None:
             return None
+        lines, conditions = known
+        last = frame.f_lineno
 
         def of_line(frame: FrameType, event: str, _: Any) -> Any:
-            lines.add(frame.f_lineno)
+            nonlocal last
+            line = frame.f_lineno
+            lines.add(line)
+            # From a test the next line is in its body, or the condition did not hold.
+            if last in conditions and event != "exception":
+                condition, body = conditions[last]
+                if event == "return" or (line not in body and conditions.get(line, (0,))[0] != condition):
+                    lines.add(-condition)
+            last = line
             return of_line
 
-        lines.add(frame.f_lineno)
+        lines.add(last)
         return of_line
 
     before = sys.gettrace()
@@ -67,11 +99,12 @@ def lines_reached(paths: set[Path]) -> Iterator[dict[Path, set[int]]]:
 
 
 def ranges(lines: set[int]) -> str:
-    """Lines for messages: "3, 7-9"."""
+    """Lines for messages: "3, 7-9, 12 is always true"."""
+    always = [f"{-line} is always true" for line in sorted(lines, reverse=True) if line < 0]
     parts: list[list[int]] = []
-    for line in sorted(lines):
+    for line in sorted(line for line in lines if line > 0):
         if parts and line == parts[-1][1] + 1:
             parts[-1][1] = line
         else:
             parts.append([line, line])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+    return ", ".join([*(str(a) if a == b else f"{a}-{b}" for a, b in parts), *always])

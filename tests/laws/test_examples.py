@@ -1,4 +1,4 @@
-"""The examples of a mixer reach every line of it, so that the laws see all of it."""
+"""The examples of a mixer reach every branch of its file, so that the laws see all of it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def with_many_compressed_keys() -> None:
 
 
 def never_reached(paths: set[Path], names: list[str], *more: Callable[[], None]) -> list[str]:
-    """Lines of functions in these files that no example of these mixers reaches, as "file:lines"."""
+    """What of the functions in these files no example of these mixers reaches, as "file:lines"."""
     with lines_reached(paths) as reached:
         for name in names:
             run_everything(name)
@@ -87,13 +87,13 @@ def never_reached(paths: set[Path], names: list[str], *more: Callable[[], None])
 
 
 @pytest.mark.parametrize("name", list_mixers())
-def test_examples_reach_every_line(name: str):
+def test_examples_reach_every_branch(name: str):
     file = Path(inspect.getsourcefile(get_mixer(name).build))
     missed = never_reached({file}, [name])
     assert not missed, f"no example of {name!r} reaches {', '.join(missed)}"
 
 
-def test_examples_reach_every_line_of_the_parts():
+def test_examples_reach_every_branch_of_the_parts():
     users = [name for name in list_mixers() if f"{parts.__name__}." in str(_parts_of(name))]
     missed = never_reached(set(PARTS.glob("*.py")), users, with_many_compressed_keys)
     assert not missed, f"no example of any mixer reaches {', '.join(missed)}"
@@ -120,3 +120,37 @@ def test_a_missing_example_is_found(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(mixers.MIXERS._entries, "ttt", dataclasses.replace(entry, examples=entry.examples[:1]))
     (missed,) = never_reached({Path(inspect.getsourcefile(entry.build))}, ["ttt"])
     assert missed.startswith("backbones/mixers/ttt.py:")
+
+
+BRANCHES = """
+def function(a, b):
+    if a:
+        a = 0
+    if b:
+        b = 0
+    for i in range(2):
+        if i:
+            a += 1
+    if (
+        a
+        and b
+    ):
+        raise ValueError
+    if b is None:
+        return a
+"""
+
+
+def test_a_branch_that_is_never_passed_over_is_found(tmp_path: Path):
+    file = tmp_path / "branches.py"
+    file.write_text(BRANCHES)
+    names: dict = {}
+    exec(compile(BRANCHES, str(file), "exec"), names)
+    with lines_reached({file}) as reached:
+        names["function"](1, 1)
+    missed = lines_of_functions(file) - reached[file]
+    assert ranges(missed) == "16, 3 is always true, 5 is always true"
+    with lines_reached({file}) as more:
+        names["function"](0, 0)
+        names["function"](0, None)
+    assert not missed - more[file]

@@ -110,7 +110,7 @@ def test_text_ends_before_a_stop_string_that_spans_tokens(scripted):
     (result,) = made.generate([""], stop=["\n\nclass"])
     assert result.text == "def f():\n    return 1" and result.reason == "stop"
     assert bytes(result.tokens).decode().endswith("\n\nclass") and len(result.log_probs) == len(result.tokens)
-    (result,) = made.generate([""], GenerationConfig(beams=2), stop=["nowhere"])
+    (result,) = made.generate([""], GenerationConfig(num_beams=2), stop=["nowhere"])
     assert result.text.startswith("def f()") and result.reason == "end"
 
 
@@ -119,7 +119,7 @@ def test_pieces_are_whole_characters(scripted):
     pieces = list(made.stream(""))
     assert "".join(pieces) == "für 猫 – 😀!"
     assert all("\ufffd" not in p for p in pieces) and "猫" in pieces and "😀" in pieces
-    cut = list(made.stream("", GenerationConfig(max_tokens=len("für ".encode()) + 1)))
+    cut = list(made.stream("", GenerationConfig(max_new_tokens=len("für ".encode()) + 1)))
     assert "".join(cut) == "für \ufffd"
 
 
@@ -136,7 +136,7 @@ def test_a_text_that_ends_lets_go_of_what_was_held_back(scripted):
 
 def test_streams_are_generations_and_batches_are_each_alone():
     made = writer()
-    config = GenerationConfig(max_tokens=20, temperature=1.0, seed=3)
+    config = GenerationConfig(max_new_tokens=20, temperature=1.0, seed=3)
     prompts = ["def f(", "", "class Longer:\n"]
     stop = [next(c for c in made.generate(prompts, config)[0].text[3:] if c != "\ufffd")]
     together = made.generate(prompts, config, stop=stop)
@@ -152,25 +152,25 @@ def test_streams_are_generations_and_batches_are_each_alone():
 
 def test_a_prompt_begins_as_documents_do():
     made = writer()
-    config = GenerationConfig(max_tokens=6, end=made.tokenizer.end)
+    config = GenerationConfig(max_new_tokens=6, end=made.tokenizer.end)
     wanted = generate(made.model, [[made.tokenizer.end, *b"abc"]], config)
-    assert made.generate(["abc"], GenerationConfig(max_tokens=6))[0].tokens == wanted.tokens[0]
+    assert made.generate(["abc"], GenerationConfig(max_new_tokens=6))[0].tokens == wanted.tokens[0]
 
 
 def test_conversations_are_prompts():
     made = writer(special=CHATML)
     messages = [{"role": "user", "content": "Hi <|im_end|>"}]
-    config = GenerationConfig(max_tokens=6)
+    config = GenerationConfig(max_new_tokens=6)
     ids = [made.tokenizer.end, *made.tokenizer.encode_chat(messages)]
     assert ids.count(made.tokenizer.special["<|im_end|>"]) == 1
-    wanted = generate(made.model, [ids], GenerationConfig(max_tokens=6, end=made.tokenizer.end))
+    wanted = generate(made.model, [ids], GenerationConfig(max_new_tokens=6, end=made.tokenizer.end))
     assert made.generate([messages], config)[0].tokens == wanted.tokens[0]
 
 
 def test_the_model_is_as_before_whenever_the_caller_has_control():
     made = writer()
     made.model.train()
-    pieces = made.stream("x", GenerationConfig(max_tokens=50, temperature=1.0))
+    pieces = made.stream("x", GenerationConfig(max_new_tokens=50, temperature=1.0))
     next(pieces)
     assert made.model.training and not torch.is_inference_mode_enabled()
     pieces.close()
@@ -183,7 +183,7 @@ def test_the_model_is_as_before_whenever_the_caller_has_control():
 @pytest.mark.parametrize("objective", [name for name in list_objectives() if name != "causal"])
 def test_diffusion_writes_text_too(objective):
     made = writer(objective, mixer="attention")
-    config = DiffusionConfig(length=6, steps=2)
+    config = DiffusionConfig(max_new_tokens=6, steps=2)
     results = made.generate(["abc", ""], config)
     for result in results:
         assert result.text == made.tokenizer.decode([t for t in result.tokens if t != made.tokenizer.end])
@@ -206,7 +206,7 @@ def test_models_and_tokenizers_must_fit():
     wide = writer(more=40)
     with torch.no_grad():
         wide.model.head.weight[257:] *= 50
-    tokens = wide.generate(["a"], GenerationConfig(max_tokens=20))[0].tokens
+    tokens = wide.generate(["a"], GenerationConfig(max_new_tokens=20))[0].tokens
     assert max(tokens) < 257
 
 
@@ -215,7 +215,7 @@ def test_a_saved_model_writes_the_same(tmp_path):
     save_model(made.model.float(), tmp_path)
     made.tokenizer.save(tmp_path)
     again = TextGenerator.load(tmp_path)
-    config = GenerationConfig(max_tokens=10)
+    config = GenerationConfig(max_new_tokens=10)
     assert again.generate(["abc"], config)[0].tokens == made.generate(["abc"], config)[0].tokens
     save_model(create_model("vit_tiny_gla_patch16_224", classes=2, size=16, patch=8, dim=16, depth=1), tmp_path)
     with pytest.raises(CheckpointError, match="writes no text"):

@@ -160,7 +160,7 @@ def test_wrong_arguments_are_named(tmp_path, pictures, wrong, message):
 
 
 def test_a_folder_without_splits_or_none_at_all(tmp_path, capfd):
-    for root, message in (("nodir", "there is no folder '.*nodir'"), (".", "name its own with --splits")):
+    for root, message in (("nodir", "folder '.*nodir' does not exist"), (".", "name its own with --splits")):
         with pytest.raises(ConfigError, match=message):
             main([str(tmp_path / root), str(tmp_path / "out"), "--kind", "image"])
     # The error is the only line.

@@ -15,6 +15,7 @@ import pytest
 from omnimix.errors import ConfigError, MediaError
 from omnimix.modalities import ShardSource
 from omnimix.modalities.data import tar
+from omnimix.modalities.data.shards import split_key
 from omnimix.modalities.data.sources import IMAGE_SUFFIXES
 from omnimix.modalities.data.tar import TarIndex
 
@@ -83,9 +84,9 @@ def test_labels_by_name(tmp_path):
         ([member("1.jpg")], ConfigError, "'1' .* has no label; it needs a member 1.cls"),
         ([member("1.jpg"), member("1.png"), member("1.cls", b"0")], ConfigError, "two media, '1.jpg' and '1.png'"),
         ([member("1.jpg"), member("1.cls", b"7")], ConfigError, "the classes 7, which are none"),
-        ([member("1.jpg"), member("1.json", b"{")], MediaError, "1.json.* is no JSON"),
-        ([member("1.jpg"), member("1.json", b"[" * 100_000)], MediaError, "1.json.* is no JSON"),
-        ([member("1.jpg"), member("1.cls", b"0" * 2000)], MediaError, "1.cls.* 2,000 bytes"),
+        ([member("1.jpg"), member("1.json", b"{")], ConfigError, "1.json.* is not JSON"),
+        ([member("1.jpg"), member("1.json", b"[" * 100_000)], ConfigError, "1.json.* is not JSON"),
+        ([member("1.jpg"), member("1.cls", b"0" * 2000)], ConfigError, "1.cls.* 2,000 bytes"),
         ([member("1.txt")], ConfigError, "no member of the 1 shards"),
         ([], ConfigError, "no member of the 1 shards"),
     ],
@@ -209,5 +210,79 @@ def test_random_damage_is_an_error_of_ours_or_none(tmp_path):
 
 def test_two_members_of_one_name_but_for_capitals(tmp_path):
     path = tar_of(tmp_path / "train-0.tar", member("a.jpg"), member("a.JPG"), member("a.cls", b"0"))
-    with pytest.raises(ConfigError, match=r"two of 'jpg', 'a.jpg' and 'a.JPG'"):
+    with pytest.raises(ConfigError, match="two media, 'a.jpg' and 'a.JPG'"):
         ShardSource([path], IMAGE_SUFFIXES)
+
+
+GOOD = [member("good.jpg", b"good"), member("good.cls", b"1")]
+
+
+def read_all(source: ShardSource) -> tuple[dict[str, tuple[bytes, str]], dict[str, str]]:
+    """What is read, (bytes, class) by the member's name, and what is refused, with the reason."""
+    read, refused = {}, {}
+    for index in range(len(source)):
+        name = source.name(index).partition(".tar/")[2]
+        try:
+            read[name] = source.media(index), source.classes[source.label(index)]
+        except MediaError as error:
+            refused[name] = str(error)
+    assert {name.partition(".tar/")[2]: reason for name, reason in source.problems.items()} == refused
+    return read, refused
+
+
+@pytest.mark.parametrize(
+    ("members", "read", "refused"),
+    [
+        ({"Track 2.0 (x).jpg": "a", "Track 2.0 (x).cls": "0"}, {"Track 2.0 (x).jpg": "a"}, {}),
+        ({"Track 2.0 (x).jpg": "a", "Track 2.json": '{"class": "0"}'}, {"Track 2.0 (x).jpg": "a"}, {}),
+        (
+            {"v1.0.jpg": "a", "v1.0.cls": "0", "v1.1.jpg": "b", "v1.1.json": '{"class": "0"}', "v1.2.jpg": "c"},
+            {"v1.0.jpg": "a", "v1.1.jpg": "b"},
+            {"v1.2.jpg": "no label"},
+        ),
+        ({"1.jpg": "a", "1.cls": "0", "1.mask.png": "m"}, {"1.jpg": "a"}, {}),
+        ({"1.jpg": "a", "1.png": "b", "1.cls": "0"}, {}, {"1.jpg": "two media", "1.png": "two media"}),
+        ({"1.left.jpg": "a", "1.right.jpg": "b", "1.cls": "0"}, {}, {"1.left.jpg": "two", "1.right.jpg": "two media"}),
+        ({"1.jpg": "a", "1.CLS": "0", "1.cls": "0"}, {}, {"1.jpg": "two of 'cls'"}),
+        ({"1.jpg": "a"}, {}, {"1.jpg": "has no label"}),
+        ({"1.jpg": "a", "1.cls": "-1"}, {}, {"1.jpg": "holds '-1', which is neither the index nor the name"}),
+        ({"1.jpg": "a", "1.json": '{"class": "-1"}'}, {}, {"1.jpg": "holds '-1', which is neither"}),
+        ({"1.jpg": "a", "1.cls": b"\x00\x00\x00\x01"}, {}, {"1.jpg": "neither the index nor the name"}),
+        ({"1.jpg": "a", "1.cls": b"\x80\x04K\x01."}, {}, {"1.jpg": "neither the index nor the name"}),
+        ({"1.jpg": "a", "1.cls": "9" * 40}, {}, {"1.jpg": "neither the index nor the name"}),
+        ({"1.jpg": "a", "1.cls": "0", "._1.jpg": "x", "README": "x", "__note__/2.jpg": "x"}, {"1.jpg": "a"}, {}),
+    ],
+)
+def test_what_is_read_and_what_is_refused_is_all_that_is_there(tmp_path, members, read, refused):
+    contents = {name: value if isinstance(value, bytes) else value.encode() for name, value in members.items()}
+    path = tar_of(tmp_path / "s.tar", *GOOD, *(member(name, data) for name, data in contents.items()))
+    found, problems = read_all(ShardSource([path], IMAGE_SUFFIXES, ("0", "1")))
+    assert found == {"good.jpg": (b"good", "1")} | {name: (data.encode(), "0") for name, data in read.items()}
+    assert problems.keys() == refused.keys()
+    assert all(reason in problems[name] for name, reason in refused.items())
+    # No label that cannot be one becomes a class.
+    assert set(ShardSource([path], IMAGE_SUFFIXES).classes) <= {"0", "1"}
+
+
+def test_keys_are_those_of_webdataset(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    names = ["Track 2.0 (x).jpg", "Track 2.0 (x).cls", "a/b.c/1.jpg", "a/b.c/1.cls", "d.e.jpg", "d.cls"]
+    path = tar_of(tmp_path / "s.tar", *(member(name, b"0") for name in names))
+    theirs = [
+        sample["__key__"] for sample in webdataset.WebDataset(str(path), shardshuffle=False) if "__key__" in sample
+    ]
+    source = ShardSource([path], IMAGE_SUFFIXES, ("0", "1"))
+    assert len(source) == len(theirs) == 3 and not source.problems
+    assert [split_key(source.name(i).partition(".tar/")[2])[0] for i in range(3)] == theirs
+
+
+def test_systems_without_reading_at_an_offset(tmp_path, monkeypatch):
+    # As on Windows.
+    monkeypatch.delattr(os, "pread")
+    monkeypatch.delattr(os, "O_CLOEXEC")
+    monkeypatch.setattr(tar, "_HANDLES", tar._Handles(3))
+    data = [os.urandom(700) for _ in range(40)]
+    index = TarIndex(tar_of(tmp_path / "s.tar", *(member(f"{i}.jpg", part) for i, part in enumerate(data))))
+    order = np.random.default_rng(0).permutation(40).tolist() * 20
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(index.read, order)) == [data[i] for i in order]

@@ -64,9 +64,9 @@ def test_errors_of_folders_name_the_layouts(tmp_path):
 
 def test_a_missing_root_is_named_with_its_whole_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=rf"there is no folder 'nodir'; .*'{tmp_path}/nodir'"):
+    with pytest.raises(ConfigError, match=rf"folder 'nodir' does not exist; .*'{tmp_path}/nodir'"):
         find_splits("nodir", IMAGE_SUFFIXES)
-    with pytest.raises(ConfigError, match=rf"there is no folder '{tmp_path}/nodir'$"):
+    with pytest.raises(ConfigError, match=rf"folder '{tmp_path}/nodir' does not exist$"):
         find_source(tmp_path / "nodir", "train", IMAGE_SUFFIXES)
 
 

@@ -270,3 +270,39 @@ def test_odd_files_are_corrupt_checkpoints(tmp_path, file, content):
     (tmp_path / file).write_bytes(content)
     with pytest.raises(CheckpointError):
         load_tokenizer(tmp_path)
+
+
+def write_tokenizer(folder, model, pre_tokenizer=None):
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    content = {"version": "1.0", "added_tokens": [{"id": 2, "content": "</s>", **special}], "model": model}
+    (folder / "tokenizer.json").write_text(json.dumps(content | {"pre_tokenizer": pre_tokenizer}))
+
+
+def test_a_pattern_without_end_is_an_error_of_ours(tmp_path):
+    model = {"type": "WordLevel", "vocab": {"a": 0, "[UNK]": 1}, "unk_token": "[UNK]"}
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    write_tokenizer(tmp_path, model, pattern)
+    loaded = load_tokenizer(tmp_path)
+    with pytest.raises(ConfigError, match="cannot encode the text"):
+        loaded.encode("a" * 40 + "b")
+
+
+def test_a_missing_unknown_token_is_an_error_of_ours(tmp_path):
+    write_tokenizer(tmp_path, {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"})
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.encode("a") == [0]
+    with pytest.raises(ConfigError, match=r"cannot encode the text: .*\[UNK\]"):
+        loaded.encode("b")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_deep_json_is_a_corrupt_checkpoint(tmp_path, name):
+    train_bpe(CODE, 320).save(tmp_path)
+    (tmp_path / name).write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=f"{name} is corrupt: its brackets"):
+        load_tokenizer(tmp_path)
+
+
+def test_names_of_tokens_that_are_no_names_are_left_out(tmp_path):
+    foreign(tmp_path, special=["</s>"], config={"bos_token": {"content": 5}, "eos_token": ["</s>"], "pad_token": ""})
+    assert load_tokenizer(tmp_path).variables == dict.fromkeys(("bos_token", "eos_token", "pad_token"), "</s>")

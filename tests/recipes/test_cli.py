@@ -106,7 +106,7 @@ def test_another_data_set_takes_nothing_from_the_recipe_s(tmp_path, capsys):
         ("video fit --config video_folder", "--data.root is required"),
         ("video fit --data.size 32", "did you mean 'clip.size'?"),
         ("video fit --data.clip.frmes 8", "error: --data: unrecognized arguments: --clip.frmes"),
-        ("vision fit --name none --resume", "there is no run 'runs/none' to go on with"),
+        ("vision fit --name none --resume", "runs/none' does not exist and cannot be resumed"),
     ],
 )
 def test_mistakes_are_named_in_one_line(typed, said, tmp_path, monkeypatch, capsys):
@@ -131,7 +131,7 @@ def test_the_last_word_counts(tmp_path, monkeypatch):
         configurations(["--config="], "video_understanding")
 
 
-@pytest.mark.parametrize("when", ["training", "behind"])
+@pytest.mark.parametrize("when", ["training", "after"])
 def test_a_stop_says_how_to_go_on(when, tmp_path, capsys):
     runs = tmp_path / "else where"
     (runs / "mine").mkdir(parents=True)
@@ -147,10 +147,10 @@ def test_a_stop_says_how_to_go_on(when, tmp_path, capsys):
 
     assert run_fit("vision", ["--runs", str(runs), "--name", "mine"], make, finish) == 130
     stopped, again = capsys.readouterr().out.strip().splitlines()
-    assert stopped.startswith({"training": "stopped after step 3", "behind": "stopped behind the training"}[when])
-    assert shlex.split(again.removeprefix("go on with: "))[3:] == ["--name", "mine", "--runs", str(runs), "--resume"]
+    assert stopped.startswith({"training": "stopped after step 3", "after": "stopped after the training"}[when])
+    assert shlex.split(again.removeprefix("resume with: "))[3:] == ["--name", "mine", "--runs", str(runs), "--resume"]
     shutil.rmtree(runs)
-    if when == "behind":
+    if when == "after":
         with pytest.raises(KeyboardInterrupt):
             run_fit("vision", ["--runs", str(runs), "--name", "mine"], make, finish)
 
@@ -193,7 +193,7 @@ def test_a_lost_worker_is_one_line(error, tmp_path):
         run_fit("vision", ["--runs", str(tmp_path), "--name", "mine"], make, lambda cli: None)
     text = str(found.value)
     assert LOST.get(str(error), "has ended") in text and "\n" not in text
-    assert text.endswith(f"go on with: omnimix vision fit --name mine --runs {tmp_path} --resume")
+    assert text.endswith(f"resume with: omnimix vision fit --name mine --runs {tmp_path} --resume")
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -208,7 +208,7 @@ def test_a_lost_rank_is_one_line(together, tmp_path, monkeypatch):
         run_fit("vision", ["--runs", str(tmp_path)], make, lambda cli: None)
     assert isinstance(found.value, LostProcess) == together
     if together:
-        assert "trains together with this one has ended (Connection closed by peer); go on with" in str(found.value)
+        assert "trains together with this one has ended (Connection closed by peer); resume with" in str(found.value)
 
 
 SAMPLES = [

@@ -92,7 +92,7 @@ def test_files_take_both_forms_and_another_data_set_takes_nothing_of_them(tmp_pa
         ),
         ("audio fit --data.loading.workers 2", "data.workers is 2; for SoundsData it is always 0"),
         ("video fit --data.policy skip", "for MovingDigitsData it is always 'raise', since its files are generated"),
-        ("vision fit --data.batchsize 3", "no option is called 'batchsize'; did you mean 'batch_size'?"),
+        ("vision fit --data.batchsize 3", "unknown option 'batchsize'; did you mean 'batch_size'?"),
         (
             "vision fit --data.loading.batchsize 3",
             "LoadingOptions has no field 'batchsize'; did you mean 'batch_size'?",
@@ -106,7 +106,7 @@ def test_files_take_both_forms_and_another_data_set_takes_nothing_of_them(tmp_pa
         ("vision fit --data.seed 3", "data.seed is 3, but the run has one for all: set --seed_everything"),
         ("vision fit --data.loading 3", "LoadingOptions must be a mapping of its fields"),
         ("vision fit --data.loading.keep", "--data.loading.keep needs a value"),
-        ("vision fit --data Digit", "no class is called 'Digit'; did you mean 'DigitsData'?"),
+        ("vision fit --data Digit", "unknown class 'Digit'; did you mean 'DigitsData'?"),
     ],
 )
 def test_mistakes_are_one_line_of_ours(tmp_path, monkeypatch, capsys, typed, said):

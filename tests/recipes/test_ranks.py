@@ -136,7 +136,7 @@ def test_text_in_shards_stopped_and_resumed(place, monkeypatch):
         os.killpg(processes.process.pid, signal.SIGINT)
         status, printed = processes.end()
     assert status == 130, printed
-    assert printed.count("go on with: omnimix text fit --name shards --resume") == 1, printed
+    assert printed.count("resume with: omnimix text fit --name shards --resume") == 1, printed
     state = torch.load(last, weights_only=True)
     assert 0 < state["global_step"] < 24
     with Processes(place, sys.executable, "-m", "omnimix", "text", "fit", "--name=shards", "--resume") as processes:

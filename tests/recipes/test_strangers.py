@@ -247,7 +247,7 @@ def test_sizes_are_those_of_the_saved_state(place, capsys):
     change("vision", model={"dim": 1 << 20})
     assert main(COMMANDS["vision resume"].split()) == 2
     error = capsys.readouterr().err
-    assert "cannot go on from" in error and "it is of another model" in error and error.count("\n") == 1
+    assert "cannot resume from" in error and "it is of another model" in error and error.count("\n") == 1
     # Of a damaged state no sizes are known, and nothing is built either.
     os.truncate("runs/vision/checkpoints/last.ckpt", 1000)
     assert main(COMMANDS["vision resume"].split()) == 2

@@ -186,11 +186,11 @@ def test_a_diffusion_model_is_measured_by_the_same_masks(place, capsys):
     torch.set_rng_state(state)
     torch.randint(257, (2, 8))
     assert torch.equal(after, torch.get_rng_state())
-    words = ["text", "generate", "--run", run, "--max_tokens", "12", "--steps", "3", "--block", "6", "the "]
+    words = ["text", "generate", "--run", run, "--max_new_tokens", "12", "--steps", "3", "--block", "6", "the "]
     assert main(words) == 0 and capsys.readouterr().out.endswith("\n")
     writer, shown = TextGenerator.load(run), io.StringIO()
     terminal = Console(file=shown, force_terminal=True, width=80)
-    text = unmasked(writer, "the ", DiffusionConfig(length=12, steps=3, block=6), [], 0, terminal)
+    text = unmasked(writer, "the ", DiffusionConfig(max_new_tokens=12, steps=3, block=6), [], 0, terminal)
     assert "░" in shown.getvalue() and "the " in shown.getvalue() and "░" not in text
     assert main([*words, "--top_k", "3"]) == 2
     assert "--top_k does not apply: a model with objective 'masked' writes by diffusion" in capsys.readouterr().err
@@ -198,7 +198,7 @@ def test_a_diffusion_model_is_measured_by_the_same_masks(place, capsys):
 
 def generated(capsys, run, *words):
     capsys.readouterr()
-    code = main(["text", "generate", "--run", str(run), "--max_tokens", "24", *words])
+    code = main(["text", "generate", "--run", str(run), "--max_new_tokens", "24", *words])
     assert code == 0, capsys.readouterr().err
     return capsys.readouterr().out
 
@@ -223,16 +223,16 @@ def test_generate_goes_on_with_prompts_and_standard_input(place, capsys, monkeyp
 
 def test_generate_searches_by_beams(place, capsys):
     run = place / "runs" / "whole"
-    found = generated(capsys, run, "--beams", "3", "the cat ")
-    [row] = json.loads(generated(capsys, run, "--beams", "3", "--json", "-", "the cat "))
+    found = generated(capsys, run, "--num_beams", "3", "the cat ")
+    [row] = json.loads(generated(capsys, run, "--num_beams", "3", "--json", "-", "the cat "))
     assert found == row["text"] + "\n"
 
     writer = TextGenerator.load(run)
-    ways = [GenerationConfig(max_tokens=24, beams=n) for n in (1, 3)]
+    ways = [GenerationConfig(max_new_tokens=24, num_num_beams=n) for n in (1, 3)]
     greedy, best = (writer.generate(["the cat "], way)[0] for way in ways)
     assert best.text == row["text"]
-    assert generated(capsys, run, "--beams", "1", "--temperature", "0", "the cat ") == greedy.text + "\n"
-    assert main(["text", "generate", "--run", str(run), "--beams", "3", "--temperature", "1", "a"]) == 2
+    assert generated(capsys, run, "--num_beams", "1", "--temperature", "0", "the cat ") == greedy.text + "\n"
+    assert main(["text", "generate", "--run", str(run), "--num_beams", "3", "--temperature", "1", "a"]) == 2
     assert "does not draw" in capsys.readouterr().err
 
 
@@ -264,7 +264,7 @@ def test_generate_needs_a_tokenizer_and_a_model(place, tmp_path, capsys):
     assert main(["text", "generate", "--run", str(tmp_path), "a"]) == 2
     assert "there is no tokenizer" in capsys.readouterr().err
     assert main(["text", "generate", "--run", str(tmp_path / "nowhere"), "a"]) == 2
-    assert "is no run" in capsys.readouterr().err
+    assert "is not a run directory" in capsys.readouterr().err
     assert main(["text", "generate", "--run", str(place / "runs" / "whole"), "--device", "abacus", "a"]) == 2
     assert "device is 'abacus'" in capsys.readouterr().err
 
@@ -272,10 +272,10 @@ def test_generate_needs_a_tokenizer_and_a_model(place, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ("--model.mixer=glaa", "no mixer is called 'glaa'; did you mean 'gla'?"),
-        ("--model.objective=casual", "no objective is called 'casual'; did you mean 'causal'?"),
-        ("--model.objective.ahaed=2", "did you mean 'ahead'"),
-        ("--model.objective.ahead=0", "CausalConfig.ahead is 0"),
+        ("--model.mixer=glaa", "unknown mixer 'glaa'; did you mean 'gla'?"),
+        ("--model.objective=casual", "unknown objective 'casual'; did you mean 'causal'?"),
+        ("--model.objective.n_futrue=2", "did you mean 'n_future'"),
+        ("--model.objective.n_future=0", "CausalConfig.n_future is 0"),
         (
             "--model.objective.complementary=true",
             "objective 'causal' has no option 'complementary'; 'complementary' is one of 'masked'",

@@ -158,10 +158,10 @@ def test_epochs_shift_and_shuffle(folder):
     assert not torch.equal(other[0]["tokens"], second[0]["tokens"])
 
 
-@pytest.mark.parametrize("borders", ["packed", "padded"])
+@pytest.mark.parametrize("boundaries", ["packed", "padded"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_resumed_within_an_epoch_the_batches_are_the_same(folder, borders, workers):
-    module = data(folder, borders=borders)
+def test_resumed_within_an_epoch_the_batches_are_the_same(folder, boundaries, workers):
+    module = data(folder, boundaries=boundaries)
     whole = batches(module.train_dataloader(), 3)
     loader = module.train_dataloader()
     loader.set_epoch(3)
@@ -169,7 +169,7 @@ def test_resumed_within_an_epoch_the_batches_are_the_same(folder, borders, worke
     for _ in range(5):
         next(running)
     state = loader.state_dict()
-    resumed = data(folder, borders=borders, workers=workers).train_dataloader()
+    resumed = data(folder, boundaries=boundaries, workers=workers).train_dataloader()
     resumed.load_state_dict(state)
     rest = batches(resumed, 3)
     assert len(rest) == len(whole) - 5
@@ -179,7 +179,7 @@ def test_resumed_within_an_epoch_the_batches_are_the_same(folder, borders, worke
 
 
 def test_padded_rows_hold_single_documents(folder):
-    module = data(folder, borders="padded")
+    module = data(folder, boundaries="padded")
     text = documents(module, held=False)
     pieces = [s for batch in batches(module.train_dataloader()) for s in sequences(batch)]
     cuts = [document[i : i + 17] for document in text for i in range(0, len(document) - 1, 16)]
@@ -306,7 +306,7 @@ def test_rows_that_only_fill_up_count_nothing(folder, kind):
 
 def test_conversations_are_always_padded(tmp_path):
     (tmp_path / "a.jsonl").write_text("")
-    assert ChatLines(path=str(tmp_path), options=TextOptions(borders="padded")).options.borders == "padded"
+    assert ChatLines(path=str(tmp_path), options=TextOptions(boundaries="padded")).options.boundaries == "padded"
     assert ChatLines(path=str(tmp_path)).options.length == StandardLibrary().options.length
-    with pytest.raises(ConfigError, match=r"data\.borders is 'packed'; for ChatLines it is always 'padded', since"):
-        ChatLines(path=str(tmp_path), options=TextOptions(borders="packed"))
+    with pytest.raises(ConfigError, match=r"data.boundaries is 'packed'; for ChatLines it is always 'padded', since"):
+        ChatLines(path=str(tmp_path), options=TextOptions(boundaries="packed"))

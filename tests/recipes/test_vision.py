@@ -219,7 +219,7 @@ def test_predict_names_class_and_probability(runs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        ("--model.mixer=glaa", "no mixer is called 'glaa'; did you mean 'gla'?"),
+        ("--model.mixer=glaa", "unknown mixer 'glaa'; did you mean 'gla'?"),
         ("--model.mxer=gla", "did you mean '--model.mixer'?"),
         ("--model.mixers.gla.haeds=2", "did you mean 'heads'"),
         ("--model.mixers.gla.heads=5", "heads is 5; it must divide"),

@@ -2,6 +2,9 @@
 
 import ast
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +77,23 @@ def test_nothing_else_prints():
         calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
         printing = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
         assert not printing or file.relative_to(ROOT).as_posix() in allowed, f"{file}: use utils.console.say"
+
+
+@pytest.mark.parametrize(
+    ("command", "encoding"),
+    [("list mixers", "ascii"), ("list mixers", "cp1252"), *(("tëxt→ fit", e) for e in ("ascii", "cp1252", "utf-8"))],
+)
+def test_consoles_of_other_encodings(command, encoding):
+    done = subprocess.run(
+        [sys.executable, "-m", "omnimix", *command.split()],
+        cwd=ROOT.parent,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+    )
+    failed = "list" not in command
+    assert done.returncode == (2 if failed else 0), done.stderr
+    shown = (done.stderr if failed else done.stdout).decode(encoding)
+    if failed:
+        assert shown.count("\n") == 1 and ("→" if encoding == "utf-8" else "\\u2192") in shown
+    else:
+        assert len(shown.splitlines()) > 5 and "UnicodeEncodeError" not in done.stderr.decode(encoding)
