@@ -259,7 +259,7 @@ class Input:
             for packet in self.container.demux():
                 index = packet.stream_index
                 when = packet.dts if packet.pts is None or index in counted else packet.pts
-                when = None if timeless else when
+                when = None if timeless and index in counted else when
                 if not packet.size or packet.is_discard or (when is None and index not in counted):
                     continue
                 end = None if when is None else when + (packet.duration or 0)

@@ -104,6 +104,11 @@ class EvenSteps(pl.LightningModule):
         super().__init__(*args, **kwargs)
         # Samples of the batches since the last optimizer step, over all processes.
         self._window: list[float] = []
+        self._ranks, self._batches = 1, 1
+
+    def on_train_epoch_start(self) -> None:
+        # A baseline trains alone, also where the processes of the run are still connected.
+        self._ranks, self._batches = self.trainer.world_size, self.trainer.accumulate_grad_batches
 
     def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
         return self.weighted(super().training_step(batch, index), self.count(batch))
@@ -114,11 +119,11 @@ class EvenSteps(pl.LightningModule):
 
     def weighted(self, loss: Tensor, count: int) -> Tensor:
         """The mean loss of a batch with the weight that the batch has in its step."""
-        # A baseline trains alone, also where the processes of the run are still connected.
-        ranks = self.trainer.world_size
-        total = float(count if ranks == 1 else summed(torch.tensor(float(count), device=loss.device))[0])
-        loss = loss * (count * ranks / max(1.0, total))
-        if self.trainer.accumulate_grad_batches > 1:
+        total = float(count)
+        if self._ranks > 1:
+            total = float(summed(torch.tensor(total, device=loss.device))[0])
+            loss = loss * (count * self._ranks / max(1.0, total))
+        if self._batches > 1:
             self._window.append(total)
             loss = loss * (total / max(1.0, self._window[0]))
         return loss
@@ -126,7 +131,7 @@ class EvenSteps(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the mean of means that Lightning leaves into the mean over all samples of the window."""
         if self._window:
-            factor = max(1.0, self._window[0]) * self.trainer.accumulate_grad_batches / max(1.0, sum(self._window))
+            factor = max(1.0, self._window[0]) * self._batches / max(1.0, sum(self._window))
             torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], factor)
             self._window = []
 
