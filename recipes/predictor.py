@@ -15,7 +15,9 @@ from torch import Tensor
 from ..backbones import LanguageModel
 from ..errors import CheckpointError, ConfigError, UnsupportedShape
 from ..modalities import load_model
+from ..modalities.audio.files import LOUDEST
 from ..modalities.audio.model import AudioClassifier
+from ..modalities.common.values import check_samples
 from ..modalities.common.weights import CONFIG, WEIGHTS
 from ..modalities.data.sources import AUDIO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, walk_files
 from ..modalities.image.model import ImageClassifier
@@ -65,6 +67,7 @@ def _wave(preprocess: AudioPreprocess, wave: Tensor) -> Float[Tensor, " n"]:
         raise UnsupportedShape(
             f"inputs: {wave.dtype} of shape {tuple(wave.shape)}; audio is floating point, (n,) or (channels, n)"
         )
+    check_samples(wave, "inputs", LOUDEST)
     return preprocess.fit(wave.float().reshape(-1, wave.shape[-1]).mean(0))
 
 

@@ -27,7 +27,7 @@ _RATES = 1000, 1_000_000
 # Seconds beyond which no window of a file can lie.
 _LONGEST = 1e9
 # Samples beyond this, 24 dB above the full scale, are no sound. Lossy codecs and floating-point files overshoot less.
-_LOUDEST = 16.0
+LOUDEST = 16.0
 
 
 def read_audio(
@@ -201,7 +201,7 @@ class _Track:
         elif not values.is_floating_point():
             values = values.to(torch.float64) / -float(torch.iinfo(values.dtype).min)
         else:
-            check_samples(values, f"the sound of {self.file.name!r}", _LOUDEST)
+            check_samples(values, f"the sound of {self.file.name!r}", LOUDEST)
         values = values.to(torch.float32)
         return values.mean(dim=0, keepdim=True) if self.mono else values
 

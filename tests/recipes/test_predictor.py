@@ -97,6 +97,8 @@ def test_audio_of_several_lengths(saved: Path):
     for one, other in zip(together, alone, strict=True):
         assert one[0].label == other[0].label
         assert one[0].probability == pytest.approx(other[0].probability, abs=1e-4)
+    with pytest.raises(MediaError, match="cannot use inputs"):
+        predictor.predict(torch.full((1000,), torch.nan))
     with pytest.raises(UnsupportedShape, match="audio is floating point"):
         predictor.predict(torch.zeros(100, dtype=torch.int16))
 
