@@ -233,7 +233,7 @@ def test_generate_searches_by_beams(place, capsys):
     assert best.text == row["text"]
     assert generated(capsys, run, "--num_beams", "1", "--temperature", "0", "the cat ") == greedy.text + "\n"
     assert main(["text", "generate", "--run", str(run), "--num_beams", "3", "--temperature", "1", "a"]) == 2
-    assert "does not draw" in capsys.readouterr().err
+    assert "does not sample" in capsys.readouterr().err
 
 
 def test_a_long_prompt_is_read_once(place, tmp_path, capsys):
