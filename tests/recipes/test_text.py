@@ -193,7 +193,7 @@ def test_a_diffusion_model_is_measured_by_the_same_masks(place, capsys):
     text = unmasked(writer, "the ", DiffusionConfig(max_new_tokens=12, steps=3, block=6), [], 0, terminal)
     assert "░" in shown.getvalue() and "the " in shown.getvalue() and "░" not in text
     assert main([*words, "--top_k", "3"]) == 2
-    assert "--top_k does not apply: a model with objective 'masked' writes by diffusion" in capsys.readouterr().err
+    assert "--top_k does not apply: a model with objective 'masked' is decoded by diffusion" in capsys.readouterr().err
 
 
 def generated(capsys, run, *words):
@@ -228,12 +228,12 @@ def test_generate_searches_by_beams(place, capsys):
     assert found == row["text"] + "\n"
 
     writer = TextGenerator.load(run)
-    ways = [GenerationConfig(max_new_tokens=24, num_num_beams=n) for n in (1, 3)]
+    ways = [GenerationConfig(max_new_tokens=24, num_beams=n) for n in (1, 3)]
     greedy, best = (writer.generate(["the cat "], way)[0] for way in ways)
     assert best.text == row["text"]
     assert generated(capsys, run, "--num_beams", "1", "--temperature", "0", "the cat ") == greedy.text + "\n"
     assert main(["text", "generate", "--run", str(run), "--num_beams", "3", "--temperature", "1", "a"]) == 2
-    assert "does not draw" in capsys.readouterr().err
+    assert "does not sample" in capsys.readouterr().err
 
 
 def test_a_long_prompt_is_read_once(place, tmp_path, capsys):
