@@ -11,7 +11,9 @@ from ..modalities.text.tokenizer import Tokenizer
 
 
 def to_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """A tokenizer as transformers': the same ids, padding on the left with the end token.
+    """A tokenizer as transformers': the same ids, padding on the left.
+
+    The first token is the one that the tokenizer names for its template; where it names none, the end token.
 
     As transformers has it, names of special tokens in a text mean these tokens.
     """
@@ -23,7 +25,7 @@ def to_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     end = next(name for name, i in tokenizer.special.items() if i == tokenizer.end)
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
-        bos_token=end,
+        bos_token=tokenizer.variables.get("bos_token", end),
         eos_token=end,
         pad_token=end,
         padding_side="left",

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 
 import omnimix
@@ -16,7 +17,7 @@ from omnimix.backbones.heads.causal import CausalConfig
 from omnimix.errors import CheckpointError, UnsupportedCall, UnsupportedShape
 from omnimix.modalities import save_model
 from omnimix.modalities.text.chat import TURN
-from omnimix.modalities.text.tokenizer import ByteTokenizer, train_bpe
+from omnimix.modalities.text.tokenizer import BPETokenizer, ByteTokenizer, train_bpe
 
 transformers = pytest.importorskip("transformers")
 # Before anything of transformers is used: pytest has put our folder `kernels` on the path.
@@ -326,6 +327,17 @@ def test_tokenizers_give_the_same_ids():
             assert theirs.decode(ids, skip_special_tokens=True) == own.decode(ids)
         assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == own.chat(messages)
         assert (theirs.eos_token_id, theirs.pad_token_id, len(theirs)) == (own.end, own.end, own.vocabulary)
+
+
+def test_a_template_keeps_its_own_first_token():
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "hello": 2}, unk_token="</s>"))
+    inner.add_special_tokens(["<s>", "</s>"])
+    template = "{{ bos_token }}{{ messages[0]['content'] }}{{ eos_token }}"
+    own = BPETokenizer(inner, template=template, variables={"bos_token": "<s>", "eos_token": "</s>"})
+    messages = [{"role": "user", "content": "hello"}]
+    theirs = hf.to_tokenizer(own)
+    assert (theirs.bos_token, theirs.eos_token) == ("<s>", "</s>")
+    assert theirs.apply_chat_template(messages, tokenize=False) == own.chat(messages) == "<s>hello</s>"
 
 
 def test_a_run_becomes_a_model_of_transformers(tmp_path):
