@@ -29,7 +29,10 @@ def untouched(layer: nn.Module) -> bool:
 
 def apply_linear(layer: nn.Module, x: Float[Tensor, "*rows i"]) -> Float[Tensor, "*rows o"]:
     """Call a linear layer; where it is untouched, a few rows (decoding) are multiplied at the memory's speed."""
-    return linear(x, layer.weight, layer.bias) if untouched(layer) else layer(x)
+    # With gradients the op is torch's own product.
+    if torch.is_grad_enabled() or not untouched(layer):
+        return layer(x)
+    return linear(x, layer.weight, layer.bias)
 
 
 def apply_wide(layer: nn.Module, x: Float[Tensor, "*rows i"]) -> Float[Tensor, "*rows o"]:
