@@ -25,7 +25,9 @@ class Whole(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         options = {mixer: get_mixer(mixer).examples[0]}
-        self.net = om.Backbone(om.BackboneConfig(dim=48, depth=2, pattern=[mixer], mixers=options)).eval()
+        # Layers of RWKV-7 read what the first one shares.
+        depth = 2 if mixer == "rwkv7" else 1
+        self.net = om.Backbone(om.BackboneConfig(dim=48, depth=depth, pattern=[mixer], mixers=options)).eval()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x, CAUSAL).y
