@@ -51,6 +51,9 @@ class RWKVChannelMixing(FFN):
         self.shift = mark(nn.Parameter(1 - place ** (rest**4)), decay=False)
         self.in_proj = Linear(dim, max(1, round(dim * config.ratio)), bias=False)
         self.out_proj = Linear(self.in_proj.out_features, dim, bias=False)
+        # As in BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/model.py.
+        nn.init.uniform_(mark(self.in_proj.weight, initialised=True), -0.5 * dim**-0.5, 0.5 * dim**-0.5)
+        nn.init.zeros_(mark(self.out_proj.weight, initialised=True))
 
     def forward(self, x: Float[Tensor, "b t d"], context: Context, state: State | None = None) -> Output:
         layout = Context.of(context).layout
