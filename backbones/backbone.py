@@ -52,7 +52,8 @@ class Backbone(SharingModule, SequenceLayer):
         self.transitions = nn.ModuleDict(self._transitions())
         self.norm = RMSNorm(self.stages[-1].dim, eps=config.norm_eps) if config.norm else nn.Identity()
         initialise(self)
-        scale_residual_outputs([layer for block in self.blocks for layer in block.residual_outputs()], config.depth)
+        outputs = [layer for block in self.blocks for layer in block.residual_outputs()]
+        scale_residual_outputs(outputs, sum(block.residual_branches() for block in self.blocks))
         self.capabilities, reads = self._joined()
         self._stateful = {name: block for name, block, layer in self._layers() if _keeps_state(layer)}
         # What is published for later layers though no layer writes it.

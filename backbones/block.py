@@ -82,6 +82,9 @@ class Block(SequenceLayer):
     def residual_outputs(self) -> list[nn.Module]:
         return [output for _, _, layer in self.parts() for output in layer.residual_outputs()]
 
+    def residual_branches(self) -> int:
+        return sum(layer.residual_branches() for _, _, layer in self.parts())
+
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest, **options) -> None:
         for name in [name for name in state_dict if name.startswith(prefix)]:
             state_dict[prefix + current_name(name.removeprefix(prefix), inside="")] = state_dict.pop(name)

@@ -271,9 +271,16 @@ class BackboneConfig(Config):
         if values.get("scan", "forward") != "forward" and not any(lookup(MixerConfig, n).build.scans for n in named):
             values["scan"] = "both"
         if "rwkv7" in named:
-            # Values were each layer's own.
-            values["mixers"]["rwkv7"] = {**to_plain(values["mixers"].get("rwkv7") or {}), "value_residual": False}
+            own = to_plain(values["mixers"].get("rwkv7") or {})
+            values["mixers"]["rwkv7"] = rwkv7_of_v01(values["dim"], own)
         return values
+
+
+def rwkv7_of_v01(dim: int, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of RWKV-7 with the ranks that version 0.1 had by default; values were each layer's own there."""
+    narrow, wide = (max(32, round(rank / 32) * 32) for rank in (1.8 * dim**0.5, 0.6 * dim**0.8))
+    given = {name: value for name, value in options.items() if value is not None}
+    return {"decay_rank": narrow, "rate_rank": narrow, "gate_rank": wide, **given, "value_residual": False}
 
 
 def scanning(part: Any) -> bool:

@@ -133,6 +133,10 @@ class SequenceLayer(nn.Module, ABC):
         """The layers that write into the residual stream, each with a `weight`; they start smaller in deep stacks."""
         return [layer for name, layer in self.named_modules() if name.endswith("out_proj")]
 
+    def residual_branches(self) -> int:
+        """How many mixers and feed-forward layers within it add to a residual stream."""
+        return 1
+
 
 def unfit(module: nn.Module, serves: Callable[[Capabilities], bool]) -> str | None:
     """The innermost layer whose capabilities do not serve, for messages: "GLA in layer 3"; None if all do."""

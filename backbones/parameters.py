@@ -35,20 +35,35 @@ def no_weight_decay(module: nn.Module) -> set[str]:
     return {name for name, p in module.named_parameters() if p.ndim <= 1 or name in marked}
 
 
-def initialise(module: nn.Module, std: float = 0.02) -> None:
+def linear_std(inputs: int) -> float:
+    """The standard deviation at which the weights of a linear map of so many inputs start: 1 / √(3 · inputs).
+
+    It is that of torch's own default for linear layers, which mamba_ssm keeps; at width 768 it is 0.0208, close to
+    GPT-2's constant 0.02.
+    """
+    return (3 * inputs) ** -0.5
+
+
+def initialise(module: nn.Module) -> None:
     """Give every linear layer below `module` a truncated normal weight and a zero bias, unless it is marked."""
     for layer in module.modules():
         if not isinstance(layer, nn.Linear):
             continue
         own = layer.__dict__.get(_INITIALISED, ())
         if "weight" not in own:
-            nn.init.trunc_normal_(layer.weight, std=std)
+            nn.init.trunc_normal_(layer.weight, std=linear_std(layer.in_features))
         if layer.bias is not None and "bias" not in own:
             nn.init.zeros_(layer.bias)
 
 
-def scale_residual_outputs(layers: list[nn.Module], depth: int) -> None:
-    """Shrink the layers that write into the residual stream by sqrt(2 · depth) (GPT-2)."""
+def scale_residual_outputs(layers: list[nn.Module], branches: int) -> None:
+    """Divide the weights of the layers that write into the residual stream by the square root of its branches (GPT-2).
+
+    Args:
+        layers: tied blocks may name one several times.
+        branches: how many mixers and feed-forward layers add to the stream, as mamba_ssm counts them.
+    """
+    weights = {id(layer.weight): layer.weight for layer in layers}
     with torch.no_grad():
-        for layer in layers:
-            layer.weight.mul_((2 * depth) ** -0.5)
+        for weight in weights.values():
+            weight.mul_(branches**-0.5)

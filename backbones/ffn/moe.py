@@ -19,6 +19,7 @@ from ..config import FFNConfig, Site, bounded, not_negative, positive
 from ..context import Context
 from ..layer import Output
 from ..linear import apply_wide
+from ..parameters import linear_std
 from ..state import State
 from .base import FFN, register_ffn
 from .mlp import SwiGLU, SwiGLUConfig
@@ -76,7 +77,7 @@ class _Experts(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, inputs, outputs))
         # As the linear layers of a backbone.
-        nn.init.trunc_normal_(self.weight, std=0.02)
+        nn.init.trunc_normal_(self.weight, std=linear_std(inputs))
 
     def forward(self, rows: Float[Tensor, "m d"], counts: Int[Tensor, " e"]) -> Float[Tensor, "m f"]:
         device = rows.device.type

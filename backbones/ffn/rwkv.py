@@ -53,6 +53,11 @@ class RWKVChannelMixing(FFN):
         self.dim, hidden = dim, max(1, round(dim * config.ratio))
         self.in_proj = nn.Linear(dim, hidden, bias=False)
         self.out_proj = nn.Linear(hidden, dim, bias=False)
+        # As in BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/model.py.
+        nn.init.uniform_(self.in_proj.weight, -0.5 * dim**-0.5, 0.5 * dim**-0.5)
+        nn.init.zeros_(self.out_proj.weight)
+        for layer in (self.in_proj, self.out_proj):
+            mark(layer, "weight", initialised=True)
 
     def forward(self, x: Float[Tensor, "b t d"], context: Context, state: State | None = None) -> Output:
         layout = Context.of(context).layout

@@ -16,6 +16,9 @@ from .parts.step_decay import StepDecay
 from .reference.gated_deltanet import reference
 from .registry import register_mixer
 
+# As released, A is uniform from 0 to 16 (flash-linear-attention, fla/layers/gated_deltanet.py); 0 has no logarithm.
+SLOWEST = 1e-4
+
 
 @dataclass(frozen=True, kw_only=True)
 class GatedDeltaNetConfig(MixerConfig):
@@ -43,7 +46,7 @@ class _Direction(DeltaDirection):
 
     def __init__(self, heads: int, sizes: tuple[int, int, int], conv_size: int, most: float):
         super().__init__(heads, sizes, conv_size, most)
-        self.step = StepDecay(heads, heads)
+        self.step = StepDecay(heads, heads, SLOWEST)
 
     def decay(self, *gates: Tensor) -> Tensor:
         return self.step(*gates).squeeze(-1)

@@ -55,8 +55,9 @@ class _Direction(nn.Module):
         super().__init__()
         taps, n = config.conv_size, config.state_size
         self.sizes = (rank, n, n)
+        # As nn.Conv1d, which mamba_ssm uses.
         self.conv_weight = nn.Parameter(torch.empty(inner, taps).uniform_(-(taps**-0.5), taps**-0.5))
-        self.conv_bias = nn.Parameter(torch.zeros(inner))
+        self.conv_bias = nn.Parameter(torch.empty(inner).uniform_(-(taps**-0.5), taps**-0.5))
         self.x_proj = nn.Linear(inner, sum(self.sizes), bias=False)
         # Section 3.6: Δ = softplus(bias + W dt), W of unit gain, softplus(bias) log-uniform in [dt_min, dt_max].
         self.dt_proj = nn.Linear(rank, inner)

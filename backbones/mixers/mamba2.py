@@ -57,8 +57,9 @@ class _Direction(nn.Module):
         self.heads, self.groups = heads, config.groups
         self.sizes = (inner, config.groups * config.state_size, config.groups * config.state_size)
         channels, taps = sum(self.sizes), config.conv_size
+        # As nn.Conv1d, which mamba_ssm uses.
         self.conv_weight = nn.Parameter(torch.empty(channels, taps).uniform_(-(taps**-0.5), taps**-0.5))
-        self.conv_bias = nn.Parameter(torch.zeros(channels))
+        self.conv_bias = nn.Parameter(torch.empty(channels).uniform_(-(taps**-0.5), taps**-0.5))
         dt = torch.exp(torch.empty(heads).uniform_(math.log(config.dt_min), math.log(config.dt_max)))
         # The inverse of softplus, so that softplus(dt_bias) is log-uniform.
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))

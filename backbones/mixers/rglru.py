@@ -43,19 +43,23 @@ class RGLRUConfig(MixerConfig):
 
 
 class _Direction(nn.Module):
-    """What each direction owns: the convolution, the gates and the decay."""
+    """What each direction owns: the convolution, the gates and the decay.
+
+    They start as in google-deepmind/recurrentgemma, recurrentgemma/torch/layers.py.
+    """
 
     def __init__(self, inner: int, config: RGLRUConfig):
         super().__init__()
         self.blocks, self.exponent = config.blocks, config.exponent
         taps, size = config.conv_size, inner // config.blocks
-        self.conv_weight = nn.Parameter(torch.empty(inner, taps).uniform_(-(taps**-0.5), taps**-0.5))
+        self.conv_weight = nn.Parameter(torch.empty(inner, taps).normal_(std=(0.01 / taps) ** 0.5))
         self.conv_bias = nn.Parameter(torch.zeros(inner))
         # Recurrence and input gate side by side, one matrix a block.
         self.gate_weight = nn.Parameter(torch.empty(config.blocks, size, 2 * size).normal_(std=size**-0.5))
         self.gate_bias = nn.Parameter(torch.zeros(config.blocks, 1, 2 * size))
-        # Section 2.4: σ(Λ)^c is uniform in [0.9, 0.999] at the start; below, Λ from its logarithm.
-        log_a = torch.empty(inner).uniform_(0.9, 0.999).log() / config.exponent
+        # σ(Λ) is uniform over the ring from 0.9 to 0.999, by area: σ(Λ) itself, as released, and not σ(Λ)^c (section
+        # 2.4). Λ from its logarithm.
+        log_a = torch.empty(inner).uniform_(0.9**2, 0.999**2).log() / 2
         self.decay = nn.Parameter(log_a - torch.log(-torch.expm1(log_a)))
         mark(self, "decay", "gate_bias", decay=False)
 
@@ -104,6 +108,12 @@ class RGLRU(ScanMixer):
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
         self.branches = nn.ModuleList(_Direction(inner, config) for _ in site.scan)
         self.out_proj = nn.Linear(inner, dim, bias=False)
+        nn.init.normal_(self.in_proj.weight, std=dim**-0.5)
+        mark(self.in_proj, "weight", initialised=True)
+        # A backbone divides it by the root of its branches, two a block: √(2 / depth) / √inner is left, as released
+        # (recurrentgemma/torch/modules.py, griffin.py).
+        nn.init.normal_(self.out_proj.weight, std=2 * inner**-0.5)
+        mark(self.out_proj, "weight", initialised=True)
         self.conv_shape = (inner, config.conv_size - 1)
 
     def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -15,6 +15,7 @@ from ..parameters import mark
 from ..state import State
 from .base import ScanMixer, heads_for
 from .parts.low_rank import LowRank
+from .parts.rwkv7_start import initial_vectors, projection, rank_for
 from .parts.token_shift import token_shift
 from .parts.unit import LENGTH_EPS, unit
 from .reference.rwkv7 import reference
@@ -30,11 +31,11 @@ class RWKV7Config(MixerConfig):
 
     Args:
         heads: 64 channels each by default.
-        decay_rank, rate_rank: ranks of the projections that make the decay and the in-context rate; about 1.8 √dim in
-            steps of 32 by default, as published.
-        gate_rank: of the output gate's; about 0.6 dim^0.8 in steps of 32 by default.
+        decay_rank, rate_rank: ranks of the projections that make the decay and the in-context rate; about 2.5 √dim in
+            steps of 32 by default, as in the released code.
+        gate_rank: of the output gate's; about 5 √dim in steps of 32 by default.
         value_residual: whether all layers but the first of its kind in a stage mix that one's values into theirs.
-        value_rank: of the projection that says by how much; about 1.3 √dim in steps of 32 by default.
+        value_rank: of the projection that says by how much; about 1.7 √dim in steps of 32 by default.
     """
 
     heads: int | None = None
@@ -48,34 +49,29 @@ class RWKV7Config(MixerConfig):
         positive(self, "heads", "decay_rank", "rate_rank", "gate_rank", "value_rank")
 
 
-def _rank(configured: int | None, published: float) -> int:
-    """The configured rank, or the published one in steps of 32."""
-    return configured or max(32, round(published / 32) * 32)
-
-
 class _Direction(nn.Module):
     """All but the output projection: every other one follows the token shift, which is causal."""
 
     def __init__(self, dim: int, heads: int, config: RWKV7Config, site: Site, index: int, mixes: bool):
         super().__init__()
         self.heads, self.index, self.per_use = heads, index, ("value",)
-        place, depth, rest = torch.arange(dim) / dim, site.layer / max(1, site.depth - 1), 1 - site.layer / site.depth
+        place, rest, start = torch.arange(dim) / dim, 1 - site.layer / site.depth, initial_vectors(dim, heads, site)
         # How much of the token before is mixed into what makes r, w, k, v, a and g.
         powers = torch.tensor([0.2, 0.9, 0.7, 0.7, 0.9, 0.2]) * rest
         self.shift = nn.Parameter(1 - place ** powers[:, None])
-        self.r_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim, bias=False) for _ in range(3))
-        slow = -6.5 + 5 * (torch.arange(dim) / max(1, dim - 1)) ** (0.85 + depth**0.5)
-        self.decay = LowRank(dim, _rank(config.decay_rank, 1.8 * dim**0.5), slow, nn.Tanh())
-        self.rate = LowRank(dim, _rank(config.rate_rank, 1.8 * dim**0.5), torch.zeros(dim), nn.Identity())
-        self.gate = LowRank(dim, _rank(config.gate_rank, 0.6 * dim**0.8), None, nn.Sigmoid())
-        rank = _rank(config.value_rank, 1.3 * dim**0.5)
-        self.value = LowRank(dim, rank, torch.ones(dim), nn.Identity()) if mixes else None
-        self.removal = nn.Parameter(torch.full((dim,), 0.85))
-        self.replace = nn.Parameter(torch.ones(dim))
-        self.bonus = nn.Parameter(torch.zeros(heads, dim // heads))
+        self.r_proj, self.k_proj, self.v_proj = (projection(dim, bound) for bound in (0.5, 0.05, 0.5))
+        self.decay = LowRank(dim, rank_for(config.decay_rank, 2.5 * dim**0.5), start["decay"], nn.Tanh())
+        self.rate = LowRank(dim, rank_for(config.rate_rank, 2.5 * dim**0.5), start["rate"], nn.Identity())
+        self.gate = LowRank(dim, rank_for(config.gate_rank, 5 * dim**0.5), None, nn.Sigmoid())
+        rank = rank_for(config.value_rank, 1.7 * dim**0.5)
+        self.value = LowRank(dim, rank, start["value"], nn.Identity()) if mixes else None
+        self.removal = nn.Parameter(start["removal"])
+        self.replace = nn.Parameter(torch.full((dim,), 1.02))
+        self.bonus = nn.Parameter(torch.full((heads, dim // heads), -0.04))
         mark(self, "shift", "removal", "replace", "bonus", decay=False)
         # Published with 64e-5 for heads of 64 channels.
         self.norm = nn.GroupNorm(heads, dim, eps=site.norm_eps * dim / heads)
+        nn.init.constant_(self.norm.weight, ((site.layer + 1) / site.depth) ** 0.7)
 
     def forward(
         self, streams: tuple[Tensor, ...], context: Context, state: State | None
@@ -132,6 +128,8 @@ class RWKV7(ScanMixer):
         mixes = config.value_residual and not self.first
         self.branches = nn.ModuleList(_Direction(dim, self.heads, config, site, i, mixes) for i in orders)
         self.out_proj = nn.Linear(dim, dim, bias=False)
+        nn.init.zeros_(self.out_proj.weight)
+        mark(self.out_proj, "weight", initialised=True)
         self.capabilities = replace(self.capabilities, **{"writes" if self.first else "reads": frozenset(self.names)})
 
     def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], None]:

@@ -88,3 +88,6 @@ class AddBefore(SequenceLayer):
 
     def residual_outputs(self) -> list[nn.Module]:
         return [*self.branch.residual_outputs(), *self.inner.residual_outputs()]
+
+    def residual_branches(self) -> int:
+        return self.branch.residual_branches() + self.inner.residual_branches()

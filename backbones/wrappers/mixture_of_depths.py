@@ -114,3 +114,6 @@ class MixtureOfDepths(SequenceLayer):
 
     def residual_outputs(self) -> list[nn.Module]:
         return self.block.residual_outputs()
+
+    def residual_branches(self) -> int:
+        return self.block.residual_branches()

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from ...backbones.config import rwkv7_of_v01
 from ...errors import ConfigError
 from ...utils.renamed import new_names
 
@@ -77,6 +78,9 @@ def _model(values: dict[str, Any]) -> dict[str, Any]:
     if "mixer" in values:
         named = re.split(r"[,+\s]+", values["mixer"])
         values["mixers"] = {name: v for name, v in (values.get("mixers") or {}).items() if name in named}
+        if "rwkv7" in named and "dim" in values:
+            own = values["mixers"].get("rwkv7") or {}
+            values["mixers"]["rwkv7"] = rwkv7_of_v01(values["dim"], own.get("init_args", own))
     return values
 
 

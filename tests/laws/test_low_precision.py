@@ -17,6 +17,7 @@ from omnimix.cli.check_kernels import BFLOAT16_TINY, rms
 from omnimix.kernels.registry import Op
 
 from .subjects import CAUSAL, DEPTH, Alone, Subject, mixer_subjects, tokens
+from .zeros import without_zeros
 
 TIME = 1000
 # By what name ops take decays, where it is not "decay".
@@ -24,11 +25,11 @@ DECAYS = {"linear_recurrence": "a", "selective_scan": "A"}
 
 
 def published(subject: Subject) -> tuple[Alone, Alone]:
-    """The layer with the values that a backbone gives it, in bfloat16, and in float64 with these same values."""
+    """The layer with the values that a backbone gives it but for zeros, in bfloat16, and in float64 with these same."""
     torch.manual_seed(1)
     module = Alone(subject.build())
     initialise(module)
-    rounded = module.bfloat16()
+    rounded = without_zeros(module).bfloat16()
     return rounded, copy.deepcopy(rounded).double()
 
 

@@ -15,6 +15,8 @@ from omnimix.backbones.mixers import get_mixer
 from omnimix.errors import UnsupportedCall, UnsupportedShape
 from omnimix.modalities import build_model, video_classifier
 
+from ..laws.zeros import without_zeros
+
 SMALL = {"dim": 32, "depth": 1, "classes": 3, "size": (4, 16, 16), "tubelet": (2, 8, 8), "causal": True}
 # Small options, with windows and blocks shorter than the videos.
 MIXERS = {name: get_mixer(name).examples[0] for name in list_mixers()}
@@ -25,7 +27,7 @@ def model_of(mixer: str, dtype: torch.dtype = torch.float64, **options):
     config = video_classifier(mixer=mixer, **SMALL | options)
     backbone = type(config.backbone)(**vars(config.backbone) | {"mixers": {mixer: MIXERS[mixer]}})
     model = build_model(type(config)(video=config.video, backbone=backbone, head=config.head))
-    return model.to(dtype).eval()
+    return without_zeros(model).to(dtype).eval()
 
 
 def streamed(model, x: torch.Tensor, lengths: list[int]):

@@ -95,3 +95,12 @@ def test_options_of_0_1_have_today_s_names():
     assert new["mixers"].keys() == {"mamba2"} and not {"channel", "channels", "objectives"} & new.keys()
     assert migrate({"model": {"channel": None}}) == {"model": {"ffn": None}}
     assert migrate({"model": new}) == {"model": new}
+
+
+def test_rwkv7_of_0_1_keeps_its_ranks_and_its_own_values():
+    old = {"mixer": "rwkv7,attention", "dim": 2048, "channel": None, "mixers": {"rwkv7": {"decay_rank": None}}}
+    options = migrate({"model": old})["model"]["mixers"]["rwkv7"]
+    assert options == {"decay_rank": 96, "rate_rank": 96, "gate_rank": 256, "value_residual": False}
+    old["mixers"] = {"rwkv7": {"class_path": "x.RWKV7Config", "init_args": {"heads": 4, "gate_rank": 8}}}
+    options = migrate({"model": old})["model"]["mixers"]["rwkv7"]
+    assert options == {"heads": 4, "decay_rank": 96, "rate_rank": 96, "gate_rank": 8, "value_residual": False}

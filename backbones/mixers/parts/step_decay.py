@@ -17,14 +17,15 @@ class StepDecay(nn.Module):
     Args:
         heads: each has its A.
         channels: each has its bias; a multiple of the heads.
+        least: the smallest A at the start; the largest is 16.
     """
 
-    def __init__(self, heads: int, channels: int):
+    def __init__(self, heads: int, channels: int, least: float = 1.0):
         super().__init__()
         steps = torch.exp(torch.empty(channels).uniform_(math.log(1e-3), math.log(0.1)))
         # What softplus turns into these steps.
         self.bias = nn.Parameter(steps.expm1().log())
-        self.log_rate = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        self.log_rate = nn.Parameter(torch.empty(heads).uniform_(least, 16).log())
         mark(self, "bias", "log_rate", decay=False)
 
     def forward(self, x: Tensor) -> Tensor:
