@@ -347,7 +347,7 @@ def test_a_run_becomes_a_model_of_transformers(tmp_path):
     ours, tokenizer = hf.from_run(tmp_path)
     text = tokenizer(TEXTS[0], return_tensors="pt")
     torch.testing.assert_close(ours(**text).logits, model(text["input_ids"])[0])
-    with pytest.raises(CheckpointError, match="no run"):
+    with pytest.raises(CheckpointError, match="not a run directory"):
         hf.from_run(tmp_path / "absent")
 
 

@@ -343,7 +343,7 @@ def test_bad_arguments(adapter, tmp_path, monkeypatch, capsys):
     with pytest.raises(ConfigError, match="samples"):
         adapter.OmnimixLM(model=model, tokenizer=BYTES, samples=0)
     assert main(["text", "eval", "--run", str(tmp_path), "--tasks", "x"]) == 2
-    assert "no run" in capsys.readouterr().err
+    assert "not a run directory" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     from omnimix.interop.importing import wanted
 
