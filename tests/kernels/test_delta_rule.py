@@ -198,10 +198,10 @@ def test_forms_do_not_mix():
         delta_rule(**x, a=key)
     with pytest.raises(UnsupportedCall, match="b is given without a"):
         delta_rule(**x, b=key)
-    with pytest.raises(UnsupportedCall, match="beta has no place beside a and b"):
+    with pytest.raises(UnsupportedCall, match="beta cannot be combined with a and b"):
         delta_rule(**x, a=key, b=key)
     del x["beta"]
-    with pytest.raises(UnsupportedCall, match="removal has no place beside a and b"):
+    with pytest.raises(UnsupportedCall, match="removal cannot be combined with a and b"):
         delta_rule(**x, a=key, b=key, removal=key)
 
 
