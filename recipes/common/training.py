@@ -110,12 +110,13 @@ class EvenSteps(pl.LightningModule):
         # A baseline trains alone, also where the processes of the run are still connected.
         self._ranks, self._batches = self.trainer.world_size, self.trainer.accumulate_grad_batches
 
-    def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
+    def training_step(self, batch: Any, index: int) -> Tensor:
         return self.weighted(super().training_step(batch, index), self.count(batch))
 
-    def count(self, batch: dict[str, Any]) -> int:
-        """How many samples the loss of a batch is the mean of."""
-        return int((batch["label"] >= 0).sum())
+    def count(self, batch: Any) -> int:
+        """How many samples the loss of a batch, by names or a pair of inputs and labels, is the mean of."""
+        labels = batch[1] if isinstance(batch, list | tuple) else batch["label"]
+        return int((labels >= 0).sum())
 
     def weighted(self, loss: Tensor, count: int) -> Tensor:
         """The mean loss of a batch with the weight that the batch has in its step."""
