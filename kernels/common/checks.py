@@ -71,7 +71,8 @@ def check_tensors(op: str, wanted: tuple[Argument, ...], given: tuple[Any, ...])
     """
     # A comparison of a symbolic size would be a constraint on it.
     eager = not torch.compiler.is_compiling()
-    device = getattr(given[0], "device", None)
+    first = given[0]
+    device, cpu = getattr(first, "device", None), getattr(first, "is_cpu", False)
     # It stands before every decoding step, so that all is looked at in one expression.
     for x, (_, ranks, dtypes, optional) in zip(given, wanted, strict=True):
         if x is None and optional:
@@ -80,7 +81,7 @@ def check_tensors(op: str, wanted: tuple[Argument, ...], given: tuple[Any, ...])
             isinstance(x, Tensor)
             and x.ndim in ranks
             and x.dtype in dtypes
-            and x.device == device
+            and ((cpu and x.is_cpu) or x.device == device)
             and x.layout is _STRIDED
             and not (eager and x.numel() > MOST_ELEMENTS)
         ):
