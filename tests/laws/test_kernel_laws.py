@@ -38,10 +38,8 @@ def of_any_length(subject: Subject) -> list[tuple[Asked, bool]]:
     """
     few = is_interpreted(subject) and not subject.first
     differentiated = [Asked(2, 1), Asked(1 if few else 2, 65)] + ([] if few else [Asked(1, 127, state=False)])
-    inferred = [Asked(2, 1, layout=strided)]
-    if not few:
-        inferred += [Asked(2, 2, state=False), Asked(1, 64, state=False)]
-        inferred += [Asked(2, 1), Asked(2, 2, state=False, layout=strided), Asked(1, 63)]
+    inferred = [Asked(2, 1, layout=strided), Asked(2, 2, state=False), Asked(1, 64, state=False)]
+    inferred += [] if few else [Asked(2, 1), Asked(2, 2, state=False, layout=strided), Asked(1, 63)]
     strides = [Asked(2, 18, layout=layout) for layout in (strided, expanded)]
     # The next law but one has strided tensors too.
     strides = strides[1:] if few and subject.case.packed else strides
@@ -70,8 +68,7 @@ def test_the_definition_is_agreed_with_at_every_length():
             assert {asked.time for asked, _ in of_any_length(subject)} >= {1, 2, 63, 64, 65, 127}
 
 
-# That a state which is given is resumed from, the definition says of every case.
-@of(lambda s: s.stateful and (s.first or not is_interpreted(s)))
+@of(lambda s: s.stateful)
 def test_pieces_are_the_whole(subject):
     few = is_interpreted(subject)
     differentiated = [(0, 1, 20)] if few else [(1, 20), (64, 3), (1, 1), (0, 2, 0)]
@@ -104,8 +101,7 @@ def test_packed_sequences_are_each_alone(subject):
 @subjects(lambda s: is_optimised(s) and s.case.packed)
 def test_packed_sequences_agree_with_the_definition(subject):
     subject.agrees(packed(1, 65, 0, 10, layout=strided), backward=True)
-    if subject.first or not is_interpreted(subject):
-        subject.agrees(packed(0, 2, 3, 0, state=False, layout=strided), backward=True)
+    subject.agrees(packed(0, 2, 3, 0, state=False, layout=strided), backward=True)
 
 
 @subjects(lambda s: s.op.sequences)
@@ -123,7 +119,7 @@ def test_without_tokens_nothing_changes(subject):
                     checker.leaves_the_state(subject.call, arguments, **kind, backward=backward)
 
 
-@subjects(lambda s: s.op.sequences and (s.first or not is_interpreted(s)))
+@subjects(lambda s: s.op.sequences)
 def test_a_batch_without_rows_has_none_in_its_outputs(subject):
     arguments = subject.draw(2, 5)
     steps = checker.steps_of(arguments, subject.op.sequences)
@@ -242,8 +238,6 @@ def test_a_step_kernel_says_what_it_is_not_for(subject):
 def test_the_backend_named_is_the_one_that_runs(subject):
     calls = [Asked(2, 1), Asked(2, 3)]
     calls += [packed(1, 2)] if subject.case.packed and not subject.limited else []
-    # Interpreted kernels have no path of their own for one step.
-    calls = calls[1:2] if is_interpreted(subject) and not subject.first else calls
     for asked in calls:
         arguments = asked.of(subject.case)
         for backward in (True, False):
