@@ -12,7 +12,6 @@ from ..config import Site, TransitionConfig, positive
 from ..context import Context
 from ..layer import Capabilities, Output
 from ..layout import Grid, Layout
-from ..linear import apply_linear
 from ..state import State
 from .base import Transition, of_other_tokens, register_transition
 
@@ -66,10 +65,10 @@ class Skip(Transition):
         context = Context.of(context)
         source, layout = self._source(context)
         if self.expand is not None:
-            x = _expanded(apply_linear(self.expand, x), context.layout, layout)
+            x = _expanded(self.expand(x), context.layout, layout)
         if x.shape[:2] != source.shape[:2]:
             raise UnsupportedShape(f"skip: x has {x.shape[1]} tokens, and {self.config.source!r} {source.shape[1]}")
-        y = apply_linear(self.joined, torch.cat([x, source], dim=-1))
+        y = self.joined(torch.cat([x, source], dim=-1))
         return Output(y, context=None if self.expand is None else of_other_tokens(context, layout))
 
     def _source(self, context: Context) -> tuple[Tensor, Layout | None]:
