@@ -64,7 +64,8 @@ def _prepare_languages_once():
     interpreter._patch_lang = prepare_once
 
 
-if importlib.util.find_spec("triton"):
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
     _prepare_languages_once()
 
 # The variable above comes too late where a plugin has loaded torch.
@@ -115,8 +116,11 @@ def pytest_ignore_collect(collection_path, config):
 def pytest_collection_modifyitems(items):
     for item in items:
         values = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        if _is_slow(item.path) or any(isinstance(value, str) and value == "triton" for value in values):
+        interpreted = any(isinstance(value, str) and value == "triton" for value in values)
+        if _is_slow(item.path) or interpreted:
             item.add_marker(pytest.mark.slow)
+        if not HAS_TRITON and (interpreted or item.get_closest_marker("triton")):
+            item.add_marker(pytest.mark.skip(reason="the package triton is not installed"))
 
 
 @pytest.fixture(autouse=True)
