@@ -144,7 +144,7 @@ def mode(backward: bool) -> Iterator[None]:
 
 
 def served_backends(op: Op) -> list[str]:
-    """The op's backends, without those for which this machine has no compiler (of which a law asserts that they say)."""
+    """The op's backends, without those for which this machine has no compiler (a law asserts that they say so)."""
     missing = {"native": machine_refusal(), "triton": triton_refusal({})}
     return [b.name for b in op.backends if missing.get(b.name) is None]
 
