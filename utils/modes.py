@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from torch._C._functorch import peek_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -23,7 +24,7 @@ def constant_in_graphs(function: F) -> F:
 
 def transforming() -> bool:
     """Whether a transform of torch.func (grad, vmap, jvp, ...) is active, outside torch.compile."""
-    return torch._C._functorch.peek_interpreter_stack() is not None and not torch.compiler.is_compiling()
+    return peek_interpreter_stack() is not None and not torch.compiler.is_compiling()
 
 
 def observed() -> bool:
@@ -32,7 +33,7 @@ def observed() -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or peek_interpreter_stack() is not None
     )
 
 
