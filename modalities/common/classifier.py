@@ -28,6 +28,7 @@ class Classifier(nn.Module):
     """
 
     tokenizer: Any
+    config: Any
 
     def __init__(self, tokenizer: nn.Module, backbone: BackboneConfig, head: ClassificationHeadConfig):
         super().__init__()
