@@ -109,8 +109,13 @@ def _transformers_moe() -> tuple[nn.Module, Call]:
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    config = MixtralConfig(hidden_size=512, intermediate_size=1024, num_local_experts=8, num_experts_per_tok=2)
-    config._experts_implementation = "grouped_mm"
+    config = MixtralConfig(
+        hidden_size=512,
+        intermediate_size=1024,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        experts_implementation="grouped_mm",
+    )
     layer = MixtralSparseMoeBlock(config)
     for p in layer.parameters():
         nn.init.normal_(p, std=0.02)

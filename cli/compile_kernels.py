@@ -27,6 +27,7 @@ from ..kernels.common.tools import interpreting, launching_ahead
 from ..kernels.registry import Case, Draw, get_op, ops
 from ..utils.options import add_json
 from .check_kernels import is_for
+from .private_triton import active_driver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,6 @@ def compile_only(target: Target) -> Iterator[list[Compiled]]:
     try:
         from triton.backends.compiler import GPUTarget
         from triton.errors import TritonError
-        from triton.runtime import driver
         from triton.runtime.autotuner import Autotuner
         from triton.runtime.jit import JITFunction
     except ImportError as error:
@@ -138,17 +138,13 @@ def compile_only(target: Target) -> Iterator[list[Compiled]]:
             seen[-1] = replace(seen[-1], config=_config(config.all_kwargs()))
         self.nargs = None
 
-    before = driver._active
-    driver.set_active(_NoDevice(GPUTarget(target.backend, target.architecture, target.warp)))
-    try:
-        with (
-            mock.patch.object(JITFunction, "run", compile_launch),
-            mock.patch.object(Autotuner, "run", every_config),
-            launching_ahead(),
-        ):
-            yield seen
-    finally:
-        driver._active = before
+    with (
+        active_driver(_NoDevice(GPUTarget(target.backend, target.architecture, target.warp))),
+        mock.patch.object(JITFunction, "run", compile_launch),
+        mock.patch.object(Autotuner, "run", every_config),
+        launching_ahead(),
+    ):
+        yield seen
 
 
 def usage(kernel: Any, target: Target) -> dict[str, Any]:

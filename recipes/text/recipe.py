@@ -17,6 +17,7 @@ from ...errors import ConfigError
 from ...modalities import save_model
 from ...modalities.common.classifier import pattern_name
 from ...utils.console import emit, say
+from ...utils.private_torch import foreach_mul_
 from ..common.cli import RecipeCLI
 from ..common.commands import evaluate, run_fit
 from ..common.history import StepHistory
@@ -117,7 +118,7 @@ class TextGeneration(pl.LightningModule):
         """Make the mean over all tokens of a step's batches of what Lightning leaves, a mean of means."""
         if self._window:
             factor = float(self._window[0] * self.trainer.accumulate_grad_batches / sum(self._window))
-            torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], factor)
+            foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], factor)
             self._window = []
 
     def on_validation_epoch_start(self) -> None:
