@@ -20,4 +20,4 @@ def active_driver(stand_in: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        driver.set_active(before)
+        driver._active = before
