@@ -33,9 +33,11 @@ class Source(Protocol):
 
     def name(self, index: int) -> str:
         """Where the sample lies, another one for every sample."""
+        ...
 
     def label(self, index: int) -> int:
         """The index of its class."""
+        ...
 
     def media(self, index: int) -> Path | bytes:
         """The path of its file, or the bytes of a shard's member.
@@ -43,6 +45,7 @@ class Source(Protocol):
         Raises:
             MediaError: the shard cannot be read.
         """
+        ...
 
 
 class Strings(Sequence[str]):

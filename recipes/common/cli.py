@@ -16,12 +16,12 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ...backbones.serialization import to_dict
 from ...errors import CheckpointError, ConfigError, OmnimixError
@@ -66,6 +66,11 @@ class RecipeCLI(OpenCLI):
         history: keeps the curves.
         callbacks: more of the recipe's own, for a fit.
     """
+
+    model_class: type[pl.LightningModule]
+    datamodule_class: type[RecipeData]
+    # What Lightning's connectors add to it, its class does not declare.
+    trainer: Any
 
     def __init__(
         self,
@@ -319,7 +324,7 @@ class RecipeCLI(OpenCLI):
             "threads": torch.get_num_threads(),
         }
 
-    def _load(self, module: pl.LightningModule) -> None:
+    def _load(self, module: Any) -> None:
         load_weights(module.model, self.folder.weights)
 
     def _begin(self) -> None:
@@ -335,7 +340,7 @@ class RecipeCLI(OpenCLI):
         for name in tree_defaults(self.model_class):
             config.model[name] = to_dict(config.model[name])
         parser = self.parser_of(self.command)
-        options = {"skip_unset": False, "skip_validation": True, "overwrite": True, "multifile": False}
+        options: dict[str, Any] = {"skip_unset": False, "skip_validation": True, "overwrite": True, "multifile": False}
         # In one step: when a run is resumed, other processes read the file at this very time.
         replace_file(self.folder.config, lambda path: parser.save(config, str(path), **options))
 

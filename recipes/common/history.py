@@ -81,7 +81,7 @@ class StepHistory(History):
         self._mark = 0.0
         self._planned = 0
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self.every = max(1, trainer.log_every_n_steps)
         self._planned = planned_steps(trainer)

@@ -27,7 +27,8 @@ class Parser(LightningArgumentParser):
     def add_class_arguments(self, theclass: type, nested_key: str | None = None, **options: Any) -> list[str]:
         """Those of a class, its trees as plain values."""
         trees = tree_defaults(theclass) if issubclass(theclass, pl.LightningModule) else {}
-        added = super().add_class_arguments(theclass, nested_key, **options, **({"skip": {*trees}} if trees else {}))
+        options |= {"skip": {*trees}} if trees else {}
+        added = super().add_class_arguments(theclass, nested_key, **options)
         for name, value in trees.items():
             text = (
                 "a tree; see below" if name == "backbone" else f"by name; --model.{name}.OPTION sets one of its options"
@@ -74,7 +75,8 @@ def _plain(message: str) -> str:
     """A complaint of jsonargparse about the option that is meant, without the types that it tried in vain."""
     tried = re.search(r"Does not validate against any of the Union subtypes .*? Errors: - (.*?) - Expected", message)
     message = message if tried is None else message[: tried.start()] + tried[1]
-    keys, rest = re.fullmatch(r'((?:Parser key "[^"]+": )*)(.*)', message).groups()
+    rest = re.sub(r'^(Parser key "[^"]+": )+', "", message)
+    keys = message.removesuffix(rest)
     option = "--" + ".".join(re.findall(r'"([^"]+)"', keys))
     required = re.fullmatch(r"the following arguments are required: ([\w.]+)", rest)
     if keys and required is not None:
@@ -89,4 +91,4 @@ def _plain(message: str) -> str:
 def subclasses(cls: type) -> set[type]:
     """The classes of omnimix that derive from `cls`."""
     found = {child for direct in cls.__subclasses__() for child in (direct, *subclasses(direct))}
-    return {child for child in found if child.__module__.split(".")[0] == __package__.split(".")[0]}
+    return {child for child in found if child.__module__.split(".")[0] == __name__.split(".")[0]}

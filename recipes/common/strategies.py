@@ -37,6 +37,7 @@ class FullySharded(DataParallelStrategy):
     """
 
     def setup(self, trainer: pl.Trainer) -> None:
+        assert self.accelerator is not None and self.lightning_module is not None and self.model is not None
         # As Lightning's, which leaves the sharding to a hook of the module; this shards what any recipe has.
         self.accelerator.setup(trainer)
         # What parameters say of themselves (`backbones.parameters`) would go with the tensors that shards replace.
@@ -57,6 +58,7 @@ class FullySharded(DataParallelStrategy):
         Lightning would look for the parameters' names of today only, and take an optimiser that ran on one process to
         have its parameters in the module's order, where they are in the order of its groups.
         """
+        assert self.lightning_module is not None
         path = self.broadcast(checkpoint_path)
         checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
         load_whole(self.lightning_module, checkpoint.pop("state_dict"))
@@ -141,13 +143,14 @@ def load_whole(module: nn.Module, weights: dict[str, Any]) -> None:
 
 def whole_model(trainer: pl.Trainer, module: pl.LightningModule) -> nn.Module | None:
     """`module.model` with whole weights on the first process, None on the others; all processes must call it."""
+    own: Any = module.model
     if not sharded(module):
-        return module.model if trainer.is_global_zero else None
+        return own if trainer.is_global_zero else None
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(module.model, options=options)
+    weights = get_model_state_dict(own, options=options)
     if not trainer.is_global_zero:
         return None
     with torch.random.fork_rng(devices=[]):
-        model = type(module.model)(module.model.config)
+        model = type(own)(own.config)
     model.load_state_dict(weights)
-    return model.train(module.model.training)
+    return model.train(own.training)

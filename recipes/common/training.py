@@ -348,7 +348,7 @@ class WholeFiles(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
         if "://" in str(path):  # of a store that is no disk
-            super().save_checkpoint(checkpoint, path, storage_options)
+            super().save_checkpoint(checkpoint, str(path), storage_options)
             return
         # In memory first: of a full disk torch does not give the system's error.
         whole = io.BytesIO()

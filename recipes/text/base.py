@@ -89,7 +89,8 @@ class TextData(RecipeData):
 
     def __init__(self, *, options: TextOptions = OPTIONS):
         super().__init__()
-        self.options: TextOptions = self.filled(options)
+        # The class's options; the defaults leave none None of those that must not be.
+        self.options: Any = self.filled(options)
 
     @abstractmethod
     def corpus(self) -> Corpus:

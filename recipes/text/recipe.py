@@ -11,7 +11,7 @@ import torch
 
 from ...backbones import BackboneConfig, LanguageModel, LanguageModelConfig
 from ...backbones.config import ObjectiveConfig
-from ...backbones.heads import get_objective
+from ...backbones.registry import entry_of
 from ...backbones.serialization import to_dict
 from ...errors import ConfigError
 from ...modalities import save_model
@@ -87,7 +87,7 @@ class TextGeneration(pl.LightningModule):
     ):
         super().__init__()
         config = LanguageModelConfig(backbone=backbone, vocabulary=vocabulary, objective=objective, tie=tie)
-        diffusion = get_objective(config.objective.type).build.decoder != "autoregressive"
+        diffusion = entry_of(config.objective).build.decoder != "autoregressive"
         if diffusion and backbone.scan == "forward":
             config = replace(config, backbone=replace(backbone, scan="both"))
         self.mixer, self.training_config, self.prompts = pattern_name(backbone), training, prompts
@@ -193,9 +193,9 @@ def _cli(command: str, argv: list[str]) -> RecipeCLI:
 
 def _finish(cli: RecipeCLI) -> None:
     """Measure the averaged weights once more, and write model, numbers, samples and picture into the run's folder."""
-    model, folder, history = cli.model, cli.folder, cli.history
+    model, folder, history, [samples] = cli.model, cli.folder, cli.history, cli.callbacks
+    assert isinstance(history, StepHistory) and isinstance(samples, Samples)
     measured = cli.measure()
-    [samples] = cli.callbacks
     samples.take(cli.trainer, model)
     whole = whole_model(cli.trainer, model)
     if whole is None:
@@ -213,12 +213,12 @@ def _finish(cli: RecipeCLI) -> None:
         **cli.about(),
     }
     write_metrics(folder.metrics, metrics)
-    _picture(cli, samples, metrics)
+    _picture(cli, history, samples, metrics)
     _say(cli, metrics)
 
 
-def _picture(cli: RecipeCLI, samples: Samples, metrics: dict[str, Any]) -> None:
-    rows, every = cli.history.rows, cli.history.every
+def _picture(cli: RecipeCLI, history: StepHistory, samples: Samples, metrics: dict[str, Any]) -> None:
+    rows, every = history.rows, history.every
     training = "training" if every == 1 else f"training, each {every} steps"
     found = metrics.get("val/bits_per_byte")
     title = "not validated" if found is None else f"{found:.3f} bits per byte of held-out text"
