@@ -51,6 +51,11 @@ class LanguageModelConfig(Config):
         positive(self, "vocabulary")
         object.__setattr__(self, "objective", configured(ObjectiveConfig, self.objective))
 
+    @property
+    def objective_name(self) -> str:
+        """The name of the objective."""
+        return self.objective if isinstance(self.objective, str) else self.objective.type
+
     @staticmethod
     def upgrade(values: dict[str, Any]) -> dict[str, Any]:
         """Values as this version names them, from those that version 0.1 wrote."""
@@ -94,7 +99,7 @@ class LanguageModel(SharingModule):
         rows = self.embedding.num_embeddings if config.tie else config.vocabulary
         self.head = nn.Linear(width, rows, bias=False, device="meta" if config.tie else None)
         if config.tie:
-            share(self.head, "weight", self.embedding.weight)
+            share(self.head, "weight", self.embedding.get_parameter("weight"))
         else:
             nn.init.normal_(self.head.weight, std=0.02)
         self.objective.check(self)
@@ -112,7 +117,7 @@ class LanguageModel(SharingModule):
         """
         if not self.objective.extra_tokens:
             raise UnsupportedCall(
-                f"objective {self.config.objective.type!r} has no mask token; diffusion objectives have"
+                f"objective {self.config.objective_name!r} has no mask token; diffusion objectives have"
             )
         return self.config.vocabulary
 

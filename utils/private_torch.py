@@ -6,18 +6,36 @@ torch's own function under another name, not a function around it.
 
 from __future__ import annotations
 
-from torch import _foreach_lerp_ as foreach_lerp_  # noqa: F401
-from torch import _foreach_mul_ as foreach_mul_  # noqa: F401
+from torch import _foreach_lerp_ as foreach_lerp_
+from torch import _foreach_mul_ as foreach_mul_
 from torch import nn
-from torch._C import _get_tracing_state as tracing_state  # noqa: F401
-from torch._C import _len_torch_dispatch_stack as dispatch_modes  # noqa: F401
-from torch._C._functorch import peek_interpreter_stack as innermost_transform  # noqa: F401
+from torch._C import _get_tracing_state as tracing_state
+from torch._C import _len_torch_dispatch_stack as dispatch_modes
+from torch._C._functorch import peek_interpreter_stack as innermost_transform
 from torch._ops import OpOverloadPacket
 from torch.autograd import forward_ad
 from torch.cpu import _is_amx_tile_supported, _is_avx512_bf16_supported
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils import _pytree as pytree  # noqa: F401
-from torch.utils._python_dispatch import _disable_current_modes as without_modes  # noqa: F401
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
+
+__all__ = [
+    "COMPILED",
+    "CONSTANT_MARK",
+    "argument_names",
+    "buffers_outside_state_dict",
+    "differentiates_forward",
+    "dispatch_modes",
+    "foreach_lerp_",
+    "foreach_mul_",
+    "innermost_transform",
+    "inside_compiled",
+    "multiplies_bf16",
+    "pytree",
+    "tracing_state",
+    "untouched",
+    "without_modes",
+]
 
 # A function with this attribute is called by torch.compile while it traces, and its result kept as a constant.
 CONSTANT_MARK = "_dynamo_marked_constant"
