@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from functools import partial
 from itertools import islice
+from typing import TYPE_CHECKING, cast
 
 import torch
 from jaxtyping import Float
@@ -25,6 +26,9 @@ from .scan import scan_orders
 from .state import State
 from .tie import SharingModule, tie_blocks
 
+if TYPE_CHECKING:
+    from .transition import Transition
+
 
 class Backbone(SharingModule, SequenceLayer):
     """Blocks around any mixers, and a last norm; tokens in, tokens out.
@@ -41,15 +45,20 @@ class Backbone(SharingModule, SequenceLayer):
             stage disagree on what their stream is.
     """
 
+    blocks: Sequence[Block]
+    transitions: MutableMapping[str, Transition]
+
     def __init__(self, config: BackboneConfig):
         super().__init__()
         self.config = config
         # A plain backbone is one stage.
         self.stages = config.stages or (StageConfig(dim=config.dim, depth=config.depth),)
         self.checkpointing = False
-        self.blocks = nn.ModuleList(self._blocks())
+        # What torch's containers hold, type checkers do not know.
+        self.blocks = cast("Sequence[Block]", nn.ModuleList(self._blocks()))
         tie_blocks(self.blocks, [entry.tie for entry in config.layers])
-        self.transitions = nn.ModuleDict(self._transitions())
+        transitions = nn.ModuleDict(dict(self._transitions()))
+        self.transitions = cast("MutableMapping[str, Transition]", transitions)
         self.norm = RMSNorm(self.stages[-1].dim, eps=config.norm_eps) if config.norm else nn.Identity()
         initialise(self)
         outputs = [layer for block in self.blocks for layer in block.residual_outputs()]
@@ -175,14 +184,14 @@ class Backbone(SharingModule, SequenceLayer):
             x = self.blocks[last].last.close(x)
             run.publish(f"stages.{i}", partial(as_memory, x, run.context))
         width = self.stages[-1].dim
-        x, context = self.norm(x) if x.shape[-1] == width else x, run.context
-        if context.keep is not None:
-            x, context = context.take(context.keep, x)
+        x, final = self.norm(x) if x.shape[-1] == width else x, run.context
+        if final.keep is not None:
+            x, final = final.take(final.keep, x)
         after = None
         if entered.layout.causal:
             read = entered.layout.lengths(tokens)
             after = State({"read": read if state is None else state["read"] + read, **run.states})
-        return Output(x, after, run.losses, run.shared, None if context is entered else context)
+        return Output(x, after, run.losses, run.shared, None if final is entered else final)
 
     def _depth(self, depth: int | None) -> int:
         if depth is None:
@@ -248,7 +257,7 @@ class Backbone(SharingModule, SequenceLayer):
                     "the state after the learned tokens depends on the condition; call the backbone without a state"
                 )
             return self(torch.zeros(batch, 0, self.config.dim, device=device, dtype=dtype), Layout()).state
-        states = {"read": torch.zeros(batch, device=device, dtype=torch.int64)}
+        states: dict[str, Tensor | State] = {"read": torch.zeros(batch, device=device, dtype=torch.int64)}
         for name, _, layer in self._layers():
             own = layer.init_state(batch, device=device, dtype=dtype)
             if own is not None:
@@ -275,7 +284,7 @@ class _Pass:
         self.context, self.before, self.wanted, self.checkpointing = context, before, wanted, checkpointing
         self.states: dict[str, State] = {}
         self.losses: dict[str, Tensor] = {}
-        self.shared: Shared = {}
+        self.shared: dict[str, Tensor | Memory] = {}
 
     def __call__(self, name: str, layer: SequenceLayer, x: Tensor) -> Tensor:
         before = None if self.before is None else self.before.get(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,7 @@ from .context import Context
 from .layer import Capabilities, Output, SequenceLayer
 from .layout import Layout
 from .registry import build_part
+from .residual.base import Residual
 from .serialization import current_name
 from .state import State
 
@@ -27,9 +29,14 @@ class Block(SequenceLayer):
         drop_path: the rate at which a sequence skips either layer, in training.
     """
 
+    mixer_residual: Residual
+    mixer: SequenceLayer | None
+    ffn_residual: Residual
+    ffn: SequenceLayer | None
+
     def __init__(self, dim: int, config: BlockConfig, site: Site, drop_path: float = 0.0):
         super().__init__()
-        self.mixer_residual = self.mixer = self.ffn_residual = self.ffn = None
+        self.mixer = self.ffn = None
         if config.mixer is not None:
             self.mixer_residual = build_part(config.residual, dim, site, drop_path)
             self.mixer = build_part(config.mixer, dim, site)
@@ -42,18 +49,19 @@ class Block(SequenceLayer):
         self.capabilities = dataclasses.replace(joined, reads=reads)
 
     @property
-    def first(self) -> nn.Module:
+    def first(self) -> Residual:
         """The residual form that opens a stream before this block."""
         return self.parts()[0][1]
 
     @property
-    def last(self) -> nn.Module:
+    def last(self) -> Residual:
         """The residual form that closes a stream after this block."""
         return self.parts()[-1][1]
 
-    def parts(self) -> list[tuple[str, nn.Module, SequenceLayer]]:
+    def parts(self) -> list[tuple[str, Residual, SequenceLayer]]:
         """The name, the residual form and the layer of each part that the block has."""
         mixer, ffn = self.mixer, self.ffn
+        parts: list[tuple[str, Residual, SequenceLayer]]
         parts = [] if mixer is None else [("mixer", self.mixer_residual, mixer)]
         return parts if ffn is None else [*parts, ("ffn", self.ffn_residual, ffn)]
 
@@ -91,6 +99,6 @@ class Block(SequenceLayer):
         super()._load_from_state_dict(state_dict, prefix, *rest, **options)
 
 
-def added(losses: dict[str, Tensor], more: dict[str, Tensor]) -> dict[str, Tensor]:
+def added(losses: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The sums of losses by name."""
     return {**losses, **{name: losses[name] + loss if name in losses else loss for name, loss in more.items()}}

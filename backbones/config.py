@@ -217,7 +217,7 @@ class BackboneConfig(Config):
             raise ConfigError(f"pattern is {self.pattern!r}, and each stage has its own; leave one of them out")
         _check_scan("scan", self.scan, [layer for layer in layers if layer.scan == self.scan])
         if self.drop_path and not any(entry_of(layer.residual).build.drops for layer in layers):
-            kinds = sorted({layer.residual.type for layer in layers})
+            kinds = sorted({entry_of(layer.residual).name for layer in layers})
             raise ConfigError(
                 f"drop_path is {self.drop_path}, and no block can skip its layers with the residual form "
                 f"{' and '.join(map(repr, kinds))}; leave it out, or choose another form, such as 'pre'"
@@ -286,8 +286,9 @@ def rwkv7_of_v01(dim: int, options: dict[str, Any]) -> dict[str, Any]:
 def scanning(part: Any) -> bool:
     """Whether a block, a mixer or a part of it runs in the orders of a scan."""
     if isinstance(part, BlockConfig):
-        named = isinstance(part.mixer, str)
-        return any(lookup(MixerConfig, n).build.scans for n in part.mixer.split("+")) if named else scanning(part.mixer)
+        if isinstance(part.mixer, str):
+            return any(lookup(MixerConfig, name).build.scans for name in part.mixer.split("+"))
+        return scanning(part.mixer)
     if not isinstance(part, MixerConfig):
         return False
     inner = [one for value in vars(part).values() for one in (value if isinstance(value, tuple) else (value,))]
@@ -306,7 +307,7 @@ def _check_scan(name: str, scan: str, blocks: list[BlockConfig]) -> None:
 
 def to_plain(value: Any) -> Any:
     """Options that may be given as an object, as a dictionary."""
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
 def configured(base: type, given: Any) -> Any:
@@ -351,9 +352,9 @@ def bounded(
         value = getattr(config, name)
         if value is None:
             continue
-        number = isinstance(value, Real) and not isinstance(value, bool)
         # NaN compares with nothing, and would pass where a comparison refuses.
-        if not (number and math.isfinite(value) and least <= value <= most and above < value < below):
+        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        if not (number and value <= most and value < below) or value < least or value <= above:
             raise ConfigError(f"{called(config)}.{name} is {value!r}; it must be {wanted}")
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedCall, UnsupportedShape
 from ..utils.modes import autocast_enabled
+from ..utils.private_torch import pytree
 from .layout import Immutable, Layout, offsets
 
 
@@ -28,7 +29,7 @@ class Memory(NamedTuple):
     layout: Layout | None = None
 
 
-Shared = dict[str, "Tensor | Memory"]
+Shared = Mapping[str, "Tensor | Memory"]
 
 
 class Context(Immutable):
@@ -145,38 +146,18 @@ class Context(Immutable):
                 "context.condition is None, and a layer is conditioned; pass Context(condition=...). One for each "
                 "token (b, t, c) ends where a transition changes the tokens; one for each sequence (n, c) does not"
             )
-        self._check_condition(x, channels, dtype)
+        _check_condition(self.condition, self.layout, x, channels, dtype)
         if self.condition.ndim == 3:
             return self.condition
         if self.layout.cu_seqlens is None:
             return self.condition[:, None]
         return self.condition[self.layout.sequence_of(x)[0]][None]
 
-    def _check_condition(self, x: Tensor, channels: int | None = None, dtype: torch.dtype | None = None) -> None:
-        given, (b, t) = self.condition, x.shape[:2]
-        shape, n = tuple(given.shape), self.layout.sequences(b)
-        if not (given.ndim == 2 and shape[0] == n) and not (given.ndim == 3 and shape[:2] == (b, t)):
-            raise UnsupportedShape(
-                f"context.condition: shape {shape} is neither ({n}, c), one condition for each sequence, nor "
-                f"({b}, {t}, c), one for each token"
-            )
-        if channels is not None and shape[-1] != channels:
-            raise UnsupportedShape(
-                f"context.condition has {shape[-1]} channels, and the layer that it conditions takes {channels}"
-            )
-        # Autocast converts what is not double.
-        converted = autocast_enabled(x.device.type) and given.dtype != torch.float64
-        if not given.is_floating_point() or (dtype is not None and given.dtype != dtype and not converted):
-            raise UnsupportedShape(
-                f"context.condition is {given.dtype}; it must be {dtype or 'floating point'}, as the layers that it "
-                "conditions: embed classes, and convert numbers"
-            )
-
     def check(self, x: Tensor) -> None:
         """Raise UnsupportedShape where `x` (b, t, d) does not fit."""
         self.layout.check(x)
         if self.condition is not None:
-            self._check_condition(x)
+            _check_condition(self.condition, self.layout, x)
         for name, value in self.shared.items():
             _check_shared(name, value, x)
         if self.positions is not None and self.positions.shape[:2] != x.shape[:2]:
@@ -230,6 +211,30 @@ class Context(Immutable):
         return pick(x), taken
 
 
+def _check_condition(
+    given: Tensor, layout: Layout, x: Tensor, channels: int | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Raise UnsupportedShape where a condition does not fit the tokens, or the layer that it conditions."""
+    (b, t), shape = x.shape[:2], tuple(given.shape)
+    n = layout.sequences(b)
+    if not (given.ndim == 2 and shape[0] == n) and not (given.ndim == 3 and shape[:2] == (b, t)):
+        raise UnsupportedShape(
+            f"context.condition: shape {shape} is neither ({n}, c), one condition for each sequence, nor "
+            f"({b}, {t}, c), one for each token"
+        )
+    if channels is not None and shape[-1] != channels:
+        raise UnsupportedShape(
+            f"context.condition has {shape[-1]} channels, and the layer that it conditions takes {channels}"
+        )
+    # Autocast converts what is not double.
+    converted = autocast_enabled(x.device.type) and given.dtype != torch.float64
+    if not given.is_floating_point() or (dtype is not None and given.dtype != dtype and not converted):
+        raise UnsupportedShape(
+            f"context.condition is {given.dtype}; it must be {dtype or 'floating point'}, as the layers that it "
+            "conditions: embed classes, and convert numbers"
+        )
+
+
 def _check_shared(name: str, value: Tensor | Memory, x: Tensor) -> None:
     """Raise UnsupportedShape where what is shared is no tensor of the tokens of `x`, and no memory."""
     if isinstance(value, Tensor):
@@ -255,10 +260,15 @@ def as_memory(x: Tensor, context: Context) -> Memory:
 
 _PARTS = ("layout", "positions", "condition", "keep", "shared")
 
+
+def _flatten_with_keys(context: Context) -> tuple[list[tuple[Any, Any]], None]:
+    return [(pytree.GetAttrKey(name), getattr(context, name)) for name in _PARTS], None
+
+
 pytree.register_pytree_node(
     Context,
     lambda c: ([getattr(c, name) for name in _PARTS], None),
-    lambda parts, _: Context(parts[0], **dict(zip(_PARTS[1:], parts[1:], strict=True))),
+    lambda parts, _: Context(**dict(zip(_PARTS, parts, strict=True))),
     serialized_type_name="omnimix.Context",
-    flatten_with_keys_fn=lambda c: ([(pytree.GetAttrKey(name), getattr(c, name)) for name in _PARTS], None),
+    flatten_with_keys_fn=_flatten_with_keys,
 )

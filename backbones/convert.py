@@ -9,6 +9,7 @@ import torch
 from ..errors import ConfigError, UnsupportedCall
 from .config import ObjectiveConfig
 from .heads import get_objective
+from .heads.denoiser import DenoiserConfig
 from .language import LanguageModel, LanguageModelConfig
 from .layer import unfit
 
@@ -32,12 +33,12 @@ def convert(model: LanguageModel, objective: str = "masked", options: ObjectiveC
         ConfigError: the options are another objective's.
     """
     if model.objective.decoder != "autoregressive":
-        raise UnsupportedCall(f"model: its objective is {model.config.objective.type!r} already; pass a causal model")
+        raise UnsupportedCall(f"model: its objective is {model.config.objective_name!r} already; pass a causal model")
     kind = get_objective(objective)
     if kind.build.decoder != "diffusion":
         raise UnsupportedCall(f"objective: {objective!r} is none of diffusion; use 'masked', 'block' or 'sedd'")
     options = kind.config(shift=True) if options is None else options
-    if type(options) is not kind.config:
+    if not isinstance(options, DenoiserConfig) or type(options) is not kind.config:
         raise ConfigError(
             f"options is a {type(options).__name__}; objective {objective!r} takes a {kind.config.__name__}"
         )

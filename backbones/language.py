@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError, UnsupportedCall, UnsupportedShape
 from ..kernels import cross_entropy, linear
+from ..utils.private_torch import untouched
 from .backbone import Backbone
 from .config import BackboneConfig, ObjectiveConfig, configured, positive, to_plain
 from .context import Context
@@ -21,7 +22,6 @@ from .heads import ObjectiveLoss
 from .heads.causal import IGNORED
 from .layer import Output
 from .layout import Layout
-from .linear import untouched
 from .registry import entry_of
 from .state import State
 from .tie import SharingModule, share
@@ -50,6 +50,11 @@ class LanguageModelConfig(Config):
     def __post_init__(self) -> None:
         positive(self, "vocabulary")
         object.__setattr__(self, "objective", configured(ObjectiveConfig, self.objective))
+
+    @property
+    def objective_name(self) -> str:
+        """The name of the objective."""
+        return self.objective if isinstance(self.objective, str) else self.objective.type
 
     @staticmethod
     def upgrade(values: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +99,7 @@ class LanguageModel(SharingModule):
         rows = self.embedding.num_embeddings if config.tie else config.vocabulary
         self.head = nn.Linear(width, rows, bias=False, device="meta" if config.tie else None)
         if config.tie:
-            share(self.head, "weight", self.embedding.weight)
+            share(self.head, "weight", self.embedding.get_parameter("weight"))
         else:
             nn.init.normal_(self.head.weight, std=0.02)
         self.objective.check(self)
@@ -112,7 +117,7 @@ class LanguageModel(SharingModule):
         """
         if not self.objective.extra_tokens:
             raise UnsupportedCall(
-                f"objective {self.config.objective.type!r} has no mask token; diffusion objectives have"
+                f"objective {self.config.objective_name!r} has no mask token; diffusion objectives have"
             )
         return self.config.vocabulary
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .context import Context, Memory
+from .context import Context, Shared
 from .layout import Layout
 from .state import State
 
 # Of outputs without losses or shared values; never changed.
-NOTHING: dict[str, Any] = {}
+NOTHING: Mapping[str, Any] = {}
 
 
 class Output(NamedTuple):
@@ -33,8 +33,8 @@ class Output(NamedTuple):
 
     y: Tensor
     state: State | None = None
-    losses: dict[str, Tensor] = NOTHING
-    shared: dict[str, Tensor | Memory] = NOTHING
+    losses: Mapping[str, Tensor] = NOTHING
+    shared: Shared = NOTHING
     context: Context | None = None
 
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..errors import ConfigError, UnsupportedShape
+from ..utils.private_torch import pytree
 
 Grid = tuple[int, int, int]
 
@@ -56,6 +56,9 @@ class Layout(Immutable):
         rows: whether the grid's cells stand in true rows and columns. False for merged tokens, of which only the order
             within a time step means something; scan orders that follow rows or columns are then refused.
 
+    Attributes:
+        grids: the grid of each packed sequence, or the one that all rows have; () where there is none.
+
     Raises:
         ConfigError: values that do not go together, with the argument's name.
     """
@@ -63,6 +66,7 @@ class Layout(Immutable):
     causal: bool | Literal["block"]
     cu_seqlens: Tensor | None
     grid: Grid | tuple[Grid, ...] | None
+    grids: tuple[Grid, ...]
     extra: tuple[int, ...]
     block: int | Tensor | None
     rows: bool
@@ -84,9 +88,9 @@ class Layout(Immutable):
             raise ConfigError(f"block is {block!r} with causal={causal!r}; they go together")
         if block is not None and not isinstance(block, Tensor) and (not _whole(block) or block < 1):
             raise ConfigError(f"block is {block!r}; it must be an integer of at least 1, or a tensor of block numbers")
-        if grid is not None:
-            grid = _checked_grid(grid, cu_seqlens)
-        self._set(causal=causal, cu_seqlens=cu_seqlens, grid=grid, extra=extra, block=block, rows=rows)
+        grids = _checked_grids(grid, cu_seqlens)
+        grid = None if not grids else grids[0] if cu_seqlens is None else grids
+        self._set(causal=causal, cu_seqlens=cu_seqlens, grid=grid, grids=grids, extra=extra, block=block, rows=rows)
         if extra:
             self._check_extra()
         if isinstance(block, Tensor):
@@ -132,10 +136,9 @@ class Layout(Immutable):
     @property
     def length(self) -> int | None:
         """Tokens a row, where the grid says so."""
-        if self.grid is None:
+        if not self.grids:
             return None
-        grids = self.grid if self.cu_seqlens is not None else (self.grid,)
-        return sum(prod(grid) for grid in grids) + len(self.extra)
+        return sum(prod(grid) for grid in self.grids) + len(self.extra)
 
     def sequences(self, batch: int) -> int:
         """How many sequences, and so states, a batch of `batch` rows holds."""
@@ -161,7 +164,7 @@ class Layout(Immutable):
         """
         if self.grid is None or self.extra or self.cu_seqlens is not None:
             raise UnsupportedShape(f"{self!r} is no plain grid; its tokens cannot be seen as images")
-        _, h, w = self.grid
+        _, h, w = self.grids[0]
         return x.reshape(-1, h, w, x.shape[-1]).permute(0, 3, 1, 2)
 
     def sequence_of(self, x: Tensor) -> Int[Tensor, "b t"]:
@@ -190,15 +193,15 @@ class Layout(Immutable):
 
     def block_ends(self, x: Tensor) -> Int[Tensor, "b t"]:
         """The index in its sequence, from 0, of the last token in each token's block."""
-        place = self.positions(x)
-        if isinstance(self.block, Tensor):
+        place, block = self.positions(x), self.block
+        if block is None or isinstance(block, Tensor):
             borders = self.block_boundaries(x).long()
             last = (borders[1:] - 1).repeat_interleave(borders.diff(), output_size=place.numel())
             return place.reshape(-1)[last].view_as(place)
         last = x.shape[1] - 1
         if self.cu_seqlens is not None:
             last = (self.lengths(x) - 1).repeat_interleave(self.lengths(x), output_size=x.shape[1])
-        ends = place - place % self.block + self.block - 1
+        ends = place - place % block + block - 1
         return ends.clamp(max=last) if isinstance(last, int) else torch.minimum(ends, last)
 
     def block_boundaries(self, x: Tensor) -> Int[Tensor, " n_plus_1"]:
@@ -225,18 +228,20 @@ def _whole(number: Any) -> bool:
     return isinstance(number, _INTEGERS) and not isinstance(number, bool)
 
 
-def _checked_grid(grid: Any, cu_seqlens: Tensor | None) -> Grid | tuple[Grid, ...]:
+def _checked_grids(grid: Any, cu_seqlens: Tensor | None) -> tuple[Grid, ...]:
+    if grid is None:
+        return ()
     several = len(grid) > 0 and isinstance(grid[0], tuple | list)
-    grids = tuple(tuple(one) for one in grid) if several else (tuple(grid),)
+    grids: tuple[Any, ...] = tuple(tuple(one) for one in grid) if several else (tuple(grid),)
     if any(len(one) != 3 or not all(map(_whole, one)) or min(one) < 1 for one in grids):
         raise ConfigError(f"grid is {grid!r}; it must be (t, h, w), each an integer of at least 1")
     if several != (cu_seqlens is not None):
         raise ConfigError(
             f"grid is {grid!r}; packed sequences (cu_seqlens) have one (t, h, w) each, and others a single one"
         )
-    if several and len(grids) != cu_seqlens.shape[0] - 1:
+    if cu_seqlens is not None and len(grids) != cu_seqlens.shape[0] - 1:
         raise ConfigError(f"grid holds {len(grids)} triples, and cu_seqlens {cu_seqlens.shape[0] - 1} sequences")
-    return grids if several else grids[0]
+    return grids
 
 
 def offsets(lengths: Int[Tensor, " n"]) -> Int[Tensor, " n_plus_1"]:
@@ -251,7 +256,7 @@ def pack_rows(x: Tensor, lengths: Int[Tensor, " n"]) -> Tensor:
 
 def unpack(x: Tensor, cu_seqlens: Int[Tensor, " n_plus_1"], fill: int = 0) -> Tensor:
     """Packed `x` (1, t, ...) as one row a sequence, `(n, longest, ...)`, filled up at the end with `fill`."""
-    rows = x[0].split(cu_seqlens.diff().tolist())
+    rows = list(x[0].split(cu_seqlens.diff().tolist()))
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
 
 
@@ -263,16 +268,16 @@ def repack(x: Tensor, cu_seqlens: Int[Tensor, " n_plus_1"]) -> Tensor:
 def _flatten(layout: Layout) -> tuple[list[Any], tuple[Any, ...]]:
     fixed = layout.block if isinstance(layout.block, int) else None
     numbers = layout.block if isinstance(layout.block, Tensor) else None
-    return [layout.cu_seqlens, numbers], (layout.causal, layout.grid, layout.extra, layout.rows, fixed)
+    return [layout.cu_seqlens, numbers], (layout.causal, layout.grid, layout.grids, layout.extra, layout.rows, fixed)
 
 
 def _unflatten(tensors: Any, static: tuple[Any, ...]) -> Layout:
     # Transforms of pytrees put other things than tensors into the leaves for a while, so that nothing is checked here.
     cu_seqlens, numbers = tensors
-    causal, grid, extra, rows, fixed = static
+    causal, grid, grids, extra, rows, fixed = static
     layout = Layout.__new__(Layout)
     block = numbers if fixed is None else fixed
-    layout._set(causal=causal, cu_seqlens=cu_seqlens, grid=grid, extra=extra, rows=rows, block=block)
+    layout._set(causal=causal, cu_seqlens=cu_seqlens, grid=grid, grids=grids, extra=extra, rows=rows, block=block)
     return layout
 
 

@@ -22,6 +22,8 @@ class RMSNorm(nn.Module):
         norm_before_gate: whether the gate multiplies after the normalisation (GLA) or before it (Mamba-2).
     """
 
+    gate: Literal["silu", "sigmoid"]
+
     def __init__(
         self,
         dim: int,

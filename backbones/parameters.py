@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -63,7 +65,7 @@ def scale_residual_outputs(layers: list[nn.Module], branches: int) -> None:
         layers: tied blocks may name one several times.
         branches: how many mixers and feed-forward layers add to the stream, as mamba_ssm counts them.
     """
-    weights = {id(layer.weight): layer.weight for layer in layers}
+    weights: dict[int, Any] = {id(layer.weight): layer.weight for layer in layers}
     with torch.no_grad():
         for weight in weights.values():
             weight.mul_(branches**-0.5)

@@ -12,6 +12,7 @@ import torch
 from ..errors import ConfigError, UnknownName
 
 M = TypeVar("M")
+C = TypeVar("C", bound=type)
 
 # Fields of configurations that hold options by name -> the registry that knows their classes.
 OPTIONS: dict[str, Registry[Any]] = {}
@@ -70,10 +71,10 @@ class Registry(Generic[M]):
         source: str,
         examples: tuple[Any, ...],
         reference: Callable[..., Any] | None = None,
-    ) -> Callable[[type], type]:
+    ) -> Callable[[C], C]:
         """A class decorator that registers the class under `name`; see `Entry`."""
 
-        def add(cls: type) -> type:
+        def add(cls: C) -> C:
             if name in self._entries:
                 raise ValueError(f"a {self.kind} called {name!r} is registered already")
             if config in _ENTRIES:

@@ -76,8 +76,9 @@ def rotary(
         angle = positions.to(wide)[..., None] * frequency
     turned = kernels.rotary(x, angle, interleaved=interleaved)
     # YaRN's temperature: on both queries and keys, hence its root on each (arXiv 2309.00071, eq. 22).
-    sharper = scaling is not None and scaling.kind == "yarn"
-    return turned * (0.1 * math.log(scaling.factor) + 1) if sharper else turned
+    if scaling is None or scaling.kind != "yarn":
+        return turned
+    return turned * (0.1 * math.log(scaling.factor) + 1)
 
 
 def frequencies(

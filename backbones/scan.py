@@ -75,14 +75,15 @@ def within_blocks(
 ) -> tuple[Tensor, ...]:
     """What `branch` makes of `streams` (b, t, ...), backwards within each of the layout's blocks."""
     (b, t), parts = streams[0].shape[:2], []
-    if layout.cu_seqlens is not None or isinstance(layout.block, Tensor):
+    block = layout.block
+    if layout.cu_seqlens is not None or block is None or isinstance(block, Tensor):
         inside = Layout(causal=False, cu_seqlens=layout.block_boundaries(streams[0]))
         rows = (s.reshape(1, b * t, *s.shape[2:]) for s in streams)
         mixed, _ = branch(tuple(permute(s, "backward", inside) for s in rows), Context(inside), None)
         return tuple(restore(part, "backward", inside).reshape(b, t, *part.shape[2:]) for part in mixed)
-    whole = t - t % layout.block
+    whole = t - t % block
     # Blocks become rows: those of full size together, and the rest, if any, which is shorter.
-    for start, stop, size in ((0, whole, layout.block), (whole, t, t - whole)):
+    for start, stop, size in ((0, whole, block), (whole, t, t - whole)):
         if start < stop:
             rows = tuple(s[:, start:stop].unflatten(1, (-1, size)).flatten(0, 1).flip(1) for s in streams)
             mixed, _ = branch(rows, Context(Layout(causal=False)), None)
@@ -93,11 +94,10 @@ def within_blocks(
 def _apply(x: Tensor, order: str, layout: Layout, *, inverse: bool) -> Tensor:
     if order == "forward":
         return x
-    if order == "backward" and layout.cu_seqlens is None:
-        return x.flip(1)
+    borders = layout.cu_seqlens
     if order == "backward":
-        return x.index_select(1, _reversed_in_place(layout.cu_seqlens, x.shape[1]))
-    if layout.grid is None:
+        return x.flip(1) if borders is None else x.index_select(1, _reversed_in_place(borders, x.shape[1]))
+    if not layout.grids:
         raise UnsupportedCall(
             f"scan order {order!r} needs layout.grid, which is None; only forward and backward do not"
         )
@@ -106,16 +106,16 @@ def _apply(x: Tensor, order: str, layout: Layout, *, inverse: bool) -> Tensor:
             f"scan order {order!r} follows rows or columns, and these tokens have none (layout.rows is False); "
             "use forward, backward and temporal orders"
         )
-    if layout.cu_seqlens is not None:
+    if borders is not None:
         return x.index_select(1, _packed_permutation(order, layout, inverse=inverse).to(x.device))
-    index = grid_permutation(order, layout.grid, layout.extra)[int(inverse)]
+    index = grid_permutation(order, layout.grids[0], layout.extra)[int(inverse)]
     return x.index_select(1, index.to(x.device))
 
 
 def _packed_permutation(order: str, layout: Layout, *, inverse: bool) -> Int[Tensor, " t"]:
     """The permutations of packed grids, one after the other."""
     start, parts, extra = 0, [], list(layout.extra)
-    for grid in layout.grid:
+    for grid in layout.grids:
         own, end = [], start + prod(grid)
         # Tokens that are not on the grid lengthen the sequence in which they stand.
         while extra and extra[0] <= end:

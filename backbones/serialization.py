@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import re
 import typing
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from ..errors import ConfigError, UnknownName
 from .registry import OPTIONS, REGISTRIES, lookup, required
@@ -34,7 +34,8 @@ def to_dict(config: Any) -> Any:
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value):
-            kind = {"type": value.type} if "type" in vars(type(value)) else {}
+            own = vars(type(value))
+            kind = {"type": own["type"]} if "type" in own else {}
             return kind | {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items()}
@@ -55,13 +56,13 @@ def from_dict(cls: type[T], values: Any) -> T:
         raise ConfigError(f"{cls.__name__} must be a mapping of its fields, not {values!r}")
     if other := [key for key in values if not isinstance(key, str)]:
         raise ConfigError(f"{cls.__name__} has no field {other[0]!r}; its fields have names")
-    if hasattr(cls, "upgrade"):
-        values = cls.upgrade(values)
+    if (upgrade := getattr(cls, "upgrade", None)) is not None:
+        values = upgrade(values)
     if "type" in values and values["type"] != getattr(cls, "type", None):
         own = getattr(cls, "type", cls.__name__)
         raise ConfigError(f"type is {values['type']!r}, and these are the options of {own!r}")
     values = {key: value for key, value in values.items() if key != "type"}
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = {f.name: f for f in dataclasses.fields(cast(Any, cls))}
     for key in values:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from ..utils.private_torch import pytree
 
 
 class State:
     """Named tensors, each with the sequences of the batch along dimension 0, or nested states.
 
-    One of a backbone holds those of its layers. A pytree: `torch.utils._pytree` and torch.compile look inside. It is
+    One of a backbone holds those of its layers. A pytree: torch's pytrees and torch.compile look inside. It is
     never changed in place: forward returns a new one, so that an old one may be kept and resumed from, and the gradient
     flows through it.
     """
 
-    def __init__(self, parts: dict[str, Tensor | State]):
+    def __init__(self, parts: Mapping[str, Tensor | State]):
         self._parts = parts
 
     @property
-    def parts(self) -> dict[str, Tensor | State]:
+    def parts(self) -> Mapping[str, Tensor | State]:
         """The tensors and nested states by name."""
         return self._parts
 
@@ -87,7 +88,7 @@ class State:
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
 
-def _joined(parts: list[Tensor] | list[State]) -> Tensor | State:
+def _joined(parts: list[Any]) -> Tensor | State:
     if isinstance(parts[0], State):
         return State.join(parts)
     sizes = [max(shape) for shape in zip(*(p.shape[1:] for p in parts), strict=True)]
@@ -102,13 +103,15 @@ def _joined(parts: list[Tensor] | list[State]) -> Tensor | State:
 # What holds nothing but tensors and names may be read by torch.load(weights_only=True).
 torch.serialization.add_safe_globals([State])
 
+
+def _flatten_with_keys(state: State) -> tuple[list[tuple[Any, Any]], list[str]]:
+    return [(pytree.MappingKey(name), value) for name, value in state.parts.items()], list(state)
+
+
 pytree.register_pytree_node(
     State,
     lambda state: (list(state._parts.values()), list(state._parts)),
     lambda values, names: State(dict(zip(names, values, strict=True))),
     serialized_type_name="omnimix.State",
-    flatten_with_keys_fn=lambda state: (
-        [(pytree.MappingKey(name), value) for name, value in state._parts.items()],
-        list(state._parts),
-    ),
+    flatten_with_keys_fn=_flatten_with_keys,
 )

@@ -45,7 +45,7 @@ class Config:
         _check_types(self)
 
 
-def _after_types(own: Callable[[Any], None]) -> Callable[[Any], None]:
+def _after_types(own: Callable[[Any], None]) -> Any:
     @wraps(own)
     def __post_init__(self: Any) -> None:
         _check_types(self)

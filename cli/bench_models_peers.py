@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,12 @@ TIMM, TRANSFORMERS = "timm:", "transformers:"
 RATE = 16_000
 _SIDE = 224
 # The width, depth and heads of DeiT tiny (arXiv 2012.12877, table 1).
-_TINY = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
+_TINY: dict[str, Any] = {
+    "hidden_size": 192,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 3,
+    "intermediate_size": 768,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +54,7 @@ class VideoPeer(nn.Module):
         super().__init__()
         from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
-        self.net = VideoMAEForVideoClassification(VideoMAEConfig(**_TINY, num_frames=frames, num_labels=400))
+        self.net = VideoMAEForVideoClassification(VideoMAEConfig(**_TINY | {"num_labels": 400}, num_frames=frames))
 
     def forward(self, videos: Tensor) -> Tensor:
         return self.net(videos.transpose(1, 2)).logits
@@ -64,8 +70,8 @@ class AudioPeer(nn.Module):
         self.mel = LogMel(MelConfig.kaldi())
         steps = self.mel(torch.zeros(1, seconds * RATE)).shape[1]
         # Patches side by side, as those of AuM.
-        strides = {"frequency_stride": 16, "time_stride": 16}
-        self.net = ASTForAudioClassification(ASTConfig(**_TINY, **strides, max_length=steps, num_labels=527))
+        sizes = _TINY | {"frequency_stride": 16, "time_stride": 16, "num_labels": 527}
+        self.net = ASTForAudioClassification(ASTConfig(**sizes, max_length=steps))
 
     def forward(self, waves: Tensor) -> Tensor:
         return self.net(self.mel(waves)).logits

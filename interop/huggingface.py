@@ -23,10 +23,12 @@ from ..backbones.layout import Layout
 from ..backbones.serialization import to_dict
 from ..errors import CheckpointError, UnsupportedCall, UnsupportedShape
 from ..modalities.common.weights import build_config
+from ..utils.private_torch import buffers_outside_state_dict
 from .cache import OmnimixCache
 from .checked import Checked
 from .importing import load_language_model, source_hidden, wanted
 from .padding import Rows
+from .private_transformers import loaded
 
 wanted("transformers", "omnimix.huggingface", "hf")
 with source_hidden():
@@ -319,11 +321,11 @@ class OmnimixForCausalLM(Checked, PreTrainedModel, GenerationMixin):
         if self._constructing:
             return
         # Buffers that no file holds start as zeros; loading has built them without memory.
-        for name in module._non_persistent_buffers_set:
+        for name in buffers_outside_state_dict(module):
             getattr(module, name).zero_()
         names = {id(m): name for name, m in self.named_modules()}
         parameters = module.named_parameters(recurse=False)
-        new = {name: p for name, p in parameters if not getattr(p, "_is_hf_initialized", False)}
+        new = {name: p for name, p in parameters if not loaded(p)}
         if new and id(module) in names:
             lacking = ", ".join(f"{names[id(module)]}.{name}" for name in new)
             raise CheckpointError(f"the checkpoint lacks {lacking}; it is not a whole model")

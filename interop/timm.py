@@ -14,7 +14,6 @@ from typing import Any, Unpack
 from jaxtyping import Float
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..backbones import BackboneConfig
@@ -22,6 +21,7 @@ from ..backbones.heads.classification import split_tokens
 from ..errors import ConfigError
 from ..modalities import ImageClassifier, ImageClassifierConfig
 from ..modalities.common.classifier import layout_of
+from .private_timm import feature_take_indices
 from .timm_base import TimmModel, TimmShort, checkpoint_filter_fn, chosen, models_of, pool_for, prefix_first, register
 from .timm_media import TimmAudioClassifier, TimmVideoClassifier
 

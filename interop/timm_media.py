@@ -10,8 +10,7 @@ from typing import Any, Unpack
 
 from jaxtyping import Float
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import generate_default_cfgs
-from timm.models._manipulate import adapt_input_conv
+from timm.models import adapt_input_conv, generate_default_cfgs
 from torch import Tensor
 
 from ..backbones import BackboneConfig

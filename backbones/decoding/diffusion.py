@@ -105,16 +105,19 @@ class _Canvas:
             # What is hidden inside the prompt is filled in together with the first block.
             del bounds[1 : 2 if config.max_new_tokens else 1]
         self.spans = [(a, b) for a, b in pairwise(bounds) if (self.tokens[a:b] == mask).any()]
-        # The tokens that a state has read, and the backbone's output at the last of them.
-        self.read, self.last = 0, None
+        # The tokens that a state has read, and, where there are any, the backbone's output at the last of them.
+        self.read = 0
+        self.last: Tensor
         if self.spans:
             self._enter()
 
     def _enter(self) -> None:
-        config, n = self.config, len(self.spans)
+        steps, n = self.config.steps, len(self.spans)
         self.start, self.stop = self.spans[self.number]
-        share = config.steps and config.steps * (self.number + 1) // n - config.steps * self.number // n
-        self.left = len(self.hidden()) if config.steps is None else max(1, share)
+        if steps is None:
+            self.left = len(self.hidden())
+        else:
+            self.left = max(1, steps * (self.number + 1) // n - steps * self.number // n)
 
     def hidden(self) -> Int[Tensor, " m"]:
         """Places of the block's tokens that are not yet known."""
@@ -207,7 +210,8 @@ class _Filler:
         for i, y in zip(rows, outputs, strict=True):
             active[i].read, active[i].last = active[i].start, y[-1:]
         if rest:
-            both = State.join([state, self._states(rest)])
+            # What is cached has states.
+            both = State.join([state, self._states(rest)])  # pyright: ignore[reportArgumentType]
             order = torch.tensor(rows + rest, device=self.device).argsort()
             state = both.select(order)
         self.state = state
@@ -239,7 +243,7 @@ class _Filler:
         outputs, _ = self._pass(pieces, self.state if rows is None else self._states(rows))
         found = []
         for canvas, y, first in zip(working, outputs, firsts, strict=True):
-            if shift and canvas.last is not None:
+            if shift and canvas.read:
                 y, first = torch.cat([canvas.last, y]), first - 1
             found.append(y[(canvas.hidden() - first - shift).to(self.device)])
         return found
@@ -278,7 +282,7 @@ def diffuse(
             that predicts each token at the place before it.
     """
     config = config or DiffusionConfig()
-    name = model.config.objective.type
+    name = model.config.objective_name
     if model.objective.decoder != "diffusion":
         raise UnsupportedCall(
             f"objective {name!r} is autoregressive; call generate, or make a diffusion model of it with omnimix.convert"

@@ -146,7 +146,10 @@ class Writer:
         """Continue without these sequences, which are finished for a reason that tokens do not show (stop strings)."""
         left = [i for i, row in enumerate(self.rows) if row not in rows]
         if len(left) < len(self.rows):
-            self.pending = self.pending[left]
+            if self.pending is None:
+                self.logits = self.logits[left]
+            else:
+                self.pending = self.pending[left]
             self._keep(left)
 
     def _keep(self, left: list[int]) -> None:
@@ -189,7 +192,7 @@ def generate(
     begin = time.perf_counter()
     with evaluating(model), torch.inference_mode():
         writer = Writer(model, prompts, config, prefix, numbers)
-        first = None
+        first = 0.0
         while writer.rows:
             for row, step in writer.next():
                 log_probs[row].append(step.log_prob)

@@ -52,7 +52,7 @@ def check_decoder(model: LanguageModel, config: GenerationConfig | None = None) 
     """Raise UnsupportedCall unless the model writes one token after the other, ConfigError unless it may write some."""
     if model.objective.decoder != "autoregressive":
         raise UnsupportedCall(
-            f"objective {model.config.objective.type!r} is decoded by {model.objective.decoder}, not token by token; "
+            f"objective {model.config.objective_name!r} is decoded by {model.objective.decoder}, not token by token; "
             "call omnimix.backbones.decoding.diffuse, or train with objective='causal'"
         )
     if name := unfit(model.backbone, lambda can: can.streaming and can.causal):
@@ -121,12 +121,13 @@ def read(
         The logits after each prompt's last token, float32 or wider, and the states.
     """
     device = model.embedding.weight.device
+    chunk = max(map(len, prompts)) if chunk is None else chunk
     alive, place = list(range(len(prompts))), 0
     finished, outputs, states = [], [], []
     while alive:
-        stop = None if chunk is None else place + chunk
+        stop = place + chunk
         y, state = _read_pieces(model, [prompts[i][place:stop] for i in alive], state, device)
-        done = [j for j, i in enumerate(alive) if stop is None or len(prompts[i]) <= stop]
+        done = [j for j, i in enumerate(alive) if len(prompts[i]) <= stop]
         if done:
             index = torch.tensor(done, device=device)
             outputs.append(y[index])
@@ -151,8 +152,11 @@ def _read_pieces(
     lengths = [len(p) for p in pieces]
     if len(set(lengths)) == 1:
         out = model.hidden(torch.tensor(pieces, device=device), CAUSAL, state)
-        return out.y[:, -1], out.state
-    tokens = torch.tensor([[token for piece in pieces for token in piece]], device=device)
-    bounds = torch.tensor([0, *accumulate(lengths)], device=device)
-    out = model.hidden(tokens, Layout(causal=True, cu_seqlens=bounds), state)
-    return out.y[0, bounds[1:] - 1], out.state
+        y = out.y[:, -1]
+    else:
+        tokens = torch.tensor([[token for piece in pieces for token in piece]], device=device)
+        bounds = torch.tensor([0, *accumulate(lengths)], device=device)
+        out = model.hidden(tokens, Layout(causal=True, cu_seqlens=bounds), state)
+        y = out.y[0, bounds[1:] - 1]
+    # Under a causal layout there is a state.
+    return y, out.state  # pyright: ignore[reportReturnType]

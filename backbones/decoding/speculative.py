@@ -117,17 +117,19 @@ def speculate(
     if config.num_beams > 1:
         raise UnsupportedCall(f"config.num_beams is {config.num_beams}; speculation does not search: num_beams=1")
     prompts = as_lists(prompts, model.vocabulary, empty=False)
+    reasons: list[Reason] = []
     begin = time.perf_counter()
     with evaluating(model), evaluating(draft), torch.inference_mode():
         texts = [_Text(model, draft, prompt, config, i) for i, prompt in enumerate(prompts)]
         ready = time.perf_counter()
         for text in texts:
-            while text.reason is None:
+            while (reason := text.reason) is None:
                 text.round(speculation)
+            reasons.append(reason)
     generation = Generation(
         tokens=[t.written for t in texts],
         log_probs=[t.log_probs for t in texts],
-        reasons=[t.reason for t in texts],
+        reasons=reasons,
         prompt_tokens=sum(map(len, prompts)),
         new_tokens=sum(len(t.written) for t in texts),
         prefill_seconds=ready - begin,
@@ -208,7 +210,7 @@ class _Text:
 
     def _take(self, proposal: int | None, wanted: Float[Tensor, "1 v"], guess: Float[Tensor, "1 v"] | None) -> int:
         """The proposal with probability min(1, wanted / guess), or else a token from what `wanted` has more of."""
-        if proposal is None:
+        if proposal is None or guess is None:
             return self._draw(wanted)
         if self._uniform() * float(guess[0, proposal]) < float(wanted[0, proposal]):
             return proposal

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..config import ObjectiveConfig, bounded, fraction, positive
+from ..config import bounded, fraction, positive
 from ..layer import Capabilities
 from ..layout import Layout, offsets, pack_rows, unpack
 from ..state import State
-from .denoiser import Denoiser
+from .denoiser import Denoiser, DenoiserConfig
 from .noise import LEAST_LEVEL, draw_subsets, even, generator_of, noise_levels, paired_error, scored_tokens
 from .objective import Likelihood, ObjectiveLoss, register_objective
 
@@ -26,22 +26,20 @@ TOKENS_AT_A_TIME = 16384
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockDiffusionConfig(ObjectiveConfig):
-    """Options of `block`.
+class BlockDiffusionConfig(DenoiserConfig):
+    """Options of `block`, with those of every denoiser.
 
     Args:
         block: tokens in a block. With 1 the model is autoregressive, and its loss −log p itself.
         low, high: masking probabilities that are trained on; narrower than (0, 1) the gradient varies less (clipped
             schedules, arXiv 2503.09573, section 4). Evaluation always uses the whole range.
         stratified: the blocks of a batch share out this range among them.
-        shift: a token is predicted at the place before it; see `MaskedConfig`.
     """
 
     block: int = 16
     low: float = LEAST_LEVEL
     high: float = 1.0
     stratified: bool = True
-    shift: bool = False
 
     def __post_init__(self) -> None:
         positive(self, "block")
@@ -55,7 +53,7 @@ class _Found:
 
     y: Float[Tensor, "m d"]
     where: tuple[Int[Tensor, " m"], Int[Tensor, " m"], Int[Tensor, " m"]]
-    losses: dict[str, Tensor]
+    losses: Mapping[str, Tensor]
     tokens: int
 
 
@@ -79,6 +77,8 @@ class BlockDiffusion(Denoiser):
     same computation. (The paper's form for attention, one pass over clean ‖ noisy, computes the same.)
     """
 
+    config: BlockDiffusionConfig
+    block: int
     view = "bidirectional within a block, and resume from a state"
 
     def __init__(self, dim: int, vocabulary: int, config: BlockDiffusionConfig):
@@ -114,7 +114,7 @@ class BlockDiffusion(Denoiser):
         parts = {"bound": loss.detach()}
         read = sum(part.tokens for part in found)
         for name in found[0].losses:
-            extra = sum(part.losses[name] * part.tokens for part in found) / read
+            extra = torch.stack([part.losses[name] * part.tokens for part in found]).sum() / read
             parts[name] = extra.detach()
             loss = loss + extra
         return ObjectiveLoss(loss=loss, nats=bound.detach(), count=count, parts=parts)
@@ -147,7 +147,7 @@ class BlockDiffusion(Denoiser):
                 noisy = [(0, i) for i in alive]
             if clean or noisy:
                 before = None
-                if state is not None:
+                if state is not None and last is not None:
                     order = {row: place for place, row in enumerate(alive)}
                     index = [order[i] for i in clean] + [order[i] for _, i in noisy]
                     index = torch.tensor(index, device=tokens.device)
@@ -157,7 +157,9 @@ class BlockDiffusion(Denoiser):
                 out = model.hidden(piece.tokens, Layout(causal="block", block=block, cu_seqlens=piece.borders), before)
                 y = out.y.flatten(0, 1)
                 yield piece.found(y, last, self.shift, out.losses)
-                state, last = piece.keep(out.state), y[piece.slots[: len(clean), -1]]
+                # Blocks are causal, and so there is a state.
+                state = piece.keep(out.state)  # pyright: ignore[reportArgumentType]
+                last = y[piece.slots[: len(clean), -1]]
             if not clean:
                 return
             alive = clean
@@ -263,7 +265,7 @@ class _Piece:
             self.tokens, self.borders = held[valid][None], torch.cat([widths.new_zeros(1), widths.cumsum(0)])
 
     def found(
-        self, y: Float[Tensor, "p d"], last: Float[Tensor, "copies d"] | None, shift: bool, losses: dict[str, Tensor]
+        self, y: Float[Tensor, "p d"], last: Float[Tensor, "copies d"] | None, shift: bool, losses: Mapping[str, Tensor]
     ) -> _Found:
         """The outputs `y` of all copies at masked tokens; `last`: those at each copy's token before this block."""
         copies, columns = self.hidden.nonzero().unbind(1)

@@ -59,9 +59,10 @@ class Causal(Objective):
     def __init__(self, dim: int, vocabulary: int, config: CausalConfig):
         super().__init__()
         self.config = config
-        self.further = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(config.n_future - 1))
-        for layer in self.further:
+        further = [nn.Linear(dim, dim, bias=False) for _ in range(config.n_future - 1)]
+        for layer in further:
             nn.init.zeros_(layer.weight)
+        self.further = nn.ModuleList(further)
 
     def check(self, model: LanguageModel) -> None:
         if name := unfit(model.backbone, lambda can: can.causal):

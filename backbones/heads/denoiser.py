@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -15,6 +16,18 @@ from .objective import Objective
 
 if TYPE_CHECKING:
     from ..language import LanguageModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserConfig(ObjectiveConfig):
+    """Options of every denoiser.
+
+    Args:
+        shift: a token is predicted at the place before it, as in the autoregressive model that the weights come from
+            (DiffuLLaMA, arXiv 2410.17891, section 3.2; Dream, arXiv 2508.15487).
+    """
+
+    shift: bool = False
 
 
 class Denoiser(Objective):
@@ -32,7 +45,7 @@ class Denoiser(Objective):
     block: int | None = None
     view: ClassVar[str] = "bidirectional"
 
-    def __init__(self, dim: int, vocabulary: int, config: ObjectiveConfig):
+    def __init__(self, dim: int, vocabulary: int, config: DenoiserConfig):
         super().__init__()
         self.config = config
         self.vocabulary = vocabulary
@@ -45,7 +58,7 @@ class Denoiser(Objective):
     def check(self, model: LanguageModel) -> None:
         if name := unfit(model.backbone, self.serves):
             raise UnsupportedCall(
-                f"objective {model.config.objective.type!r} needs layers that are {self.view}, and {name} is not; "
+                f"objective {model.config.objective_name!r} needs layers that are {self.view}, and {name} is not; "
                 "configure scan='both' (omnimix.convert does it for trained weights), or 'attention' in place of "
                 "mixers that do not scan"
             )

@@ -10,9 +10,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..config import ObjectiveConfig, fraction, not_negative
+from ..config import fraction, not_negative
+from ..layer import Capabilities
 from ..layout import Layout, offsets, pack_rows
-from .denoiser import Denoiser
+from .denoiser import Denoiser, DenoiserConfig
 from .noise import (
     LEAST_LEVEL,
     draw_subsets,
@@ -26,23 +27,20 @@ from .objective import Likelihood, ObjectiveLoss, register_objective
 
 if TYPE_CHECKING:
     from ..language import LanguageModel
-    from ..mixers import Mixer
 
 # Tokens in one forward pass of an estimated likelihood.
 TOKENS_AT_A_TIME = 16384
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedConfig(ObjectiveConfig):
-    """Options of `masked`.
+class MaskedConfig(DenoiserConfig):
+    """Options of `masked`, with those of every denoiser.
 
     Args:
         eps: the least masking probability that is trained on, which bounds the weight 1/t.
         stratified: the sequences of a batch share out the range of masking probabilities among them.
         complementary: each sequence is seen twice, the second time with just the other tokens masked, so that every
             token is predicted (LaViDa, arXiv 2505.16839, section 3.2).
-        shift: a token is predicted at the place before it, as in the autoregressive model that the weights come from
-            (DiffuLLaMA, arXiv 2410.17891, section 3.2; Dream, arXiv 2508.15487).
         anneal_steps: over so many first training steps the model changes from causal to bidirectional; see
             `Masked.anneal`.
     """
@@ -50,7 +48,6 @@ class MaskedConfig(ObjectiveConfig):
     eps: float = LEAST_LEVEL
     stratified: bool = True
     complementary: bool = False
-    shift: bool = False
     anneal_steps: int = 0
 
     def __post_init__(self) -> None:
@@ -75,12 +72,14 @@ class Masked(Denoiser):
     2406.03736 shows that it need not be).
     """
 
+    config: MaskedConfig
+
     def __init__(self, dim: int, vocabulary: int, config: MaskedConfig):
         super().__init__(dim, vocabulary, config)
         self.annealed = 0.0 if config.anneal_steps else 1.0
 
-    def serves(self, mixer: Mixer) -> bool:
-        return mixer.bidirectional and (mixer.blockwise or not self.config.anneal_steps)
+    def serves(self, can: Capabilities) -> bool:
+        return can.bidirectional and (can.blockwise or not self.config.anneal_steps)
 
     def anneal(self, step: int) -> None:
         """Say which training step comes next: where `anneal_steps` is set, how far the model looks ahead.

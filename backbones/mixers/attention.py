@@ -109,7 +109,7 @@ class Attention(Mixer):
         self, q: Tensor, rows: dict[str, Tensor], layout: Layout, state: State | None
     ) -> tuple[Tensor, State | None]:
         """Attention of the queries to cached and new keys, and the state after them."""
-        masked = layout.causal == "block" and (isinstance(layout.block, Tensor) or layout.block < q.shape[1])
+        masked = layout.block is not None and (isinstance(layout.block, Tensor) or layout.block < q.shape[1])
         if state is not None or masked:
             return self.attend_cached(q, rows, layout, state)
         options = {"window": self.window, "sinks": self.sinks, "cu_seqlens": layout.cu_seqlens}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -128,11 +129,11 @@ class ScanMixer(Mixer):
         self.branches: nn.ModuleList
 
     @abstractmethod
-    def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], Any]:
         """What each branch is given, permuted to its order, all (b, t, ...); and what only `finish` needs."""
 
     @abstractmethod
-    def finish(self, mixed: Tensor, kept: Tensor | None) -> Tensor:
+    def finish(self, mixed: Tensor, kept: Any) -> Tensor:
         """The output from the branches' mean, (b, t, ...)."""
 
     def publish(self, more: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,23 +111,22 @@ class NSA(Mixer):
         o_coarse, blocks = self._coarse(rows, queries, compressed, blocks_of, causal)
         if state is None:
             blocks = blocks if borders is None or blocks is None else repack(blocks, borders)
-            given = {"causal": causal, "cu_seqlens": borders}
-            o_chosen = to_blocks(rotated, *chosen.values(), blocks, config.block_size, **given)
-            o_near = attention(rotated, *near.values(), window=config.reach, **given)
+            given: dict[str, Any] = {"causal": causal, "cu_seqlens": borders}
+            o_chosen = to_blocks(rotated, chosen["k"], chosen["v"], blocks, config.block_size, **given)
+            o_near = attention(rotated, near["k"], near["v"], window=config.reach, **given)
             kept = self.near.fresh(near, layout) if causal else None
         else:
-            given = {"q_positions": queries}
-            o_chosen = to_blocks(turned, blocks_of["k"], blocks_of["v"], blocks, config.block_size, **given)
+            o_chosen = to_blocks(turned, blocks_of["k"], blocks_of["v"], blocks, config.block_size, q_positions=queries)
             window = self.near.grown(near, layout, old["near"])
             kept = self.near.kept(window)
-            given["k_positions"] = window["ranks"]
+            given = {"q_positions": queries, "k_positions": window["ranks"]}
             o_near = attention(turned, window["k"], window["v"], window=config.reach, **given)
         if borders is not None:
             o_coarse = repack(o_coarse, borders)
             o_chosen, o_near = (s if state is None else repack(s, borders) for s in (o_chosen, o_near))
         gates = gates.to(torch.promote_types(x.dtype, torch.float32)).sigmoid().unflatten(-1, (-1, 3))[..., None]
-        o = sum(gates[:, :, :, i] * branch for i, branch in enumerate((o_coarse, o_chosen, o_near)))
-        after = State({"chosen": blocks_of, "near": kept, **compressed}) if causal else None
+        o = gates[:, :, :, 0] * o_coarse + gates[:, :, :, 1] * o_chosen + gates[:, :, :, 2] * o_near
+        after = None if kept is None else State({"chosen": blocks_of, "near": kept, **compressed})
         return Output(self.out_proj(o.to(x.dtype).flatten(-2)), after)
 
     def _coarse(

@@ -120,7 +120,7 @@ class RGLRU(ScanMixer):
         x, gate = self.in_proj(x).chunk(2, dim=-1)
         return (x,), gate
 
-    def finish(self, mixed: Tensor, kept: Tensor | None) -> Tensor:
+    def finish(self, mixed: Tensor, kept: Tensor) -> Tensor:
         return self.out_proj(mixed * F.gelu(kept, approximate="tanh"))
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:

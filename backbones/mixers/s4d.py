@@ -72,7 +72,8 @@ class _Direction(nn.Module):
         )
         size = real.square() + imaginary.square()
         held = multiply(less_one, (real / size, -imaginary / size))
-        return log_a, multiply(held, tuple((2 * self.C.to(wide)).unbind(-1)))
+        c_real, c_imaginary = (2 * self.C.to(wide)).unbind(-1)
+        return log_a, multiply(held, (c_real, c_imaginary))
 
     def forward(
         self, streams: tuple[Tensor, ...], context: Context, state: State | None
@@ -91,10 +92,12 @@ class _Direction(nn.Module):
         memory = discounted_sum(_mirrored(u, layout, lengths, longest).to(wide), log_a)
         if state is not None:
             before = tuple(state["memory"].to(wide).unbind(-1))
-            decayed = multiply(before, tuple(p.permute(2, 0, 1) for p in powers(log_a, lengths.to(wide))))
+            real, imaginary = powers(log_a, lengths.to(wide))
+            decayed = multiply(before, (real.permute(2, 0, 1), imaginary.permute(2, 0, 1)))
             memory = memory[0] + decayed[0], memory[1] + decayed[1]
             # y_t sees the state as C A^{t+1} h.
-            seen = multiply(multiply(before, c), tuple(p[..., 0] for p in powers(log_a, lengths.new_ones(1).to(wide))))
+            real, imaginary = powers(log_a, lengths.new_ones(1).to(wide))
+            seen = multiply(multiply(before, c), (real[..., 0], imaginary[..., 0]))
             carried = geometric_sum(seen, log_a, longest).transpose(1, 2)
             if packed:
                 owner = torch.repeat_interleave(lengths, output_size=u.shape[1])

@@ -128,7 +128,8 @@ class TTT(ScanMixer):
         super().__init__(site)
         heads = heads_for(dim, config.heads)
         self.in_proj = nn.Linear(dim, 4 * dim, bias=False)
-        self.branches = nn.ModuleList(_Direction(dim, heads, config, site.norm_eps) for _ in site.scan)
+        directions = [_Direction(dim, heads, config, site.norm_eps) for _ in site.scan]
+        self.branches, self.state_shape = nn.ModuleList(directions), directions[0].state_shape
         self.norm = RMSNorm(dim, eps=site.norm_eps, groups=heads)
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
@@ -141,4 +142,4 @@ class TTT(ScanMixer):
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:
         wide = torch.promote_types(dtype, torch.float32)
-        return State({"memory": torch.zeros(batch, *self.branches[0].state_shape, device=device, dtype=wide)})
+        return State({"memory": torch.zeros(batch, *self.state_shape, device=device, dtype=wide)})

@@ -53,6 +53,8 @@ class Window(Attention):
     """
 
     capabilities = Capabilities()
+    window: int
+    cache: WindowCache
 
     def __init__(self, dim: int, config: WindowConfig, site: Site):
         self.window, self.sinks = config.window, config.sinks

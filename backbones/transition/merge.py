@@ -51,11 +51,11 @@ class Merge(Transition):
                 f"merge needs Layout(causal=False, grid=...) with rows and without extra tokens, not {layout!r}"
             )
         if layout.cu_seqlens is None:
-            merged, grid = _merged(x, layout.grid)
+            merged, grid = _merged(x, layout.grids[0])
             after = Layout(causal=False, grid=grid)
         else:
-            rows = x.split([t * h * w for t, h, w in layout.grid], dim=1)
-            parts = [_merged(row, grid) for row, grid in zip(rows, layout.grid, strict=True)]
+            rows = x.split([t * h * w for t, h, w in layout.grids], dim=1)
+            parts = [_merged(row, grid) for row, grid in zip(rows, layout.grids, strict=True)]
             merged = torch.cat([part for part, _ in parts], dim=1)
             lengths = torch.tensor([0, *(part.shape[1] for part, _ in parts)], device=x.device)
             borders = lengths.cumsum(0).to(layout.cu_seqlens.dtype)

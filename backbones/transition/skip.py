@@ -65,12 +65,15 @@ class Skip(Transition):
     def forward(self, x: Tensor, context: Context, state: State | None = None) -> Output:
         context = Context.of(context)
         source, layout = self._source(context)
+        after = None
         if self.expand is not None:
-            x = _expanded(apply_linear(self.expand, x), context.layout, layout)
+            coarse, fine = _plain(context.layout), _plain(layout)
+            x = _expanded(apply_linear(self.expand, x), coarse, fine)
+            after = of_other_tokens(context, fine)
         if x.shape[:2] != source.shape[:2]:
             raise UnsupportedShape(f"skip: x has {x.shape[1]} tokens, and {self.config.source!r} {source.shape[1]}")
         y = apply_linear(self.joined, torch.cat([x, source], dim=-1))
-        return Output(y, context=None if self.expand is None else of_other_tokens(context, layout))
+        return Output(y, context=after)
 
     def _source(self, context: Context) -> tuple[Tensor, Layout | None]:
         """The tokens that are joined, and their layout: a memory's "x", or a tensor, which lies as the tokens do."""
@@ -88,20 +91,24 @@ class Skip(Transition):
         return source, layout
 
 
-def _expanded(x: Tensor, coarse: Layout, fine: Layout | None) -> Tensor:
+def _plain(layout: Layout | None) -> Layout:
+    """The layout, where its cells can become 2 × 2 cells each."""
+    if layout is None or layout.causal or layout.grid is None or layout.extra or not layout.rows:
+        raise UnsupportedCall(
+            "skip with expand needs Layout(causal=False, grid=...) with rows and without extra tokens, of the "
+            f"tokens and of the source, not {layout!r}"
+        )
+    return layout
+
+
+def _expanded(x: Tensor, coarse: Layout, fine: Layout) -> Tensor:
     """Cells (b, t h w, 4 d) as 2 × 2 cells each, cut to the finer grid; packed images each by itself."""
-    for layout in (coarse, fine):
-        if layout is None or layout.causal or layout.grid is None or layout.extra or not layout.rows:
-            raise UnsupportedCall(
-                "skip with expand needs Layout(causal=False, grid=...) with rows and without extra tokens, of the "
-                f"tokens and of the source, not {layout!r}"
-            )
     if coarse.cu_seqlens is None and fine.cu_seqlens is None:
-        return _finer(x, coarse.grid, fine.grid)
-    if coarse.cu_seqlens is None or fine.cu_seqlens is None or len(coarse.grid) != len(fine.grid):
+        return _finer(x, coarse.grids[0], fine.grids[0])
+    if coarse.cu_seqlens is None or fine.cu_seqlens is None or len(coarse.grids) != len(fine.grids):
         raise UnsupportedShape(f"skip: the tokens' grids are {coarse.grid}, and the source's {fine.grid}")
-    images = x.split([t * h * w for t, h, w in coarse.grid], dim=1)
-    grids = zip(coarse.grid, fine.grid, strict=True)
+    images = x.split([t * h * w for t, h, w in coarse.grids], dim=1)
+    grids = zip(coarse.grids, fine.grids, strict=True)
     return torch.cat([_finer(image, *pair) for image, pair in zip(images, grids, strict=True)], dim=1)
 
 

@@ -90,12 +90,8 @@ class Fold(SequenceLayer):
             raise UnsupportedCall(
                 f"fold needs Layout(causal=False, grid=...) with rows and without extra tokens, not {layout!r}"
             )
-        index, inverse, lengths = _groups(
-            layout.grid if layout.cu_seqlens is not None else (layout.grid,),
-            self.config.groups,
-            self.config.window,
-            self.config.shift,
-        )
+        config = self.config
+        index, inverse, lengths = _groups(layout.grids, config.groups, config.window, config.shift)
         index, inverse = index.to(x.device), inverse.to(x.device)
         folded, size = x.index_select(1, index), lengths[0]
         if all(length == size for length in lengths):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from ..context import Context
 from ..ffn import FFNS
 from ..layer import Capabilities, Output, SequenceLayer
 from ..norm import RMSNorm
-from ..registry import build_part
+from ..registry import build_part, entry_of
 from ..state import State
 from .base import WrapperConfig, register_wrapper
 
@@ -58,27 +59,33 @@ def _part(part: MixerConfig | FFNConfig | str) -> MixerConfig | FFNConfig:
 class Parallel(SequenceLayer):
     """Σ or mean of the parts' outputs. It can do what all its parts can."""
 
+    parts: Mapping[str, SequenceLayer]
+
     def __init__(self, dim: int, config: ParallelConfig, site: Site):
         super().__init__()
-        self.parts, self.norms, self.fuse = nn.ModuleDict(), nn.ModuleDict(), config.fuse
-        self.scales = config.scales or (1.0,) * len(config.parts)
+        self.fuse, self.scales = config.fuse, config.scales or (1.0,) * len(config.parts)
+        parts: dict[str, nn.Module] = {}
         for part in config.parts:
-            name = part.type if part.type not in self.parts else f"{part.type}-{len(self.parts)}"
-            self.parts[name] = build_part(part, dim, site)
-            if config.fuse == "norm_mean":
-                self.norms[name] = RMSNorm(dim, eps=site.norm_eps)
+            kind = entry_of(part).name
+            parts[kind if kind not in parts else f"{kind}-{len(parts)}"] = build_part(part, dim, site)
+        # What torch's containers hold, type checkers do not know.
+        self.parts = cast("Mapping[str, SequenceLayer]", nn.ModuleDict(parts))
+        norms = parts if config.fuse == "norm_mean" else ()
+        self.norms = nn.ModuleDict({name: RMSNorm(dim, eps=site.norm_eps) for name in norms})
         self.capabilities = Capabilities.joined((p.capabilities for p in self.parts.values()), sequential=False)
 
     def forward(self, x: Tensor, context: Context, state: State | None = None) -> Output:
-        context, total, states, losses, shared = Context.of(context), None, {}, {}, {}
+        context, outputs, states, losses, shared = Context.of(context), [], {}, {}, {}
         for (name, part), scale in zip(self.parts.items(), self.scales, strict=True):
             out = part(x, context, None if state is None else state.get(name))
             y = self.norms[name](out.y) if self.fuse == "norm_mean" else out.y
-            y = y if scale == 1 else y * scale
-            total = y if total is None else total + y
+            outputs.append(y if scale == 1 else y * scale)
             losses, shared = added(losses, out.losses), {**shared, **out.shared}
             if out.state is not None:
                 states[name] = out.state
+        total = outputs[0]
+        for y in outputs[1:]:
+            total = total + y
         total = total / len(self.parts) if self.fuse == "norm_mean" else total
         return Output(total, State(states) if states else None, losses, shared)
 

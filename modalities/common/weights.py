@@ -15,6 +15,7 @@ from ...backbones.config import BackboneConfig
 from ...backbones.serialization import current_name, from_dict, to_dict
 from ...errors import CheckpointError, ConfigError, OmnimixError, UnknownName
 from ...utils.files import replace_file, replace_tensors
+from ...utils.private_torch import COMPILED, inside_compiled
 from .grid import fit_positions
 
 # The format of what `write_config` writes. Version 0.1 wrote none, which is 1.
@@ -24,7 +25,7 @@ Shape = tuple[int, ...]
 # The largest config.json; the tables of names in ours have some kB.
 _LARGEST = 16 << 20
 # Marks that torch.compile and data parallel wrappers leave in parameter names.
-_WRAPPERS = ("_orig_mod.", "module.")
+_WRAPPERS = (f"{COMPILED}.", "module.")
 
 
 def plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -42,7 +43,7 @@ def _unmarked(name: str) -> str:
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside torch.compile's and data-parallel wrappers."""
     while True:
-        inner = getattr(model, "_orig_mod", None)
+        inner = inside_compiled(model)
         if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             inner = model.module
         if inner is None:

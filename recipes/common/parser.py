@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import re
 from typing import Any
@@ -12,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from ...errors import ConfigError, UnknownName
 from .options import RecipeData
+from .private_jsonargparse import actions
 from .trees import SHORT, short_forms, tree_defaults
 
 
@@ -50,7 +50,7 @@ class Parser(LightningArgumentParser):
             return str(UnknownName("class", unknown[1], [c.__name__ for c in subclasses(pl.LightningDataModule)]))
         unknown = re.search(r"Option '(\w+)' is not accepted", message)
         if unknown is not None:
-            own = {option.lstrip("-") for action in self._options() for option in action.option_strings}
+            own = {option.lstrip("-") for action in actions(self) for option in action.option_strings}
             own = {option for option in own if option.rpartition(".")[2] not in self.short} | self.short - {"seed"}
             own -= {"h", "help"}
             within = sorted(name for name in own if name.endswith(f".{unknown[1]}"))
@@ -62,14 +62,10 @@ class Parser(LightningArgumentParser):
             return message
         word = next(group for group in unknown.groups() if group)
         word = word.removeprefix("fit.").removeprefix("validate.").removeprefix("test.")
-        options = {o.lstrip("-") for action in self._options() for o in action.option_strings}
+        options = {o.lstrip("-") for action in actions(self) for o in action.option_strings}
         options |= {f"model.{name}" for name in SHORT}
         near = difflib.get_close_matches(word, options, n=1)
         return f"{message}; did you mean '--{near[0]}'?" if near else message
-
-    def _options(self) -> list[argparse.Action]:
-        parsers = [self, *(self._subcommands_action.choices.values() if self._subcommands_action else ())]
-        return [action for parser in parsers for action in parser._actions]
 
 
 _TYPES = {"bool": "true or false", "int": "an integer", "float": "a number", "str": "text"}

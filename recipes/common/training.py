@@ -22,7 +22,9 @@ from ...backbones.config import bounded, not_negative, positive
 from ...errors import ConfigError, OmnimixError, UnknownName
 from ...utils.devices import native_bf16
 from ...utils.files import replace_file
+from ...utils.private_torch import foreach_lerp_, foreach_mul_
 from .loading import mix
+from .private_lightning import accumulating, validates_now
 from .ranks import Agreement, summed
 from .strategies import load_whole, local, whole_as
 
@@ -141,7 +143,7 @@ class EvenSteps(pl.LightningModule):
         """Turn the mean of means that Lightning leaves into the mean over all samples of the window."""
         if self._window:
             factor = float(_divisor(self._window[0]) * self._batches / _divisor(sum(self._window)))
-            torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], factor)
+            foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], factor)
             self._window = []
 
 
@@ -195,7 +197,7 @@ class AverageWeights(Callback):
         if self.average is None or t == 0:
             self.average = [p.clone() for p in current]
         else:
-            torch._foreach_lerp_(self.average, current, 1 - min(self.decay, (1 + t) / (10 + t)))
+            foreach_lerp_(self.average, current, 1 - min(self.decay, (1 + t) / (10 + t)))
         self._updates += 1
 
     def on_train_batch_end(
@@ -322,13 +324,12 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loop = trainer.fit_loop
         # Lightning resumes a state between a step and its validation without the validation.
-        if not loop._should_accumulate() and not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+        if not accumulating(trainer) and not validates_now(trainer):
             self._pause(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fit_loop._should_accumulate():
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not accumulating(trainer):
             self._pause(trainer)
 
     def _pause(self, trainer: pl.Trainer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,13 +87,13 @@ def compressed(
 
 
 def compressed_rows(
-    compress: Iterable[Compress], new: dict[str, Tensor], layout: Layout, old: State, stride: int, capacity: int
+    compress: Iterable[Any], new: dict[str, Tensor], layout: Layout, old: State, stride: int, capacity: int
 ) -> dict[str, Tensor]:
     """The compressed rows after new tokens, "<name>_coarse", and the last tokens, "<name>_tail", which further ones
     complete.
 
     Args:
-        compress: one for each name.
+        compress: a `Compress` for each name.
         new: the new tokens' rows by name, (b, t, g, d).
         layout: of the new tokens.
         old: rows of these names before them, and under "chosen" how many tokens there were ("count").

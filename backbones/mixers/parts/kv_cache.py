@@ -90,6 +90,8 @@ class WindowCache(KVCache):
         sinks: first tokens of the sequence that every later token sees.
     """
 
+    slots: int
+
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], *, window: int, sinks: int = 0):
         super().__init__(shapes)
         self.window, self.sinks = window, sinks

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .common import affine, attend, heads_of, rms_norm, rotate
 
 
-def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
+def reference(mixer: Any, config: Any, x: Tensor, causal: bool) -> Tensor:
     """Mix `x` (b, t, d) by the paper's equations.
 
     softmax(q kᵀ / √d) v, under a mask of the earlier tokens (arXiv 1706.03762, section 3.2, eq. 1), with rotary
@@ -24,7 +24,7 @@ def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
     return finished(mixer, config, attend(q, k, v, seen), gate)
 
 
-def projected(mixer: nn.Module, config: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def projected(mixer: Any, config: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k and v by heads, normalised and rotated as configured, and the gate's logits, which may have no channels."""
     dim, kv_heads = x.shape[-1], config.kv_heads or config.heads
     shared = dim // config.heads * kv_heads
@@ -38,7 +38,7 @@ def projected(mixer: nn.Module, config: Any, x: Tensor) -> tuple[Tensor, Tensor,
     return q, k, v, gate
 
 
-def finished(mixer: nn.Module, config: Any, o: Tensor, gate: Tensor) -> Tensor:
+def finished(mixer: Any, config: Any, o: Tensor, gate: Tensor) -> Tensor:
     """The heads concatenated, gated where configured, and projected."""
     o = o.flatten(-2)
     return affine(o * torch.sigmoid(gate) if config.gate else o, mixer.out_proj)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # Of every normalisation, where a backbone does not configure another.
 EPS = 1e-5
 
 
-def directions(mixer: nn.Module, streams: Sequence[Tensor], causal: bool, run: Callable[..., Tensor]) -> Tensor:
+def directions(mixer: Any, streams: Sequence[Tensor], causal: bool, run: Callable[..., Tensor]) -> Tensor:
     """The mean of `run(branch, *streams)` over the branches, of which a backward one runs from the last token on.
 
     Args:
@@ -24,10 +25,10 @@ def directions(mixer: nn.Module, streams: Sequence[Tensor], causal: bool, run: C
     for order, branch in zip(orders, mixer.branches, strict=True):
         turn = {"forward": lambda x: x, "backward": lambda x: x.flip(1)}[order]
         outputs.append(turn(run(branch, *(turn(s) for s in streams))))
-    return sum(outputs) / len(outputs)
+    return torch.stack(outputs).mean(0)
 
 
-def affine(x: Tensor, layer: nn.Module) -> Tensor:
+def affine(x: Tensor, layer: Any) -> Tensor:
     """x Wᵀ + b, with the weights of a linear layer."""
     y = x @ layer.weight.T
     return y if layer.bias is None else y + layer.bias
@@ -38,7 +39,7 @@ def heads_of(x: Tensor, heads: int) -> Tensor:
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
 
 
-def rms_norm(x: Tensor, layer: nn.Module, groups: int = 1) -> Tensor:
+def rms_norm(x: Tensor, layer: Any, groups: int = 1) -> Tensor:
     """x / √(mean x² + EPS) · weight, the mean over each of `groups` equal slices of the channels (arXiv 1910.07467)."""
     slices = heads_of(x, groups)
     scale = (slices.pow(2).mean(-1, keepdim=True) + EPS).sqrt()

@@ -6,12 +6,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .common import affine, directions, heads_of, rms_norm, short_convolution, silu, unit
 
 
-def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
+def reference(mixer: Any, config: Any, x: Tensor, causal: bool) -> Tensor:
     """Mix `x` (b, t, d) by the paper's equations.
 
     S_t = S_{t−1}(I − β_t k_t k_tᵀ) + β_t v_t k_tᵀ, o_t = S_t q_t, β = σ(W x) (DeltaNet, arXiv 2406.06484, sections 2
@@ -26,7 +26,7 @@ def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
 
 
 def delta_rule(
-    config: Any, sizes: tuple[int, int, int], branch: nn.Module, qkv: Tensor, beta: Tensor, alpha: Tensor | None = None
+    config: Any, sizes: tuple[int, ...], branch: Any, qkv: Tensor, beta: Tensor, alpha: Tensor | None = None
 ) -> Tensor:
     """S_t = (I − β_t k_t k_tᵀ) diag(α_t) S_{t−1} + β_t k_t v_tᵀ, o_t = S_tᵀ q_t / √d_k, (b, t, h · v).
 

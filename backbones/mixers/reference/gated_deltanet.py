@@ -6,13 +6,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .common import affine, directions, heads_of, rms_norm, silu, softplus
 from .deltanet import delta_rule
 
 
-def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
+def reference(mixer: Any, config: Any, x: Tensor, causal: bool) -> Tensor:
     """Mix `x` (b, t, d) by the paper's equations.
 
     S_t = S_{t−1}(α_t (I − β_t k_t k_tᵀ)) + β_t v_t k_tᵀ (Gated DeltaNet, arXiv 2412.06464, eq. 10), in the block of
@@ -27,13 +27,11 @@ def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
     return affine(rms_norm(mixed, mixer.norm, heads) * silu(gate), mixer.out_proj)
 
 
-def _run(
-    config: Any, sizes: tuple[int, int, int], branch: nn.Module, qkv: Tensor, beta: Tensor, step: Tensor
-) -> Tensor:
+def _run(config: Any, sizes: tuple[int, ...], branch: Any, qkv: Tensor, beta: Tensor, step: Tensor) -> Tensor:
     return delta_rule(config, sizes, branch, qkv, beta, decay(branch.step, step, config.heads))
 
 
-def decay(layer: nn.Module, x: Tensor, heads: int) -> Tensor:
+def decay(layer: Any, x: Tensor, heads: int) -> Tensor:
     """α = exp(−A softplus(x + b)), A one a head, (b, t, h, channels / h)."""
     rate = torch.exp(layer.log_rate)
     return torch.exp(-rate[:, None] * heads_of(softplus(x + layer.bias), heads))

@@ -6,12 +6,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .common import affine, directions, heads_of, rms_norm, silu
 
 
-def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
+def reference(mixer: Any, config: Any, x: Tensor, causal: bool) -> Tensor:
     """Mix `x` (b, t, d) by the paper's equations.
 
     S_t = diag(α_t) S_{t−1} + k_t v_tᵀ, o_t = S_tᵀ q_t, α_t = σ(x_t W¹ W² + b)^(1/τ) (GLA, arXiv 2312.06635, sections
@@ -27,7 +27,7 @@ def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
     return affine(rms_norm(mixed, mixer.norm, heads) * silu(gate), mixer.out_proj)
 
 
-def _run(config: Any, branch: nn.Module, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _run(config: Any, branch: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     alpha = torch.sigmoid(affine(affine(x, branch.gate_down), branch.gate_up)) ** (1 / config.gate_temperature)
     alpha, state, outputs = heads_of(alpha, q.shape[2]), 0, []
     for t in range(x.shape[1]):

@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .common import affine, directions, short_convolution
 
 
-def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
+def reference(mixer: Any, config: Any, x: Tensor, causal: bool) -> Tensor:
     """Mix `x` (b, t, d) by the paper's equations.
 
     z¹ = v, zⁿ⁺¹ = xⁿ ⊙ (hⁿ * zⁿ), y = zᴺ⁺¹ (Hyena, arXiv 2302.10866, definition 3.1), of projections after a short
@@ -25,7 +25,7 @@ def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
     return affine(directions(mixer, (affine(x, mixer.in_proj),), causal, partial(_run, config)), mixer.out_proj)
 
 
-def _run(config: Any, branch: nn.Module, x: Tensor) -> Tensor:
+def _run(config: Any, branch: Any, x: Tensor) -> Tensor:
     order = config.order
     x = short_convolution(x, branch.conv_weight, branch.conv_bias)
     last, *gates, z = x.chunk(order + 1, dim=-1)
@@ -41,7 +41,7 @@ def _run(config: Any, branch: nn.Module, x: Tensor) -> Tensor:
     return last * z
 
 
-def _filters(config: Any, network: nn.Module, taps: int) -> Tensor:
+def _filters(config: Any, network: Any, taps: int) -> Tensor:
     """The filters by lag, (taps, channels)."""
     bands, rows = config.features // 2, []
     frequencies = [1e-4 + i * (bands - 1 - 1e-4) / (bands - 1) if bands > 1 else 1e-4 for i in range(bands)]

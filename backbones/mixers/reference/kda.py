@@ -6,14 +6,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .common import affine, directions, rms_norm
 from .deltanet import delta_rule
 from .gated_deltanet import decay
 
 
-def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
+def reference(mixer: Any, config: Any, x: Tensor, causal: bool) -> Tensor:
     """Mix `x` (b, t, d) by the paper's equations.
 
     S_t = (I − β_t k_t k_tᵀ) diag(α_t) S_{t−1} + β_t k_t v_tᵀ, o_t = S_tᵀ q_t (Kimi Linear, arXiv 2510.26692, eq. 1),
@@ -30,6 +30,6 @@ def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
     return affine(rms_norm(mixed, mixer.norm, heads) * gate, mixer.out_proj)
 
 
-def _run(config: Any, branch: nn.Module, qkv: Tensor, beta: Tensor, x: Tensor) -> Tensor:
+def _run(config: Any, branch: Any, qkv: Tensor, beta: Tensor, x: Tensor) -> Tensor:
     step = affine(affine(x, branch.decay_down), branch.decay_up)
     return delta_rule(config, (x.shape[-1],) * 3, branch, qkv, beta, decay(branch.step, step, config.heads))

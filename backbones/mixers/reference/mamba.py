@@ -6,12 +6,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .common import affine, directions, short_convolution, silu, softplus
 
 
-def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
+def reference(mixer: Any, config: Any, x: Tensor, causal: bool) -> Tensor:
     """Mix `x` (b, t, d) by the paper's equations.
 
     h_t = Ā h_{t−1} + B̄ x_t, y_t = C h_t + D x_t (Mamba, arXiv 2312.00752, eq. 2 and algorithm 2), Ā = e^{ΔA}, B, C
@@ -25,7 +25,7 @@ def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
     )
 
 
-def _run(config: Any, branch: nn.Module, x: Tensor, z: Tensor) -> Tensor:
+def _run(config: Any, branch: Any, x: Tensor, z: Tensor) -> Tensor:
     x = silu(short_convolution(x, branch.conv_weight, branch.conv_bias))
     n = config.state_size
     made = affine(x, branch.x_proj)

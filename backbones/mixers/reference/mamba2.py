@@ -6,12 +6,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .common import affine, directions, heads_of, rms_norm, short_convolution, silu, softplus
 
 
-def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
+def reference(mixer: Any, config: Any, x: Tensor, causal: bool) -> Tensor:
     """Mix `x` (b, t, d) by the paper's equations.
 
     h_t = e^{Δ_t A} h_{t−1} + Δ_t B_t x_tᵀ, y_t = h_tᵀ C_t + D x_t with a scalar A a head (Mamba-2, arXiv 2405.21060,
@@ -26,7 +26,7 @@ def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
     return affine(rms_norm(y * silu(z), mixer.norm, config.groups), mixer.out_proj)
 
 
-def _run(config: Any, branch: nn.Module, xbc: Tensor, dt: Tensor) -> Tensor:
+def _run(config: Any, branch: Any, xbc: Tensor, dt: Tensor) -> Tensor:
     heads, groups = config.heads, config.groups
     xbc = silu(short_convolution(xbc, branch.conv_weight, branch.conv_bias))
     shared = groups * config.state_size

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .common import affine, attend, gelu, heads_of, rotate
 
 
-def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
+def reference(mixer: Any, config: Any, x: Tensor, causal: bool) -> Tensor:
     """Mix `x` (b, t, d) by the paper's equations.
 
     Σ_c g_c Attn(q, K^c, V^c), c: compressed, selected, window (NSA, arXiv 2502.11089, eq. 5), g = σ(W x) by head.
@@ -35,26 +36,28 @@ def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
     chosen = chosen.repeat_interleave(q.shape[2] // kc.shape[2], 1) & past
     near = ((place[:, None] - place).abs() < config.reach) & past
     gates = heads_of(torch.sigmoid(gates), q.shape[2])[..., None]
-    branches = (coarse, attend(turned, ks, vs, chosen), attend(turned, kw, vw, near))
-    return affine(sum(gates[:, :, :, i] * branch for i, branch in enumerate(branches)).flatten(-2), mixer.out_proj)
+    branches = torch.stack((coarse, attend(turned, ks, vs, chosen), attend(turned, kw, vw, near)), 3)
+    return affine((gates * branches).sum(3).flatten(-2), mixer.out_proj)
 
 
-def _compressed(mixer: nn.Module, config: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+def _compressed(mixer: Any, config: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     """The compressed branch's output, and its attention probabilities (b, h, t, m)."""
     size, stride, t = config.size, config.stride, q.shape[1]
     starts = range(0, t - size + 1, stride)
     if not starts:
         return torch.zeros_like(q), q.new_zeros(q.shape[0], q.shape[2], t, 0)
-    made = []
-    for tokens, phi in ((k, mixer.compress[0]), (v, mixer.compress[1])):
-        blocks = torch.stack([tokens[:, s : s + size].transpose(1, 2) for s in starts], 1)
-        mlp = affine(gelu(affine((blocks + phi.places).flatten(-2), phi.up)), phi.down)
-        made.append(blocks.mean(-2) + mlp)
+    k, v = (_coarse(tokens, phi, size, starts) for tokens, phi in zip((k, v), mixer.compress, strict=True))
     ends = torch.tensor([s + size for s in starts])
     seen = ends <= torch.arange(t)[:, None] + 1 if causal else torch.ones(t, len(ends), dtype=torch.bool)
     # Values that name the compressed token: their attention is the probabilities.
     named = torch.eye(len(ends), dtype=q.dtype).expand(q.shape[0], k.shape[2], -1, -1).transpose(1, 2)
-    return attend(q, *made, seen), attend(q, made[0], named, seen).transpose(1, 2)
+    return attend(q, k, v, seen), attend(q, k, named, seen).transpose(1, 2)
+
+
+def _coarse(tokens: Tensor, phi: Any, size: int, starts: Iterable[int]) -> Tensor:
+    blocks = torch.stack([tokens[:, s : s + size].transpose(1, 2) for s in starts], 1)
+    mlp = affine(gelu(affine((blocks + phi.places).flatten(-2), phi.up)), phi.down)
+    return blocks.mean(-2) + mlp
 
 
 def _selected(config: Any, probabilities: Tensor, t: int, causal: bool) -> Tensor:

@@ -6,12 +6,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .common import affine, directions, heads_of, rms_norm, rotate, silu
 
 
-def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
+def reference(mixer: Any, config: Any, x: Tensor, causal: bool) -> Tensor:
     """Mix `x` (b, t, d) by the paper's equations.
 
     S_n = γ S_{n−1} + K_nᵀ V_n, o_n = Q_n S_n with Q and K rotated by e^{inθ} and γ = 1 − 2^(−5−h) (RetNet, arXiv
@@ -27,7 +27,7 @@ def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
     return affine(rms_norm(mixed, mixer.norm, heads) * silu(gate), mixer.out_proj)
 
 
-def _run(config: Any, _: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _run(config: Any, _: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     heads, place, state, outputs = config.heads, torch.arange(q.shape[1]), 0, []
     gamma = torch.tensor([1 - 2.0 ** (-5 - h) for h in range(heads)], dtype=q.dtype)[:, None, None]
     q, k = rotate(q, place, config.rope_base), rotate(k, place, config.rope_base)

@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .common import affine, directions, short_convolution
 
 
-def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
+def reference(mixer: Any, config: Any, x: Tensor, causal: bool) -> Tensor:
     """Mix `x` (b, t, d) by the paper's equations.
 
     r_t = σ(W_a x_t + b_a), i_t = σ(W_x x_t + b_x), a_t = a^{c r_t} with a = σ(Λ),
@@ -26,7 +26,7 @@ def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
     return affine(directions(mixer, (x,), causal, partial(_run, config)) * _tanh_gelu(gate), mixer.out_proj)
 
 
-def _run(config: Any, branch: nn.Module, x: Tensor) -> Tensor:
+def _run(config: Any, branch: Any, x: Tensor) -> Tensor:
     x = short_convolution(x, branch.conv_weight, branch.conv_bias)
     size, h, outputs = x.shape[-1] // config.blocks, 0, []
     for t in range(x.shape[1]):

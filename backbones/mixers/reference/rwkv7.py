@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .common import EPS, affine, directions, heads_of, unit
 
 
-def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
+def reference(mixer: Any, config: Any, x: Tensor, causal: bool) -> Tensor:
     """Mix `x` (b, t, d) by the paper's equations.
 
     The time mixing of RWKV-7 (arXiv 2503.14456, section 4).
@@ -28,13 +28,13 @@ def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
     return affine(directions(mixer, (x,), causal, partial(_run, config)), mixer.out_proj)
 
 
-def _low_rank(x: Tensor, layer: nn.Module, act=lambda x: x) -> Tensor:
+def _low_rank(x: Tensor, layer: Any, act=lambda x: x) -> Tensor:
     """lora(x) = f(x A) B + λ."""
     y = act(x @ layer.down.weight.T) @ layer.up.weight.T
     return y if layer.bias is None else y + layer.bias
 
 
-def _run(config: Any, branch: nn.Module, x: Tensor) -> Tensor:
+def _run(config: Any, branch: Any, x: Tensor) -> Tensor:
     h = config.heads
     before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
     xr, xw, xk, xv, xa, xg = (x + (before - x) * mu for mu in branch.shift)

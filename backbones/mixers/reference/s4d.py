@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .common import affine, directions, gelu
 
 
-def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
+def reference(mixer: Any, config: Any, x: Tensor, causal: bool) -> Tensor:
     """Mix `x` (b, t, d) by the paper's equations.
 
     h_t = Ā h_{t−1} + B̄ u_t, y_t = 2 Re(C h_t) + D u_t with a diagonal complex A (S4D, arXiv 2206.11893,
@@ -24,7 +24,7 @@ def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
     return y * torch.sigmoid(gate)
 
 
-def _run(branch: nn.Module, u: Tensor) -> Tensor:
+def _run(branch: Any, u: Tensor) -> Tensor:
     a = torch.complex(-torch.exp(branch.A_log), branch.A_imag)
     delta, c = torch.exp(branch.log_dt)[:, None], torch.complex(branch.C[..., 0], branch.C[..., 1])
     kept = torch.exp(delta * a)

@@ -6,12 +6,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .common import EPS, affine, directions, gelu, heads_of, rms_norm, rotate, silu
 
 
-def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
+def reference(mixer: Any, config: Any, x: Tensor, causal: bool) -> Tensor:
     """Mix `x` (b, t, d) by the paper's equations.
 
     W_t = W_{t−1} − η_t ∇ℓ(W_{t'}; k_t, v_t) with W_{t'} those before the mini-batch of t, o_t = f(q_t; W_t) (TTT,
@@ -28,7 +28,7 @@ def reference(mixer: nn.Module, config: Any, x: Tensor, causal: bool) -> Tensor:
     return affine(rms_norm(mixed, mixer.norm, config.heads) * silu(gate), mixer.out_proj)
 
 
-def _run(config: Any, branch: nn.Module, x: Tensor, *qkv: Tensor) -> Tensor:
+def _run(config: Any, branch: Any, x: Tensor, *qkv: Tensor) -> Tensor:
     heads, default = config.heads, 1.0 if config.model == "linear" else 0.1
     q, k, v = (heads_of(s, heads) for s in qkv)
     if config.rotary:
@@ -44,7 +44,7 @@ def _run(config: Any, branch: nn.Module, x: Tensor, *qkv: Tensor) -> Tensor:
     return torch.stack(rows).flatten(-2)
 
 
-def _train(config: Any, branch: nn.Module, streams: list[Tensor], first: list[Tensor]) -> Tensor:
+def _train(config: Any, branch: Any, streams: list[Tensor], first: list[Tensor]) -> Tensor:
     """The outputs (t, h, d) of one sequence."""
     now, momentum, outputs = list(first), [torch.zeros_like(w) for w in first], []
     for t, (q, k, v, lr, hold, keep) in enumerate(zip(*streams, strict=True)):
@@ -64,7 +64,7 @@ def _by_head(gate: Tensor, weights: Tensor) -> Tensor:
     return gate.view(-1, *[1] * (weights.ndim - 1))
 
 
-def _f(branch: nn.Module, weights: list[Tensor], x: Tensor) -> Tensor:
+def _f(branch: Any, weights: list[Tensor], x: Tensor) -> Tensor:
     """x + LN(f_res(x)), x (h, d)."""
     z = torch.einsum("hi,hio->ho", x, weights[0]) + weights[1]
     if len(weights) == 4:
