@@ -18,12 +18,7 @@ TIMM, TRANSFORMERS = "timm:", "transformers:"
 RATE = 16_000
 _SIDE = 224
 # The width, depth and heads of DeiT tiny (arXiv 2012.12877, table 1).
-_TINY: dict[str, Any] = {
-    "hidden_size": 192,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 3,
-    "intermediate_size": 768,
-}
+_TINY = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +49,8 @@ class VideoPeer(nn.Module):
         super().__init__()
         from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
-        self.net = VideoMAEForVideoClassification(VideoMAEConfig(**_TINY | {"num_labels": 400}, num_frames=frames))
+        sizes: dict[str, Any] = _TINY | {"num_labels": 400}
+        self.net = VideoMAEForVideoClassification(VideoMAEConfig(**sizes, num_frames=frames))
 
     def forward(self, videos: Tensor) -> Tensor:
         return self.net(videos.transpose(1, 2)).logits
@@ -70,7 +66,7 @@ class AudioPeer(nn.Module):
         self.mel = LogMel(MelConfig.kaldi())
         steps = self.mel(torch.zeros(1, seconds * RATE)).shape[1]
         # Patches side by side, as those of AuM.
-        sizes = _TINY | {"frequency_stride": 16, "time_stride": 16, "num_labels": 527}
+        sizes: dict[str, Any] = _TINY | {"frequency_stride": 16, "time_stride": 16, "num_labels": 527}
         self.net = ASTForAudioClassification(ASTConfig(**sizes, max_length=steps))
 
     def forward(self, waves: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ torch's own function under another name, not a function around it.
 
 from __future__ import annotations
 
-from torch import _foreach_lerp_ as foreach_lerp_
-from torch import _foreach_mul_ as foreach_mul_
+from typing import TypeGuard
+
+import torch
 from torch import nn
 from torch._C import _get_tracing_state as tracing_state
 from torch._C import _len_torch_dispatch_stack as dispatch_modes
@@ -37,13 +38,14 @@ __all__ = [
     "without_modes",
 ]
 
+foreach_lerp_, foreach_mul_ = torch._foreach_lerp_, torch._foreach_mul_
 # A function with this attribute is called by torch.compile while it traces, and its result kept as a constant.
 CONSTANT_MARK = "_dynamo_marked_constant"
 # The module inside torch.compile's wrapper; a part of the names in its state dict.
 COMPILED = "_orig_mod"
 
 
-def untouched(layer: nn.Module) -> bool:
+def untouched(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a call of the layer is x Wᵀ + b and nothing else: no adapter in its place, no hook, no other `forward`.
 
     These are what `nn.Module.__call__` looks at.

@@ -48,4 +48,4 @@ def accumulating(trainer: pl.Trainer) -> bool:
 def validates_now(trainer: pl.Trainer) -> bool:
     """Whether a validation follows the batch that has just been seen."""
     loop = trainer.fit_loop
-    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+    return loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
