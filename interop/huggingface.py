@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, no_type_check
+from typing import Any, ClassVar, no_type_check
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +138,7 @@ class OmnimixForCausalLM(Checked, PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
     _is_stateful = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
 
     def __init__(self, config: OmnimixConfig):
         super().__init__(config)
