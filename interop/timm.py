@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 from jaxtyping import Float
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -169,8 +169,9 @@ class TimmClassifier(TimmModel, ImageClassifier):
 
 
 def _default_cfg(config: ImageClassifierConfig) -> dict[str, Any]:
+    height, width = cast("tuple[int, int]", config.image.size)
     return {
-        "input_size": (config.image.channels, *config.image.size),
+        "input_size": (config.image.channels, height, width),
         "num_classes": config.head.classes,
         "pool_size": None,
         "crop_pct": 0.9,

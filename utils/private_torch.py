@@ -38,7 +38,8 @@ __all__ = [
     "without_modes",
 ]
 
-foreach_lerp_, foreach_mul_ = torch._foreach_lerp_, torch._foreach_mul_
+# torch's stubs do not say that these are in `torch`.
+foreach_lerp_, foreach_mul_ = torch._foreach_lerp_, torch._foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
 # A function with this attribute is called by torch.compile while it traces, and its result kept as a constant.
 CONSTANT_MARK = "_dynamo_marked_constant"
 # The module inside torch.compile's wrapper; a part of the names in its state dict.

@@ -199,7 +199,7 @@ class RecipeCLI(OpenCLI):
     def _build_trees(self) -> None:
         # Lightning keeps a dump of plain values, which it makes unless there is one; then the trees become what the
         # model takes.
-        dumped = self.parser.dump(self.config, skip_link_targets=False, skip_none=False, format="yaml")
+        dumped = self.parser.dump(self.config, skip_link_targets=False, skip_unset=False, format="yaml")
         self.config_dump = yaml.safe_load(dumped)[self.command]
         model = self.options.model
         for name in tree_defaults(self.model_class):
