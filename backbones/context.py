@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedCall, UnsupportedShape
 from ..utils.modes import autocast_enabled
+from ..utils.private_torch import pytree
 from .layout import Immutable, Layout, offsets
 
 

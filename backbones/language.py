@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError, UnsupportedCall, UnsupportedShape
 from ..kernels import cross_entropy
+from ..utils.private_torch import untouched
 from .backbone import Backbone
 from .config import BackboneConfig, ObjectiveConfig, configured, positive, to_plain
 from .context import Context
@@ -21,7 +22,6 @@ from .heads import ObjectiveLoss
 from .heads.causal import IGNORED
 from .layer import Output
 from .layout import Layout
-from .linear import untouched
 from .registry import entry_of
 from .state import State
 from .tie import SharingModule, share

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..errors import ConfigError, UnsupportedShape
+from ..utils.private_torch import pytree
 
 Grid = tuple[int, int, int]
 

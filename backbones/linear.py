@@ -11,18 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-
-def untouched(layer: nn.Module) -> bool:
-    """Whether a call of the layer is x Wᵀ + b and nothing else: no adapter in its place, no hook, no other `forward`.
-
-    torch keeps private what `nn.Module.__call__` looks at for that.
-    """
-    return (
-        type(layer) is nn.Linear
-        and not (layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks)
-        and "forward" not in layer.__dict__
-        and not torch.nn.modules.module._has_any_global_hook()
-    )
+from ..utils.private_torch import untouched
 
 
 def apply_wide(layer: nn.Module, x: Float[Tensor, "*rows i"]) -> Float[Tensor, "*rows o"]:

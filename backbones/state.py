@@ -8,13 +8,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from ..utils.private_torch import pytree
 
 
 class State:
     """Named tensors, each with the sequences of the batch along dimension 0, or nested states.
 
-    One of a backbone holds those of its layers. A pytree: `torch.utils._pytree` and torch.compile look inside. It is
+    One of a backbone holds those of its layers. A pytree: torch's pytrees and torch.compile look inside. It is
     never changed in place: forward returns a new one, so that an old one may be kept and resumed from, and the gradient
     flows through it.
     """

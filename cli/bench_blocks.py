@@ -24,7 +24,7 @@ from ..errors import ConfigError, UnknownName
 from ..kernels.registry import using
 from ..utils.console import say
 from ..utils.devices import usable_device, where_on
-from ..utils.options import add_device, add_json, add_threads, set_threads
+from ..utils.options import add_device, add_json, add_threads, set_threads, summary
 from .bench_kernels import DTYPES, Stopwatch, peak_bytes
 from .bench_kernels_peers import in_its_own_process
 
@@ -109,8 +109,11 @@ def _transformers_moe() -> tuple[nn.Module, Call]:
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    config = MixtralConfig(hidden_size=512, intermediate_size=1024, num_local_experts=8, num_experts_per_tok=2)
-    config._experts_implementation = "grouped_mm"
+    # transformers takes it among the options that it does not declare.
+    grouped: dict[str, Any] = {"experts_implementation": "grouped_mm"}
+    config = MixtralConfig(
+        hidden_size=512, intermediate_size=1024, num_local_experts=8, num_experts_per_tok=2, **grouped
+    )
     layer = MixtralSparseMoeBlock(config)
     for p in layer.parameters():
         nn.init.normal_(p, std=0.02)
@@ -252,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`omnimix bench blocks`."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="omnimix bench blocks", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="omnimix bench blocks", description=summary(__doc__))
     parser.add_argument("--blocks", nargs="+", metavar="NAME", help="only these: mamba, mamba2, moe")
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024], metavar="T", help="tokens")
     parser.add_argument("--skip", nargs="+", default=[], metavar="NAME", help="subjects to leave out")

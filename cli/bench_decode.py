@@ -22,7 +22,7 @@ from ..errors import ConfigError, UnknownName
 from ..utils.console import say
 from ..utils.devices import usable_device, where_on
 from ..utils.files import replace_file
-from ..utils.options import add_device, add_json, add_threads, set_threads
+from ..utils.options import add_device, add_json, add_threads, set_threads, summary
 from .bench_blocks import HIDDEN
 from .bench_decode_models import DEFAULT, MODELS, OURS, PEERS, THEIRS, Decoder, Sizes, build
 from .bench_kernels import DTYPES, Stopwatch, peak_bytes
@@ -166,7 +166,8 @@ def bench_decode(
 
 def _rows(name: str, side: str, found: dict[tuple[str, str], dict[str, Any]], batch: int) -> list[dict[str, Any]]:
     own, peer = found[name, side], found.get((name, THEIRS))
-    first = next(iter(own["lengths"].values()), None)
+    theirs = {} if peer is None else peer["lengths"]
+    shortest = next((at["ms"] for at in own["lengths"].values()), 0.0)
 
     def megabytes(count: int | None) -> float | None:
         return None if count is None else round(count / 1e6, 3)
@@ -182,8 +183,8 @@ def _rows(name: str, side: str, found: dict[tuple[str, str], dict[str, Any]], ba
             "context": int(length),
             "ms/step": round(at["ms"], 3),
             "tokens/s": round(batch / at["ms"] * 1e3, 1),
-            "x shortest": ratio(first["ms"], at["ms"]),
-            f"x {THEIRS}": ratio(1 / at["ms"], 1 / peer["lengths"][length]["ms"] if _has(peer, length) else None),
+            "x shortest": ratio(shortest, at["ms"]),
+            f"x {THEIRS}": ratio(1 / at["ms"], 1 / theirs[length]["ms"] if length in theirs else None),
             "state MB": megabytes(at["state"]),
             "step's peak MB": megabytes(at["peak"]),
             "prompt tokens/s": round(own["reading"], 1),
@@ -191,10 +192,6 @@ def _rows(name: str, side: str, found: dict[tuple[str, str], dict[str, Any]], ba
         }
         for length, at in own["lengths"].items()
     ]
-
-
-def _has(peer: dict[str, Any] | None, length: str) -> bool:
-    return peer is not None and length in peer["lengths"]
 
 
 def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
@@ -229,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from jsonargparse import ArgumentParser
 
     sizes, plan = Sizes(), Plan()
-    parser = ArgumentParser(prog="omnimix bench decode", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="omnimix bench decode", description=summary(__doc__))
     parser.add_argument(
         "--models", nargs="+", default=list(DEFAULT), metavar="NAME", help=f"out of {', '.join(MODELS)}"
     )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..backbones.config import BackboneConfig, Site
+from ..backbones.config import BackboneConfig, BlockConfig, Site
 from ..backbones.ffn import get_ffn
 from ..backbones.language import LanguageModel, LanguageModelConfig
 from ..backbones.layout import Layout
@@ -69,7 +68,9 @@ class Decoder(ABC):
 class Ours(Decoder):
     """A language model of ours, through its public forward."""
 
-    def __init__(self, pattern: Sequence[str], ffn: str | None, sizes: Sizes):
+    net: LanguageModel
+
+    def __init__(self, pattern: tuple[str | BlockConfig, ...], ffn: str | None, sizes: Sizes):
         mixers = {"window": get_mixer("window").config(window=sizes.window)} if "window" in pattern else {}
         backbone = BackboneConfig(dim=sizes.dim, depth=sizes.depth, pattern=pattern, ffn=ffn, mixers=mixers)
         self.net = LanguageModel(LanguageModelConfig(backbone=backbone, vocabulary=sizes.vocabulary))
@@ -140,11 +141,11 @@ def _llama(sizes: Sizes) -> Decoder:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     ffn = get_ffn("swiglu")
-    inner = ffn.build(sizes.dim, ffn.config(), Site()).out_proj
+    inner = ffn.build(sizes.dim, ffn.config(), Site()).get_submodule("out_proj").get_parameter("weight").shape[1]
     config = LlamaConfig(
         vocab_size=sizes.vocabulary,
         hidden_size=sizes.dim,
-        intermediate_size=inner.in_features,
+        intermediate_size=inner,
         num_hidden_layers=sizes.depth,
         num_attention_heads=sizes.dim // 64,
         max_position_embeddings=1 << 20,

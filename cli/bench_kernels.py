@@ -20,7 +20,7 @@ from ..kernels.registry import Case, Draw, Op, get_op, ops
 from ..utils.console import say
 from ..utils.devices import usable_device, where_on
 from ..utils.files import replace_file
-from ..utils.options import add_device, add_json, add_threads, set_threads
+from ..utils.options import add_device, add_json, add_threads, set_threads, summary
 from .bench_kernels_peers import PEERS, Peer, served, times
 from .check_kernels import call_of, cast, differentiable
 
@@ -174,7 +174,9 @@ class Bench:
     left_out: dict[str, str] = field(default_factory=dict)
 
     def case(self, op: Op, case: Case, length: int, backends: Sequence[str]) -> None:
-        """One row a backend and pass, and the peers'."""
+        """One row a backend and pass, and the peers'; none where the case has no arguments for it."""
+        if case.bench is None:
+            return
         arguments = case.bench(Draw.seeded(length, device=self.watch.device, dtype=torch.float32), length)
         arguments = cast(arguments, self.dtype)
         found = {name: times for name in backends if (times := self._times(op, name, arguments, length))}
@@ -236,7 +238,8 @@ class Bench:
         for name in (n for n in PASSES if n in found):
             taken = found[name]
             # Only the time of a backward pass is known: how much is computed again is the backend's affair.
-            rate = work[0] / taken * 1e3 if work and name == "forward" else None
+            amount, roof, unit = work if work and name == "forward" else (None, None, None)
+            rate = None if amount is None else amount / taken * 1e3
             self.rows.append(
                 {
                     "op": op,
@@ -246,8 +249,8 @@ class Bench:
                     "T": length,
                     "ms": round(taken, 3),
                     "rate": None if rate is None else round(rate, 1),
-                    "unit": None if rate is None else work[2],
-                    "of roof": None if rate is None else round(rate / work[1], 3),
+                    "unit": unit,
+                    "of roof": None if rate is None or roof is None else round(rate / roof, 3),
                     "x reference": round(reference[name] / taken, 1) if name in reference else None,
                     "peak MB": round(found["MB"], 1) if name != "forward" and found["MB"] is not None else None,
                 }
@@ -339,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`omnimix bench kernels`."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="omnimix bench kernels", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="omnimix bench kernels", description=summary(__doc__))
     parser.add_argument("--ops", nargs="+", metavar="OP", help="only these ops")
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 2048, 8192], metavar="T", help="steps in time")
     parser.add_argument("--backends", nargs="+", metavar="NAME", help="only these")

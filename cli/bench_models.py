@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import ConfigError, UnknownName
 from ..utils.devices import usable_device, where_on
 from ..utils.files import replace_file
-from ..utils.options import add_device, add_json, add_threads, set_threads
+from ..utils.options import add_device, add_json, add_threads, set_threads, summary
 from .bench_kernels import DTYPES, Stopwatch, gemm_rate
 from .bench_models_peers import MEDIA, medium
 
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`omnimix bench models`."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="omnimix bench models", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="omnimix bench models", description=summary(__doc__))
     parser.add_argument("--kind", default="image", choices=list(MEDIA), help="the medium")
     peers = "ours, timm:NAME, transformers:videomae_tiny or transformers:ast_tiny; the last one is the peer"
     parser.add_argument("--models", nargs="+", metavar="NAME", help=peers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,8 @@ class VideoPeer(nn.Module):
         super().__init__()
         from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
-        self.net = VideoMAEForVideoClassification(VideoMAEConfig(**_TINY, num_frames=frames, num_labels=400))
+        sizes: dict[str, Any] = _TINY | {"num_labels": 400}
+        self.net = VideoMAEForVideoClassification(VideoMAEConfig(**sizes, num_frames=frames))
 
     def forward(self, videos: Tensor) -> Tensor:
         return self.net(videos.transpose(1, 2)).logits
@@ -64,8 +66,8 @@ class AudioPeer(nn.Module):
         self.mel = LogMel(MelConfig.kaldi())
         steps = self.mel(torch.zeros(1, seconds * RATE)).shape[1]
         # Patches side by side, as those of AuM.
-        strides = {"frequency_stride": 16, "time_stride": 16}
-        self.net = ASTForAudioClassification(ASTConfig(**_TINY, **strides, max_length=steps, num_labels=527))
+        sizes: dict[str, Any] = _TINY | {"frequency_stride": 16, "time_stride": 16, "num_labels": 527}
+        self.net = ASTForAudioClassification(ASTConfig(**sizes, max_length=steps))
 
     def forward(self, waves: Tensor) -> Tensor:
         return self.net(self.mel(waves)).logits

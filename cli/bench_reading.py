@@ -21,7 +21,7 @@ from ..recipes.common.loading import EpochLoader
 from ..recipes.common.media import Samples, collate
 from ..recipes.common.synthetic import generated_folder
 from ..utils.console import emit
-from ..utils.options import add_json
+from ..utils.options import add_json, summary
 from .shard import shard_folder
 
 CLASSES = 10
@@ -165,7 +165,7 @@ def bench_reading(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`omnimix bench reading`."""
-    parser = argparse.ArgumentParser(prog="omnimix bench reading", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="omnimix bench reading", description=summary(__doc__))
     parser.add_argument("--images", type=int, default=500, help="JPEG files, made once and kept (default: 500)")
     parser.add_argument("--size", type=int, default=160, metavar="PIXELS", help="side of the images (default: 160)")
     parser.add_argument("--workers", type=int, default=2, help="processes that read ahead (default: 2)")

@@ -6,6 +6,7 @@ The laws in tests/laws stand on the same functions.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from ..errors import BackendUnavailable
 from ..kernels.common.tools import interpreting
 from ..kernels.registry import Case, Draw, Op, complex_of, get_op, ops
 from ..utils.devices import usable_device
-from ..utils.options import add_device, add_json
+from ..utils.options import add_device, add_json, summary
 
 # Relative to the largest element of the true tensor.
 FLOAT32_TOLERANCE = 5e-5
@@ -114,9 +115,8 @@ def results(
     gradients = {}
     if backward:
         weights = weights_for(outputs, seed) if weights is None else weights
-        loss = sum(
-            (o * w).real.sum() if o.is_complex() else (o * w).sum() for o, w in zip(outputs, weights, strict=True)
-        )
+        parts = [(o * w).real.sum() if o.is_complex() else (o * w).sum() for o, w in zip(outputs, weights, strict=True)]
+        loss = functools.reduce(torch.add, parts)
         # A loss on which nothing acts has gradients too: zeros, which a comparison then finds.
         connected = names if loss.requires_grad else []
         found = torch.autograd.grad(loss, [leaves[n] for n in connected], allow_unused=True) if connected else ()
@@ -304,7 +304,7 @@ def _names(text: str) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`omnimix kernels check`; returns 1 if anything failed."""
-    parser = argparse.ArgumentParser(prog="omnimix kernels check", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="omnimix kernels check", description=summary(__doc__))
     add_device(parser)
     parser.add_argument("--ops", type=_names, help="comma-separated names of ops (default: all)")
     parser.add_argument("--backends", type=_names, help='comma-separated (default: all but "reference")')

@@ -27,6 +27,7 @@ from ..kernels.common.tools import interpreting, launching_ahead
 from ..kernels.registry import Case, Draw, get_op, ops
 from ..utils.options import add_json
 from .check_kernels import is_for
+from .private_triton import active_driver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,6 @@ def compile_only(target: Target) -> Iterator[list[Compiled]]:
     try:
         from triton.backends.compiler import GPUTarget
         from triton.errors import TritonError
-        from triton.runtime import driver
         from triton.runtime.autotuner import Autotuner
         from triton.runtime.jit import JITFunction
     except ImportError as error:
@@ -138,17 +138,13 @@ def compile_only(target: Target) -> Iterator[list[Compiled]]:
             seen[-1] = replace(seen[-1], config=_config(config.all_kwargs()))
         self.nargs = None
 
-    before = driver._active
-    driver.set_active(_NoDevice(GPUTarget(target.backend, target.architecture, target.warp)))
-    try:
-        with (
-            mock.patch.object(JITFunction, "run", compile_launch),
-            mock.patch.object(Autotuner, "run", every_config),
-            launching_ahead(),
-        ):
-            yield seen
-    finally:
-        driver._active = before
+    with (
+        active_driver(_NoDevice(GPUTarget(target.backend, target.architecture, target.warp))),
+        mock.patch.object(JITFunction, "run", compile_launch),
+        mock.patch.object(Autotuner, "run", every_config),
+        launching_ahead(),
+    ):
+        yield seen
 
 
 def usage(kernel: Any, target: Target) -> dict[str, Any]:
@@ -170,7 +166,7 @@ def usage(kernel: Any, target: Target) -> dict[str, Any]:
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", report).groups())
+    registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", report)[0])
     kinds = [kind for kind in ("wgmma", "tcgen05", "mma.sync") if kind in kernel.asm["ptx"]]
     # Spills are counted when a driver loads the kernel; before, the stack shows them, which we use for nothing else.
     return {"registers": registers, "spills": stack // 4, "stack": stack, "mma": " ".join(kinds)}
@@ -212,6 +208,9 @@ def call_on_meta(function: Any, arguments: dict[str, Any], *, backward: bool = T
 
 
 def _compile_case(name: str, case: Case, target: Target, dtype: torch.dtype) -> list[Compiled]:
+    """Every launch of a case; none where it has no arguments for a GPU."""
+    if case.compile is None:
+        return []
     arguments = case.compile(Draw.seeded(device="meta", dtype=dtype))
     with compile_only(target) as seen:
         op = get_op(name)
@@ -253,7 +252,7 @@ def compile_all(
     for op in chosen:
         if not any(backend.name == "triton" for backend in op.backends):
             continue
-        for case in (case for case in op.cases() if case.compile is not None):
+        for case in op.cases():
             for dtype in dtypes:
                 for target in targets:
                     for compiled in _compile_case(op.name, case, TARGETS[target], DTYPES[dtype]):

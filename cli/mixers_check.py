@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> int:
 
 
 def _lint(entry: Any) -> bool:
-    files = {sys.modules[part.__module__].__file__ for part in (entry.build, entry.reference) if part is not None}
+    files = {inspect.getfile(part) for part in (entry.build, entry.reference) if part is not None}
     commands = (["check", "--quiet"], ["format", "--check", "--quiet"])
     runs = [subprocess.run([sys.executable, "-m", "ruff", *words, *sorted(files)], cwd=ROOT) for words in commands]
     if runs[1].returncode:
@@ -99,7 +100,7 @@ def _pytest(name: str, files: tuple[str, ...], options: str) -> bool:
     # The plugin and the tests lie in the checkout, which `python -m omnimix` has kept its children from importing.
     environment.pop("PYTHONSAFEPATH", None)
     environment["OMP_NUM_THREADS"] = "1"
-    if ROOT.name == __package__.split(".")[0]:
+    if ROOT.name == __name__.split(".")[0]:
         # This checkout, and not one that may be installed.
         paths = [str(ROOT.parent), *filter(None, [environment.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)

@@ -165,7 +165,7 @@ def _write(
     policy: str,
     seen: Callable[[str, int, int], None],
 ) -> Written:
-    import webdataset
+    from webdataset.writer import ShardWriter
 
     done = Written(split=split)
     # ShardWriter puts the number of the shard in by `%`.
@@ -174,7 +174,7 @@ def _write(
     labels: list[int] = []
     # One time for all members, and bytes that are what they are: the same input gives the same shards.
     options = {**limits, "post": paths.append, "verbose": 0, "encoder": False, "mtime": 0.0}
-    with webdataset.ShardWriter(pattern, **options) as writer:
+    with ShardWriter(pattern, **options) as writer:
         for place, index in enumerate(_order(len(source), seed), 1):
             try:
                 data, suffix = _read(source, index)

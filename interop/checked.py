@@ -18,6 +18,8 @@ _WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision"
 class Checked:
     """Put in front of transformers' `PreTrainedModel`, whose `from_pretrained` it checks."""
 
+    config_class: Any
+
     @classmethod
     def from_pretrained(cls, source: Any, *arguments: Any, config: Any = None, **options: Any) -> Any:
         """As transformers'.
@@ -34,10 +36,11 @@ class Checked:
         # Large models have their weights in several files; without a source they are an argument.
         folder = None if source is None else Path(source) / (options.get("subfolder") or "")
         types = {} if folder is None else {file: stored_types(file) for file in folder.glob("model*.safetensors")}
-        if types:
+        if folder is not None and types:
             check_blocks([name for names in types.values() for name in names], backbone, folder, prefix="model.")
+        model_class: Any = super()
         try:
-            loaded = super().from_pretrained(source, *arguments, config=config, **options)
+            loaded = model_class.from_pretrained(source, *arguments, config=config, **options)
         except (RuntimeError, OverflowError) as error:
             if isinstance(error, CheckpointError | torch.OutOfMemoryError):
                 raise
@@ -47,5 +50,5 @@ class Checked:
             for name in parameters.keys() & names.keys():
                 if not re.match(r"B?F\d", names[name]):
                     raise CheckpointError(f"{file}: {name} holds {names[name]}, and weights are floating-point numbers")
-        check_finite(parameters, source)
+        check_finite(parameters, str(source))
         return loaded

@@ -21,7 +21,7 @@ def to_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     if "tokenizer" in state:
         inner = tokenizers.Tokenizer.from_str(json.dumps(state["tokenizer"]))
     else:
-        inner = _bytes(sorted(tokenizer.special, key=tokenizer.special.get))
+        inner = _bytes(sorted(tokenizer.special, key=lambda name: tokenizer.special[name]))
     end = next(name for name, i in tokenizer.special.items() if i == tokenizer.end)
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, no_type_check
+from typing import Any, ClassVar, no_type_check
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,12 @@ from ..backbones.layout import Layout
 from ..backbones.serialization import to_dict
 from ..errors import CheckpointError, UnsupportedCall, UnsupportedShape
 from ..modalities.common.weights import build_config
+from ..utils.private_torch import buffers_outside_state_dict
 from .cache import OmnimixCache
 from .checked import Checked
 from .importing import load_language_model, source_hidden, wanted
 from .padding import Rows
+from .private_transformers import loaded
 
 wanted("transformers", "omnimix.huggingface", "hf")
 with source_hidden():
@@ -39,7 +41,7 @@ with source_hidden():
         PreTrainedTokenizerFast,
     )
     from transformers.modeling_outputs import CausalLMOutputWithPast
-    from transformers.utils import is_kernels_available
+    from transformers.utils.import_utils import is_kernels_available
 
     # The answer is remembered; asked later, transformers could find our folder `kernels` again.
     is_kernels_available()
@@ -136,15 +138,15 @@ class OmnimixForCausalLM(Checked, PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
     _is_stateful = True
-    _skip_keys_device_placement = "past_key_values"
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
 
     def __init__(self, config: OmnimixConfig):
         super().__init__(config)
         ours = config.language_model()
-        decoder = get_objective(ours.objective.type).build.decoder
+        decoder = get_objective(ours.objective_name).build.decoder
         if decoder != "autoregressive":
             raise UnsupportedCall(
-                f"objective {ours.objective.type!r} does not generate one token after the other, which transformers' "
+                f"objective {ours.objective_name!r} does not generate one token after the other, which transformers' "
                 "AutoModelForCausalLM and generate do; generate with omnimix.diffuse"
             )
         self.gradient_checkpointing = False
@@ -235,9 +237,8 @@ class OmnimixForCausalLM(Checked, PreTrainedModel, GenerationMixin):
         if use_cache and not rows.several:
             cache = OmnimixCache() if cache is None else cache
             cache.update(out.state, x.shape[1])
-        output = CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=hidden, **{CACHE: cache if use_cache and not rows.several else None}
-        )
+        kept: dict[str, Any] = {CACHE: cache if use_cache and not rows.several else None}
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=hidden, **kept)
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
 
@@ -265,7 +266,8 @@ class OmnimixForCausalLM(Checked, PreTrainedModel, GenerationMixin):
         cache = _either(cache, past_key_values)
         if cache is None and kwargs.get("next_sequence_length") is not None:
             kwargs["next_sequence_length"] = None
-        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **{CACHE: cache}, **kwargs)
+        model: Any = super()
+        return model.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **{CACHE: cache}, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *others: Any) -> None:
         """`generate` asks for its cache here, once, with the whole mask at hand."""
@@ -319,11 +321,11 @@ class OmnimixForCausalLM(Checked, PreTrainedModel, GenerationMixin):
         if self._constructing:
             return
         # Buffers that no file holds start as zeros; loading has built them without memory.
-        for name in module._non_persistent_buffers_set:
+        for name in buffers_outside_state_dict(module):
             getattr(module, name).zero_()
         names = {id(m): name for name, m in self.named_modules()}
         parameters = module.named_parameters(recurse=False)
-        new = {name: p for name, p in parameters if not getattr(p, "_is_hf_initialized", False)}
+        new = {name: p for name, p in parameters if not loaded(p)}
         if new and id(module) in names:
             lacking = ", ".join(f"{names[id(module)]}.{name}" for name in new)
             raise CheckpointError(f"the checkpoint lacks {lacking}; it is not a whole model")
@@ -349,7 +351,8 @@ def to_pretrained(model: LanguageModel, *, end: int | None = None) -> OmnimixFor
         architectures=[OmnimixForCausalLM.__name__],
     )
     like = model.embedding.weight
-    wrapped = OmnimixForCausalLM(config).to(like.device, like.dtype)
+    wrapped = OmnimixForCausalLM(config)
+    nn.Module.to(wrapped, like.device, like.dtype)
     wrapped.model.load_state_dict(model.state_dict())
     return wrapped.train(model.training)
 

@@ -94,11 +94,11 @@ class OmnimixLM(TemplateLM):
         max_batch_size: int | None = None,
     ):
         super().__init__()
-        if (run is None) == (model is None):
-            raise ConfigError("run, model: pass one of them")
         found = None
-        if run is not None:
+        if run is not None and model is None:
             model, found = load_language_model(run)
+        elif run is not None or model is None:
+            raise ConfigError("run, model: pass one of them")
         if tokenizer is not None:
             found = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
         if found is None:
@@ -144,7 +144,7 @@ class OmnimixLM(TemplateLM):
         """What lm-eval writes into its results with the numbers: how the likelihoods were found."""
         info: dict[str, Any] = {
             "run": self.run,
-            "objective": self.model.config.objective.type,
+            "objective": self.model.config.objective_name,
             "model_num_parameters": sum(p.numel() for p in self.model.parameters()),
             "model_dtype": str(self.model.embedding.weight.dtype),
             "likelihood": "exact",
@@ -192,8 +192,8 @@ class OmnimixLM(TemplateLM):
             nats, greedy = score([rows[i] for i in part], [given[i] for i in part])
             for i, cost, best in zip(part, nats.tolist(), greedy.tolist(), strict=True):
                 answers[i] = (-cost, best)
-                if requests[i][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
+                if (text := requests[i][0]) is not None:
+                    self.cache_hook.add_partial("loglikelihood", text, answers[i])
         return answers
 
     def _batches(self, sizes: Sequence[int], what: str, quiet: bool) -> Iterator[list[int]]:
@@ -228,10 +228,9 @@ class OmnimixLM(TemplateLM):
                 if scored:
                     self._score(out.y[0], torch.tensor(scored, device=device), nats, wrong)
                 left = [j for j, i in enumerate(alive) if len(rows[i]) > place + chunk + 1]
-                if left and len(left) < len(alive):
-                    state = out.state.select(torch.tensor(left, device=device))
-                else:
-                    state = out.state
+                state = out.state
+                if state is not None and left and len(left) < len(alive):
+                    state = state.select(torch.tensor(left, device=device))
                 alive, place = [alive[j] for j in left], place + chunk
         return nats.cpu(), (wrong == 0).cpu()
 
@@ -283,7 +282,7 @@ class OmnimixLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """log p of whole documents after the end token; in windows where `max_length` is set."""
-        pieces: list[tuple[None, list[int], list[int]]] = []
+        pieces: list[tuple[tuple[str, str] | None, list[int], list[int]]] = []
         owners: list[int] = []
         for i, request in enumerate(requests):
             ids = self.tokenizer.encode(request.args[0], special=True)
@@ -305,10 +304,10 @@ class OmnimixLM(TemplateLM):
         """
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
-            groups.setdefault(repr(sorted(request.args[1].items(), key=str)), []).append(i)
+            groups.setdefault(repr(sorted(request.arguments[1].items(), key=str)), []).append(i)
         texts = [""] * len(requests)
         for group in groups.values():
-            options = WritingOptions(requests[group[0]].args[1], self.max_gen_toks, self.tokenizer)
+            options = WritingOptions(requests[group[0]].arguments[1], self.max_gen_toks, self.tokenizer)
             prompts = self._prompts([requests[i].args[0] for i in group], options.most)
             for part in self._batches([len(p) for p in prompts], "Texts", disable_tqdm):
                 found = self._write([prompts[j] for j in part], [group[j] for j in part], options)

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 from jaxtyping import Float
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..backbones import BackboneConfig
@@ -22,6 +21,7 @@ from ..backbones.heads.classification import split_tokens
 from ..errors import ConfigError
 from ..modalities import ImageClassifier, ImageClassifierConfig
 from ..modalities.common.classifier import layout_of
+from .private_timm import feature_take_indices
 from .timm_base import TimmModel, TimmShort, checkpoint_filter_fn, chosen, models_of, pool_for, prefix_first, register
 from .timm_media import TimmAudioClassifier, TimmVideoClassifier
 
@@ -169,8 +169,9 @@ class TimmClassifier(TimmModel, ImageClassifier):
 
 
 def _default_cfg(config: ImageClassifierConfig) -> dict[str, Any]:
+    height, width = cast("tuple[int, int]", config.image.size)
     return {
-        "input_size": (config.image.channels, *config.image.size),
+        "input_size": (config.image.channels, height, width),
         "num_classes": config.head.classes,
         "pool_size": None,
         "crop_pct": 0.9,

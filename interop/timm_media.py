@@ -6,12 +6,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 from jaxtyping import Float
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import generate_default_cfgs
-from timm.models._manipulate import adapt_input_conv
+from timm.models import adapt_input_conv, generate_default_cfgs
 from torch import Tensor
 
 from ..backbones import BackboneConfig
@@ -88,10 +87,10 @@ class TimmVideoClassifier(TimmModel, VideoClassifier):
         frames, *size = self.tokenizer.config.size
         if img_size is not None:
             size = (img_size, img_size) if isinstance(img_size, int) else img_size
-        frames = frames if num_frames is None else num_frames
-        self.tokenizer.resize(size=(frames, *size), tubelet=plain(patch_size))
+        frames, (height, width) = frames if num_frames is None else num_frames, size
+        self.tokenizer.resize(size=(frames, height, width), tubelet=plain(patch_size))
         self.adopt()
-        self.record_size(tuple(size), num_frames=frames, patch_size=self.tokenizer.config.tubelet)
+        self.record_size((height, width), num_frames=frames, patch_size=self.tokenizer.config.tubelet)
 
 
 class TimmAudioClassifier(TimmModel, AudioClassifier):
@@ -167,9 +166,10 @@ def checkpoint_for_videos(state_dict: dict[str, Any], model: TimmVideoClassifier
 
 
 def _video_cfg(config: VideoClassifierConfig) -> dict[str, Any]:
+    _, height, width = cast("tuple[int, int, int]", config.video.size)
     return {
         # Of a frame: what timm's transforms make.
-        "input_size": (config.video.channels, *config.video.size[1:]),
+        "input_size": (config.video.channels, height, width),
         "num_classes": config.head.classes,
         "pool_size": None,
         "interpolation": "bicubic",
@@ -195,8 +195,10 @@ def _audio_cfg(config: AudioClassifierConfig) -> dict[str, Any]:
 
 _videos, _sounds = models_of(VideoClassifierConfig), models_of(AudioClassifierConfig)
 default_cfgs = generate_default_cfgs(
-    {f"omnimix_{name}": _video_cfg(config) for name, config in _videos.items()}
-    | {f"omnimix_{name}": _audio_cfg(config) for name, config in _sounds.items()}
+    {
+        **{f"omnimix_{name}": _video_cfg(config) for name, config in _videos.items()},
+        **{f"omnimix_{name}": _audio_cfg(config) for name, config in _sounds.items()},
+    }
 )
 for _name in _videos:
     globals()[f"omnimix_{_name}"] = register(_name, TimmVideoClassifier, __name__, weights=checkpoint_for_videos)

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..errors import UnsupportedCall
 from ..utils.modes import observed, own_precision, transforming
+from ..utils.private_torch import differentiates_forward
 
 REMEDY = "take it of the backend 'reference': omnimix.kernels.using('reference')"
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -115,7 +115,7 @@ def custom_op(name: str, function: Callable[..., Any] | None = None) -> Any:
 
 def _heard(arguments: tuple[Any, ...]) -> bool:
     """Whether a call must go through torch's dispatcher."""
-    if observed() or forward_ad._current_level >= 0:
+    if observed() or differentiates_forward():
         return True
     for x in arguments:
         if isinstance(x, Tensor) and (

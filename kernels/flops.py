@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..utils.private_torch import argument_names
 from .registry import Arguments, ops
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def _register(formulas: Mapping[str, Formula], known: Mapping[Any, Any], registe
 
 
 def _counted(formula: Formula, packet: Any, times: int) -> Callable[..., int]:
-    names = [argument.name for argument in packet.default._schema.arguments]
+    names = argument_names(packet)
 
     def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
         return int(times * formula(dict(zip(names, args, strict=False)) | kwargs))

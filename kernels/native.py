@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..utils.cache import cache_folder
 from ..utils.console import say
 from ..utils.files import one_at_a_time
 from ..utils.modes import constant_in_graphs, outliving_modes
+from ..utils.private_torch import differentiates_forward, dispatch_modes, innermost_transform, tracing_state
 from .common.checks import check_edges
 
 # No -ffast-math: what is not a number must stay none.
@@ -99,11 +99,11 @@ def direct_limits(arguments: Iterable[Any], *, cpu: bool = True) -> str | None:
             return "it computes no gradients, and a tensor requires one"
         elif x.is_neg():
             return "it takes plain tensors, and one is a lazy negation"
-    if torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu"):
+    if dispatch_modes() or torch.is_autocast_enabled("cpu"):
         return "it cannot serve a dispatch mode or autocast"
-    if torch._C._get_tracing_state() is not None or torch._C._functorch.peek_interpreter_stack() is not None:
+    if tracing_state() is not None or innermost_transform() is not None:
         return "it cannot be traced by torch.jit or transformed by torch.func"
-    if forward_ad._current_level >= 0:
+    if differentiates_forward():
         return "it computes no forward derivatives"
     return None
 

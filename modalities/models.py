@@ -29,7 +29,7 @@ from .image.model import VISION_MODELS, ImageClassifier, image_classifier
 from .video.model import VIDEO_MODELS, VideoClassifier, video_classifier
 
 _factories: dict[str, Callable[..., Any]] = {}
-_classes: dict[str, type[nn.Module]] = {}
+_classes: dict[str, type[Any]] = {}
 
 
 def register_model(name: str, factory: Callable[..., Any]) -> None:

@@ -17,6 +17,7 @@ from ..errors import CheckpointError, ConfigError, UnsupportedShape
 from ..modalities import load_model
 from ..modalities.audio.files import LOUDEST
 from ..modalities.audio.model import AudioClassifier
+from ..modalities.common.classifier import Classifier
 from ..modalities.common.values import check_samples
 from ..modalities.common.weights import CONFIG, WEIGHTS
 from ..modalities.data.sources import AUDIO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, walk_files
@@ -71,7 +72,7 @@ def _wave(preprocess: AudioPreprocess, wave: Tensor) -> Float[Tensor, " n"]:
     return preprocess.fit(wave.float().reshape(-1, wave.shape[-1]).mean(0))
 
 
-_KINDS: dict[type[torch.nn.Module], _Kind] = {
+_KINDS: dict[type[Classifier], _Kind] = {
     ImageClassifier: _Kind(ImagePreprocess, "images", IMAGE_SUFFIXES, lambda p, image: p.load(image)),
     VideoClassifier: _Kind(VideoPreprocess, "videos", VIDEO_SUFFIXES, _clip),
     AudioClassifier: _Kind(AudioPreprocess, "audio files", AUDIO_SUFFIXES | VIDEO_SUFFIXES, _wave),

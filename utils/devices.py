@@ -20,9 +20,9 @@ def devices() -> list[str]:
 
 def native_bf16() -> bool:
     """Whether this CPU has bf16 products (AVX512-BF16 or AMX)."""
-    import torch
+    from .private_torch import multiplies_bf16
 
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return multiplies_bf16()
 
 
 def usable_device(name: str) -> torch.device:

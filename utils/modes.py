@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
-from torch._C._functorch import peek_interpreter_stack
-from torch.utils._python_dispatch import _disable_current_modes
+
+from .private_torch import CONSTANT_MARK, dispatch_modes, innermost_transform, tracing_state, without_modes
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -18,22 +18,22 @@ def constant_in_graphs(function: F) -> F:
 
     torch.compiler.assume_constant_result sets the same mark, but imports torch._dynamo and with it triton.
     """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    setattr(function, CONSTANT_MARK, True)
     return function
 
 
 def transforming() -> bool:
     """Whether a transform of torch.func (grad, vmap, jvp, ...) is active, outside torch.compile."""
-    return peek_interpreter_stack() is not None and not torch.compiler.is_compiling()
+    return innermost_transform() is not None and not torch.compiler.is_compiling()
 
 
 def observed() -> bool:
     """Whether a compiler, a tracer, a mode or a transform of torch.func sees what torch computes now."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or peek_interpreter_stack() is not None
+        or dispatch_modes() > 0
+        or tracing_state() is not None
+        or innermost_transform() is not None
     )
 
 
@@ -43,7 +43,7 @@ def outliving_modes() -> Iterator[None]:
 
     Whatever is active now (a device context, inference mode, an export's fake tensors) need not be when it is used.
     """
-    with torch.inference_mode(False), _disable_current_modes(), torch.device("cpu"):
+    with torch.inference_mode(False), without_modes(), torch.device("cpu"):
         yield
 
 

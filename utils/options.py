@@ -11,6 +11,11 @@ from .console import say
 from .renamed import warn_renamed
 
 
+def summary(doc: str | None) -> str:
+    """The first line of a module's docstring, which Python may have left out."""
+    return (doc or "").partition("\n")[0]
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """`--json FILE`; see `console.emit`."""
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON too ('-': to standard output, alone)")

@@ -359,6 +359,7 @@ class WaveFront(Front):
         x, kept = waves.unsqueeze(-1), []
         before = [None] * len(self.norms) if state is None else state.kept
         for convolution, norm, inputs in zip(self.convolutions, self.norms, before, strict=True):
+            assert isinstance(convolution, Convolution)
             x, rest = convolution.stream(x, inputs)
             x = F.gelu(norm(x)) if x.shape[1] else x
             kept.append(rest)

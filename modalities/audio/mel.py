@@ -167,8 +167,8 @@ def _filters(config: MelConfig) -> Float[Tensor, "frequencies bins"]:
     top = config.rate / 2 if config.high is None else config.high
     size = _fft_size(config)
     hertz = torch.linspace(0, config.rate // 2, size // 2 + 1, dtype=torch.float64)
-    ends = _mel(torch.tensor([config.low, top], dtype=torch.float64), config.scale).tolist()
-    corners = torch.linspace(*ends, config.bins + 2, dtype=torch.float64)
+    low, high = _mel(torch.tensor([config.low, top], dtype=torch.float64), config.scale).tolist()
+    corners = torch.linspace(low, high, config.bins + 2, dtype=torch.float64)
     if config.scale == "kaldi":
         # It has no filter at half the rate.
         hertz = torch.arange(size // 2 + 1, dtype=torch.float64) * (config.rate / size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,7 @@ from ...backbones.heads import ClassificationHeadConfig
 from ...backbones.scan import scan_orders
 from ...backbones.typed import Config
 from ...errors import ConfigError
-from ..common.classifier import Classifier, parted, plain_backbone
+from ..common.classifier import Classifier, Pool, parted, plain_backbone
 from .fronts import (
     FRONTS,
     FrameFrontConfig,
@@ -109,6 +109,7 @@ class AudioClassifier(Classifier):
     """
 
     config_class = AudioClassifierConfig
+    tokenizer: AudioTokenizer
 
     def __init__(self, config: AudioClassifierConfig):
         super().__init__(AudioTokenizer(config.audio), config.backbone, config.head)
@@ -118,8 +119,8 @@ class AudioClassifier(Classifier):
         sound = torch.linspace(-9, 9, 900).sin() * torch.linspace(0, 20, 900).square().cos()
         clips = torch.stack([0.1 * sound, 0.2 * sound.flip(0)])
         batches = [clips, clips[:, 300:], [clips[0, 100:], clips[1, :30], clips[0, :800]]]
-        small = {"dim": 16, "depth": 1, "classes": 3}
-        mel = {"rate": 4000, "bins": 8}
+        small: dict[str, Any] = {"dim": 16, "depth": 1, "classes": 3}
+        mel: dict[str, Any] = {"rate": 4000, "bins": 8}
         return [
             (
                 audio_classifier(
@@ -180,7 +181,7 @@ def audio_front(
     patch: int | tuple[int, int] = 16,
     bins: int | None = None,
     positions: str | None = None,
-    class_token: str | None = None,
+    class_token: Literal["first", "middle"] | None = None,
     causal: bool = False,
     augment: SpecAugmentConfig | None = None,
 ) -> FrontConfig:
@@ -230,7 +231,7 @@ def audio_classifier(
     classes: int = 527,
     front: FrontConfig | str = "patches",
     causal: bool = False,
-    pool: str = "mean",
+    pool: Pool = "mean",
     dropout: float = 0.0,
     **options: Any,
 ) -> AudioClassifierConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -41,7 +41,7 @@ class AudioTokenizerConfig(Config):
     @property
     def rate(self) -> int:
         """Samples a second of the waves."""
-        return self.front.sample_rate
+        return cast(FrontConfig, self.front).sample_rate
 
     @staticmethod
     def upgrade(values: dict[str, Any]) -> dict[str, Any]:
@@ -92,8 +92,8 @@ class AudioTokenizer(nn.Module):
         _check(waves, 2, empty=True)
         if state is not None and state.kept[0].shape[0] != waves.shape[0]:
             raise UnsupportedShape(f"waves has {waves.shape[0]} rows, and the state {state.kept[0].shape[0]}")
-        tokens, state = self.front.stream(waves, state)
-        return tokens, Layout(causal=True), state
+        tokens, after = self.front.stream(waves, state)
+        return tokens, Layout(causal=True), after
 
     def _packed(self, waves: Sequence[Float[Tensor, " _"]]) -> tuple[Float[Tensor, "1 t d"], Layout]:
         rows: dict[int, tuple[Tensor, Layout]] = {}

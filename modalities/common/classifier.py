@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ class Classifier(nn.Module):
         backbone: its width is the tokenizer's.
         head: of the classification.
     """
+
+    tokenizer: Any
+    config: Any
 
     def __init__(self, tokenizer: nn.Module, backbone: BackboneConfig, head: ClassificationHeadConfig):
         super().__init__()
@@ -100,6 +103,7 @@ class ShortForm(TypedDict, total=False):
     drop_path: float
 
 
+Pool = Literal["mean", "max", "class_token", "none"]
 SHORT = tuple(ShortForm.__annotations__)
 
 
@@ -133,7 +137,8 @@ def plain_backbone(
         if positions and "rope" in config.__dataclass_fields__:
             mixers = {name: config(rope=False)} | mixers
     if backbone is None:
-        return BackboneConfig(**{"scan": "both"} | changed, mixers=mixers)
+        changed.setdefault("scan", "both")
+        return BackboneConfig(**changed, mixers=mixers)
     return replace(backbone, **changed, mixers=mixers)
 
 
@@ -141,7 +146,7 @@ def pattern_name(backbone: BackboneConfig) -> str:
     """The mixers of a backbone as its short form writes them; with stages those of each."""
     patterns = [stage.pattern or backbone.pattern for stage in backbone.stages] or [backbone.pattern]
     blocks = [BlockConfig.of(entry) for pattern in patterns for entry in pattern]
-    mixers = [getattr(block.mixer, "type", block.mixer) or "none" for block in blocks]
+    mixers = [block.mixer.type if isinstance(block.mixer, MixerConfig) else block.mixer or "none" for block in blocks]
     return ",".join(mixers)
 
 

@@ -73,9 +73,9 @@ class Input:
     """
 
     def __init__(self, source: Source, name: str | None = None, threads: int = 1):
-        import av
+        from av.error import FFmpegError
 
-        self._errors = (av.FFmpegError, OSError)
+        self._errors = (FFmpegError, OSError)
         self._process = os.getpid()
         self._source, self._threads = source, threads
         self._container: Any = None
@@ -94,16 +94,13 @@ class Input:
         import av
 
         self.close()
-        source = self._source
-        if isinstance(source, bytes):
-            source = io.BytesIO(source)
-        elif isinstance(source, str | Path):
-            # FFmpeg takes what precedes a colon in a name for a protocol.
-            source = f"file:{source}"
+        source = io.BytesIO(self._source) if isinstance(self._source, bytes) else self._source
+        # FFmpeg takes what precedes a colon in a name for a protocol.
+        file = f"file:{source}" if isinstance(source, str | Path) else source
         options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
         with self.reading():
             self._check_size(source)
-            self._container = av.open(source, metadata_errors="replace", container_options=options)
+            self._container = av.open(file, metadata_errors="replace", container_options=options)
         for stream in self._container.streams:
             if stream.codec_context is not None:
                 # PyAV takes as many threads as there are processors, in every worker.
@@ -112,7 +109,7 @@ class Input:
 
     def _check_size(self, source: Any) -> None:
         """Compare the size with what headers of wav and avi say: FFmpeg silently shortens such files."""
-        with open(self._source, "rb") if isinstance(source, str) else nullcontext(source) as file:
+        with open(source, "rb") if isinstance(source, str | Path) else nullcontext(source) as file:
             file.seek(0)
             head, size = file.read(8), file.seek(0, os.SEEK_END)
             file.seek(0)
@@ -262,10 +259,11 @@ class Input:
                 when = None if timeless and index in counted else when
                 if not packet.size or packet.is_discard or (when is None and index not in counted):
                     continue
-                end = None if when is None else when + (packet.duration or 0)
                 if when is None:
                     when = ends.get(index, 0)
                     end = when + lasts[index]
+                else:
+                    end = when + (packet.duration or 0)
                 whole.setdefault(index, packet.is_keyframe or packet.stream.type != "video")
                 if index not in last or when > last[index]:
                     last[index] = when

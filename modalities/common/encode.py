@@ -147,8 +147,10 @@ class _Output:
 
     def __init__(self, path: Path, container: str):
         import av
+        from av.codec.codec import UnknownCodecError
+        from av.error import FFmpegError
 
-        self._errors = (av.FFmpegError, ValueError, av.codec.codec.UnknownCodecError)
+        self._errors = (FFmpegError, ValueError, UnknownCodecError)
         # FFmpeg takes what precedes a colon in a name for a protocol.
         self._container = av.open(f"file:{path}", "w", format=container)
 

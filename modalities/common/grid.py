@@ -57,8 +57,15 @@ def resize_table(table: Tensor, *sizes: int) -> Tensor:
         if out.shape[axis] != size:
             with own_precision(out.device.type):
                 weights = axis_weights(out.shape[axis], size, out)
-                out = torch.tensordot(weights, out, dims=([1], [axis])).movedim(0, axis)
+                out = _along(axis, weights, out)
     return out.to(table.dtype)
+
+
+def _along(axis: int, matrix: Float[Tensor, "new old"], values: Tensor) -> Tensor:
+    """The products of a matrix with the vectors along an axis."""
+    # The annotation of `dims` leaves out that it may name axes.
+    dims: Any = ([1], [axis])
+    return torch.tensordot(matrix, values, dims=dims).movedim(0, axis)
 
 
 def resize_kernel(weight: Float[Tensor, "d c *old"], *sizes: int) -> Float[Tensor, "d c *new"]:
@@ -71,7 +78,7 @@ def resize_kernel(weight: Float[Tensor, "d c *old"], *sizes: int) -> Float[Tenso
     for axis, size in enumerate(sizes, start=2):
         if out.shape[axis] != size:
             way = torch.linalg.pinv(axis_weights(out.shape[axis], size, out).T)
-            out = torch.tensordot(way, out, dims=([1], [axis])).movedim(0, axis)
+            out = _along(axis, way, out)
     return out.to(weight.dtype).contiguous()
 
 

@@ -15,6 +15,7 @@ from ...backbones.config import BackboneConfig
 from ...backbones.serialization import current_name, from_dict, to_dict
 from ...errors import CheckpointError, ConfigError, OmnimixError, UnknownName
 from ...utils.files import replace_file, replace_tensors
+from ...utils.private_torch import COMPILED, inside_compiled
 from .grid import fit_positions
 
 # The format of what `write_config` writes. Version 0.1 wrote none, which is 1.
@@ -24,7 +25,7 @@ Shape = tuple[int, ...]
 # The largest config.json; the tables of names in ours have some kB.
 _LARGEST = 16 << 20
 # Marks that torch.compile and data parallel wrappers leave in parameter names.
-_WRAPPERS = ("_orig_mod.", "module.")
+_WRAPPERS = (f"{COMPILED}.", "module.")
 
 
 def plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -42,7 +43,7 @@ def _unmarked(name: str) -> str:
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside torch.compile's and data-parallel wrappers."""
     while True:
-        inner = getattr(model, "_orig_mod", None)
+        inner = inside_compiled(model)
         if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             inner = model.module
         if inner is None:
@@ -60,8 +61,8 @@ def first_names(model: nn.Module) -> dict[str, str]:
 def stored_as(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Weights as they were stored, in the names and forms that the model has, each name of a shared one included."""
     for name, module in model.named_modules():
-        if hasattr(module, "upgrade_state"):
-            module.upgrade_state(weights, f"{name}." if name else "")
+        if upgrade := getattr(module, "upgrade_state", None):
+            upgrade(weights, f"{name}." if name else "")
     shared = {name: weights[first] for name, first in first_names(model).items() if first in weights}
     return shared | weights
 
@@ -130,7 +131,7 @@ def check_fits(
             raise CheckpointError(
                 f"{file} does not fit the model, which cannot be built: {what}; nothing was loaded"
             ) from error
-    _compare(*({name: tuple(t.shape) for name, t in each.items()} for each in (own, stored)), file)
+    _compare(_shapes(own), _shapes(stored), file)
 
 
 def check_blocks(names: Iterable[str], backbone: BackboneConfig, file: str | Path, prefix: str = "") -> None:
@@ -147,6 +148,10 @@ def check_blocks(names: Iterable[str], backbone: BackboneConfig, file: str | Pat
         raise CheckpointError(
             f"{file} does not fit the model: it has {stored} blocks, and the model {backbone.depth}; nothing was loaded"
         )
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, Shape]:
+    return {name: tuple(t.shape) for name, t in weights.items()}
 
 
 def _compare(own: Mapping[str, Shape], stored: Mapping[str, Shape], file: str | Path) -> None:
@@ -185,7 +190,7 @@ def load_weights(model: nn.Module, file: str | Path, *, resize: bool = False) ->
     if resize:
         weights = fit_positions(weights, model)
     own = plain_names(model.state_dict())
-    _compare(*({name: tuple(t.shape) for name, t in each.items()} for each in (own, weights)), file)
+    _compare(_shapes(own), _shapes(weights), file)
     for name, tensor in own.items():
         if weights[name].is_floating_point() != tensor.is_floating_point():
             raise CheckpointError(

@@ -230,19 +230,22 @@ class Rows(Corpus):
 
     def _document(self, name: str, value: Any) -> Iterator[Document]:
         """The document that a row's field holds, or none and a problem."""
+        text, messages = "", None
         try:
             if self.chat:
                 if not isinstance(value, list):
                     raise ConfigError(f"{self.field!r} is {type(value).__name__} and not a list of messages")
                 check_messages(value)
+                messages, content = value, json.dumps(value, ensure_ascii=False)
             elif not isinstance(value, str):
                 raise ConfigError(f"{self.field!r} is {type(value).__name__} and not text")
-            content = json.dumps(value, ensure_ascii=False) if self.chat else value
+            else:
+                text = content = value
             key = hashlib.sha256(content.encode()).hexdigest()
         except (ConfigError, UnicodeEncodeError) as error:
             self.refuse(name, str(error))
             return
-        yield Document(name=name, key=key, messages=value) if self.chat else Document(name=name, key=key, text=value)
+        yield Document(name=name, key=key, text=text, messages=messages)
 
 
 class JsonLines(Rows):
@@ -321,8 +324,8 @@ class Shards(Rows):
                 reason = member_problem(member)
                 if reason is not None:
                     self.refuse(f"{name}/{member.name}", reason)
-                elif member.isfile():
-                    yield from self._member(f"{name}/{member.name}", shard.extractfile(member).read())
+                elif member.isfile() and (opened := shard.extractfile(member)):
+                    yield from self._member(f"{name}/{member.name}", opened.read())
             end = shard.offset
         with path.open("rb") as file:
             # Compressed files say themselves where they are cut.

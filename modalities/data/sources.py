@@ -12,7 +12,10 @@ from typing import Any, Protocol, runtime_checkable
 from ...errors import ConfigError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
-VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv", ".3gp"})
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv", ".3gp", ".asf", ".flv", ".vob"}
+    | {".h264", ".hevc", ".m1v", ".m2v"}  # bare streams
+)
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".aif", ".aiff"})
 
 _LAYOUTS = "{split}/CLASS/FILES, {split}.csv, or tar shards {split}-*.tar or {split}/*.tar"
@@ -33,9 +36,11 @@ class Source(Protocol):
 
     def name(self, index: int) -> str:
         """Where the sample lies, another one for every sample."""
+        ...
 
     def label(self, index: int) -> int:
         """The index of its class."""
+        ...
 
     def media(self, index: int) -> Path | bytes:
         """The path of its file, or the bytes of a shard's member.
@@ -43,6 +48,7 @@ class Source(Protocol):
         Raises:
             MediaError: the shard cannot be read.
         """
+        ...
 
 
 class Strings(Sequence[str]):

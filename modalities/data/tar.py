@@ -150,7 +150,7 @@ def headers(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         last = member.offset
         yield member
         # tarfile keeps every header that it has read.
-        archive.members.clear()
+        archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # typeshed leaves it out
 
 
 def unpacker(file: BinaryIO) -> str | None:

@@ -60,7 +60,7 @@ class TokenCache:
             footer, body = _read_footer(file, size)
             parts = {name: np.dtype(kind) for name, kind in footer["parts"].items()}
             whole = np.memmap(file, np.uint8, "r", shape=(body,)) if body else np.zeros(0, np.uint8)
-            if zlib.crc32(whole) != footer["crc"]:
+            if zlib.crc32(whole.data) != footer["crc"]:
                 raise CheckpointError(f"{file} is corrupt: its checksum is another")
             arrays, at = {}, 0
             for name, kind in parts.items():

@@ -41,7 +41,7 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL converts to grey
 
 
 def load_image(
-    source: object, mode: Literal["RGB", "L"] = "RGB", *, name: str | None = None, keep_bytes: bool = False
+    source: Any, mode: Literal["RGB", "L"] = "RGB", *, name: str | None = None, keep_bytes: bool = False
 ) -> Shaped[Tensor, "c h w"]:
     """Read an image as a float32 tensor in 0..1.
 

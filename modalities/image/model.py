@@ -12,7 +12,7 @@ from ...backbones import BackboneConfig, list_mixers
 from ...backbones.heads import ClassificationHeadConfig
 from ...backbones.typed import Config
 from ...errors import ConfigError
-from ..common.classifier import Classifier, parted, plain_backbone
+from ..common.classifier import Classifier, Pool, parted, plain_backbone
 from .tokenizer import PatchTokenizer, PatchTokenizerConfig
 
 
@@ -42,6 +42,7 @@ class ImageClassifier(Classifier):
     """
 
     config_class = ImageClassifierConfig
+    tokenizer: PatchTokenizer
 
     @classmethod
     def examples(cls) -> list[tuple[ImageClassifierConfig, list[Tensor]]]:
@@ -67,7 +68,7 @@ def image_classifier(
     backbone: BackboneConfig | None = None,
     *,
     classes: int = 1000,
-    pool: str = "mean",
+    pool: Pool = "mean",
     dropout: float = 0.0,
     **options: Any,
 ) -> ImageClassifierConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -53,8 +53,8 @@ class PatchTokenizerConfig(Config):
 
     def grid(self, size: tuple[int, int] | None = None) -> tuple[int, int]:
         """Rows and columns of patches in an image of `size` (by default the size that positions are learned for)."""
-        height, width = size or self.size
-        return math.ceil(height / self.patch[0]), math.ceil(width / self.patch[1])
+        (height, width), (down, across) = cast("tuple[tuple[int, int], ...]", (size or self.size, self.patch))
+        return math.ceil(height / down), math.ceil(width / across)
 
 
 class PatchProjection(nn.Conv2d):
@@ -62,6 +62,8 @@ class PatchProjection(nn.Conv2d):
 
     The weights are a convolution's, so that checkpoints and tools that adapt input channels find what they know.
     """
+
+    bias: nn.Parameter
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b t d"]:
         return strided_product(images, self.weight, self.bias)
@@ -117,7 +119,7 @@ class PatchTokenizer(GridTokenizer):
         """The position embeddings of a grid of this size, in raster order; None where there are none."""
         if self.positions is not None:
             return resize_table(self.positions, rows, columns).flatten(0, 1)
-        if self.row_positions is not None:
+        if self.row_positions is not None and self.column_positions is not None:
             down, across = resize_table(self.row_positions, rows), resize_table(self.column_positions, columns)
             return (down[:, None] + across).flatten(0, 1)
         return None

@@ -193,8 +193,8 @@ def turns(template: str, messages: Sequence[Message], variables: Mapping[str, An
         # Of `Guard`'s mark, digits stand between two; the two marks here are others.
         marks = unused_marks(2, messages, variables, template)
         text = render(template, messages, generate=False, variables=variables, marks=(marks[0], marks[1]))
-        pieces = re.split(f"[{''.join(marks)}]", text)
-        return [(piece, i % 2 == 1) for i, piece in enumerate(pieces) if piece]
+        parts = re.split(f"[{''.join(marks)}]", text)
+        return [(part, i % 2 == 1) for i, part in enumerate(parts) if part]
     pieces: list[tuple[str, bool]] = []
     done = ""
     ends = [(i, message) for i, message in enumerate(messages) if message.get("role") == "assistant"]

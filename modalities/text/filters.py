@@ -109,7 +109,7 @@ def check_percent(form: str, values: Any) -> None:
     for piece in form.split("%")[1:]:
         # A name in brackets comes before the width.
         piece = piece.partition(")")[2] if piece.startswith("(") else piece
-        width_fits(meter, re.match(r"[-#0 +]*[\d.*]*", piece)[0])
+        width_fits(meter, re.findall(r"^[-#0 +]*[\d.*]*", piece)[0])
     values = list(values.values()) if isinstance(values, Mapping) else values
     longest = max(
         (tree_size(v, meter.most) for v in (values if isinstance(values, list | tuple) else [values])), default=0

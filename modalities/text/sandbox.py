@@ -155,7 +155,7 @@ class _Hooks(Extension):
 
     tags = {"generation"}  # noqa: RUF012
 
-    def parse(self, parser: Any) -> nodes.CallBlock:
+    def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_generated"), [], [], body).set_lineno(line)
@@ -189,7 +189,7 @@ class _Counted(NodeTransformer):
     def _call(self, node: nodes.Node, name: str, *args: nodes.Expr) -> nodes.Call:
         return self.hooks.call_method(name, list(args), lineno=node.lineno)
 
-    def _spend(self, node: nodes.Node, cost: int) -> nodes.ExprStmt:
+    def _spend(self, node: nodes.Node, cost: int) -> nodes.Node:
         return nodes.ExprStmt(self._call(node, "spend", nodes.Const(cost))).set_lineno(node.lineno)
 
     def visit_For(self, node: nodes.For) -> nodes.For:

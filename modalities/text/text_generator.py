@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, cast
 
 import torch
 
 from ...backbones import LanguageModel
 from ...backbones.decoding import DiffusionConfig, GenerationConfig, Prefix, diffuse, generate, read_prefix, stream
 from ...backbones.decoding.diffusion import Watch
-from ...backbones.decoding.generate import Writer
+from ...backbones.decoding.generate import Reason, Writer
 from ...backbones.decoding.prefill import evaluating
 from ...errors import CheckpointError, ConfigError, UnsupportedCall
 from ..models import load_model
@@ -37,7 +37,7 @@ class TextResult:
     text: str
     tokens: list[int]
     log_probs: list[float]
-    reason: Literal["end", "stop", "length"]
+    reason: Reason
 
 
 class StopStrings:
@@ -149,7 +149,7 @@ class TextGenerator:
         return self._pieces(stream(self.model, self._ids(prompt, prefix), config, prefix=prefix, number=number), text)
 
     @staticmethod
-    def _pieces(steps: Iterator, text: _Text) -> Iterator[str]:
+    def _pieces(steps: Any, text: _Text) -> Iterator[str]:
         try:
             for step in steps:
                 piece = text.push(step.token, step.reason is not None)
@@ -215,7 +215,8 @@ class TextGenerator:
         prefix: Prefix | None,
         numbers: Sequence[int] | None,
     ) -> list[TextResult]:
-        pieces, log_probs, reasons = [""] * len(ids), [[] for _ in ids], ["length"] * len(ids)
+        pieces, log_probs = [""] * len(ids), [[] for _ in ids]
+        reasons: list[Reason] = ["length"] * len(ids)
         with evaluating(self.model), torch.inference_mode():
             writer = Writer(self.model, ids, config, prefix, numbers)
             while writer.rows:
@@ -225,7 +226,7 @@ class TextGenerator:
                     pieces[row] += texts[row].push(step.token, step.reason is not None)
                     if texts[row].strings.hit:
                         stopped.add(row)
-                    reasons[row] = "stop" if row in stopped else step.reason
+                    reasons[row] = "stop" if row in stopped else step.reason or "length"
                 writer.leave(stopped)
         return [
             TextResult(text=text, tokens=tokens, log_probs=own, reason=reason)
@@ -235,8 +236,11 @@ class TextGenerator:
     def _ids(self, prompt: Prompt, prefix: Prefix | None) -> list[int]:
         """A prompt's ids, after the end token with which every document begins unless there is a prefix."""
         if not isinstance(prompt, str) and all(isinstance(part, int) for part in prompt):
-            return list(prompt)
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.encode_chat(prompt)
+            return list(cast("Sequence[int]", prompt))
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = self.tokenizer.encode_chat(cast("Sequence[Message]", prompt))
         begun = prefix is not None or (not isinstance(prompt, str) and self.tokenizer.begins(ids))
         return ids if begun else [self.tokenizer.end, *ids]
 

@@ -225,26 +225,28 @@ class VideoReader:
                     raise UnsupportedCall("another read of this reader began; open a reader for each of the two")
             if self._ahead is None or self._ahead.time >= stop:
                 return
-            shown = self._step()
+            shown = self._step(self._ahead)
 
     def _go(self, time: float | int) -> _Frame:
         """Move to the frame on the screen at a time."""
         time = min(max(time, 0.0), self.info.duration)
-        if self._shown is None or time + self._tolerance < self._shown.time or self._keyframe_before(time):
-            self._seek(time)
+        shown = self._shown
+        if shown is None or time + self._tolerance < shown.time or self._keyframe_before(time):
+            shown = self._seek(time)
         while self._ahead is not None and self._ahead.time <= time + self._tolerance:
-            self._step()
-        return self._shown
+            shown = self._step(self._ahead)
+        return shown
 
-    def _step(self) -> _Frame:
+    def _step(self, frame: _Frame) -> _Frame:
+        """Show the frame that lay ahead."""
         self._input.check()
-        self._shown, self._ahead = self._ahead, next(self._decoded, None)
+        self._shown, self._ahead = frame, next(self._decoded, None)
         end = float(self._last - self._start) - slack(self.info.duration)
-        if self._ahead is None and self._shown.time < end:
+        if self._ahead is None and frame.time < end:
             raise self._input.error(
-                f"its frames can be decoded up to {self._shown.time:.2f} s only, of {self.info.duration:.2f} s"
+                f"its frames can be decoded up to {frame.time:.2f} s only, of {self.info.duration:.2f} s"
             )
-        return self._shown
+        return frame
 
     def _keyframe_before(self, time: float | int) -> bool:
         """Whether decoding can begin later than where the reader stands, and not after `time`."""
@@ -256,7 +258,7 @@ class VideoReader:
             return False
         return stream.index_entries[place].timestamp * stream.time_base - self._start > self._ahead.time
 
-    def _seek(self, time: float | int) -> None:
+    def _seek(self, time: float | int) -> _Frame:
         # A seek may land late where the container lists decoding times or guesses from sizes.
         for back in () if self._input.is_counted(self._index) else (0.0, 1.0, 10.0, math.inf):
             target = max(time - back, 0.0)
@@ -266,13 +268,14 @@ class VideoReader:
                 break
             self._load()
             if self._shown is not None and self._shown.time <= time + self._tolerance:
-                return
+                return self._shown
             if target == 0:
                 break
         self._input.open()
         self._load()
         if self._shown is None:
             raise self._input.error("its frames can no longer be decoded")
+        return self._shown
 
     def _load(self) -> None:
         self._decoded = _timed(self._input, self._index, self._start)

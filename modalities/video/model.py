@@ -14,7 +14,7 @@ from ...backbones.heads import ClassificationHeadConfig
 from ...backbones.scan import needs_rows, scan_orders
 from ...backbones.typed import Config
 from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
-from ..common.classifier import Classifier, parted, plain_backbone
+from ..common.classifier import Classifier, Pool, parted, plain_backbone
 from .reduction import Grid
 from .tokenizer import TubeletTokenizer, TubeletTokenizerConfig
 
@@ -105,6 +105,7 @@ class VideoClassifier(Classifier):
     """
 
     config_class = VideoClassifierConfig
+    tokenizer: TubeletTokenizer
 
     def __init__(self, config: VideoClassifierConfig):
         super().__init__(TubeletTokenizer(config.video), config.backbone, config.head)
@@ -177,7 +178,7 @@ def video_classifier(
     backbone: BackboneConfig | None = None,
     *,
     classes: int = 400,
-    pool: str = "mean",
+    pool: Pool = "mean",
     dropout: float = 0.0,
     **options: Any,
 ) -> VideoClassifierConfig:

@@ -37,7 +37,8 @@ def average_cells(tokens: Float[Tensor, "b t d"], grid: Grid, group: Grid) -> tu
         parts = [full.unflatten(axis, (-1, side)).mean(axis + 1)] if whole else []
         parts += [rest.mean(axis, keepdim=True)] if rest.shape[axis] else []
         cells = torch.cat(parts, dim=axis) if len(parts) > 1 else parts[0]
-    return cells.flatten(1, 3), tuple(cells.shape[1:4])
+    _, t, h, w, _ = cells.shape
+    return cells.flatten(1, 3), (t, h, w)
 
 
 def merge_tokens(

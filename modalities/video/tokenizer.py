@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -84,12 +84,13 @@ class TubeletTokenizerConfig(Config):
 
     def grid(self, size: Grid | None = None) -> Grid:
         """Tubelets in time, down and across in a video of `size` (by default that which positions are learned for)."""
-        return tuple(math.ceil(n / side) for n, side in zip(size or self.size, self.tubelet, strict=True))
+        sides = zip(cast(Grid, size or self.size), cast(Grid, self.tubelet), strict=True)
+        return cast(Grid, tuple(math.ceil(n / side) for n, side in sides))
 
     @property
     def step(self) -> int:
         """Frames of a time step of the tokens."""
-        return self.tubelet[0] * self.group[0]
+        return cast(Grid, self.tubelet)[0] * cast(Grid, self.group)[0]
 
 
 def sinusoids(length: int, dim: int, start: int = 0) -> Float[Tensor, "length dim"]:
@@ -103,6 +104,8 @@ def sinusoids(length: int, dim: int, start: int = 0) -> Float[Tensor, "length di
 
 class TubeletProjection(nn.Conv3d):
     """A convolution whose stride is its kernel, computed as one matrix product; the weights are a convolution's."""
+
+    bias: nn.Parameter
 
     def forward(self, videos: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b n d"]:
         return strided_product(videos, self.weight, self.bias)
@@ -247,7 +250,7 @@ def inflate(
         video.proj.weight[:, :, tubelet // 2] = kernel[:, :, 0]
     video.proj.bias.copy_(image.proj.bias)
     places = image.place_vectors(*own.grid())
-    if places is not None:
+    if places is not None and video.positions is not None:
         video.positions.copy_(places.unflatten(0, own.grid()))
     if video.time_positions is not None:
         video.time_positions.zero_()

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...backbones.config import called, positive
 from ...errors import ConfigError
 from ...modalities.audio.files import read_audio
+from ...modalities.common.classifier import Classifier
 from ...modalities.data.sources import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from ..common.preprocess import Preprocess
 
@@ -44,7 +45,7 @@ class AudioPreprocess(Preprocess):
             what = f"{called(self)}.rate is {self.rate} and seconds {self.seconds}"
             raise ConfigError(f"{what}; a clip has at most {SAMPLES:,} samples")
 
-    def of_the_model(self, model: nn.Module) -> dict[str, tuple[Any, Any]]:
+    def of_the_model(self, model: Classifier) -> dict[str, tuple[Any, Any]]:
         return {"rate": (self.rate, model.tokenizer.config.rate)}
 
     def read(self, media: Path | str | bytes) -> Float[Tensor, " n"]:

@@ -69,16 +69,16 @@ class AudioClassification(EvenSteps, Classification):
         if order_blind_epochs < 0:
             raise ConfigError(f"model.order_blind_epochs is {order_blind_epochs}; it must be at least 0")
         rate, seconds, classes = sounds
-        front = _FRONTS.get(front) or configured(FrontConfig, front) if isinstance(front, str) else front
-        front = front.fitted(rate, seconds or _USUAL)
-        if front.sample_rate != rate:
+        chosen = _FRONTS.get(front) or configured(FrontConfig, front) if isinstance(front, str) else front
+        chosen = chosen.fitted(rate, seconds or _USUAL)
+        if chosen.sample_rate != rate:
             raise ConfigError(
-                f"model.front takes {front.sample_rate} samples a second, and the data has {rate}: set data.rate"
+                f"model.front takes {chosen.sample_rate} samples a second, and the data has {rate}: set data.rate"
             )
-        model = AudioClassifier(audio_classifier(backbone, classes=classes, front=front))
+        model = AudioClassifier(audio_classifier(backbone, classes=classes, front=chosen))
         super().__init__(model, medium="audio", training=training, classes=classes)
         # What the report shows and the baseline sees, also where the model itself sees no spectrogram.
-        self.mel = front.mel if isinstance(front, SpectrogramFrontConfig) else _MEL.at_rate(rate)
+        self.mel = chosen.mel if isinstance(chosen, SpectrogramFrontConfig) else _MEL.at_rate(rate)
         self.order_blind_epochs = order_blind_epochs
 
 

@@ -88,8 +88,8 @@ def prepared(argv: list[str], base: Path, model: type, data: type[RecipeData]) -
     rest_of_defaults = _take(both, defaults)
     rest, flags = _parted(argv, both)
     # A part is named before its options are set, in whatever order they were typed; and flags win over files.
-    for owner, *flag in sorted(flags, key=lambda flag: len(flag[2])):
-        owner.flag(*flag)
+    for owner, option, place, value in sorted(flags, key=lambda flag: len(flag[2])):
+        owner.flag(option, place, value)
     ours = ["--config", _inline({"model": trees.checked()})]
     ours += [f"--data.{name}={json.dumps(value)}" for name, value in options.checked().items()]
     # Help is printed as soon as it is read, without the words that follow it.
@@ -113,14 +113,14 @@ def _parted(argv: list[str], both: tuple[Trees, ...]) -> tuple[list[str], list[t
     words = iter(argv)
     for word in words:
         option, equals, value = word.partition("=")
-        owner, place = next(((each, at) for each in both if (at := each.path(option))), (None, None))
-        if owner is None and option not in ("--config", "--data"):
+        found = next(((each, at) for each in both if (at := each.path(option))), None)
+        if found is None and option not in ("--config", "--data"):
             rest.append(word)
             continue
         if not equals and (value := next(words, None)) is None:
             raise ConfigError(f"{option} needs a value")
-        if owner is not None:
-            flags.append((owner, option, place, value))
+        if found is not None:
+            flags.append((found[0], option, found[1], value))
             continue
         content = _read(value) if option == "--config" else {"data": _mapping(value)}
         if isinstance(content, dict) and option == "--config":

@@ -15,12 +15,13 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ...backbones.serialization import to_dict
 from ...errors import CheckpointError, ConfigError, OmnimixError
@@ -34,6 +35,7 @@ from .history import History
 from .migration import migrated_files
 from .options import RecipeData, options_argument
 from .parser import Parser
+from .private_lightning import OpenCLI
 from .ranks import share_threads, trainer_of_torchrun
 from .stored import DAMAGED, OTHER_MODEL, build_fitting, stored_config
 from .training import AverageWeights, Begin, LastCheckpoint, SeedEveryStep, WholeFiles, precision
@@ -49,7 +51,7 @@ def _own_error(error: BaseException | None) -> OmnimixError | None:
     return error
 
 
-class RecipeCLI(LightningCLI):
+class RecipeCLI(OpenCLI):
     """LightningCLI for one subcommand of one recipe, all of whose files lie in the folder of the run.
 
     Args:
@@ -64,6 +66,11 @@ class RecipeCLI(LightningCLI):
         history: keeps the curves.
         callbacks: more of the recipe's own, for a fit.
     """
+
+    model_class: type[pl.LightningModule]
+    datamodule_class: type[RecipeData]
+    # What Lightning's connectors add to it, its class does not declare.
+    trainer: Any
 
     def __init__(
         self,
@@ -165,6 +172,7 @@ class RecipeCLI(LightningCLI):
         return self.config[self.command]
 
     def before_instantiate_classes(self) -> None:
+        self._build_trees()
         if self.options.threads is not None:
             set_threads(self.options.threads)
             # The processes that Lightning starts read it.
@@ -188,10 +196,11 @@ class RecipeCLI(LightningCLI):
         except ValueError as error:
             raise _own_error(error) or ConfigError(" ".join(str(error).split())) from error
 
-    def _add_instantiators(self) -> None:
-        super()._add_instantiators()
-        # Lightning keeps a dump of plain values; then the trees become what the model takes.
-        self._dump_config()
+    def _build_trees(self) -> None:
+        # Lightning keeps a dump of plain values, which it makes unless there is one; then the trees become what the
+        # model takes.
+        dumped = self.parser.dump(self.config, skip_link_targets=False, skip_unset=False, format="yaml")
+        self.config_dump = yaml.safe_load(dumped)[self.command]
         model = self.options.model
         for name in tree_defaults(self.model_class):
             model[name] = build(name, model[name])
@@ -216,7 +225,7 @@ class RecipeCLI(LightningCLI):
         place = {"save_dir": str(self.folder.path), "name": "logs", "version": parts}
         return [CSVLogger(**place), TensorBoardLogger(**place)]
 
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> pl.Trainer:
+    def make_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> pl.Trainer:
         given = config.get("callbacks") or []
         theirs = any(isinstance(each, ProgressBar) for each in (given if isinstance(given, list) else [given]))
         shown = sys.stdout.isatty() and config.get("enable_progress_bar") is not False
@@ -247,7 +256,7 @@ class RecipeCLI(LightningCLI):
                 LastCheckpoint(self.folder.checkpoints, self.options.checkpoint_steps),
             ]
         config.setdefault("enable_checkpointing", None)
-        trainer = super()._instantiate_trainer(config, [*callbacks, *ours])
+        trainer = super().make_trainer(config, [*callbacks, *ours])
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # and no plugin of the user's
             trainer.strategy.checkpoint_io = WholeFiles()
         return trainer
@@ -315,7 +324,7 @@ class RecipeCLI(LightningCLI):
             "threads": torch.get_num_threads(),
         }
 
-    def _load(self, module: pl.LightningModule) -> None:
+    def _load(self, module: Any) -> None:
         load_weights(module.model, self.folder.weights)
 
     def _begin(self) -> None:
@@ -330,8 +339,8 @@ class RecipeCLI(LightningCLI):
             config.pop(name, None)
         for name in tree_defaults(self.model_class):
             config.model[name] = to_dict(config.model[name])
-        parser = self._parser(self.command)
-        options = {"skip_unset": False, "skip_validation": True, "overwrite": True, "multifile": False}
+        parser = self.parser_of(self.command)
+        options: dict[str, Any] = {"skip_unset": False, "skip_validation": True, "overwrite": True, "multifile": False}
         # In one step: when a run is resumed, other processes read the file at this very time.
         replace_file(self.folder.config, lambda path: parser.save(config, str(path), **options))
 

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 
 from ...utils.console import say, short_number
 from .optimisers import planned_steps
+from .private_lightning import accumulating
 
 
 class History(Callback):
@@ -80,7 +81,7 @@ class StepHistory(History):
         self._mark = 0.0
         self._planned = 0
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self.every = max(1, trainer.log_every_n_steps)
         self._planned = planned_steps(trainer)
@@ -91,7 +92,7 @@ class StepHistory(History):
     ) -> None:
         self._nats = self._nats + outputs["nats"].double()
         self._counted = self._counted + outputs["count"]
-        if not trainer.fit_loop._should_accumulate() and trainer.global_step % self.every == 0:
+        if not accumulating(trainer) and trainer.global_step % self.every == 0:
             row = self._row(trainer)
             pl_module.log_dict({name: row[name] for name in ("tokens_per_second", "lr")}, batch_size=1)
 

@@ -159,8 +159,8 @@ class EpochLoader:
         self.dataset = dataset
         self._batches = _EpochBatches(len(dataset), batch_size, seed, shuffle, rank, world)
         self._loader = DataLoader(
-            dataset,
-            batch_sampler=self._batches,  # type: ignore[arg-type]
+            dataset,  # pyright: ignore[reportArgumentType]  # torch does without its base class
+            batch_sampler=self._batches,
             num_workers=workers,
             collate_fn=collate or _as_it_is,
             persistent_workers=workers > 0,

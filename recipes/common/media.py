@@ -33,7 +33,7 @@ class Samples:
     """
 
     def __init__(
-        self, source: Source, load: Callable[[Path | bytes, int | None], dict[str, Any]], *, seed: int | None = None
+        self, source: Source | Kept, load: Callable[[Any, int | None], dict[str, Any]], *, seed: int | None = None
     ):
         self.source, self.load, self.seed = source, load, seed
 
@@ -100,7 +100,8 @@ class MediaData(RecipeData):
 
     def __init__(self, *, loading: LoadingOptions = LOADING):
         super().__init__()
-        self.loading: LoadingOptions = self.filled(loading)
+        # Options, none of which is None any more: their types do not say that.
+        self.loading: Any = self.filled(loading)
         self.unreadable: dict[str, str] = {}
         self._read, self._failed = 0, 0
         self.train_set: Any = None
@@ -111,7 +112,7 @@ class MediaData(RecipeData):
     def classes(self) -> int:
         return len(self.preprocess.classes)
 
-    def kept(self, source: Source, read: Callable[[Path | bytes], Tensor]) -> Source:
+    def kept(self, source: Source, read: Callable[[Path | bytes], Tensor]) -> Source | Kept:
         """The source, or where told so one whose files are decoded once, by `read`."""
         return Kept(source, read) if self.loading.keep else source
 

@@ -146,7 +146,7 @@ def wsd(step: int, total: int, warmup: float, floor: float, decay: float) -> flo
 _ENDLESS = "trainer.max_epochs is -1; the learning rate's schedule needs an end (or trainer.max_steps)"
 
 
-def planned_steps(trainer: pl.Trainer) -> int:
+def planned_steps(trainer: Any) -> int:
     """The optimiser's steps in the whole run.
 
     `trainer.estimated_stepping_batches` would build the loop's loader before its state is restored, and Lightning

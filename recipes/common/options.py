@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
@@ -77,7 +76,7 @@ class RecipeData(pl.LightningDataModule):
     """
 
     defaults: ClassVar[DataOptions]
-    fixed: ClassVar[Mapping[str, str]] = {}
+    fixed: ClassVar[dict[str, str]] = {}
     shuffled: bool = True
 
     @classmethod
@@ -112,5 +111,5 @@ def options_argument(data: type[RecipeData]) -> str:
     options = type(data.defaults).__name__
     raise ConfigError(
         f"{data.__name__} does not take the options that data sets share; add an argument of the type {options}, by "
-        f"default {options}(), to its constructor, and hand it on to that of {data.__base__.__name__}"
+        f"default {options}(), to its constructor, and hand it on to that of {data.__mro__[1].__name__}"
     )

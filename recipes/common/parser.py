@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import re
 from typing import Any
@@ -12,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from ...errors import ConfigError, UnknownName
 from .options import RecipeData
+from .private_jsonargparse import actions
 from .trees import SHORT, short_forms, tree_defaults
 
 
@@ -27,7 +27,8 @@ class Parser(LightningArgumentParser):
     def add_class_arguments(self, theclass: type, nested_key: str | None = None, **options: Any) -> list[str]:
         """Those of a class, its trees as plain values."""
         trees = tree_defaults(theclass) if issubclass(theclass, pl.LightningModule) else {}
-        added = super().add_class_arguments(theclass, nested_key, **options, **({"skip": {*trees}} if trees else {}))
+        options |= {"skip": {*trees}} if trees else {}
+        added = super().add_class_arguments(theclass, nested_key, **options)
         for name, value in trees.items():
             text = (
                 "a tree; see below" if name == "backbone" else f"by name; --model.{name}.OPTION sets one of its options"
@@ -49,7 +50,7 @@ class Parser(LightningArgumentParser):
             return str(UnknownName("class", unknown[1], [c.__name__ for c in subclasses(pl.LightningDataModule)]))
         unknown = re.search(r"Option '(\w+)' is not accepted", message)
         if unknown is not None:
-            own = {option.lstrip("-") for action in self._options() for option in action.option_strings}
+            own = {option.lstrip("-") for action in actions(self) for option in action.option_strings}
             own = {option for option in own if option.rpartition(".")[2] not in self.short} | self.short - {"seed"}
             own -= {"h", "help"}
             within = sorted(name for name in own if name.endswith(f".{unknown[1]}"))
@@ -61,14 +62,10 @@ class Parser(LightningArgumentParser):
             return message
         word = next(group for group in unknown.groups() if group)
         word = word.removeprefix("fit.").removeprefix("validate.").removeprefix("test.")
-        options = {o.lstrip("-") for action in self._options() for o in action.option_strings}
+        options = {o.lstrip("-") for action in actions(self) for o in action.option_strings}
         options |= {f"model.{name}" for name in SHORT}
         near = difflib.get_close_matches(word, options, n=1)
         return f"{message}; did you mean '--{near[0]}'?" if near else message
-
-    def _options(self) -> list[argparse.Action]:
-        parsers = [self, *(self._subcommands_action.choices.values() if self._subcommands_action else ())]
-        return [action for parser in parsers for action in parser._actions]
 
 
 _TYPES = {"bool": "true or false", "int": "an integer", "float": "a number", "str": "text"}
@@ -78,7 +75,8 @@ def _plain(message: str) -> str:
     """A complaint of jsonargparse about the option that is meant, without the types that it tried in vain."""
     tried = re.search(r"Does not validate against any of the Union subtypes .*? Errors: - (.*?) - Expected", message)
     message = message if tried is None else message[: tried.start()] + tried[1]
-    keys, rest = re.fullmatch(r'((?:Parser key "[^"]+": )*)(.*)', message).groups()
+    rest = re.sub(r'^(Parser key "[^"]+": )+', "", message)
+    keys = message.removesuffix(rest)
     option = "--" + ".".join(re.findall(r'"([^"]+)"', keys))
     required = re.fullmatch(r"the following arguments are required: ([\w.]+)", rest)
     if keys and required is not None:
@@ -93,4 +91,4 @@ def _plain(message: str) -> str:
 def subclasses(cls: type) -> set[type]:
     """The classes of omnimix that derive from `cls`."""
     found = {child for direct in cls.__subclasses__() for child in (direct, *subclasses(direct))}
-    return {child for child in found if child.__module__.split(".")[0] == __package__.split(".")[0]}
+    return {child for child in found if child.__module__.split(".")[0] == __name__.split(".")[0]}

@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor
 
 from ...backbones.config import called, positive
 from ...backbones.serialization import from_dict
 from ...errors import CheckpointError, ConfigError, UnknownName
 from ...modalities import read_details
+from ...modalities.common.classifier import Classifier
 from ...modalities.common.weights import CONFIG
 
 P = TypeVar("P", bound="Preprocess")
@@ -51,7 +52,7 @@ class Preprocess:
             raise CheckpointError(f"{file} does not say how its input was prepared: {error}") from error
 
     @classmethod
-    def of_model(cls: type[P], folder: Path, model: nn.Module) -> P:
+    def of_model(cls: type[P], folder: Path, model: Classifier) -> P:
         """What the model in a folder was trained on.
 
         Raises:
@@ -65,8 +66,12 @@ class Preprocess:
                 raise CheckpointError(f"{file}: details.preprocess: {name} is {own}, and the model has {trained}")
         return preprocess
 
-    def of_the_model(self, model: nn.Module) -> dict[str, tuple[Any, Any]]:
+    def of_the_model(self, model: Classifier) -> dict[str, tuple[Any, Any]]:
         """What a model's own configuration says too: by name, as it is here and there."""
+        raise NotImplementedError
+
+    def load(self, source: Any) -> Tensor:
+        """What the model takes of a file."""
         raise NotImplementedError
 
 

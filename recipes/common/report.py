@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.font_manager import findfont, get_font
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from ...utils.console import short_number, write_atomically
@@ -51,8 +52,8 @@ def write_report(
     lines = textwrap.wrap(subtitle, round(9.5 * width))
     head = 0.7 + 0.2 * len(lines)
     heights = [row.height for row in rows]
-    figure = Figure(figsize=(width, head + sum(heights)), facecolor="white", layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.16, h_pad=0.08)
+    layout = ConstrainedLayoutEngine(w_pad=0.16, h_pad=0.08)
+    figure = Figure(figsize=(width, head + sum(heights)), facecolor="white", layout=layout)
     FigureCanvasAgg(figure)
     top, *parts = figure.subfigures(1 + len(rows), 1, height_ratios=[head, *heights], squeeze=False)[:, 0]
     top.text(0.015, 1 - 0.25 / head, title, size=19, weight="bold", color=INK, va="center")

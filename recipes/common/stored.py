@@ -295,7 +295,8 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _dataclasses_in(hint: Any) -> list[type]:
-    return [option for option in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(option)]
+    hints = (hint, *typing.get_args(hint))
+    return [option for option in hints if isinstance(option, type) and dataclasses.is_dataclass(option)]
 
 
 def _imports(hint: Any) -> bool:

@@ -8,8 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -27,23 +26,18 @@ from ...backbones.serialization import current_name
 from ...backbones.tie import shared_parameters
 from ...errors import ConfigError
 from .optimiser_states import keyed_by_name
+from .private_lightning import DataParallelStrategy
 
 
-class FullySharded(ModelParallelStrategy):
+class FullySharded(DataParallelStrategy):
     """`--trainer.strategy fsdp2`: each process keeps a part of weights, gradients and the optimiser's state.
 
     The blocks of a backbone are gathered one after the other when they are needed. Checkpoints hold whole tensors, so
     that they do not depend on the number of processes.
     """
 
-    def __init__(self) -> None:
-        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
-
-    def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_processes * self.num_nodes
-        super().setup_environment()
-
     def setup(self, trainer: pl.Trainer) -> None:
+        assert self.accelerator is not None and self.lightning_module is not None and self.model is not None
         # As Lightning's, which leaves the sharding to a hook of the module; this shards what any recipe has.
         self.accelerator.setup(trainer)
         # What parameters say of themselves (`backbones.parameters`) would go with the tensors that shards replace.
@@ -54,12 +48,9 @@ class FullySharded(ModelParallelStrategy):
         for name, p in self.lightning_module.named_parameters():
             vars(p).update(said[name])
         self.barrier()
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        if fitting:
+        if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
-        if fitting:
-            _optimizers_to_device(self.optimizers, self.root_device)
 
     def load_checkpoint(self, checkpoint_path: str | os.PathLike[str], weights_only: bool | None = None) -> Any:
         """Load a checkpoint of any strategy; returns what is neither weights nor an optimiser's state.
@@ -67,6 +58,7 @@ class FullySharded(ModelParallelStrategy):
         Lightning would look for the parameters' names of today only, and take an optimiser that ran on one process to
         have its parameters in the module's order, where they are in the order of its groups.
         """
+        assert self.lightning_module is not None
         path = self.broadcast(checkpoint_path)
         checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
         load_whole(self.lightning_module, checkpoint.pop("state_dict"))
@@ -151,13 +143,14 @@ def load_whole(module: nn.Module, weights: dict[str, Any]) -> None:
 
 def whole_model(trainer: pl.Trainer, module: pl.LightningModule) -> nn.Module | None:
     """`module.model` with whole weights on the first process, None on the others; all processes must call it."""
+    own: Any = module.model
     if not sharded(module):
-        return module.model if trainer.is_global_zero else None
+        return own if trainer.is_global_zero else None
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(module.model, options=options)
+    weights = get_model_state_dict(own, options=options)
     if not trainer.is_global_zero:
         return None
     with torch.random.fork_rng(devices=[]):
-        model = type(module.model)(module.model.config)
+        model = type(own)(own.config)
     model.load_state_dict(weights)
-    return model.train(module.model.training)
+    return model.train(own.training)

@@ -89,7 +89,8 @@ class TextData(RecipeData):
 
     def __init__(self, *, options: TextOptions = OPTIONS):
         super().__init__()
-        self.options: TextOptions = self.filled(options)
+        # Options, of which those that have a default are not None any more: their types do not say that.
+        self.options: Any = self.filled(options)
 
     @abstractmethod
     def corpus(self) -> Corpus:

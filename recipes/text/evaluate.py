@@ -36,7 +36,9 @@ def main(argv: list[str]) -> int:
     wanted("lm_eval", "omnimix text eval", "eval")
     from ...interop.lm_eval import OmnimixLM
 
-    model = OmnimixLM(
+    # lm-eval's decorators hide the arguments of what they decorate.
+    of_the_run: Any = OmnimixLM
+    model = of_the_run(
         options.run,
         batch_size=options.batch_size,
         device=str(usable_device(options.device)),
@@ -86,7 +88,8 @@ def evaluate(model: Any, tasks: list[str], *, include_path: str | None = None, *
         for name in tasks:
             if name not in manager.all_tasks:
                 raise UnknownName("task", name, manager.all_tasks)
-        return simple_evaluate(model=model, tasks=tasks, task_manager=manager, **{"bootstrap_iters": 1000} | options)
+        measure: Any = simple_evaluate  # decorated as well
+        return measure(model=model, tasks=tasks, task_manager=manager, **{"bootstrap_iters": 1000} | options)
 
 
 def result_rows(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from ...backbones.config import ObjectiveConfig
 from ...backbones.decoding import DiffusionConfig, GenerationConfig, Prefix, load_prefix, save_prefix
 from ...errors import ConfigError
 from ...modalities.text.text_generator import TextGenerator
@@ -93,7 +94,7 @@ def main(argv: list[str]) -> int:
     echo = sys.stdout.isatty() if options.echo is None else options.echo
     try:
         for number, (prompt, text) in enumerate(zip(prompts, wrapped, strict=True)):
-            if writer.diffusion and sys.stdout.isatty():
+            if isinstance(config, DiffusionConfig) and sys.stdout.isatty():
                 # It clears the lines that it has used: what stays is written afterwards.
                 pieces = iter([unmasked(writer, text, config, options.stop, number, Console())])
             else:
@@ -149,8 +150,9 @@ def _config(writer: TextGenerator, options: argparse.Namespace) -> GenerationCon
     for name in other:
         if getattr(options, name) is not None:
             way = "decoded by diffusion" if writer.diffusion else "autoregressive"
+            objective = cast(ObjectiveConfig, writer.model.config.objective).type
             raise ConfigError(
-                f"--{name} does not apply: a model with objective {writer.model.config.objective.type!r} is {way}, "
+                f"--{name} does not apply: a model with objective {objective!r} is {way}, "
                 f"with {', '.join(f'--{option}' for option in own)}"
             )
     more = {name: getattr(options, name) for name in own if getattr(options, name) is not None}

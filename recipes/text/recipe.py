@@ -11,7 +11,7 @@ import torch
 
 from ...backbones import BackboneConfig, LanguageModel, LanguageModelConfig
 from ...backbones.config import ObjectiveConfig
-from ...backbones.heads import get_objective
+from ...backbones.registry import entry_of
 from ...backbones.serialization import to_dict
 from ...errors import ConfigError
 from ...modalities import save_model
@@ -22,10 +22,10 @@ from ..common.commands import evaluate, run_fit
 from ..common.history import StepHistory
 from ..common.loading import mix
 from ..common.optimisers import optimise, planned_steps
-from ..common.ranks import from_all_ranks, summed, world_size
+from ..common.ranks import from_all_ranks, summed
 from ..common.report import Row, curves, text, write_metrics, write_report
 from ..common.strategies import whole_model
-from ..common.training import AverageWeights, TrainingConfig, parts
+from ..common.training import AverageWeights, EvenSteps, TrainingConfig, parts
 from .data import TextData
 from .lengths import cut, length_at, scored
 from .samples import Samples
@@ -57,7 +57,7 @@ class TextTrainingConfig(TrainingConfig):
 _BACKBONE = BackboneConfig(dim=256, depth=6, pattern=("gated_deltanet", "gated_deltanet", "attention"))
 
 
-class TextGeneration(pl.LightningModule):
+class TextGeneration(EvenSteps):
     """A language model and how it is trained.
 
     Each scored token of a step weighs the same, whichever process has it and whichever batch it is in with
@@ -86,12 +86,11 @@ class TextGeneration(pl.LightningModule):
     ):
         super().__init__()
         config = LanguageModelConfig(backbone=backbone, vocabulary=vocabulary, objective=objective, tie=tie)
-        diffusion = get_objective(config.objective.type).build.decoder != "autoregressive"
+        diffusion = entry_of(config.objective).build.decoder != "autoregressive"
         if diffusion and backbone.scan == "forward":
             config = replace(config, backbone=replace(backbone, scan="both"))
         self.mixer, self.training_config, self.prompts = pattern_name(backbone), training, prompts
         self.model = LanguageModel(config)
-        self._window: list[Any] = []
         self._sums = [0.0, 0, 0]
         self.measured: dict[str, float] = {}
 
@@ -107,18 +106,7 @@ class TextGeneration(pl.LightningModule):
         self.log("train/loss", nats / count, prog_bar=True, batch_size=1)
         if len(found.parts) > 1:
             self.log_dict({f"train/{name}": value for name, value in found.parts.items()}, batch_size=1)
-        loss = found.loss * (found.count * world_size() / count)
-        if self.trainer.accumulate_grad_batches > 1:
-            self._window.append(count)
-            loss = loss * (count / self._window[0])
-        return {"loss": loss, "nats": nats, "count": count}
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make the mean over all tokens of a step's batches of what Lightning leaves, a mean of means."""
-        if self._window:
-            factor = float(self._window[0] * self.trainer.accumulate_grad_batches / sum(self._window))
-            torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], factor)
-            self._window = []
+        return {"loss": self.weighted(found.loss, found.count, count), "nats": nats, "count": count}
 
     def on_validation_epoch_start(self) -> None:
         self._sums = [0.0, 0, 0]
@@ -192,9 +180,9 @@ def _cli(command: str, argv: list[str]) -> RecipeCLI:
 
 def _finish(cli: RecipeCLI) -> None:
     """Measure the averaged weights once more, and write model, numbers, samples and picture into the run's folder."""
-    model, folder, history = cli.model, cli.folder, cli.history
+    model, folder, history, [samples] = cli.model, cli.folder, cli.history, cli.callbacks
+    assert isinstance(history, StepHistory) and isinstance(samples, Samples)
     measured = cli.measure()
-    [samples] = cli.callbacks
     samples.take(cli.trainer, model)
     whole = whole_model(cli.trainer, model)
     if whole is None:
@@ -212,12 +200,12 @@ def _finish(cli: RecipeCLI) -> None:
         **cli.about(),
     }
     write_metrics(folder.metrics, metrics)
-    _picture(cli, samples, metrics)
+    _picture(cli, history, samples, metrics)
     _say(cli, metrics)
 
 
-def _picture(cli: RecipeCLI, samples: Samples, metrics: dict[str, Any]) -> None:
-    rows, every = cli.history.rows, cli.history.every
+def _picture(cli: RecipeCLI, history: StepHistory, samples: Samples, metrics: dict[str, Any]) -> None:
+    rows, every = history.rows, history.every
     training = "training" if every == 1 else f"training, each {every} steps"
     found = metrics.get("val/bits_per_byte")
     title = "not validated" if found is None else f"{found:.3f} bits per byte of held-out text"

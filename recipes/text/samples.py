@@ -45,7 +45,7 @@ class Samples(Callback):
         self.options = {"temperature": temperature, "top_p": top_p, "seed": seed}
         self.samples: list[Sample] = []
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         folder = RunFolder(Path(trainer.default_root_dir))
         if trainer.datamodule is not None and trainer.is_global_zero and not folder.tokenizer.is_file():
             trainer.datamodule.tokenizer.save(folder.path)
@@ -55,11 +55,12 @@ class Samples(Callback):
         if trainer.state.fn == "fit":
             self.take(trainer, pl_module)
 
-    def take(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def take(self, trainer: Any, pl_module: Any) -> None:
         """Write once more, unless it is the step of the last time, whose samples are then replaced."""
         model = whole_model(trainer, pl_module)
         if model is None:
             return
+        assert isinstance(model, LanguageModel)
         step = trainer.global_step
         devices = [pl_module.device] if pl_module.device.type == "cuda" else []
         with torch.random.fork_rng(devices):

@@ -41,6 +41,7 @@ class LoadVideo:
     def __call__(self, media: Path | bytes | Tensor, seed: int | None) -> dict[str, Tensor]:
         prepare = self.preprocess
         if self.views * self.crops > 1:
+            assert not isinstance(media, Tensor)  # what is kept of a file is one view
             return {"video": prepare.load_views(media, self.views, self.crops)}
         frames = media if isinstance(media, Tensor) else prepare.read(media, seed)
         if len(frames) > prepare.frames == 1:
@@ -84,7 +85,6 @@ class VideoData(MediaData):
     defaults: ClassVar[VideoOptions] = VideoOptions(
         **asdict(replace(MediaData.defaults, batch_size=16)), views=1, crops=1
     )
-    loading: VideoOptions
     preprocess: VideoPreprocess
     sources: dict[str, Source]
     # Augmentation of training clips. Not an argument: jsonargparse would pass a base's None to the chosen class.

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -127,7 +128,7 @@ def write_clips(folder: Path, train: int, val: int) -> None:
     """Write `train` and `val` clips below a folder, on all cores."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     images = torch.from_numpy(digits.images).float() / 16
     halves = stratified_split(torch.from_numpy(digits.target), _HOLDOUT)
     for split in ("train", "val"):

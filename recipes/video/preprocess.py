@@ -8,10 +8,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Shaped, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...backbones.config import called, positive
 from ...errors import ConfigError, UnknownName
+from ...modalities.common.classifier import Classifier
 from ...modalities.common.values import check_pixels
 from ...modalities.image.squares import resized_square
 from ...modalities.video.files import VideoReader
@@ -89,7 +90,7 @@ class VideoPreprocess(Preprocess):
         check_statistics(self)
         positive(self, "seconds")
 
-    def of_the_model(self, model: nn.Module) -> dict[str, tuple[Any, Any]]:
+    def of_the_model(self, model: Classifier) -> dict[str, tuple[Any, Any]]:
         config = model.config.video
         shape = (self.frames, self.size, self.size)
         return {"channels": (self.channels, config.channels), "frames and size": (shape, config.size)}

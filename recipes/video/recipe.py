@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 import warnings
 from dataclasses import dataclass, replace
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from torch import Tensor
 
 from ...backbones import BackboneConfig
@@ -157,7 +158,7 @@ def one_frame_baseline(cli: RecipeCLI) -> Baseline | None:
     torch.manual_seed(cli.options.seed_everything)
     single = module.of_one_frame()
     data = cli.datamodule.single_frames()
-    trainer = pl.Trainer(
+    trainer: Any = pl.Trainer(
         accelerator=cli.trainer.strategy.root_device.type,
         devices=1,
         # Alone, also where this is one of several processes.

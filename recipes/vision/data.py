@@ -22,6 +22,8 @@ from .preprocess import ImagePreprocess
 class ImageData(MediaData):
     """Base of the image data sets, whose batches have their images (b, c, h, w) as `image`."""
 
+    preprocess: ImagePreprocess
+
     @property
     def in_channels(self) -> int:
         return self.preprocess.channels
@@ -194,7 +196,7 @@ class DigitsData(TensorData):
             raise ConfigError(f"holdout is {holdout}; it must be between 0 and 1")
         from sklearn.datasets import load_digits
 
-        digits = load_digits()
+        digits: Any = load_digits()
         images = torch.from_numpy(digits.images).float()[:, None] / 16
         labels = torch.from_numpy(digits.target).to(torch.int64)
         train, val = stratified_split(labels, holdout)

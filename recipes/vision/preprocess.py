@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from ...modalities.common.classifier import Classifier
 from ...modalities.image.files import load_image
 from ...modalities.image.squares import resized_square
 from ..common.preprocess import Preprocess, check_square, check_statistics
@@ -36,7 +37,7 @@ class ImagePreprocess(Preprocess):
         check_square(self)
         check_statistics(self)
 
-    def of_the_model(self, model: nn.Module) -> dict[str, tuple[Any, Any]]:
+    def of_the_model(self, model: Classifier) -> dict[str, tuple[Any, Any]]:
         config = model.config.image
         return {"channels": (self.channels, config.channels), "size": ((self.size, self.size), config.size)}
 

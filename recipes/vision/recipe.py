@@ -77,6 +77,7 @@ class VisionClassification(EvenSteps, Classification):
         )
         model = ImageClassifier(config)
         # As large as the patches: starting at 0.02, a small data set needs many epochs to find out where things are.
+        assert model.tokenizer.positions is not None
         torch.nn.init.trunc_normal_(model.tokenizer.positions, std=1.0)
         super().__init__(model, medium="image", training=training, classes=classes)
         self._mixing = mixing(training, classes)
