@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError, UnsupportedCall, UnsupportedShape
-from ..kernels import cross_entropy, linear
+from ..kernels import cross_entropy
 from ..utils.private_torch import untouched
 from .backbone import Backbone
 from .config import BackboneConfig, ObjectiveConfig, configured, positive, to_plain
@@ -157,7 +157,7 @@ class LanguageModel(SharingModule):
     def logits(self, y: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows v"]:
         """Logits from the backbone's outputs."""
         if (known := self._output_matrix(y)) is not None:
-            return linear(y, known)
+            return F.linear(y, known)
         return self.head(y)[..., : self.vocabulary]
 
     def _output_matrix(self, y: Tensor) -> Float[Tensor, "v d"] | None:

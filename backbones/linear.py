@@ -1,4 +1,4 @@
-"""Calls of linear layers: quicker than torch's where the layer is torch's own, and the layer's own where it is not.
+"""What is done with the weights of linear layers, where the layer is torch's own; other layers are called.
 
 Adapters, quantised layers and hooks stand in a layer's place, so that a weight is never read past its module unless
 a call of it would read the same.
@@ -11,16 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..kernels import linear
 from ..utils.private_torch import untouched
-
-
-def apply_linear(layer: nn.Module, x: Float[Tensor, "*rows i"]) -> Float[Tensor, "*rows o"]:
-    """Call a linear layer; where it is untouched, a few rows (decoding) are multiplied at the memory's speed."""
-    # With gradients the op is torch's own product.
-    if torch.is_grad_enabled() or not untouched(layer):
-        return layer(x)
-    return linear(x, layer.weight, layer.bias)
 
 
 def apply_wide(layer: nn.Module, x: Float[Tensor, "*rows i"]) -> Float[Tensor, "*rows o"]:

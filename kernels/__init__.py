@@ -7,7 +7,6 @@ from .delta_rule import delta_rule
 from .flops import flop_counter
 from .gated_linear import gated_linear
 from .grouped_mm import grouped_mm
-from .linear import linear
 from .linear_recurrence import linear_recurrence
 from .long_conv import long_conv
 from .mamba2_step import mamba2_step
@@ -31,7 +30,6 @@ __all__ = [
     "gated_linear",
     "get_op",
     "grouped_mm",
-    "linear",
     "linear_recurrence",
     "long_conv",
     "mamba2_step",

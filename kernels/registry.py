@@ -171,8 +171,6 @@ class Op:
         traffic: given a call's arguments, the bytes that a forward pass must read and write at least; None where it is
             bound by its matrix products.
         empty: given a call's arguments, what it returns where there are no tokens, else None. No backend then runs.
-        follows_autocast: whether autocast decides on the precision of its products, as of torch's own; other ops decide
-            themselves, and run outside autocast.
     """
 
     name: str
@@ -186,7 +184,6 @@ class Op:
     parts: Mapping[str, Callable[[Arguments], float]] = field(default_factory=dict)
     traffic: Callable[[Arguments], float] | None = None
     empty: Callable[[Arguments], Tensor | tuple[Tensor, ...] | None] | None = None
-    follows_autocast: bool = False
     _warned: set[str] = field(default_factory=set, repr=False, compare=False)
 
     @property
@@ -265,7 +262,7 @@ class Op:
     def dispatch(self, backend: str, **arguments: Any) -> Any:
         # The first tensor is never None.
         device = arguments[self.tensors[0].name].device.type if self.tensors else device_of(arguments)
-        if not self.follows_autocast and autocast_enabled(device):
+        if autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return self.dispatch(backend, **arguments)
         chosen = self.choose(backend, arguments, device)
@@ -285,7 +282,7 @@ class Op:
         """One row a backend: its name, whether `auto` takes it for this call, and why (not)."""
         arguments = self.complete(arguments)
         device = device_of(arguments)
-        with contextlib.nullcontext() if self.follows_autocast else own_precision(device):
+        with own_precision(device):
             return self._rows(arguments, device)
 
     def _rows(self, arguments: Arguments, device: str) -> list[dict[str, str]]:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ..config import FFNConfig, Site, positive
 from ..context import Context
 from ..layer import Output
-from ..linear import apply_linear
 from ..state import State
 from .base import FFN, register_ffn
 
@@ -58,7 +57,7 @@ class MLP(FFN):
         self.out_proj = nn.Linear(hidden, dim)
 
     def forward(self, x: Float[Tensor, "b t d"], context: Context, state: State | None = None) -> Output:
-        return Output(apply_linear(self.out_proj, F.gelu(apply_linear(self.in_proj, x))))
+        return Output(self.out_proj(F.gelu(self.in_proj(x))))
 
 
 @register_ffn(
@@ -79,5 +78,5 @@ class SwiGLU(FFN):
         self.out_proj = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Float[Tensor, "b t d"], context: Context, state: State | None = None) -> Output:
-        gate, value = apply_linear(self.in_proj, x).chunk(2, dim=-1)
-        return Output(apply_linear(self.out_proj, F.silu(gate) * value))
+        gate, value = self.in_proj(x).chunk(2, dim=-1)
+        return Output(self.out_proj(F.silu(gate) * value))

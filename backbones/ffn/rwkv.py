@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..config import FFNConfig, Site, positive
 from ..context import Context
 from ..layer import Capabilities, Output
-from ..linear import apply_linear
 from ..mixers.parts.token_shift import token_shift
 from ..parameters import mark
 from ..state import State
@@ -63,8 +62,8 @@ class RWKVChannelMixing(FFN):
         layout = Context.of(context).layout
         last = None if state is None else state["last"]
         before, last = token_shift(x, last, layout.cu_seqlens)
-        hidden = apply_linear(self.in_proj, torch.addcmul(x, before - x, self.shift.to(x.dtype)))
-        y = apply_linear(self.out_proj, F.relu(hidden).square())
+        hidden = self.in_proj(torch.addcmul(x, before - x, self.shift.to(x.dtype)))
+        y = self.out_proj(F.relu(hidden).square())
         return Output(y, State({"last": last}) if layout.causal else None)
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:

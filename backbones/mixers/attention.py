@@ -14,7 +14,6 @@ from ..config import MixerConfig, Site, positive
 from ..context import Context
 from ..layer import Capabilities, Output
 from ..layout import Layout, repack, unpack
-from ..linear import apply_linear
 from ..norm import RMSNorm
 from ..rotary import rotary
 from ..state import State
@@ -88,7 +87,7 @@ class Attention(Mixer):
         return KVCache(shapes)
 
     def mix(self, x: Tensor, context: Context, state: State | None) -> Output:
-        qk, v, gate = apply_linear(self.in_proj, x).split((sum(self.sizes[:2]), *self.sizes[2:]), dim=-1)
+        qk, v, gate = self.in_proj(x).split((sum(self.sizes[:2]), *self.sizes[2:]), dim=-1)
         qk, v = (s.unflatten(-1, (-1, self.size)) for s in (qk, v))
         heads = self.sizes[0] // self.size
         if self.qk_norm:
@@ -103,7 +102,7 @@ class Attention(Mixer):
             k, v = k.contiguous(), v.contiguous()
         o, state = self.attend(q, {"k": k, "v": v}, context.layout, state)
         o = o.flatten(-2)
-        return Output(apply_linear(self.out_proj, o * gate.sigmoid() if self.sizes[-1] else o), state)
+        return Output(self.out_proj(o * gate.sigmoid() if self.sizes[-1] else o), state)
 
     def attend(
         self, q: Tensor, rows: dict[str, Tensor], layout: Layout, state: State | None

@@ -13,7 +13,6 @@ from ..config import Site, positive
 from ..context import Context, Memory
 from ..layer import Capabilities, Output
 from ..layout import repack, unpack
-from ..linear import apply_linear
 from ..rotary import rotary
 from ..state import State
 from .base import Mixer, heads_for
@@ -84,8 +83,8 @@ class CrossAttention(Mixer):
         positions, layout = context.positions_of(x), context.layout
         memory = self._memory(context, layout.sequences(x.shape[0]))
         if not memory.positions.numel():
-            return Output(apply_linear(self.out_proj, torch.zeros_like(x)))
-        q = apply_linear(self.q_proj, x).unflatten(-1, (-1, self.size))
+            return Output(self.out_proj(torch.zeros_like(x)))
+        q = self.q_proj(x).unflatten(-1, (-1, self.size))
         q = rotary(q, positions, self.config.rope_base) if self.config.rope else q
         k, v = self._keys(memory)
         # Where nothing is causal, every filled slot is seen: all queries stand at the last slot's position.
@@ -94,7 +93,7 @@ class CrossAttention(Mixer):
             q, seen = unpack(q, layout.cu_seqlens), unpack(seen, layout.cu_seqlens, fill=-1)
         o = attention(q, k, v, q_positions=seen, k_positions=memory.positions)
         o = o if layout.cu_seqlens is None else repack(o, layout.cu_seqlens)
-        return Output(apply_linear(self.out_proj, o.flatten(-2)))
+        return Output(self.out_proj(o.flatten(-2)))
 
     def _memory(self, context: Context, sequences: int) -> Memory:
         """The memory, one row for each sequence."""
@@ -119,6 +118,6 @@ class CrossAttention(Mixer):
     def _keys(self, memory: Memory) -> tuple[Tensor, Tensor]:
         if self.config.projected:
             return memory.tensors["k"], memory.tensors["v"]
-        kv = apply_linear(self.kv_proj, memory.tensors["x"])
+        kv = self.kv_proj(memory.tensors["x"])
         k, v = kv.unflatten(-1, (2 * self.kv_heads, self.size)).chunk(2, dim=-2)
         return rotary(k, memory.positions, self.config.rope_base) if self.config.rope else k, v

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from ..config import MixerConfig, Site, positive
 from ..context import Context
-from ..linear import apply_linear
 from ..norm import RMSNorm
 from .base import heads_for
 from .parts.delta import DeltaDirection, DeltaMixer
@@ -56,7 +55,7 @@ class DeltaNet(DeltaMixer):
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
     def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], None]:
-        return apply_linear(self.in_proj, x).split((sum(self.sizes), self.heads), dim=-1), None
+        return self.in_proj(x).split((sum(self.sizes), self.heads), dim=-1), None
 
     def finish(self, mixed: Tensor, kept: None) -> Tensor:
-        return apply_linear(self.out_proj, self.norm(mixed))
+        return self.out_proj(self.norm(mixed))

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from ..config import MixerConfig, Site, positive
 from ..context import Context
-from ..linear import apply_linear
 from ..norm import RMSNorm
 from .base import heads_for
 from .parts.delta import DeltaDirection, DeltaMixer
@@ -76,10 +75,8 @@ class GatedDeltaNet(DeltaMixer):
         self.out_proj = nn.Linear(value, dim, bias=False)
 
     def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], Tensor]:
-        *streams, gate = apply_linear(self.in_proj, x).split(
-            (sum(self.sizes), self.heads, self.heads, self.sizes[2]), dim=-1
-        )
+        *streams, gate = self.in_proj(x).split((sum(self.sizes), self.heads, self.heads, self.sizes[2]), dim=-1)
         return tuple(streams), gate
 
     def finish(self, mixed: Tensor, kept: Tensor | None) -> Tensor:
-        return apply_linear(self.out_proj, self.norm(mixed, kept))
+        return self.out_proj(self.norm(mixed, kept))

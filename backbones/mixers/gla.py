@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ...kernels import gated_linear
 from ..config import MixerConfig, Site, positive
 from ..context import Context
-from ..linear import apply_linear
 from ..norm import RMSNorm
 from ..state import State
 from .base import ScanMixer, heads_for
@@ -52,7 +51,7 @@ class _Direction(nn.Module):
         self, streams: tuple[Tensor, ...], context: Context, state: State | None
     ) -> tuple[Tensor, State | None]:
         x, q, k, v = streams
-        decay = log_sigmoid(apply_linear(self.gate_up, apply_linear(self.gate_down, x))) / self.temperature
+        decay = log_sigmoid(self.gate_up(self.gate_down(x))) / self.temperature
         o, memory = gated_linear(
             q.unflatten(-1, (self.heads, -1)),
             k.unflatten(-1, (self.heads, -1)),
@@ -90,11 +89,11 @@ class GLA(ScanMixer):
         self.state_shape = (heads, key_dim // heads, dim // heads)
 
     def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], Tensor]:
-        q, k, v, gate = apply_linear(self.in_proj, x).split(self.sizes, dim=-1)
+        q, k, v, gate = self.in_proj(x).split(self.sizes, dim=-1)
         return (x, q, k, v), gate
 
     def finish(self, mixed: Tensor, kept: Tensor | None) -> Tensor:
-        return apply_linear(self.out_proj, self.norm(mixed, kept))
+        return self.out_proj(self.norm(mixed, kept))
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:
         wide = torch.promote_types(dtype, torch.float32)

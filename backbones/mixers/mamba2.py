@@ -13,7 +13,6 @@ from ...errors import ConfigError
 from ...kernels import gated_linear, mamba2_step, short_conv
 from ..config import MixerConfig, Site, positive
 from ..context import Context
-from ..linear import apply_linear
 from ..norm import RMSNorm
 from ..parameters import mark
 from ..state import State
@@ -131,11 +130,11 @@ class Mamba2(ScanMixer):
         self.state_shape = (heads, config.state_size, inner // heads)
 
     def project(self, x: Tensor, context: Context) -> tuple[tuple[Tensor, ...], Tensor]:
-        z, xbc, dt = apply_linear(self.in_proj, x).split(self.sizes, dim=-1)
+        z, xbc, dt = self.in_proj(x).split(self.sizes, dim=-1)
         return (xbc, dt), z
 
     def finish(self, mixed: Tensor, kept: Tensor | None) -> Tensor:
-        return apply_linear(self.out_proj, self.norm(mixed, kept))
+        return self.out_proj(self.norm(mixed, kept))
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State:
         wide = torch.promote_types(dtype, torch.float32)

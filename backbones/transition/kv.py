@@ -11,7 +11,6 @@ from ...errors import ConfigError
 from ..config import Site, TransitionConfig, positive
 from ..context import Context, Memory
 from ..layer import Capabilities, Output
-from ..linear import apply_linear
 from ..mixers.base import heads_for
 from ..mixers.parts.kv_cache import KVCache
 from ..norm import RMSNorm
@@ -73,7 +72,7 @@ class SharedKV(Transition):
     def forward(self, x: Tensor, context: Context, state: State | None = None) -> Output:
         context, config = Context.of(context), self.config
         positions = context.positions_of(x)
-        k, v = apply_linear(self.kv_proj, self.norm(x)).unflatten(-1, (-1, self.size)).chunk(2, dim=-2)
+        k, v = self.kv_proj(self.norm(x)).unflatten(-1, (-1, self.size)).chunk(2, dim=-2)
         k = rotary(k, positions, config.rope_base) if config.rope else k
         grown = self.cache.grown({"k": k, "v": v, "positions": positions}, context.layout, state)
         memory = Memory({"k": grown["k"], "v": grown["v"]}, grown["positions"])

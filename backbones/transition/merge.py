@@ -13,7 +13,6 @@ from ..config import Site, TransitionConfig
 from ..context import Context
 from ..layer import Capabilities, Output
 from ..layout import Grid, Layout
-from ..linear import apply_linear
 from ..norm import RMSNorm
 from ..state import State
 from .base import Transition, of_other_tokens, register_transition
@@ -60,7 +59,7 @@ class Merge(Transition):
             lengths = torch.tensor([0, *(part.shape[1] for part, _ in parts)], device=x.device)
             borders = lengths.cumsum(0).to(layout.cu_seqlens.dtype)
             after = Layout(causal=False, cu_seqlens=borders, grid=tuple(grid for _, grid in parts))
-        return Output(apply_linear(self.reduction, self.norm(merged)), context=of_other_tokens(context, after))
+        return Output(self.reduction(self.norm(merged)), context=of_other_tokens(context, after))
 
 
 def _merged(x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:

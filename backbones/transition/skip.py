@@ -12,7 +12,6 @@ from ..config import Site, TransitionConfig, positive
 from ..context import Context
 from ..layer import Capabilities, Output
 from ..layout import Grid, Layout
-from ..linear import apply_linear
 from ..state import State
 from .base import Transition, of_other_tokens, register_transition
 
@@ -68,11 +67,11 @@ class Skip(Transition):
         after = None
         if self.expand is not None:
             coarse, fine = _plain(context.layout), _plain(layout)
-            x = _expanded(apply_linear(self.expand, x), coarse, fine)
+            x = _expanded(self.expand(x), coarse, fine)
             after = of_other_tokens(context, fine)
         if x.shape[:2] != source.shape[:2]:
             raise UnsupportedShape(f"skip: x has {x.shape[1]} tokens, and {self.config.source!r} {source.shape[1]}")
-        y = apply_linear(self.joined, torch.cat([x, source], dim=-1))
+        y = self.joined(torch.cat([x, source], dim=-1))
         return Output(y, context=after)
 
     def _source(self, context: Context) -> tuple[Tensor, Layout | None]:

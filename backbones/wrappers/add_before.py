@@ -12,7 +12,6 @@ from ..block import added
 from ..config import INHERIT, BlockConfig, MixerConfig, Site, configured
 from ..context import Context
 from ..layer import Capabilities, Output, SequenceLayer
-from ..linear import apply_linear
 from ..norm import RMSNorm
 from ..registry import build_part
 from ..state import State
@@ -69,7 +68,7 @@ class AddBefore(SequenceLayer):
         wide = x if self.concat is None else torch.cat([x, context.tensor(self.concat, type(self).__name__)], dim=-1)
         branch = self.branch(wide, context, before.get("branch"))
         context = context.with_shared(branch.shared)
-        out = self.inner(self.norm(x + apply_linear(self.linear, branch.y)), context, before.get("inner"))
+        out = self.inner(self.norm(x + self.linear(branch.y)), context, before.get("inner"))
         states = {"branch": branch.state, "inner": out.state}
         states = {name: after for name, after in states.items() if after is not None}
         return Output(

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ..config import FFNConfig, MixerConfig, Site, configured, positive
 from ..context import Context
 from ..layer import Output, SequenceLayer
-from ..linear import apply_linear
 from ..parameters import mark
 from ..registry import build_part
 from ..state import State
@@ -54,7 +53,7 @@ class Corrected(nn.Module):
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return apply_linear(self.base, x) + self.up(self.down(x))
+        return self.base(x) + self.up(self.down(x))
 
 
 @register_wrapper(

@@ -15,7 +15,6 @@ from ..config import INHERIT, BlockConfig, Site, positive, proportion
 from ..context import Context
 from ..layer import Capabilities, Output, SequenceLayer
 from ..layout import Layout
-from ..linear import apply_linear
 from ..state import State
 from .base import WrapperConfig, inner_block, register_wrapper
 
@@ -77,7 +76,7 @@ class MixtureOfDepths(SequenceLayer):
 
     def forward(self, x: Tensor, context: Context | Layout, state: State | None = None) -> Output:
         context, losses = Context.of(context), {}
-        logits, guess = apply_linear(self.router, x)[..., 0], self.predictor(x.detach())[..., 0]
+        logits, guess = self.router(x)[..., 0], self.predictor(x.detach())[..., 0]
         if self.training:
             chosen = self._top(logits, context.layout)
             target = torch.zeros_like(guess).scatter(1, chosen, 1.0) if chosen.dtype != torch.bool else chosen.to(guess)

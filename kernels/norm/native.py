@@ -1,6 +1,5 @@
 """RMSNorm in C++ (native.cpp), for CPUs: one pass over memory forwards, one backwards."""
 
-
 import torch
 from torch import Tensor
 

@@ -284,9 +284,7 @@ def _wave_backward(
     return [torch.bmm(x.mT, of_z), of_second]
 
 
-def _through_state(
-    loop: _Loop, wave: _Wave, adjoint: _Adjoint, before: Tensor, fed: Any, of_fed: Any
-) -> None:
+def _through_state(loop: _Loop, wave: _Wave, adjoint: _Adjoint, before: Tensor, fed: Any, of_fed: Any) -> None:
     """The gradients of the gates; then those of W and S before the piece, along the gates only."""
     if loop.gates is None or adjoint.gates is None:
         return

@@ -10,7 +10,7 @@ import torch
 
 from omnimix.__main__ import main
 from omnimix.errors import BackendUnavailable
-from omnimix.kernels import delta_rule, explain, linear, native, strict, using
+from omnimix.kernels import delta_rule, explain, get_op, mamba2_step, native, strict, using
 from omnimix.kernels.registry import Backend, Draw, Op
 
 needs_compiler = pytest.mark.skipif(native.machine_refusal() is not None, reason=str(native.machine_refusal()))
@@ -66,6 +66,10 @@ def step_arguments(**changes):
     return made | {"initial_state": draw.normal(1, 2, 4, 4)} | changes
 
 
+def mamba2_arguments():
+    return get_op("mamba2_step").cases()[0].make(Draw.seeded(dtype=torch.float32), 1, 1)
+
+
 @needs_compiler
 def test_explain_names_the_kernels_of_tokens_and_of_training(capsys):
     for name, (tokens, grad) in product(("gated_linear", "delta_rule"), ((1, []), (1, ["--grad"]), (2, []))):
@@ -78,7 +82,9 @@ def test_explain_names_the_kernels_of_tokens_and_of_training(capsys):
 @needs_compiler
 def test_explain_names_a_kernel_without_gradients_and_what_trains_in_its_place(capsys):
     for grad, backend in (([], "native"), (["--grad"], "chunked")):
-        assert main(["kernels", "explain", "linear", "--device", "cpu", "--tokens", "1", *grad, "--json", "-"]) == 0
+        assert (
+            main(["kernels", "explain", "mamba2_step", "--device", "cpu", "--tokens", "1", *grad, "--json", "-"]) == 0
+        )
         rows = {row["backend"]: row for row in json.loads(capsys.readouterr().out)}
         assert [name for name, row in rows.items() if row["auto"] == "chosen"] == [backend]
     assert rows["native"]["why"] == "it computes no gradients, and a tensor requires one"
@@ -93,19 +99,19 @@ def test_explain_follows_using():
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("change", "reason"),
     [
-        ({"weight": torch.ones(2, 3, requires_grad=True)}, "no gradients"),
-        ({"x": torch.ones(1, 3, device="meta"), "weight": torch.ones(2, 3, device="meta")}, "on meta"),
-        ({"x": torch.randn(1, 3, dtype=torch.complex64).conj().imag}, "lazy negation"),
-        ({"x": torch.ones(99, 3)}, "1 to 4 rows"),
+        (lambda x: x.requires_grad_(), "no gradients"),
+        (lambda x: x.to("meta"), "on meta"),
+        (lambda x: torch.complex(x, -x).conj().imag, "lazy negation"),
+        (lambda x: x.half(), "float32 and float64"),
     ],
 )
-def test_a_kernel_named_for_another_kind_of_call_says_why_not(changes, reason):
-    arguments = {"x": torch.ones(1, 3), "weight": torch.ones(2, 3)} | changes
+def test_a_kernel_named_for_another_kind_of_call_says_why_not(change, reason):
+    arguments = {name: change(x) for name, x in mamba2_arguments().items()}
     with pytest.raises(BackendUnavailable, match=reason):
-        linear(**arguments, backend="native")
-    linear(**arguments)
+        mamba2_step(**arguments, backend="native")
+    mamba2_step(**arguments)
 
 
 @needs_compiler
@@ -121,10 +127,13 @@ def test_large_states_are_served_by_matrix_products_but_for_a_single_step():
 
 @needs_compiler
 def test_a_lazy_negation_is_read_right():
-    x = torch.randn(1, 3, dtype=torch.complex64).conj().imag
-    weight = torch.randn(2, 3)
+    arguments = mamba2_arguments()
+    D = arguments.pop("D")
+    lazy = torch.complex(D, -D).conj().imag
+    assert lazy.is_neg()
     with torch.inference_mode():
-        torch.testing.assert_close(linear(x, weight), x.resolve_neg() @ weight.t())
+        for found, wanted in zip(mamba2_step(D=lazy, **arguments), mamba2_step(D=D, **arguments), strict=True):
+            torch.testing.assert_close(found, wanted)
 
 
 FRESH = """

@@ -1,16 +1,13 @@
-"""What a decoding step runs in C++, beside torch's dispatcher: single steps of the recurrences, and `linear`."""
+"""What a decoding step runs in C++, beside torch's dispatcher: single steps of the recurrences."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from omnimix import Backbone, BackboneConfig, Layout, State
 from omnimix.backbones.mixers.mamba2 import Mamba2Config
-from omnimix.errors import UnsupportedShape
-from omnimix.kernels import get_op, linear, native, using
+from omnimix.kernels import get_op, native, using
 from omnimix.kernels.registry import Draw
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -86,48 +83,24 @@ def test_whole_vectors_and_tails_of_values(keys, values):
                 torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("shape", [(1, 1, 768, 70), (1, 2, 33, 17), (3, 1, 5, 130), (2, 2, 64, 64), (1, 3, 1, 1)])
-def test_a_few_rows_times_a_matrix(calls, dtype, shape):
-    b, t, outputs, width = shape
-    draw = Draw.seeded(dtype=dtype)
-    # Rows and weights as slices leave them.
-    x, weight = draw.normal(b, t, width + 3)[..., 1:-2], draw.normal(outputs, width + 1)[:, 1:]
-    for bias in (None, draw.normal(outputs)):
-        with torch.no_grad():
-            found = linear(x, weight, bias)
-        torch.testing.assert_close(found, F.linear(x, weight, bias))
-    assert calls == [f"linear_{native.suffix(dtype)}"] * 2
+def test_whoever_looks_on_gets_what_the_definition_does(calls):
+    op = get_op("mamba2_step")
+    arguments = op.cases()[0].make(Draw.seeded(dtype=torch.float64), 2, 1)
+    dt = arguments.pop("dt")
 
+    def step(dt: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+        return op.function(dt=dt, **arguments, backend=backend)[0]
 
-def test_linear_is_torchs_where_more_is_asked_of_it(calls):
-    x, weight = torch.randn(1, 4), torch.nn.Parameter(torch.randn(3, 4))
-    linear(x, weight).sum().backward()
-    torch.testing.assert_close(weight.grad, x.expand(3, 4))
-    with torch.no_grad():
-        assert linear(torch.randn(64, 4), weight).shape == (64, 3)
-        assert linear(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
-        assert linear(torch.randn(2, 0, 4), weight).shape == (2, 0, 3)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert linear(x, weight).dtype == torch.bfloat16
-        with FlopCounterMode(display=False) as counter:
-            linear(x, weight)
-    assert counter.get_total_flops() == 2 * 3 * 4
-    assert calls == []
-
-
-def test_whoever_looks_on_gets_what_torch_does(without_shape_checks):
-    weight, x = torch.randn(16, 8), torch.randn(1, 8)
-    with torch.no_grad():
-        traced = torch.jit.trace(lambda row: linear(row, weight) + 0, (x,), check_trace=False)
-        torch.testing.assert_close(traced(x), F.linear(x, weight))
-        many = torch.randn(3, 8)
-        torch.testing.assert_close(torch.vmap(lambda row: linear(row, weight))(many), F.linear(many, weight))
+    def derivative(backend: str) -> torch.Tensor:
         with torch.autograd.forward_ad.dual_level():
-            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-            found = torch.autograd.forward_ad.unpack_dual(linear(dual, weight)).tangent
-        torch.testing.assert_close(found, F.linear(torch.ones_like(x), weight))
-        with pytest.raises(UnsupportedShape, match="to_dense"):
-            linear(x, weight.to_sparse_csr())
-        with pytest.raises(UnsupportedShape):
-            linear(x, weight, torch.ones(8))
+            dual = torch.autograd.forward_ad.make_dual(dt, torch.ones_like(dt))
+            return torch.autograd.forward_ad.unpack_dual(step(dual, backend)).tangent
+
+    with torch.no_grad():
+        wanted, many = step(dt, "reference"), torch.stack([dt, dt + 1])
+        torch.testing.assert_close(torch.jit.trace(lambda x: step(x) + 0, (dt,), check_trace=False)(dt), wanted)
+        torch.testing.assert_close(torch.vmap(step)(many)[1], step(many[1], "reference"))
+        torch.testing.assert_close(derivative("auto"), derivative("reference"))
+        assert calls == []
+        torch.testing.assert_close(step(dt), wanted)
+    assert calls == ["mamba2_step_double"]
