@@ -17,6 +17,7 @@ from omnimix.backbones.decoding import (
     save_prefix,
     stream,
 )
+from omnimix.backbones.decoding.generate import Writer
 from omnimix.backbones.decoding.prefill import read
 from omnimix.backbones.decoding.sampling import (
     distribution,
@@ -63,6 +64,16 @@ def test_a_ragged_batch_is_each_alone(pattern):
     pieces = generate(model, PROMPTS, GenerationConfig(**options, end=end, chunk=3))
     assert pieces.tokens == together.tokens
     assert all(map(lambda a, b: far(a, b) < 1e-9, pieces.log_probs, together.log_probs))
+
+
+def test_a_sequence_may_leave_before_the_first_token():
+    model, config = tiny(["attention"]), GenerationConfig(max_new_tokens=3)
+    with torch.inference_mode():
+        writer = Writer(model.eval(), PROMPTS, config)
+        writer.leave({0})
+        while writer.rows:
+            writer.next()
+    assert writer.written == [[], *generate(model, PROMPTS, config).tokens[1:]]
 
 
 @patterns
