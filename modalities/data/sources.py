@@ -12,7 +12,10 @@ from typing import Any, Protocol, runtime_checkable
 from ...errors import ConfigError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
-VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv", ".3gp"})
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv", ".3gp", ".asf", ".flv", ".vob"}
+    | {".h264", ".hevc", ".m1v", ".m2v"}  # bare streams
+)
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".aif", ".aiff"})
 
 _LAYOUTS = "{split}/CLASS/FILES, {split}.csv, or tar shards {split}-*.tar or {split}/*.tar"

@@ -100,7 +100,7 @@ class MediaData(RecipeData):
 
     def __init__(self, *, loading: LoadingOptions = LOADING):
         super().__init__()
-        # The class's options, of which the defaults leave none None.
+        # Options, none of which is None any more: their types do not say that.
         self.loading: Any = self.filled(loading)
         self.unreadable: dict[str, str] = {}
         self._read, self._failed = 0, 0

@@ -94,49 +94,62 @@ def precision(wanted: str | None, accelerator: str, parameters: int) -> str:
 
 
 class EvenSteps(pl.LightningModule):
-    """Base of modules in which every sample of an optimizer step has the same weight.
+    """Base of modules in which every sample of an optimizer step has the same weight; in text a sample is a token.
 
     Lightning divides each loss by `trainer.accumulate_grad_batches` and averages over processes. The last window of an
     epoch may have fewer batches than that, and batches differ in their number of samples where some are unreadable.
 
-    List it before the class whose `training_step` returns the mean loss of a batch.
+    List it before the class whose `training_step` returns the mean loss of a batch, or call `weighted` in one's own.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         # Samples of the batches since the last optimizer step, over all processes.
-        self._window: list[float] = []
+        self._window: list[Any] = []
         self._ranks, self._batches = 1, 1
 
-    def on_train_epoch_start(self) -> None:
-        # A baseline trains alone, also where the processes of the run are still connected.
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Lightning leaves the start of an epoch out where a run is resumed within one. A baseline trains alone, also
+        # where the processes of the run are still connected.
         self._ranks, self._batches = self.trainer.world_size, self.trainer.accumulate_grad_batches
 
-    def training_step(self, batch: Any, index: int) -> Tensor:
-        return self.weighted(super().training_step(batch, index), self.count(batch))
+    def training_step(self, batch: Any, index: int) -> Any:
+        loss: Any = super().training_step(batch, index)
+        count = self.count(batch)
+        total = summed(torch.tensor(float(count), device=loss.device))[0] if self._ranks > 1 else count
+        return self.weighted(loss, count, total)
 
     def count(self, batch: Any) -> int:
         """How many samples the loss of a batch, by names or a pair of inputs and labels, is the mean of."""
         labels = batch[1] if isinstance(batch, list | tuple) else batch["label"]
         return int((labels >= 0).sum())
 
-    def weighted(self, loss: Tensor, count: int) -> Tensor:
-        """The mean loss of a batch with the weight that the batch has in its step."""
-        total = float(count)
+    def weighted(self, loss: Tensor, count: int, total: Tensor | float) -> Tensor:
+        """The mean loss of a batch with the weight that the batch has in its step.
+
+        Args:
+            loss: the mean over the samples of this process.
+            count: how many these are.
+            total: and those of all processes; a tensor of the loss's device where there are several.
+        """
         if self._ranks > 1:
-            total = float(summed(torch.tensor(total, device=loss.device))[0])
-            loss = loss * (count * self._ranks / max(1.0, total))
+            loss = loss * (count * self._ranks / _divisor(total))
         if self._batches > 1:
             self._window.append(total)
-            loss = loss * (total / max(1.0, self._window[0]))
+            loss = loss * (total / _divisor(self._window[0]))
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the mean of means that Lightning leaves into the mean over all samples of the window."""
         if self._window:
-            factor = max(1.0, self._window[0]) * self._batches / max(1.0, sum(self._window))
+            factor = float(_divisor(self._window[0]) * self._batches / _divisor(sum(self._window)))
             foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], factor)
             self._window = []
+
+
+def _divisor(count: Any) -> Any:
+    """A number of samples, at least 1; of a tensor without waiting for its device."""
+    return count.clamp_min(1.0) if isinstance(count, Tensor) else max(1.0, count)
 
 
 class SeedEveryStep(Callback):

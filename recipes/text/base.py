@@ -89,7 +89,7 @@ class TextData(RecipeData):
 
     def __init__(self, *, options: TextOptions = OPTIONS):
         super().__init__()
-        # The class's options; the defaults leave none None of those that must not be.
+        # Options, of which those that have a default are not None any more: their types do not say that.
         self.options: Any = self.filled(options)
 
     @abstractmethod

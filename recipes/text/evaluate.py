@@ -88,7 +88,7 @@ def evaluate(model: Any, tasks: list[str], *, include_path: str | None = None, *
         for name in tasks:
             if name not in manager.all_tasks:
                 raise UnknownName("task", name, manager.all_tasks)
-        measure: Any = simple_evaluate
+        measure: Any = simple_evaluate  # decorated as well
         return measure(model=model, tasks=tasks, task_manager=manager, **{"bootstrap_iters": 1000} | options)
 
 

@@ -17,16 +17,15 @@ from ...errors import ConfigError
 from ...modalities import save_model
 from ...modalities.common.classifier import pattern_name
 from ...utils.console import emit, say
-from ...utils.private_torch import foreach_mul_
 from ..common.cli import RecipeCLI
 from ..common.commands import evaluate, run_fit
 from ..common.history import StepHistory
 from ..common.loading import mix
 from ..common.optimisers import optimise, planned_steps
-from ..common.ranks import from_all_ranks, summed, world_size
+from ..common.ranks import from_all_ranks, summed
 from ..common.report import Row, curves, text, write_metrics, write_report
 from ..common.strategies import whole_model
-from ..common.training import AverageWeights, TrainingConfig, parts
+from ..common.training import AverageWeights, EvenSteps, TrainingConfig, parts
 from .data import TextData
 from .lengths import cut, length_at, scored
 from .samples import Samples
@@ -58,7 +57,7 @@ class TextTrainingConfig(TrainingConfig):
 _BACKBONE = BackboneConfig(dim=256, depth=6, pattern=("gated_deltanet", "gated_deltanet", "attention"))
 
 
-class TextGeneration(pl.LightningModule):
+class TextGeneration(EvenSteps):
     """A language model and how it is trained.
 
     Each scored token of a step weighs the same, whichever process has it and whichever batch it is in with
@@ -92,7 +91,6 @@ class TextGeneration(pl.LightningModule):
             config = replace(config, backbone=replace(backbone, scan="both"))
         self.mixer, self.training_config, self.prompts = pattern_name(backbone), training, prompts
         self.model = LanguageModel(config)
-        self._window: list[Any] = []
         self._sums = [0.0, 0, 0]
         self.measured: dict[str, float] = {}
 
@@ -108,18 +106,7 @@ class TextGeneration(pl.LightningModule):
         self.log("train/loss", nats / count, prog_bar=True, batch_size=1)
         if len(found.parts) > 1:
             self.log_dict({f"train/{name}": value for name, value in found.parts.items()}, batch_size=1)
-        loss = found.loss * (found.count * world_size() / count)
-        if self.trainer.accumulate_grad_batches > 1:
-            self._window.append(count)
-            loss = loss * (count / self._window[0])
-        return {"loss": loss, "nats": nats, "count": count}
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make the mean over all tokens of a step's batches of what Lightning leaves, a mean of means."""
-        if self._window:
-            factor = float(self._window[0] * self.trainer.accumulate_grad_batches / sum(self._window))
-            foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], factor)
-            self._window = []
+        return {"loss": self.weighted(found.loss, found.count, count), "nats": nats, "count": count}
 
     def on_validation_epoch_start(self) -> None:
         self._sums = [0.0, 0, 0]

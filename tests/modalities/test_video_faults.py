@@ -12,6 +12,7 @@ import torch
 
 from omnimix.errors import MediaError
 from omnimix.modalities import VideoReader, write_video
+from omnimix.modalities.data.sources import VIDEO_SUFFIXES
 from omnimix.modalities.video import files
 
 from .decoder_stress import barcodes, numbers_in
@@ -64,6 +65,7 @@ def encode(path: Path, frames: torch.Tensor, codec: str, rate: Fraction, form=No
 def test_ends_and_times_of_all_containers(tmp_path, suffix, codec, form, rate):
     count = 60
     path = tmp_path / f"film.{suffix}"
+    assert path.suffix in VIDEO_SUFFIXES
     # Noise, for frames larger than a packet of a programme stream, which has at most one time stamp.
     pictures = barcodes(list(range(count)), side=96)
     pictures = (pictures * 0.8 + torch.randint(0, 50, pictures.shape)).to(torch.uint8)

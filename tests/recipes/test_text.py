@@ -305,11 +305,12 @@ def test_accumulated_batches_weigh_by_their_tokens():
     module.zero_grad()
 
     class Trainer:
-        accumulate_grad_batches = 4
+        accumulate_grad_batches, world_size = 4, 1
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(module), "trainer", Trainer)
         for row, length in zip(tokens, (21, 4, 9), strict=True):
+            module.on_train_batch_start(None, 0)
             loss = module.training_step({"tokens": row[None, :length], "bytes": 1}, 0)["loss"]
             # As Lightning does, though the epoch may end before there are four.
             (loss / 4).backward()

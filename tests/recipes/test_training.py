@@ -133,15 +133,26 @@ def classifiers():
     }
 
 
-class _Gradients(pl.Callback):
-    """What the optimizer is given at each of its steps."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_before_zero_grad(self, trainer, module, optimizer):
-        gradients = [p.grad.clone() for p in module.parameters() if p.grad is not None]
-        self.steps += [gradients] if gradients else []
+def gradients_of_steps(module, loader, accumulate, *, max_epochs=1, ckpt_path=None, callbacks=()):
+    """What the optimizer is given at each of its steps, none of which changes a weight."""
+    steps = []
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    optimizer.register_step_post_hook(
+        lambda *_: steps.append([p.grad.clone() for p in module.parameters() if p.grad is not None])
+    )
+    module.configure_optimizers = lambda: optimizer
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=max_epochs,
+        accumulate_grad_batches=accumulate,
+        callbacks=[*callbacks],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module.eval(), loader, ckpt_path=ckpt_path)
+    return steps
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -153,22 +164,44 @@ def test_every_sample_of_a_window_of_batches_has_the_same_weight(medium):
     batches = [{medium: torch.randn(n, *shape), "label": torch.arange(n), "problems": []} for n in sizes]
     # In place of samples that cannot be read.
     batches.append({medium: torch.randn(1, *shape), "label": torch.tensor([IGNORED]), "problems": []})
-    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)
     together = {name: torch.cat([batch[name] for batch in batches[:3]]) for name in (medium, "label")}
-    seen = _Gradients()
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=2,
-        accumulate_grad_batches=8,
-        callbacks=[seen],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module.eval(), torch.utils.data.DataLoader(batches, batch_size=None))
+    steps = gradients_of_steps(module, torch.utils.data.DataLoader(batches, batch_size=None), 8, max_epochs=2)
     loss = nn.functional.cross_entropy(module(together[medium]), together["label"])
     expected = torch.autograd.grad(loss, [p for p in module.parameters() if p.requires_grad])
-    assert len(seen.steps) >= 1 and not module.training
-    for gradients in seen.steps:
+    assert len(steps) == 2 and not module.training
+    for gradients in steps:
         torch.testing.assert_close(gradients, list(expected), rtol=1e-4, atol=1e-6)
+
+
+class _Batches(list):
+    """Batches that say that two of them are done, and are resumed there."""
+
+    first = 0
+
+    def __iter__(self):
+        first, self.first = self.first, 0
+        return iter(self[first:])
+
+    def state_dict(self):
+        return {"first": 2}
+
+    def load_state_dict(self, state):
+        self.first = state["first"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_windows_weigh_by_their_samples_where_a_run_is_resumed_within_an_epoch(tmp_path):
+    module, shape = classifiers()["image"]
+    batches = [{"image": torch.randn(n, *shape), "label": torch.arange(n), "problems": []} for n in (2, 2, 5, 1)]
+    state = tmp_path / "state.ckpt"
+
+    def save(trainer, *_):
+        if trainer.global_step == 1 and not state.exists():
+            trainer.save_checkpoint(state)
+
+    saving = pl.callbacks.LambdaCallback(on_train_batch_end=save)
+    whole = gradients_of_steps(module, _Batches(batches), 2, callbacks=[saving])
+    # A new process has a new module, which has the weights from the state.
+    rest = gradients_of_steps(classifiers()["image"][0], _Batches(batches), 2, ckpt_path=state)
+    assert len(whole) == 2 and len(rest) == 1
+    torch.testing.assert_close(rest[0], whole[1])
