@@ -35,6 +35,7 @@ FLAGS = tuple("-std=gnu++17 -O3 -march=native -fno-math-errno -fno-trapping-math
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128})
 _HERE = Path(__file__).parent
 _SECONDS = 600
+NO_COMPILER = "no C++ compiler is installed (apt-get install g++)"
 
 
 _libraries: dict[str, ctypes.CDLL] = {}
@@ -45,7 +46,7 @@ def machine_refusal() -> str | None:
     if sys.platform != "linux":
         return f"native kernels are built on Linux only, and this is {sys.platform}"
     if shutil.which("g++") is None:
-        return "no C++ compiler is installed (apt-get install g++)"
+        return NO_COMPILER
     return None
 
 
@@ -134,6 +135,8 @@ def _key(op: str, compiler: str) -> str:
 def _build(op: str) -> str | None:
     """Loads the op's library, compiled before or now; returns the reason where that fails."""
     compiler = shutil.which("g++")
+    if compiler is None:
+        return NO_COMPILER
     try:
         library = cache_folder("native") / f"{op}-{_key(op, compiler)}.so"
         if not library.exists():

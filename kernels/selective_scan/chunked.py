@@ -78,7 +78,8 @@ class _Inputs:
         self.x, self.delta, self.B, self.C, self.z, self.softplus = x, delta, B, C, z, softplus
         # In powers of 2, which torch computes several times as fast on CPUs as those of e.
         self.A = A.to(self.wide).t().contiguous() * math.log2(math.e)
-        self.D, self.bias = (None if p is None else p.to(self.wide) for p in (D, bias))
+        self.D: Any = None if D is None else D.to(self.wide)
+        self.bias: Any = None if bias is None else bias.to(self.wide)
         self.initial_state = initial_state
         self._scratch: dict[str, Tensor] = {}
 

@@ -95,7 +95,7 @@ class _Loop:
         """keep, feed or hold: (r, 1, 1)."""
         return self.gates[wave.pieces, :, which].flatten()[:, None, None]
 
-    def at(self, x: Tensor, wave: _Wave) -> Tensor:
+    def at(self, x: Any, wave: _Wave) -> Tensor:
         return x[wave.pieces].flatten(0, 1)
 
     def target(self, wave: _Wave, norm: _Norm) -> Tensor:
