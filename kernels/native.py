@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from ..utils.cache import cache_folder
-from ..utils.console import say
 from ..utils.files import one_at_a_time
+from ..utils.log import logger_of
 from ..utils.modes import constant_in_graphs, outliving_modes
 from ..utils.private_torch import differentiates_forward, dispatch_modes, innermost_transform, tracing_state
 from .common.checks import check_edges
@@ -37,7 +37,7 @@ _HERE = Path(__file__).parent
 _SECONDS = 600
 NO_COMPILER = "no C++ compiler is installed (apt-get install g++)"
 
-
+logger = logger_of(__name__)
 _libraries: dict[str, ctypes.CDLL] = {}
 
 
@@ -151,7 +151,7 @@ def _build(op: str) -> str | None:
 
 
 def _compile(op: str, compiler: str, library: Path) -> str | None:
-    say(f"omnimix: compiling the native kernels of {op}, once (some seconds) ...", error=True)
+    logger.info("omnimix: compiling the native kernels of %s, once (some seconds) ...", op)
     # Under a name of its own first: another process must never load half a library.
     handle, scratch = tempfile.mkstemp(prefix=f"{op}-", suffix=".part", dir=library.parent)
     os.close(handle)
