@@ -29,6 +29,7 @@ coverage: .venv/.stamp
 lint: .venv/.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -q tests/test_words.py
 
 # The site, in site/. Strict: a broken link or an unknown name is an error.

@@ -102,9 +102,11 @@ def run(argv: list[str]) -> int:
     command = getattr(import_module(module, package=__package__), function)
     gc.freeze()
     gc.enable()
+    from .utils.log import printed
     from .utils.options import underscored
 
-    return command(underscored(argv[len(name.split()) :])) or 0
+    with printed():
+        return command(underscored(argv[len(name.split()) :])) or 0
 
 
 def answer(argv: list[str]) -> int:

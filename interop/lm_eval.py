@@ -6,7 +6,6 @@ Importing this module registers the model "omnimix" with lm-eval: `get_model("om
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
@@ -23,6 +22,7 @@ from ..backbones.layout import Layout
 from ..errors import ConfigError, UnsupportedCall, UnsupportedShape
 from ..modalities.text.text_generator import TextGenerator
 from ..modalities.text.tokenizer import Tokenizer, load_tokenizer
+from ..utils.log import logger_of
 from .importing import load_language_model, source_hidden, wanted
 from .lm_eval_options import WritingOptions
 
@@ -46,7 +46,7 @@ LOGITS_AT_A_TIME = 1 << 24
 
 # What lm-eval asks for where nobody names a device.
 DEFAULT_DEVICE = "cuda:0"
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 @register_model("omnimix")

@@ -61,7 +61,7 @@ class CustomOp:
         self._op.register_autograd(outside, setup_context=setup)
         self._eager, self._transformed = self._functions(outside, setup)
 
-    def _functions(self, backward: Callable[..., Any], setup: Callable[..., None]) -> tuple[type, type]:
+    def _functions(self, backward: Callable[..., Any], setup: Callable[..., None]) -> tuple[Any, ...]:
         """Two autograd.Functions: for plain eager calls, and for the transforms of torch.func."""
 
         def forward(ctx: Any, *arguments: Any) -> Any:

@@ -34,7 +34,9 @@ def flop_counter(**options: Any) -> FlopCounterMode:
     from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
     for op in ops():
-        for backend in op.backends if op.flops is not None else ():
+        if op.flops is None:
+            continue
+        for backend in op.backends:
             if backend.name != "triton" or importlib.util.find_spec("triton") is not None:
                 backend.load()
                 formulas = {f"{op.name}_{backend.name}": op.flops} | dict(op.parts)

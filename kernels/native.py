@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from ..utils.cache import cache_folder
-from ..utils.console import say
 from ..utils.files import one_at_a_time
+from ..utils.log import logger_of
 from ..utils.modes import constant_in_graphs, outliving_modes
 from ..utils.private_torch import differentiates_forward, dispatch_modes, innermost_transform, tracing_state
 from .common.checks import check_edges
@@ -35,8 +35,9 @@ FLAGS = tuple("-std=gnu++17 -O3 -march=native -fno-math-errno -fno-trapping-math
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128})
 _HERE = Path(__file__).parent
 _SECONDS = 600
+NO_COMPILER = "no C++ compiler is installed (apt-get install g++)"
 
-
+logger = logger_of(__name__)
 _libraries: dict[str, ctypes.CDLL] = {}
 
 
@@ -45,7 +46,7 @@ def machine_refusal() -> str | None:
     if sys.platform != "linux":
         return f"native kernels are built on Linux only, and this is {sys.platform}"
     if shutil.which("g++") is None:
-        return "no C++ compiler is installed (apt-get install g++)"
+        return NO_COMPILER
     return None
 
 
@@ -134,6 +135,8 @@ def _key(op: str, compiler: str) -> str:
 def _build(op: str) -> str | None:
     """Loads the op's library, compiled before or now; returns the reason where that fails."""
     compiler = shutil.which("g++")
+    if compiler is None:
+        return NO_COMPILER
     try:
         library = cache_folder("native") / f"{op}-{_key(op, compiler)}.so"
         if not library.exists():
@@ -148,7 +151,7 @@ def _build(op: str) -> str | None:
 
 
 def _compile(op: str, compiler: str, library: Path) -> str | None:
-    say(f"omnimix: compiling the native kernels of {op}, once (some seconds) ...", error=True)
+    logger.info("omnimix: compiling the native kernels of %s, once (some seconds) ...", op)
     # Under a name of its own first: another process must never load half a library.
     handle, scratch = tempfile.mkstemp(prefix=f"{op}-", suffix=".part", dir=library.parent)
     os.close(handle)

@@ -50,7 +50,7 @@ def aligned(q: Tensor, k: Tensor, v: Tensor, rule: Rule, scale: float) -> Tensor
         reach = -(-max(rule.window - 1, 1) // 64) * 64
         # With fewer steps there is nothing to save; a graph that is exported serves any number of them.
         if not for_every_length() and tq > 2 * reach and tq <= tk:
-            return _windowed(q, k, v, rule, scale, min(reach, QUERIES))
+            return _windowed(q, k, v, rule, rule.window, scale, min(reach, QUERIES))
     elif not rule.causal or tq == 1:
         return _sdpa(q, k, v, scale)
     elif tq == tk:
@@ -88,14 +88,14 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tens
     return torch.where(sees.transpose(1, 2), o, 0)
 
 
-def _windowed(q: Tensor, k: Tensor, v: Tensor, rule: Rule, scale: float, block: int) -> Tensor:
+def _windowed(q: Tensor, k: Tensor, v: Tensor, rule: Rule, window: int, scale: float, block: int) -> Tensor:
     """Blocks of queries become batch rows; each meets the sinks, its own keys and those that a window reaches around.
 
     All blocks share one mask but those at the ends of the sequence, where keys are missing or are sinks at the same
     time.
     """
     (b, tq), tk = q.shape[:2], k.shape[1]
-    n, first, back = -(-tq // block), tk - tq, -(-(rule.window - 1) // block) * block
+    n, first, back = -(-tq // block), tk - tq, -(-(window - 1) // block) * block
     around = block + (back if rule.causal else 2 * back)
     sinks = min(rule.sinks, tk)
     q = F.pad(q, (0, 0, 0, 0, 0, n * block - tq)).unflatten(1, (n, block))
@@ -112,7 +112,7 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, rule: Rule, scale: float, block: 
             seen = _block_mask(first + blocks * block, block, back, around, tk, sinks, rule)
             rows = (x[:, i:j].flatten(0, 1) for x in (q, k, v))
             mask = seen.expand(b * (j - i), -1, -1, -1) if shared else seen.repeat(b, 1, 1, 1)
-            outputs.append(_sdpa(*rows, scale, mask=mask).unflatten(0, (b, j - i)))
+            outputs.append(_sdpa(*rows, scale=scale, mask=mask).unflatten(0, (b, j - i)))
     return torch.cat(outputs, dim=1).flatten(1, 2)[:, :tq]
 
 

@@ -66,9 +66,8 @@ def attention_packed_backward(
             s = torch.cat([torch.arange(start + i, start + j, device=q.device) for i, j in parts])
             spans = [slice(start + i, start + j) for i, j in parts]
             seen = visible_keys(p[:, None] - start, s - start, rule)
-            found = _block_backward(
-                do[a:e], q[a:e], *(torch.cat([x[:, span] for span in spans], 1) for x in (keys, values)), seen, scale
-            )
+            near_k, near_v = (torch.cat([x[:, span] for span in spans], 1) for x in (keys, values))
+            found = _block_backward(do[a:e], q[a:e], near_k, near_v, seen, scale)
             dq[a:e] = found[0]
             at = 0
             for span in spans:

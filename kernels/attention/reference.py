@@ -27,9 +27,9 @@ def attention_reference(
         return _attend(q, k, v, *positions(q_positions, k_positions, q.shape[1], k.shape[1], q.device), scale, rule)
     lengths = cu_seqlens.diff().tolist()
     outputs = []
-    for sequence in zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True):
-        if n := sequence[0].shape[1]:
-            outputs.append(_attend(*sequence, *positions(None, None, n, n, q.device), scale, rule))
+    for own_q, own_k, own_v in zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True):
+        if n := own_q.shape[1]:
+            outputs.append(_attend(own_q, own_k, own_v, *positions(None, None, n, n, q.device), scale, rule))
     return torch.cat(outputs, dim=1)
 
 

@@ -157,9 +157,10 @@ class _Call:
 
     def slots(self, count: int, width: int, tiles: _Tiles) -> Tensor:
         """Space for each slot, (count, width), with zeros in those that no group fills."""
-        if self.room is None or self.room.numel() < count * width:
-            self.room = self.q.new_empty(count * width, dtype=self.compute)
-        found = self.room[: count * width].view(count, width)
+        room = self.room
+        if room is None or room.numel() < count * width:
+            room = self.room = self.q.new_empty(count * width, dtype=self.compute)
+        found = room[: count * width].view(count, width)
         return found.index_fill_(0, tiles.unfilled, 0)
 
     def gathered(self, x: Tensor, tiles: _Tiles) -> Tensor:

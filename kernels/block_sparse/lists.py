@@ -271,7 +271,7 @@ def by_compressed_attention(
 
         sizes = (size, stride, block_size, number, blocks, first, local)
         return exported.by_compressed_attention(q.detach(), keys.detach(), positions, lengths, *sizes, causal, scale)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     ends = torch.arange(keys.shape[1], device=q.device) * stride + size
     full = None if lengths is None else torch.arange(blocks, device=q.device) * block_size < lengths[:, None]
     parts = []
@@ -280,7 +280,7 @@ def by_compressed_attention(
         stop = place + 1 if causal else torch.full_like(place, 1 << 60) if lengths is None else lengths[:, None]
         near = _visible(stop, ends)
         hidden = (ends[:near] > stop[..., None])[:, None, :, None]
-        weights = _scores(some, keys[:, :near]).mul_(scale).masked_fill_(hidden, -1e30).softmax(-1).sum(3)
+        weights = _scores(some, keys[:, :near]).mul_(factor).masked_fill_(hidden, -1e30).softmax(-1).sum(3)
         importance = _of_blocks(weights, size // stride, block_size // stride, blocks)
         # Where nothing is seen the softmax has weighted what is hidden.
         importance = importance.masked_fill_((stop < size)[:, None, :, None], 0)
@@ -301,7 +301,9 @@ def _of_blocks(weights: Tensor, overlap: int, pieces: int, blocks: int) -> Tenso
     total = blocks * pieces
     # Piece u is in the compressed keys u - overlap + 1 to u.
     padded = F.pad(weights, (overlap - 1, max(0, total - weights.shape[-1])))
-    pieced = sum(padded[..., i : i + total] for i in range(overlap))
+    pieced = padded[..., :total]
+    for i in range(1, overlap):
+        pieced = pieced + padded[..., i : i + total]
     return pieced.unflatten(-1, (blocks, pieces)).sum(-1)
 
 

@@ -31,7 +31,8 @@ def block_sparse_reference(
     for sequence in sequences:
         if n := sequence[0].shape[1]:
             positions = torch.arange(n, device=q.device)[None]
-            outputs.append(_attend(*sequence, positions, block_size, query_block, causal, scale))
+            own_q, own_k, own_v, own_blocks = sequence
+            outputs.append(_attend(own_q, own_k, own_v, own_blocks, positions, block_size, query_block, causal, scale))
     return torch.cat(outputs, dim=1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -130,9 +130,12 @@ def check_real(
     """Raises UnsupportedShape unless an option is a finite number within its bounds; `optional`: or None."""
     if isinstance(value, torch.SymFloat) or (value is None and optional):
         return
-    real = isinstance(value, float | int) and not isinstance(value, bool)
     # NaN compares with nothing, and would pass where a comparison refuses.
-    if not (real and least <= value <= (LARGEST_INT if isinstance(value, int) else LARGEST) and above < value):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, float | int)
+        or not (least <= value <= (LARGEST_INT if isinstance(value, int) else LARGEST) and above < value)
+    ):
         bound = f" above {above}" if above > -math.inf else f" of at least {least}" if least > -LARGEST else ""
         raise UnsupportedShape(f"{name}: {value!r} is not a finite number{bound}")
 
@@ -216,7 +219,7 @@ def sequences(batch: int, cu_seqlens: Tensor | None) -> int:
     return batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def untouched(arguments: dict, like: Tensor, dtype: torch.dtype, *sizes: int) -> Tensor:
+def untouched(arguments: Mapping[str, Any], like: Tensor, dtype: torch.dtype, *sizes: int) -> Tensor:
     """The final state of a call without tokens: the initial one, or zeros, in `dtype`.
 
     Args:

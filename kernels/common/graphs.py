@@ -11,7 +11,7 @@ def for_every_length() -> bool:
     No choice may then depend on how many tokens there are: what is right for all of them is recorded. torch.compile
     may choose, as it compiles anew where the choice would be another.
     """
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def for_other_runtimes() -> bool:

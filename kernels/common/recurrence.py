@@ -51,19 +51,21 @@ def views(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     block: int,
-) -> list[Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
     """The arguments in common, in one dtype, and where sequences start and end."""
     wide = accumulate_dtype(v.dtype)
     if decay is not None:
         decay = decay.to(wide)
         # A scalar decay is read with any strides.
         decay = unit_stride(decay) if decay.dim() == 4 else decay.expand(v.shape[:3])
-    return [
-        *(unit_stride(x.to(wide)) for x in (q, k, v)),
+    return (
+        unit_stride(q.to(wide)),
+        unit_stride(k.to(wide)),
+        unit_stride(v.to(wide)),
         decay,
         None if initial_state is None else initial_state.to(wide).contiguous(),
         native.segments(v.shape[0], v.shape[1], cu_seqlens, block),
-    ]
+    )
 
 
 def outputs(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, block: int, train: bool) -> tuple[Tensor, Tensor, Tensor]:

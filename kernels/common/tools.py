@@ -123,7 +123,8 @@ def dot_mode(dtype: torch.dtype, *, wide: bool = False) -> str:
     import triton
 
     # Three TF32 products are as precise as float32 and use NVIDIA's tensor cores; AMD multiplies float32 as it is.
-    if triton.runtime.driver.active.get_current_target().backend != "cuda":
+    target: Any = triton.runtime.driver.active.get_current_target()
+    if target.backend != "cuda":
         return "ieee"
     return "tf32" if dtype == torch.float16 else "tf32x3"
 

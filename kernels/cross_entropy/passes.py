@@ -70,6 +70,8 @@ def _walk(
         # Only there do products of half precision come out in float32.
         x, weight = x.to(wide), weight.to(wide)
     losses = torch.empty(x.shape[0], dtype=wide, device=device)
+    # None only where nothing wants it.
+    g: Any
     dx = torch.empty(x.shape if into[0] else 0, dtype=narrow, device=device)
     dweight = torch.zeros(weight.shape if into[1] else 0, dtype=wide, device=device)
     dbias = torch.zeros(classes if into[2] else 0, dtype=wide, device=device)
@@ -142,8 +144,8 @@ def _reduced_op(name: str, softmax: Softmax) -> Any:
         share = _share(x, target, ignore_index)
         factor = 1 / share.sum().clamp_min(1) if mean else share.new_ones(())
         terms = Terms(ignore_index, z_loss, softcap, smoothing)
-        losses, *gradients = _walk(softmax, x, weight, bias, target, share, terms, into)
-        return (losses * share).sum() * factor, factor, *gradients
+        losses, dx, dweight, dbias = _walk(softmax, x, weight, bias, target, share, terms, into)
+        return (losses * share).sum() * factor, factor, dx, dweight, dbias
 
     def shapes(x, weight, bias, target, ignore_index, z_loss, softcap, smoothing, mean, into):
         wide = accumulate_dtype(x.dtype)
@@ -204,7 +206,8 @@ def _rows_op(name: str, softmax: Softmax) -> Any:
 def _gradients(x: Tensor, weight: Tensor, into: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Tensors of the gradients' shapes and dtypes."""
     shapes = (x.shape, weight.shape, weight.shape[:1])
-    return tuple(x.new_empty(shape if wanted else 0) for shape, wanted in zip(shapes, into, strict=True))
+    dx, dweight, dbias = (x.new_empty(shape if wanted else 0) for shape, wanted in zip(shapes, into, strict=True))
+    return dx, dweight, dbias
 
 
 def _save_gradients(ctx, inputs, output) -> None:

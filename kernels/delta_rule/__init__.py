@@ -173,10 +173,9 @@ def _case(
         made["beta"] = draw.uniform(0.0, 2.0, b, t, h)
         return made | ({"removal": key * draw.uniform(0.2, 1.0, b, t, g, dk)} if form == "removal" else {})
 
-    def on_gpu(draw: Draw):
-        made = arguments(draw, 1, 2048, *compiled, strength)
+    def on_gpu(draw: Draw, g: int, h: int, dk: int, dv: int) -> dict[str, Any]:
+        made = arguments(draw, 1, 2048, g, h, dk, dv, strength)
         if decay == "channel":
-            _, h, dk, dv = compiled
             made["initial_state"] = torch.zeros(3, h, dk, dv, device=draw.device)
             made["cu_seqlens"] = torch.tensor([0, 100, 1000, 2048], dtype=torch.int32, device=draw.device)
         return made
@@ -185,7 +184,7 @@ def _case(
         name=name,
         make=lambda draw, b, t: arguments(draw, b, t, groups, heads, 5, 7, strength),
         state=lambda draw, n: draw.normal(n, heads, 5, 7),
-        compile=on_gpu if compiled else None,
+        compile=(lambda draw: on_gpu(draw, *compiled)) if compiled else None,
         # Trained decays are weaker than those that the laws are tried on.
         bench=(lambda draw, t: arguments(draw, 1, t, *typical, strength=0.05)) if typical else None,
     )

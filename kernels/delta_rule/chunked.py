@@ -6,6 +6,8 @@ trace a loop over blocks that depends on the decays' values. The backward pass s
 starts, which the forward pass keeps; everything within a block it computes again.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,8 @@ def _one_step(
     dtype, groups = v.dtype, q.shape[2]
     wide = torch.promote_types(dtype, torch.float32)
     # (b, g, 1 or h / g, k or v): heads that share q and k are broadcast over, not copied.
-    q, k, removal, a, b = (None if x is None else x[:, 0].to(wide).unsqueeze(2) for x in (q, k, *keys))
+    first: Any = (None if x is None else x[:, 0].to(wide).unsqueeze(2) for x in (q, k, *keys))
+    q, k, removal, a, b = first
     v = v[:, 0].to(wide).unflatten(1, (groups, -1))
     zeros = v.new_zeros(*v.shape[:3], k.shape[-1], v.shape[-1])
     state = zeros if state is None else state.to(wide).unflatten(1, (groups, -1))
@@ -165,7 +168,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     chunk_bytes = _chunk_bytes(q, v)
     packing = None if cu_seqlens is None else Packing(cu_seqlens, chunk_bytes)
-    tensors = dict(zip(NAMES, (q, k, v, beta, decay, removal, a, b), strict=True))
+    tensors: dict[str, Tensor | None] = dict(zip(NAMES, (q, k, v, beta, decay, removal, a, b), strict=True))
     sequences = Sequences.of(tensors, q.shape[2], packing)
     inputs = Inputs(sequences, final.dtype)
     doutput = v.new_zeros(1, 1, 1, 1).expand(v.shape) if doutput is None else doutput
@@ -184,7 +187,8 @@ def _backward(
         gradients = {name: None if x is None else packing.unpack(x) for name, x in gradients.items()}
         dstate = packing.unsort(dstate)
     # A custom op has no optional outputs.
-    return (*(v.new_empty(0) if x is None else x for x in gradients.values()), dstate)
+    found: Any = (*(v.new_empty(0) if x is None else x for x in gradients.values()), dstate)
+    return found
 
 
 def _room(x: Tensor | None, packing: Packing | None) -> Tensor | None:

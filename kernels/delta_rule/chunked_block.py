@@ -114,7 +114,7 @@ class Blocks:
         c = removes.shape[1]
         dends, tails = self.scratch("dends", *reads.shape), None
         gates: tuple[Tensor, ...] = ()
-        if tail is not None:
+        if tail is not None and x.through is not None:
             tails = self.scratch("tails", reads.shape[0], tail.shape[-1])
             gates = (x.through, tails)
         for read, remove, derrors, dread, writers, dend, *gate in reversed(
@@ -128,7 +128,7 @@ class Blocks:
                 now.mul_(gate[0]).add_(dread)
             else:
                 now.add_(dread)
-            if gate:
+            if gate and tail is not None:
                 # Taken from the state itself in every chunk: in a running sum rounding would pile up.
                 gate[1].copy_(tail[: read.shape[0]])
                 self._overlap(now, read, tail[: read.shape[0]])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,8 @@ class Sequences:
                 return x if x.dim() == 5 else x.unsqueeze(-1)
             return x.unsqueeze(3)
 
-        return Sequences(**{name: lay_out(name, x) for name, x in tensors.items()})
+        laid_out: dict[str, Any] = {name: lay_out(name, x) for name, x in tensors.items()}
+        return Sequences(**laid_out)
 
 
 @dataclass(kw_only=True)
@@ -174,16 +176,19 @@ class Inputs:
     def _rows(self, name: str, block: Block, parts: int, decays: Decays | None) -> tuple[Tensor, Tensor]:
         """X and W, `(..., 2, c, k)` and `(..., s, c, k)`, with the decays where these are given."""
         at = self.at
-        h = at.b if self.general else at.k if at.removal is None else at.removal
+        # The general form has a and b.
+        a: Any = at.a
+        b: Any = at.b
+        h = b if self.general else at.k if at.removal is None else at.removal
         q_factor, h_factor, into = None, -1.0, None
         if decays is not None:
-            (q_factor, h_factor), into = decays.out, decays.into
-            h_factor = torch.neg(h_factor, out=self.scratch("minus", *h_factor.shape))
+            (q_factor, reached), into = decays.out, decays.into
+            h_factor = torch.neg(reached, out=self.scratch("minus", *reached.shape))
         readers = self._stack(f"{name} readers", block, parts, (at.q, q_factor), (h, h_factor))
         name = f"{name} writers"
         if self.general:
             a_factor = -1.0 if into is None else -into
-            return readers, self._stack(name, block, parts, (at.a, a_factor), (at.k, into))
+            return readers, self._stack(name, block, parts, (a, a_factor), (at.k, into))
         if at.beta is None:
             return readers, self._stack(name, block, parts, (at.k, into))
         # A product of two bfloat16 tensors is rounded to bfloat16, wherever it is written.
@@ -197,7 +202,7 @@ class Inputs:
     def load(self, block: Block) -> Operands:
         decays, exact, parts = self._decays(block)
         self.decays = decays
-        if exact:
+        if decays is not None and exact:
             plain = self._rows("plain", block, parts, None)
             readers, writers = self.scratch("readers", *plain[0].shape), self.scratch("writers", *plain[1].shape)
             for i, out in enumerate(decays.out):
@@ -210,7 +215,7 @@ class Inputs:
         n, dv = math.prod(lead), self.at.v.shape[-1]
         readers, writers = readers.view(n, 2 * c, -1), writers.view(n, self.streams * c, -1)
         scores = self.scratch("scores", n, 2 * c, self.streams * c)
-        if exact:
+        if decays is not None and exact:
             self._exact_scores(*plain, decays, scores)
         else:
             torch.bmm(readers, writers.mT, out=scores).mul_(self.seen(c))
@@ -260,7 +265,9 @@ class Inputs:
 
     def _exact_gradients(self, dscores: Tensor, dreaders: Tensor, dwriters: Tensor) -> None:
         """Add what comes through the scores."""
-        ratios = self._ratios(self.decays)
+        # Only decays make a chunk exact.
+        decays: Any = self.decays
+        ratios = self._ratios(decays)
         readers, writers = self.plain
         *lead, s, c, dk = writers.shape
         dscores = dscores.view(*lead, 2, c, s, c)
@@ -295,14 +302,14 @@ class Inputs:
         block: Block,
         x: Operands,
         gradients: tuple[Tensor, Tensor, Tensor, Tensor],
-        tails: Tensor | None,
+        tails: Any,
         to: Sequences,
     ) -> None:
         """Take the decays' factors back, derive their gradients and those of the inputs.
 
         Args:
             gradients: of readers, writers, values (or the right side) and scores.
-            tails: the gradient of G', `(N, 1 or k)`.
+            tails: the gradient of G', `(N, 1 or k)`; None without one of the decays.
             to: where the inputs' gradients go.
         """
         dreaders, dwriters, dv, dscores = gradients
@@ -322,7 +329,7 @@ class Inputs:
         self._give(block, x, dreaders.select(-3, 0), to.q)
         self.view(block, to.v, x.parts).copy_(dv.unflatten(0, lead))
         minus_dh, dw = dreaders.select(-3, 1), dwriters.select(-3, 0)
-        if self.general:
+        if to.a is not None and to.b is not None:
             self._give(block, x, minus_dh.neg_(), to.b)
             self._give(block, x, dw.neg_(), to.a)
             self._give(block, x, dwriters.select(-3, 1), to.k)
@@ -330,7 +337,8 @@ class Inputs:
         if to.beta is not None:
             product = torch.mul(dw, self.view(block, self.at.k, x.parts), out=self.scratch("product", *dw.shape))
             self.view(block, to.beta, x.parts).copy_(product.sum(-1, keepdim=True))
-            dw.mul_(self.view(block, self.at.beta, x.parts))
+            beta: Any = self.at.beta
+            dw.mul_(self.view(block, beta, x.parts))
         if to.removal is None:
             dw.sub_(minus_dh)
         else:

@@ -46,7 +46,7 @@ def delta_rule_native(
     return output, state
 
 
-def _step(tensors: tuple[Tensor | None, ...], scale: float, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+def _step(tensors: tuple[Any, ...], scale: float, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
     """One step, as decoding takes it: one pass over the state. `tensors`: q to b."""
     q, k, v, beta, decay, *keys = tensors
     (n, _, h, dv), (g, dk) = v.shape, q.shape[2:]
@@ -131,12 +131,13 @@ def _backward(
     parts = recurrence.division(q, v, sequences)
     _, heads, values = parts
 
-    def room(count: int, x: Tensor | None, *more: int) -> Tensor | None:
+    def room(count: int, x: Tensor | None, *more: int) -> Any:
         return None if x is None else shares(count, x, wide, *more)
 
     into_q, into_k, *into_keys = (room(heads * values, x) for x in (q, k, removal, a, b))
     # A decay per head has a share of each sequence too.
-    into_decay = room(values, decay, *[sequences] * (decay.dim() == 1)) if decay_gradient else None
+    of_each = decay is not None and decay.dim() == 1
+    into_decay = room(values, decay, *[sequences] * of_each) if decay_gradient else None
     into_v, into_beta, into_state = room(1, v), room(values, beta), room(1, initial_state)
     native.call(
         "delta_rule",
@@ -149,10 +150,11 @@ def _backward(
         ],
         recurrence.numbers(q, v, decay, sequences, scale, BLOCK, parts),
     )
-    given = (q, k, v, beta, decay, removal, a, b, initial_state)
+    given: Any = (q, k, v, beta, decay, removal, a, b, initial_state)
     found = (into_q, into_k, into_v, into_beta, into_decay, *into_keys, into_state)
     # A custom op has no optional outputs.
-    return tuple(v.new_empty(0) if x is None else joined(x, like) for x, like in zip(found, given, strict=True))
+    gradients: Any = (v.new_empty(0) if x is None else joined(x, like) for x, like in zip(found, given, strict=True))
+    return tuple(gradients)
 
 
 @_backward.register_fake

@@ -38,7 +38,7 @@ def delta_rule_reference(
     # (batch, t, h, 1 or k), whatever the decay came as.
     retain = v.new_ones(1) if decay is None else decay.to(wide).exp()
     retain = (retain if retain.dim() == 4 else retain.unsqueeze(-1)).expand(batch, t, h, -1)
-    if a is None:
+    if a is None or b is None:
         # What is removed is read from the decayed state: k̃ᵀ diag(e^g) S.
         b = (k if removal is None else per_head(removal)) * retain
         beta = v.new_ones(1, 1, 1) if beta is None else beta.to(wide)

@@ -189,12 +189,13 @@ def _backward(
     if packing:
         gradients = [packing.unpack(x) for x in gradients]
         dstate = packing.unsort(dstate)
+    dq, dk, dv = gradients
     if ddecay is None:
-        return (*gradients, decay.new_empty(0), dstate)
+        return dq, dk, dv, decay.new_empty(0), dstate
     if decay.dim() == 1:
-        return (*gradients, ddecay.flatten().to(decay.dtype), dstate)
+        return dq, dk, dv, ddecay.flatten().to(decay.dtype), dstate
     ddecay = ddecay.flatten(2, 3)
-    return (*gradients, packing.unpack(ddecay) if packing else ddecay, dstate)
+    return dq, dk, dv, packing.unpack(ddecay) if packing else ddecay, dstate
 
 
 def _decay_gradient(form: Form, decay: Tensor) -> Tensor:

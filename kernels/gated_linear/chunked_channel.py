@@ -112,14 +112,14 @@ class ChannelForm(Form):
             dq += (ratio * k.unsqueeze(1)).sum(2).view(shape)
             dk += (ratio * q.unsqueeze(2)).sum(1).view(shape)
         if into.decay is not None:
-            self._store_decay(block, x, dq, dk, into)
+            self._store_decay(block, x, dq, dk, into, into.decay)
         for gradient, to in () if final else ((dq, to_q), (dk, to_k)):
             to.copy_(gradient if self.heads == 1 else gradient.sum(4, keepdim=True))
         to_v.copy_(dv.view(to_v.shape))
 
-    def _store_decay(self, block: Block, x: Operands, dq: Tensor, dk: Tensor, into: Adjoint) -> None:
+    def _store_decay(self, block: Block, x: Operands, dq: Tensor, dk: Tensor, into: Adjoint, ddecay: Tensor) -> None:
         """e^{b_i} multiplies q_i, and e^{-b_j} k_j: the gradient of b_i is q_i dq_i - k_i dk_i, channel by channel."""
-        to = self._view(block, into.decay, x.parts)
+        to = self._view(block, ddecay, x.parts)
         n, c, dk_size = x.q.shape
         gradient = torch.mul(self._view(block, self.q, x.parts), dq, out=self.scratch("gradient", *to.shape))
         reads = gradient.clone() if self.exclusive else None

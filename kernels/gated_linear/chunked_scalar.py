@@ -7,6 +7,7 @@ group, (c, k) by (k, h / g * v): Mamba-2's sizes then run as large matrix produc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,12 +74,12 @@ class ScalarForm(Form):
                 into=(last - total).to(self.dtype).exp(),
                 through=last.to(self.dtype).exp(),
                 steep=(last.amin((2, 3, 4)) < -FACTORISE).tolist(),
-                count=None if self.steps is None else self._count(block),
+                count=None if self.steps is None else self._count(block, self.steps),
             )
         return self._regions[key]
 
-    def _count(self, block: Block) -> Tensor:
-        return self.steps[:, block.region].to(self.dtype).unflatten(1, (-1, block.chunk)).cumsum(2)
+    def _count(self, block: Block, steps: Tensor) -> Tensor:
+        return steps[:, block.region].to(self.dtype).unflatten(1, (-1, block.chunk)).cumsum(2)
 
     def load(self, block: Block) -> Operands:
         region = self._region(block)
@@ -174,7 +175,8 @@ class ScalarForm(Form):
 
     def _add_per_head(self, into: Adjoint, gradient: Tensor) -> None:
         """`(N, h / g)`"""
-        into.decay.add_(gradient.view(-1, self.groups, self.heads).sum(0))
+        ddecay: Any = into.decay
+        ddecay.add_(gradient.view(-1, self.groups, self.heads).sum(0))
 
     def store_gradients(self, block: Block, x: Operands, dq: Tensor, dk: Tensor, dv: Tensor, into: Adjoint) -> None:
         do, v = self._view(block, into.doutput), self._view(block, self.v)
@@ -202,11 +204,11 @@ class ScalarForm(Form):
             to = self._view(block, to)
             to.copy_(gradient.view(to.shape))
         if into.decay is not None and self.steps is None:
-            self._store_decay(block, do, dv, into)
+            self._store_decay(block, do, dv, into, into.decay)
 
-    def _store_decay(self, block: Block, do: Tensor, dv: Tensor, into: Adjoint) -> None:
+    def _store_decay(self, block: Block, do: Tensor, dv: Tensor, into: Adjoint, ddecay: Tensor) -> None:
         """e^{b_i} multiplies all of o_i, and e^{-b_j} all that comes of v_j: b_i has do_i o_i - v_i dv_i."""
-        to = self._view(block, into.decay)
+        to = self._view(block, ddecay)
         product = torch.mul(do, self._view(block, into.output), out=self.scratch("product", *dv.shape))
         reads = product.sum(-1) if self.exclusive else None
         gradient = product.addcmul_(self._view(block, self.v), dv, value=-1).sum(-1)

@@ -121,7 +121,7 @@ def _backward(
     _, heads, values = parts
     into_q, into_k, into_v = (shares(n, x, wide) for n, x in ((heads * values, q), (heads * values, k), (1, v)))
     into_decay, into_state = None, None if initial_state is None else shares(1, initial_state, wide)
-    if decay_gradient:
+    if decay_gradient and decay is not None:
         # A decay per head has a share of each sequence too.
         into_decay = shares(values, decay, wide, *[sequences] * (decay.dim() == 1))
     native.call(
@@ -133,8 +133,9 @@ def _backward(
         ],
         [*recurrence.numbers(q, v, decay, sequences, scale, BLOCK, parts), int(exclusive)],
     )
-    found = ((into_q, q), (into_k, k), (into_v, v), (into_decay, decay), (into_state, initial_state))
-    return tuple(v.new_empty(0) if into is None else joined(into, x) for into, x in found)
+    found: Any = ((into_q, q), (into_k, k), (into_v, v), (into_decay, decay), (into_state, initial_state))
+    gradients: Any = (v.new_empty(0) if into is None else joined(into, x) for into, x in found)
+    return tuple(gradients)
 
 
 @_backward.register_fake

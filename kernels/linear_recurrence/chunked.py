@@ -6,6 +6,7 @@ chunks only to bound what is converted to another precision, or conjugated, at o
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +96,7 @@ def _backward(dh, dfinal, h, a, initial_state, cu_seqlens, reverse) -> tuple[Ten
     dx, da, dstate = gradient_shapes(dh, dfinal, h, a, initial_state, cu_seqlens, reverse)
     wide = dfinal.dtype
     constant = a.dim() == 1
-    total = torch.zeros_like(a, dtype=wide) if constant else None
+    total = torch.zeros_like(a, dtype=wide) if constant else da
     for segment in _segments(h.shape[0], h.shape[1], cu_seqlens):
         # The gradient of the state after the step at hand, from what follows.
         carry = dfinal[segment.sequences]
@@ -103,7 +104,8 @@ def _backward(dh, dfinal, h, a, initial_state, cu_seqlens, reverse) -> tuple[Ten
             grown = segment.rows_of(dh, steps, wide).clone()
             factors = _per_step(segment.rows_of(a, steps, wide).conj_physical(), grown.shape[1])
             rows = list(zip(grown.unbind(1), factors, strict=True))
-            last = factor = None
+            last: Any = None
+            factor: Any = None
             for row, own in rows if reverse else reversed(rows):
                 if factor is None:
                     row += carry

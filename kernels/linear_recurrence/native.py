@@ -1,5 +1,7 @@
 """`linear_recurrence` in C++ (native.cpp), for CPUs: one pass over memory, complex numbers as pairs of real ones."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -73,6 +75,7 @@ def linear_recurrence_native(
     """See `omnimix.kernels.linear_recurrence`."""
     if native.direct(x, a, initial_state, cu_seqlens):
         if x.is_complex() or a.is_complex():
-            x, a, initial_state = (None if t is None else t.resolve_conj() for t in (x, a, initial_state))
+            resolved: Any = (None if t is None else t.resolve_conj() for t in (x, a, initial_state))
+            x, a, initial_state = resolved
         return _forward(x, a, initial_state, cu_seqlens, reverse)
     return _scan(x=x, a=a, reverse=reverse, initial_state=initial_state, cu_seqlens=cu_seqlens)

@@ -8,6 +8,7 @@ forward pass only the inputs are kept.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,13 +46,13 @@ class _Segment:
     def convolve(self) -> Tensor:
         """Σ_j filters[:, j] u_{t-j} in the working dtype, (b, t, d)."""
         taps, t = self.filters.shape[1], self.u.shape[1]
-        way = by_lag if taps <= DIRECT else by_step if t <= DIRECT else by_transform
+        way: Any = by_lag if taps <= DIRECT else by_step if t <= DIRECT else by_transform
         return way(self.u, self.state, self.filters)
 
-    def convolve_backward(self, g: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def convolve_backward(self, g: Tensor) -> tuple[Tensor, Any, Tensor]:
         """The gradients of u, the state and the filters; the state's means nothing where there is none."""
         taps, t = self.filters.shape[1], self.u.shape[1]
-        way = by_lag_backward if taps <= DIRECT else by_step_backward if t <= DIRECT else by_transform_backward
+        way: Any = by_lag_backward if taps <= DIRECT else by_step_backward if t <= DIRECT else by_transform_backward
         return way(g, self.u, self.state, self.filters)
 
 

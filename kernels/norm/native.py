@@ -98,8 +98,8 @@ def _backward(
     shapes = _gradient_shapes(dy, x, weight, gate, silu, before, groups, eps)
     return (
         dx.to(x.dtype),
-        shapes[1] if dweight is None else dweight.sum(0).to(weight.dtype),
-        shapes[2] if dgate is None else dgate.to(gate.dtype),
+        shapes[1] if dweight is None or weight is None else dweight.sum(0).to(weight.dtype),
+        shapes[2] if dgate is None or gate is None else dgate.to(gate.dtype),
     )
 
 

@@ -78,7 +78,8 @@ class _Inputs:
         self.x, self.delta, self.B, self.C, self.z, self.softplus = x, delta, B, C, z, softplus
         # In powers of 2, which torch computes several times as fast on CPUs as those of e.
         self.A = A.to(self.wide).t().contiguous() * math.log2(math.e)
-        self.D, self.bias = (None if p is None else p.to(self.wide) for p in (D, bias))
+        self.D: Any = None if D is None else D.to(self.wide)
+        self.bias: Any = None if bias is None else bias.to(self.wide)
         self.initial_state = initial_state
         self._scratch: dict[str, Tensor] = {}
 
@@ -167,7 +168,8 @@ class _Gradients:
         self.A, self.D, self.bias = inputs.A.new_zeros(n, d), inputs.A.new_zeros(d), inputs.A.new_zeros(d)
         self.x, self.delta = (torch.empty(inputs.x.shape, dtype=inputs.wide, device=B.device) for _ in range(2))
         self.B, self.C = (torch.zeros(B.shape, dtype=inputs.wide, device=B.device) for _ in range(2))
-        self.z = None if inputs.z is None else torch.empty_like(self.x)
+        # Where there is a gate.
+        self.z: Any = None if inputs.z is None else torch.empty_like(self.x)
 
 
 def _ungate(inputs: _Inputs, block: _Block, steps: slice, dy: Tensor, y: Tensor, sums: _Gradients) -> Tensor:
@@ -239,10 +241,11 @@ def _backward(dy, dfinal, borders, x, delta, A, B, C, D, z, bias, initial_state,
         dstate[block.sequences, block.channels] = g.transpose(1, 2)
     found = (sums.x, sums.delta, sums.A.t(), sums.B, sums.C, sums.D, sums.z, sums.bias, dstate)
     empty = gradient_shapes(dy, dfinal, borders, x, delta, A, B, C, D, z, bias, initial_state)
-    return tuple(
+    gradients: Any = (
         e if a is None else f.to(a.dtype).contiguous()
         for f, a, e in zip(found, (x, delta, A, B, C, D, z, bias, initial_state), empty, strict=True)
     )
+    return tuple(gradients)
 
 
 _scan = by_name(register("chunked", CHUNK, _forward, _backward))

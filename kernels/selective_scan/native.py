@@ -1,5 +1,7 @@
 """`selective_scan` in C++ (native.cpp), for CPUs: states in vector registers, no tensor of the size of all states."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -69,9 +71,10 @@ def _backward(dy, dfinal, borders, x, delta, A, B, C, D, z, bias, initial_state,
         ],
         numbers,
     )
-    found = (dx, ddelta, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0), dz, dbias.sum(0), dstate)
+    found: Any = (dx, ddelta, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0), dz, dbias.sum(0), dstate)
     empties = gradient_shapes(dy, dfinal, borders, *arguments)
-    return tuple(e if a is None else f.to(a.dtype) for f, a, e in zip(found, arguments, empties, strict=True))
+    gradients: Any = (e if a is None else f.to(a.dtype) for f, a, e in zip(found, arguments, empties, strict=True))
+    return tuple(gradients)
 
 
 _scan = register("native", CHUNK, _forward, _backward)

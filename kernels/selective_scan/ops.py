@@ -87,7 +87,7 @@ def register(
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         return backward(dy, dfinal, borders, x, delta, A, B, C, D, z, bias, initial_state, cu_seqlens, softplus)
 
-    scan.register_fake(launches(forward)(lambda *arguments: shapes(*arguments, chunk)))
+    scan.register_fake(launches(forward)(lambda *arguments: shapes(*arguments, chunk=chunk)))
     scan_backward.register_fake(launches(backward)(gradient_shapes))
     scan.register_gradients(_differentiate(scan_backward), _save)
 

@@ -1,5 +1,7 @@
 """The causal depthwise convolution in C++ (native.cpp), for CPUs: one pass over memory forwards, one backwards."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -96,7 +98,8 @@ def _backward(dy, dfinal, x, weight, bias, initial_state, cu_seqlens, silu) -> G
     )
     empty = gradient_shapes(dy, dfinal, x, weight, bias, initial_state, cu_seqlens, silu)
     found = (dx, dweight.sum(0), dbias.sum(0), dstate)
-    return tuple(f.to(e.dtype) for f, e in zip(found, empty, strict=True))
+    gradients: Any = (f.to(e.dtype) for f, e in zip(found, empty, strict=True))
+    return tuple(gradients)
 
 
 _convolve = register("native", _forward, _backward)

@@ -13,6 +13,7 @@ What reads the weights (queries, gates, the loss) is outside, in products over a
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +95,7 @@ class _Loop:
         """keep, feed or hold: (r, 1, 1)."""
         return self.gates[wave.pieces, :, which].flatten()[:, None, None]
 
-    def at(self, x: Tensor, wave: _Wave) -> Tensor:
+    def at(self, x: Any, wave: _Wave) -> Tensor:
         return x[wave.pieces].flatten(0, 1)
 
     def target(self, wave: _Wave, norm: _Norm) -> Tensor:
@@ -213,8 +214,8 @@ def _through_update(
 ) -> list[Tensor]:
     """The gradients of the layers' inputs, from what became of the weights; those of D are added to `of`."""
     r, c = inputs[0].shape[:2]
-    of_inputs: list[Tensor | None] = [None] * len(inputs)
-    flows = [(adjoint.weights, loop.coef, adjoint.coef)]
+    of_inputs: list[Any] = [None] * len(inputs)
+    flows: list[Any] = [(adjoint.weights, loop.coef, adjoint.coef)]
     if adjoint.momentum is not None:
         flows.append((adjoint.momentum, loop.coef_s, adjoint.coef_s))
     for flat, coef, into in flows:
@@ -283,11 +284,9 @@ def _wave_backward(
     return [torch.bmm(x.mT, of_z), of_second]
 
 
-def _through_state(
-    loop: _Loop, wave: _Wave, adjoint: _Adjoint, before: Tensor, fed: Tensor | None, of_fed: Tensor | None
-) -> None:
+def _through_state(loop: _Loop, wave: _Wave, adjoint: _Adjoint, before: Tensor, fed: Any, of_fed: Any) -> None:
     """The gradients of the gates; then those of W and S before the piece, along the gates only."""
-    if loop.gates is None:
+    if loop.gates is None or adjoint.gates is None:
         return
     gates, of_gates = loop.gates[wave.pieces], adjoint.gates[wave.pieces]
     weights = adjoint.weights[wave.states]
@@ -358,9 +357,8 @@ def inner_backward(
     return into
 
 
-def _gradients_like(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    x = tensors[0]
-    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
+def _gradients_like(x: Tensor, *others: Tensor | None) -> Any:
+    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, *others))
 
 
 @inner_backward.register_fake

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,14 +35,14 @@ class Pieces(NamedTuple):
     shape: tuple[int, int]
     sequences: int
     each: int = 0
-    valid: Tensor | None = None
-    counts: Tensor | None = None
-    order: Tensor | None = None
-    rank: Tensor | None = None
-    ends: Tensor | None = None
-    last_piece: Tensor | None = None
-    token: Tensor | None = None
-    slot: Tensor | None = None
+    valid: Any = None
+    counts: Any = None
+    order: Any = None
+    rank: Any = None
+    ends: Any = None
+    last_piece: Any = None
+    token: Any = None
+    slot: Any = None
 
 
 def pieces_of(v: Tensor, chunk: int, state: Tensor | None, cu_seqlens: Tensor | None) -> Pieces:
@@ -162,8 +162,8 @@ class Mixing(NamedTuple):
     """
 
     matrix: Tensor
-    beta: Tensor | None
-    gamma: Tensor | None
+    beta: Any
+    gamma: Any
     coef: Tensor
     coef_s: Tensor | None
     gates: Tensor | None

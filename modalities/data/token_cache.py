@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import sys
+import logging
 import time
 import zlib
 from array import array
@@ -17,10 +17,12 @@ import numpy as np
 
 from ...errors import CheckpointError, ConfigError, MediaError
 from ...utils.cache import cache_folder
-from ...utils.console import markup
 from ...utils.files import one_at_a_time, replace_file
+from ...utils.log import logger_of, progress
 from ..text.tokenizer import WORDS, Tokenizer, load_tokenizer, train_bpe
 from .corpus import Corpus, Document, held_out, place
+
+logger = logger_of(__name__)
 
 # Changes with the layout of the files and with how documents are encoded: older files are then not read.
 _VERSION = 1
@@ -320,13 +322,6 @@ def _writing(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _progress(corpus: Corpus, what: str) -> Iterator[Callable[[Document], None]]:
-    """What is to be called with each document; it moves a bar where there is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda document: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(markup(what), total=corpus.nbytes)
-        yield lambda d: bar.advance(task, len(d.text) or sum(len(m["content"]) for m in d.messages or []))
+    """What is to be called with each document."""
+    with progress(logger, what, corpus.nbytes, level=logging.DEBUG) as advance:
+        yield lambda d: advance(len(d.text) or sum(len(m["content"]) for m in d.messages or []))

@@ -23,8 +23,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...modalities.common.encode import write_audio
-from ...utils.console import say
+from ...utils.log import logger_of
 from ..common.synthetic import generated_folder
+
+logger = logger_of(__name__)
 
 RATE = 16_000
 SECONDS = 1.2  # none is longer
@@ -115,7 +117,7 @@ def draw_sounds(name: str, split: Split) -> list[Float[Tensor, " samples"]]:
 def write_sounds(folder: Path, splits: tuple[Split, ...]) -> None:
     """Write `folder/SPLIT/CLASS/VOICE_TAKE.wav`, every other file as `.flac`."""
     total = sum(split.clips for split in splits) * len(SOUNDS)
-    say(f"writing {total:,} sounds into {folder} (once)", error=True)
+    logger.info("writing %s sounds into %s (once)", f"{total:,}", folder)
     for split in splits:
         for name in SOUNDS:
             (folder / split.name / name).mkdir(parents=True)

@@ -12,10 +12,12 @@ from torch.utils.data import default_collate
 
 from ...errors import MediaError
 from ...modalities.data.sources import UNNAMED, Source
-from ...utils.console import say
+from ...utils.log import logger_of
 from .loading import EpochLoader, Key, mix, own_key
 from .options import LOADING, LoadingOptions, RecipeData
 from .preprocess import Preprocess
+
+logger = logger_of(__name__)
 
 # The label of samples that fill up a batch, so that every rank takes equally many: losses and metrics skip them.
 IGNORED = -100
@@ -149,7 +151,7 @@ class MediaData(RecipeData):
                 raise MediaError(f"{reason} (data.policy 'skip' leaves such files out)")
             if name not in self.unreadable:
                 self.unreadable[name] = reason
-                say(f"skipped: {name} ({reason})")
+                logger.warning("skipped: %s (%s)", name, reason)
         self._read += len(batch["label"]) + len(problems)
         self._failed += len(problems)
         if self._failed > self.loading.max_unreadable * max(self._read, ENOUGH):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +16,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...modalities.common.encode import write_video
 from ...modalities.data.sources import VIDEO_SUFFIXES, Source, find_splits
-from ...utils.console import markup, say
+from ...utils.log import logger_of, progress
 from ...utils.options import cores
 from ..common.loading import mix
 from ..common.synthetic import MOST, generated_folder
@@ -26,6 +24,8 @@ from ..vision.data import stratified_split
 from ..vision.folders import Augment
 from .data import LOADING, VideoData, VideoOptions
 from .preprocess import ClipConfig, VideoPreprocess
+
+logger = logger_of(__name__)
 
 # By the angle of the way, anticlockwise from the right as one draws it; pixels count downwards.
 DIRECTIONS = ("right", "up-right", "up", "up-left", "left", "down-left", "down", "down-right")
@@ -143,10 +143,10 @@ def write_clips(folder: Path, train: int, val: int) -> None:
         digit = images[members[int(torch.randint(len(members), (), generator=generator))]]
         write_clip(folder / split / motion / f"{number:05d}.mp4", digit, motion, generator)
 
-    workers = cores()
-    with ThreadPoolExecutor(workers) as pool:
-        for _ in _with_progress(pool.map(job, jobs), len(jobs), f"writing {len(jobs):,} clips as mp4 files, once"):
-            pass
+    text = f"writing {len(jobs):,} clips as mp4 files, once"
+    with ThreadPoolExecutor(cores()) as pool, progress(logger, text, len(jobs)) as advance:
+        for _ in pool.map(job, jobs):
+            advance(1)
 
 
 def write_clip(path: Path, digit: Float[Tensor, "h w"], motion: str, generator: torch.Generator) -> None:
@@ -163,16 +163,6 @@ def write_clip(path: Path, digit: Float[Tensor, "h w"], motion: str, generator: 
         write_video(path, frames, times=times.tolist(), start=start)
     else:
         write_video(path, frames, rate=RATE, start=start)
-
-
-def _with_progress(steps: Iterable[None], total: int, text: str) -> Iterable[None]:
-    if not sys.stderr.isatty():
-        say(text, error=True)
-        return steps
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(steps, description=markup(text), total=total, console=Console(stderr=True), transient=True)
 
 
 class MovingDigitsData(VideoData):

@@ -270,7 +270,7 @@ def test_a_folder_with_a_truncated_file(tmp_path, capsys, policy):
         assert str(broken) in captured.err and captured.err.count("\n") == 1
         return
     assert code == 0
-    assert f"skipped: {broken}" in captured.out
+    assert f"skipped: {broken}" in captured.err
     metrics = json.loads((tmp_path / "runs" / "folder" / "metrics.json").read_text())
     assert list(metrics["unreadable"]) == [str(broken)]
     assert metrics["configuration"] == "vision_folder" and metrics["val_images"] == 6

@@ -1,0 +1,65 @@
+"""What the library says of its work: records of `logging` under "omnimix", which the commands alone print."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterator
+
+from .console import markup, say
+
+_ROOT = logging.getLogger("omnimix")
+# Without a handler Python would print the warnings of a library whose program has set up no log.
+_ROOT.addHandler(logging.NullHandler())
+
+
+def logger_of(module: str) -> logging.Logger:
+    """The logger of a module of the package, which prints nothing unless a program asks for it."""
+    return logging.getLogger(module)
+
+
+class _Console(logging.Handler):
+    """Prints each record as one line on what is the standard error at that time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage(), error=True)
+
+
+_console = _Console()
+
+
+@contextlib.contextmanager
+def printed() -> Iterator[None]:
+    """Within it, records from INFO on are printed, and bars show progress on terminals, as a command has it."""
+    before = _ROOT.level, _ROOT.propagate
+    _ROOT.addHandler(_console)
+    _ROOT.setLevel(logging.INFO)
+    # Packages that a command imports may print the root's records too.
+    _ROOT.propagate = False
+    try:
+        yield
+    finally:
+        _ROOT.removeHandler(_console)
+        _ROOT.setLevel(before[0])
+        _ROOT.propagate = before[1]
+
+
+@contextlib.contextmanager
+def progress(
+    logger: logging.Logger, text: str, total: int, *, level: int = logging.INFO
+) -> Iterator[Callable[[int], None]]:
+    """What is to be called with each advance towards `total`.
+
+    It moves a bar on a command's terminal; elsewhere there is one record of this level.
+    """
+    if _console not in _ROOT.handlers or not sys.stderr.isatty():
+        logger.log(level, text)
+        yield lambda advance: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(markup(text), total=total)
+        yield lambda advance: bar.advance(task, advance)
