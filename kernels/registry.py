@@ -310,8 +310,8 @@ _TOO_LARGE = ("can't allocate memory", "calculation overflowed", "multiplication
 class _Asked:
     """What `strict` and `using` ask for around a call.
 
-    Each thread has its own. torch.compile cannot read these before torch 2.12, and guards the attributes of a module:
-    while it traces, what was asked for last counts.
+    Each thread has its own. torch.compile of torch 2.10 and 2.11 cannot read what threads have, but guards attributes
+    of modules: while it traces, what was asked for last counts.
     """
 
     strict: bool = False
@@ -321,7 +321,7 @@ class _Asked:
 _nothing = _Asked()
 _asked: ContextVar[_Asked] = ContextVar("omnimix_asked", default=_nothing)
 _traced = ModuleType("omnimix.kernels.traced")
-_traced.asked = _nothing
+vars(_traced)["asked"] = _nothing
 
 
 def _asked_now() -> _Asked:
@@ -332,11 +332,11 @@ def _asked_now() -> _Asked:
 def _asking(**changes: Any) -> Iterator[None]:
     before = _traced.asked
     token = _asked.set(replace(_asked.get(), **changes))
-    _traced.asked = _asked.get()
+    vars(_traced)["asked"] = _asked.get()
     try:
         yield
     finally:
-        _traced.asked = before
+        vars(_traced)["asked"] = before
         _asked.reset(token)
 
 
