@@ -97,6 +97,9 @@ def run(argv: list[str]) -> int:
             return 0 if len(words) > 1 else 2
         return unknown([word for word in words if not word.startswith("-")] or words)
     module, function = COMMANDS[name][0].split(":")
+    from .utils.cache import name_caches_without_home
+
+    name_caches_without_home()
     # What these imports make lives to the end: looking for garbage among it takes a fifth of the start.
     gc.disable()
     command = getattr(import_module(module, package=__package__), function)

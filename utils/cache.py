@@ -28,6 +28,15 @@ def cache_folder(name: str) -> Path:
     return (folder if folder.is_absolute() else _without_home()) / name
 
 
+def name_caches_without_home() -> None:
+    """Name the caches of matplotlib and torch where the user has no home: older ones cannot be imported without one."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ.setdefault("MPLCONFIGDIR", str(cache_folder("matplotlib")))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("inductor")))
+
+
 @functools.lru_cache(maxsize=1)
 def _without_home() -> Path:
     """A folder of this user alone, since libraries are loaded from it: another's of that name is not taken."""
