@@ -66,7 +66,7 @@ class Layout(Immutable):
     causal: bool | Literal["block"]
     cu_seqlens: Tensor | None
     grid: Grid | tuple[Grid, ...] | None
-    grids: tuple[Grid, ...]
+    grids: tuple[Grid, ...] = ()
     extra: tuple[int, ...]
     block: int | Tensor | None
     rows: bool
@@ -88,9 +88,11 @@ class Layout(Immutable):
             raise ConfigError(f"block is {block!r} with causal={causal!r}; they go together")
         if block is not None and not isinstance(block, Tensor) and (not _whole(block) or block < 1):
             raise ConfigError(f"block is {block!r}; it must be an integer of at least 1, or a tensor of block numbers")
-        grids = _checked_grids(grid, cu_seqlens)
-        grid = None if not grids else grids[0] if cu_seqlens is None else grids
-        self._set(causal=causal, cu_seqlens=cu_seqlens, grid=grid, grids=grids, extra=extra, block=block, rows=rows)
+        if grid is not None:
+            grids = _checked_grids(grid, cu_seqlens)
+            grid = grids[0] if cu_seqlens is None else grids
+            self._set(grids=grids)
+        self._set(causal=causal, cu_seqlens=cu_seqlens, grid=grid, extra=extra, block=block, rows=rows)
         if extra:
             self._check_extra()
         if isinstance(block, Tensor):
@@ -229,8 +231,6 @@ def _whole(number: Any) -> bool:
 
 
 def _checked_grids(grid: Any, cu_seqlens: Tensor | None) -> tuple[Grid, ...]:
-    if grid is None:
-        return ()
     several = len(grid) > 0 and isinstance(grid[0], tuple | list)
     grids: tuple[Any, ...] = tuple(tuple(one) for one in grid) if several else (tuple(grid),)
     if any(len(one) != 3 or not all(map(_whole, one)) or min(one) < 1 for one in grids):

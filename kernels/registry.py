@@ -11,7 +11,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -222,7 +222,7 @@ class Op:
             return self._named(self.backend(backend), arguments)
         if for_other_runtimes():
             return self.backend("reference")
-        if _using.get() is not None and (used := self._used(arguments)) is not None:
+        if (used := self._used(arguments)) is not None:
             return self._named(used, arguments)
         passed: list[str] = []
         for candidate in self.backends:
@@ -245,15 +245,14 @@ class Op:
 
     def _used(self, arguments: Arguments) -> Backend | None:
         """The backend that `using` names, where the op has it for calls of this kind."""
-        name = _using.get()
-        if name is None:
+        if (name := _asked_now().using) is None:
             return None
         named = (b for b in self.backends if b.name == name)
         return next((b for b in named if b.limits(arguments) is None), None)
 
     def _passed_over(self, chosen: Backend, device: str, reasons: str) -> None:
         message = f"{self.name}: {chosen.name!r} serves this call on {device}, because {reasons}"
-        if _strict.get():
+        if _asked_now().strict:
             raise BackendUnavailable(f"{message} (strict mode allows only the preferred backend)")
         if not torch.compiler.is_compiling() and message not in self._warned:
             self._warned.add(message)
@@ -305,23 +304,51 @@ class Op:
 
 # How torch says that a CPU has no memory for a tensor, or that there can be none of that size.
 _TOO_LARGE = ("can't allocate memory", "calculation overflowed", "multiplication overflow", "larger than the maximum")
-_strict: ContextVar[bool] = ContextVar("omnimix_strict", default=False)
-_using: ContextVar[str | None] = ContextVar("omnimix_using", default=None)
-_ops: dict[str, Op] = {}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What `strict` and `using` ask for around a call.
+
+    Each thread has its own. torch.compile cannot read these before torch 2.12, and guards the attributes of a module:
+    while it traces, what was asked for last counts.
+    """
+
+    strict: bool = False
+    using: str | None = None
+
+
+_nothing = _Asked()
+_asked: ContextVar[_Asked] = ContextVar("omnimix_asked", default=_nothing)
+_traced = ModuleType("omnimix.kernels.traced")
+_traced.asked = _nothing
+
+
+def _asked_now() -> _Asked:
+    return _traced.asked if torch.compiler.is_compiling() else _asked.get()
 
 
 @contextlib.contextmanager
-def strict(enabled: bool = True) -> Iterator[None]:
-    """Within it, `backend="auto"` raises where it would have to pass over the backend preferred on the device."""
-    token = _strict.set(enabled)
+def _asking(**changes: Any) -> Iterator[None]:
+    before = _traced.asked
+    token = _asked.set(replace(_asked.get(), **changes))
+    _traced.asked = _asked.get()
     try:
         yield
     finally:
-        _strict.reset(token)
+        _traced.asked = before
+        _asked.reset(token)
 
 
-@contextlib.contextmanager
-def using(backend: str) -> Iterator[None]:
+_ops: dict[str, Op] = {}
+
+
+def strict(enabled: bool = True) -> contextlib.AbstractContextManager[None]:
+    """Within it, `backend="auto"` raises where it would have to pass over the backend preferred on the device."""
+    return _asking(strict=enabled)
+
+
+def using(backend: str) -> contextlib.AbstractContextManager[None]:
     """Within it, `backend="auto"` is this backend wherever an op has it for the kind of call, in whole models.
 
     Raises:
@@ -330,11 +357,7 @@ def using(backend: str) -> Iterator[None]:
     known = sorted({"auto", *(b.name for op in ops() for b in op.backends)})
     if backend not in known:
         raise UnknownName("backend", backend, known)
-    token = _using.set(backend)
-    try:
-        yield
-    finally:
-        _using.reset(token)
+    return _asking(using=backend)
 
 
 def _connected(outputs: Any, arguments: Arguments) -> Any:

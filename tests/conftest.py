@@ -3,6 +3,7 @@
 import functools
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -16,8 +17,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import jaxtyping
 import pytest
 import torch
-import triton.language as tl
-from triton.runtime import interpreter
 
 
 class _Unchecked(importlib.abc.MetaPathFinder):
@@ -46,20 +45,28 @@ def _with_shapes_only(fn=None, /, **options):
 
 jaxtyping.jaxtyped = _with_shapes_only
 
-_prepare = interpreter._patch_lang
 
-
-def _prepare_once(fn):
+def _prepare_languages_once():
     """Triton's interpreter prepares the language anew at each call of a device function, though a launch already did.
 
     Without that interpreted tests take a quarter less time.
     """
-    languages = [m for m in (tl, tl.core) if any(m is value for value in fn.__globals__.values())]
-    ready = languages and not any(tl.core.is_builtin(m.load) for m in languages)
-    return interpreter._LangPatchScope() if ready else _prepare(fn)
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    prepare = interpreter._patch_lang
+
+    def prepare_once(fn):
+        languages = [m for m in (tl, tl.core) if any(m is value for value in fn.__globals__.values())]
+        ready = languages and not any(tl.core.is_builtin(m.load) for m in languages)
+        return interpreter._LangPatchScope() if ready else prepare(fn)
+
+    interpreter._patch_lang = prepare_once
 
 
-interpreter._patch_lang = _prepare_once
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
+    _prepare_languages_once()
 
 # The variable above comes too late where a plugin has loaded torch.
 torch.set_num_threads(1)
@@ -109,8 +116,11 @@ def pytest_ignore_collect(collection_path, config):
 def pytest_collection_modifyitems(items):
     for item in items:
         values = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        if _is_slow(item.path) or any(isinstance(value, str) and value == "triton" for value in values):
+        interpreted = any(isinstance(value, str) and value == "triton" for value in values)
+        if _is_slow(item.path) or interpreted:
             item.add_marker(pytest.mark.slow)
+        if not HAS_TRITON and (interpreted or item.get_closest_marker("triton")):
+            item.add_marker(pytest.mark.skip(reason="the package triton is not installed"))
 
 
 @pytest.fixture(autouse=True)

@@ -56,6 +56,7 @@ def started(tmp_path, *command):
 SOME = {"sm_90": "gated_linear", "sm_100": "gated_linear"}
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("target", DEFAULT_TARGETS)
 def test_every_kernel_fits_every_target(tmp_path, target):
     command = ["-m", "omnimix", "kernels", "compile", "--json", "-", "--targets", target]
@@ -74,6 +75,7 @@ def test_every_kernel_fits_every_target(tmp_path, target):
     assert expected in (None, {row["mma"] for row in products})
 
 
+@pytest.mark.triton
 def test_a_spilling_kernel_is_reported(tmp_path):
     script = tmp_path / "spilling.py"
     script.write_text(SPILLING)

@@ -115,6 +115,7 @@ def test_lists_by_groups_of_heads(f, g):
     checker.agrees(call("chunked"), call("reference"), arguments)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize(("f", "g"), [(1, 2), (4, 2)])
 def test_lists_by_groups_of_heads_in_triton(f, g):
     arguments = tensors(1, 9, 9, 4, g) | {"blocks": some(1, 2, f, 2, 3), "block_size": 4, "query_block": 5}

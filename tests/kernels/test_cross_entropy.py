@@ -87,6 +87,7 @@ def test_many_chunks_are_one(backend, reduction, monkeypatch):
     )
 
 
+@pytest.mark.triton
 def test_more_classes_than_a_triton_tile(monkeypatch):
     from importlib import import_module
 

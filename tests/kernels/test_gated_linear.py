@@ -239,6 +239,7 @@ def test_backends_are_named():
         gated_linear(**draw_qkv(), backend="chunkd")
 
 
+@pytest.mark.triton
 def test_triton_says_why_it_cannot_serve(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(BackendUnavailable, match="gated_linear.*triton.*cpu"):

@@ -154,6 +154,7 @@ def test_rows_and_weights_must_fit(call, without_shape_checks):
         call(route(torch.zeros(2, 2, dtype=torch.int64), 2))
 
 
+@pytest.mark.triton
 def test_both_backends_of_a_layer_agree_where_everything_is_uneven():
     chosen = torch.randint(0, 40, (30, 4))
     arguments = given(30, 4, 33)

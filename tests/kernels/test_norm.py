@@ -37,6 +37,7 @@ def test_zeros_stay_zeros(backend):
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.triton
 def test_more_rows_than_programs_of_the_backward_kernel(monkeypatch):
     from importlib import import_module
 
@@ -49,6 +50,7 @@ def test_more_rows_than_programs_of_the_backward_kernel(monkeypatch):
     )
 
 
+@pytest.mark.triton
 def test_slices_too_wide_for_triton_are_refused():
     with pytest.raises(BackendUnavailable, match="9000 channels"):
         norm(torch.randn(1, 9000), backend="triton")

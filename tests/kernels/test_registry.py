@@ -10,7 +10,7 @@ import torch
 
 from omnimix.__main__ import main
 from omnimix.errors import BackendUnavailable
-from omnimix.kernels import delta_rule, explain, get_op, mamba2_step, native, strict, using
+from omnimix.kernels import delta_rule, explain, get_op, mamba2_step, native, norm, strict, using
 from omnimix.kernels.registry import Backend, Draw, Op
 
 needs_compiler = pytest.mark.skipif(native.machine_refusal() is not None, reason=str(native.machine_refusal()))
@@ -152,3 +152,16 @@ assert torch.equal(f(x, angle), rotary(norm(x), angle))
 def test_backends_are_loaded_while_torch_compile_traces():
     run = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
+
+
+def test_a_compiled_call_follows_using(without_shape_checks):
+    from torch._dynamo.testing import CompileCounter
+
+    counter, x = CompileCounter(), torch.randn(4, 8)
+    compiled = torch.compile(norm, fullgraph=True, backend=counter)
+    with using("reference"):
+        compiled(x)
+    for frames, context in ((2, using("auto")), (2, using("reference")), (3, using("chunked"))):
+        with context:
+            compiled(x)
+        assert counter.frame_count == frames

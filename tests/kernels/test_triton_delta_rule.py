@@ -9,6 +9,8 @@ from omnimix.kernels import Draw, delta_rule
 
 SHAPES = {"scalar": lambda b, t, h, k: (b, t, h), "channel": lambda *s: s}
 
+pytestmark = pytest.mark.triton
+
 
 def arguments(form, general=False, t=20, g=1, h=1, k=5, v=7, dtype=torch.float64, strength=1.0):
     draw = Draw.seeded(3, dtype=dtype)

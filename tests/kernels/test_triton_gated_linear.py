@@ -8,6 +8,8 @@ from omnimix.kernels import Draw, gated_linear
 
 SHAPES = {"head": lambda b, t, h, k: (h,), "scalar": lambda b, t, h, k: (b, t, h), "channel": lambda *s: s}
 
+pytestmark = pytest.mark.triton
+
 
 def arguments(form, t=20, g=1, h=1, k=5, v=7, dtype=torch.float64, bonus=False, strength=1.0):
     draw = Draw.seeded(3, dtype=dtype)

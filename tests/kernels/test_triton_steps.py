@@ -6,6 +6,8 @@ import torch
 from omnimix.cli.check_kernels import error, results
 from omnimix.kernels import Draw, delta_rule, gated_linear
 
+pytestmark = pytest.mark.triton
+
 
 def arguments(op, dtype=torch.float64):
     draw = Draw.seeded(3, dtype=dtype)

@@ -12,6 +12,7 @@ import torch
 
 from omnimix.cli.check_kernels import Results, arguments_of, call_of, is_for, results
 from omnimix.kernels import Case, Draw, Op, get_op, ops
+from omnimix.kernels.common.tools import triton_refusal
 from omnimix.kernels.native import machine_refusal
 from omnimix.kernels.registry import serves_everything
 
@@ -143,8 +144,9 @@ def mode(backward: bool) -> Iterator[None]:
 
 
 def served_backends(op: Op) -> list[str]:
-    """The op's backends, without the native one where this machine cannot compile it (which a test below asserts)."""
-    return [b.name for b in op.backends if b.name != "native" or machine_refusal() is None]
+    """The op's backends, without those for which this machine has no compiler (a law asserts that they say so)."""
+    missing = {"native": machine_refusal(), "triton": triton_refusal({})}
+    return [b.name for b in op.backends if missing.get(b.name) is None]
 
 
 # Cases are made anew, and their functions checked anew, each time that an op is asked for them.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from omnimix.kernels import native, ops
+from omnimix.kernels.common.tools import triton_refusal
 
 
 class Ran:
@@ -25,8 +26,16 @@ class Ran:
         self._folder, self._native, self._op = f"{os.sep}kernels{os.sep}", native.__file__, op
         self.seen: set[tuple[str, str]] = set()
         self.cpp_calls = self.launches = 0
+        self._grids: Any = None
 
     def __enter__(self) -> Ran:
+        # Without triton nothing is launched.
+        if triton_refusal({}) is None:
+            self._count_launches()
+        sys.setprofile(self._see)
+        return self
+
+    def _count_launches(self) -> None:
         from triton.runtime import interpreter
 
         def launch(executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -41,12 +50,11 @@ class Ran:
         run, self._grids = interpreter.GridExecutor.__call__, interpreter.GridExecutor
         self._run = run
         self._grids.__call__ = launch
-        sys.setprofile(self._see)
-        return self
 
     def __exit__(self, *_: Any) -> None:
         sys.setprofile(None)
-        self._grids.__call__ = self._run
+        if self._grids is not None:
+            self._grids.__call__ = self._run
 
     def _see(self, frame: Any, event: str, _: Any) -> None:
         if event != "call":

@@ -184,6 +184,7 @@ def test_a_graph_break_is_caught(without_shape_checks):
         checker.compiles(breaks, call(1, 2))
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("time", [1, 3])
 def test_a_backend_in_another_ones_place_is_caught(time):
     """Whichever of the four does the work, with gradients or without, only its own name is accepted."""
@@ -204,6 +205,7 @@ def gradients_by(backend: str, time: int) -> None:
     results(call_of(OP, backend), call(2, time))
 
 
+@pytest.mark.triton
 def test_a_native_or_triton_backend_that_only_calls_torch_is_caught():
     for name in ("native", "triton"):
         module = import_module(f"omnimix.kernels.short_conv.{name}")

@@ -383,6 +383,7 @@ def test_law_9_the_state_stays_as_small_as_declared(subject: Subject):
         assert sizes[0] < sizes[1] < sizes[2]
 
 
+@pytest.mark.triton
 @pytest.mark.slow
 @causal_subjects
 def test_law_10_triton_is_the_reference(subject: Subject):
