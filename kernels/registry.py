@@ -320,7 +320,7 @@ class _Asked:
 
 _nothing = _Asked()
 _asked: ContextVar[_Asked] = ContextVar("omnimix_asked", default=_nothing)
-_traced = ModuleType("omnimix.kernels.traced")
+_traced: Any = ModuleType("omnimix.kernels.traced")
 _traced.asked = _nothing
 
 
