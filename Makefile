@@ -20,11 +20,14 @@ test: .venv/.stamp
 test-fast: .venv/.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-# Branches that tests reach; kernels in Triton are left out, since they run in its interpreter.
+# Lines and branches that tests reach, and the figure in CONTRIBUTING.md; kernels in Triton are left out, since they
+# run in its interpreter.
 coverage: .venv/.stamp
 	$(BIN)/coverage erase
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=
 	$(BIN)/coverage report
+	sed -i.bak -E "s/^(Branch coverage: )[^(]*/\1$$($(BIN)/coverage report --format=total) % /" CONTRIBUTING.md
+	rm CONTRIBUTING.md.bak
 
 lint: .venv/.stamp
 	$(BIN)/ruff check .

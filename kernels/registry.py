@@ -320,8 +320,8 @@ class _Asked:
 
 _nothing = _Asked()
 _asked: ContextVar[_Asked] = ContextVar("omnimix_asked", default=_nothing)
-_traced = ModuleType("omnimix.kernels.traced")
-vars(_traced)["asked"] = _nothing
+_traced: Any = ModuleType("omnimix.kernels.traced")
+_traced.asked = _nothing
 
 
 def _asked_now() -> _Asked:
@@ -332,11 +332,11 @@ def _asked_now() -> _Asked:
 def _asking(**changes: Any) -> Iterator[None]:
     before = _traced.asked
     token = _asked.set(replace(_asked.get(), **changes))
-    vars(_traced)["asked"] = _asked.get()
+    _traced.asked = _asked.get()
     try:
         yield
     finally:
-        vars(_traced)["asked"] = before
+        _traced.asked = before
         _asked.reset(token)
 
 

@@ -19,6 +19,7 @@ from omnimix.modalities.data.corpus import JsonLines, Shards, TextFiles, held_ou
 from omnimix.modalities.data.token_cache import TokenCache, cached_bpe, cached_tokens, text_cache, write_tokens
 from omnimix.modalities.text.chat import TURN
 from omnimix.modalities.text.tokenizer import ByteTokenizer
+from omnimix.utils import log
 
 
 def texts(corpus) -> list[str]:
@@ -269,12 +270,22 @@ def test_a_cache_that_cannot_be_written_is_reported(folder, tmp_path):
         cached_tokens(TextFiles(folder), ByteTokenizer(), folder=tmp_path / "file" / "cache")
 
 
-def test_a_terminal_shows_how_far_it_is(folder, tmp_path, monkeypatch, capsys):
-    cached_tokens(TextFiles(folder), ByteTokenizer(), folder=tmp_path / "a")
-    assert capsys.readouterr().err == ""
+def test_a_command_shows_how_far_it_is_on_a_terminal_alone(folder, tmp_path, monkeypatch, capsys):
+    with log.printed():
+        cached_tokens(TextFiles(folder), ByteTokenizer(), folder=tmp_path / "a")
+    assert capsys.readouterr() == ("", "")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    cached_tokens(TextFiles(folder), ByteTokenizer(), folder=tmp_path / "b")
+    with log.printed():
+        cached_tokens(TextFiles(folder), ByteTokenizer(), folder=tmp_path / "b")
     assert "reading text into tokens" in capsys.readouterr().err
+    cached_tokens(TextFiles(folder), ByteTokenizer(), folder=tmp_path / "c")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_is_read_is_logged(folder, tmp_path, caplog):
+    caplog.set_level("DEBUG", "omnimix")
+    cached_tokens(TextFiles(folder), ByteTokenizer(), folder=tmp_path)
+    assert "reading text into tokens" in caplog.messages
 
 
 def test_a_corpus_without_text_is_refused(tmp_path):
