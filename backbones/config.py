@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from ..errors import ConfigError
 from .registry import entry_of, lookup, required
-from .scan import scan_orders
+from .scan import rename_scan, scan_orders, with_current_scan
 from .typed import Config
 
 # What a pattern's entry leaves to the backbone.
@@ -91,8 +91,10 @@ class BlockConfig(Config):
     residual: ResidualConfig | str = INHERIT
     scan: str = INHERIT
     tie: str | None = None
+    upgrade = staticmethod(with_current_scan)
 
     def __post_init__(self) -> None:
+        rename_scan(self)
         if self.mixer is None and self.ffn is None:
             raise ConfigError("a block needs a mixer or an ffn, and both are None")
 
@@ -148,8 +150,8 @@ class BackboneConfig(Config):
             in the pattern holds the configurations of its parts itself.
         ffn: the feed-forward layer of blocks that do not name their own: its configuration or name, or None.
         residual: the residual form: its configuration or name.
-        scan: the set of scan orders for mixers with causal kernels: "forward" (the causal one), "both", "cross",
-            "snake", "window", "hilbert", "temporal-first", "cross-3d", or several orders joined by commas.
+        scan: the set of scan orders for mixers with causal kernels: "forward" (the causal one), "bidirectional",
+            "cross", "snake", "window", "hilbert", "temporal-first", "cross-3d", or several orders joined by commas.
         drop_path: stochastic depth, growing linearly from 0 to this rate in the last block.
         norm_eps: of every normalisation.
         norm: whether the last norm stands after the blocks.
@@ -178,7 +180,7 @@ class BackboneConfig(Config):
             raise ConfigError("pattern is (); it must be a list of mixer names, such as ['gla']")
         if self.stages and self.depth != sum(stage.depth for stage in self.stages):
             raise ConfigError(f"depth is {self.depth}; it must be the stages' sum, {sum(s.depth for s in self.stages)}")
-        scan_orders(self.scan)
+        rename_scan(self)
         self._check_mixers()
         # Names become configurations here, once.
         object.__setattr__(self, "ffn", configured(FFNConfig, self.ffn))
@@ -260,6 +262,7 @@ class BackboneConfig(Config):
     @staticmethod
     def upgrade(values: dict[str, Any]) -> dict[str, Any]:
         """Values as this version names them, from those that version 0.1 wrote."""
+        values = with_current_scan(values)
         if not {"channel", "channels"} & values.keys():
             return values
         values = dict(values)
@@ -269,7 +272,7 @@ class BackboneConfig(Config):
         named = {name for entry in values.get("pattern", ("gla",)) for name in entry.split("+")}
         values["mixers"] = {name: v for name, v in (values.get("mixers") or {}).items() if name in named}
         if values.get("scan", "forward") != "forward" and not any(lookup(MixerConfig, n).build.scans for n in named):
-            values["scan"] = "both"
+            values["scan"] = "bidirectional"
         if "rwkv7" in named:
             own = to_plain(values["mixers"].get("rwkv7") or {})
             values["mixers"]["rwkv7"] = rwkv7_of_v01(values["dim"], own)
@@ -300,8 +303,8 @@ def _check_scan(name: str, scan: str, blocks: list[BlockConfig]) -> None:
     directions = (("forward",), ("forward", "backward"))
     if scan_orders(scan) not in directions and not any(map(scanning, blocks)):
         raise ConfigError(
-            f"{name} is {scan!r}, and no mixer that it is for runs in the orders of a scan; leave it out, set 'both', "
-            "or choose a mixer with a causal kernel, such as 'gla'"
+            f"{name} is {scan!r}, and no mixer that it is for runs in the orders of a scan; leave it out, set "
+            "'bidirectional', or choose a mixer with a causal kernel, such as 'gla'"
         )
 
 

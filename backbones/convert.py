@@ -19,7 +19,7 @@ def convert(model: LanguageModel, objective: str = "masked", options: ObjectiveC
 
     All weights are copied. The mask token's embedding is the mean of the others. Predictions stay where they were, at
     the place before each token (`shift=True`). Attention is bidirectional as it is; causal mixers become
-    `scan="both"`, where each layer's backward direction starts as a copy of its forward one. Then train it;
+    `scan="bidirectional"`, where each layer's backward direction starts as a copy of its forward one. Then train it;
     `MaskedConfig.anneal_steps` opens the view ahead step by step.
 
     Args:
@@ -50,7 +50,7 @@ def convert(model: LanguageModel, objective: str = "masked", options: ObjectiveC
     backbone = model.config.backbone
     autoregressive = getattr(options, "block", None) == 1
     if not autoregressive and unfit(model.backbone, lambda can: can.bidirectional):
-        backbone = replace(backbone, scan="both")
+        backbone = replace(backbone, scan="bidirectional")
     config = LanguageModelConfig(
         backbone=backbone,
         vocabulary=model.vocabulary,

@@ -36,7 +36,7 @@ class LanguageModelConfig(Config):
     """A language model.
 
     Args:
-        backbone: its `scan` is "forward" under causal objectives, and "both" under diffusion.
+        backbone: its `scan` is "forward" under causal objectives, and "bidirectional" under diffusion.
         vocabulary: token ids are 0 … vocabulary − 1. An objective may add tokens of its own after them (the mask).
         objective: what it is trained for: its configuration or name; see `list_objectives()`.
         tie: whether the output matrix is the embedding (arXiv 1608.05859).

@@ -197,8 +197,8 @@ class Layout(Immutable):
         """The index in its sequence, from 0, of the last token in each token's block."""
         place, block = self.positions(x), self.block
         if block is None or isinstance(block, Tensor):
-            borders = self.block_boundaries(x).long()
-            last = (borders[1:] - 1).repeat_interleave(borders.diff(), output_size=place.numel())
+            boundaries = self.block_boundaries(x).long()
+            last = (boundaries[1:] - 1).repeat_interleave(boundaries.diff(), output_size=place.numel())
             return place.reshape(-1)[last].view_as(place)
         last = x.shape[1] - 1
         if self.cu_seqlens is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from math import prod
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, UnknownName, UnsupportedCall
 from ..utils.modes import constant_in_graphs, outliving_modes
+from ..utils.renamed import warn_renamed
 from .context import Context
 from .layout import Layout
 from .state import State
@@ -24,7 +26,7 @@ from .state import State
 # Named sets of orders, as the published models use them.
 SCANS: dict[str, tuple[str, ...]] = {
     "forward": ("forward",),
-    "both": ("forward", "backward"),  # Vim, ViG, VideoMamba (spatial first)
+    "bidirectional": ("forward", "backward"),  # Vim, ViG, VideoMamba (spatial first)
     "cross": ("forward", "backward", "columns", "columns-reverse"),  # VMamba
     "snake": ("snake", "snake-reverse", "snake-columns", "snake-columns-reverse"),  # PlainMamba
     "window": ("window", "window-reverse"),  # LocalMamba
@@ -33,6 +35,8 @@ SCANS: dict[str, tuple[str, ...]] = {
     # Spatial first and temporal first (VideoMamba, arXiv 2403.06977, figure 3).
     "cross-3d": ("forward", "backward", "temporal", "temporal-reverse"),
 }
+# Old names of sets, which work for one release.
+RENAMED = {"both": "bidirectional"}
 ORDERS = ("forward", "columns", "snake", "snake-columns", "window", "hilbert", "temporal")
 WINDOW = 2  # side of LocalMamba's windows
 
@@ -53,6 +57,19 @@ def scan_orders(scan: str) -> tuple[str, ...]:
     if len(set(orders)) != len(orders):
         raise ConfigError(f"scan is {scan!r}; an order stands in it twice")
     return orders
+
+
+def with_current_scan(values: dict[str, Any]) -> dict[str, Any]:
+    """Stored values of a configuration, with the current name of their set of orders."""
+    scan = values.get("scan")
+    return values | {"scan": RENAMED[scan]} if isinstance(scan, str) and scan in RENAMED else values
+
+
+def rename_scan(config: Any) -> None:
+    """Give a configuration the current name of its set of orders, with a FutureWarning for an old one."""
+    if config.scan in RENAMED:
+        warn_renamed(f"scan={config.scan!r}", f"scan={RENAMED[config.scan]!r}", level=5)
+        object.__setattr__(config, "scan", RENAMED[config.scan])
 
 
 def needs_rows(order: str) -> bool:
@@ -94,9 +111,9 @@ def within_blocks(
 def _apply(x: Tensor, order: str, layout: Layout, *, inverse: bool) -> Tensor:
     if order == "forward":
         return x
-    borders = layout.cu_seqlens
+    boundaries = layout.cu_seqlens
     if order == "backward":
-        return x.flip(1) if borders is None else x.index_select(1, _reversed_in_place(borders, x.shape[1]))
+        return x.flip(1) if boundaries is None else x.index_select(1, _reversed_in_place(boundaries, x.shape[1]))
     if not layout.grids:
         raise UnsupportedCall(
             f"scan order {order!r} needs layout.grid, which is None; only forward and backward do not"
@@ -106,7 +123,7 @@ def _apply(x: Tensor, order: str, layout: Layout, *, inverse: bool) -> Tensor:
             f"scan order {order!r} follows rows or columns, and these tokens have none (layout.rows is False); "
             "use forward, backward and temporal orders"
         )
-    if borders is not None:
+    if boundaries is not None:
         return x.index_select(1, _packed_permutation(order, layout, inverse=inverse).to(x.device))
     index = grid_permutation(order, layout.grids[0], layout.extra)[int(inverse)]
     return x.index_select(1, index.to(x.device))

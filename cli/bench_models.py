@@ -1,4 +1,4 @@
-"""Times whole models of a medium over input sizes, compared with plain transformers: `omnimix bench models`."""
+"""Times whole models of a modality over input sizes, compared with plain transformers: `omnimix bench models`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..utils.devices import usable_device, where_on
 from ..utils.files import replace_file
 from ..utils.options import add_device, add_json, add_threads, set_threads, summary
 from .bench_kernels import DTYPES, Stopwatch, gemm_rate
-from .bench_models_peers import MEDIA, medium
+from .bench_models_peers import MODALITIES, modality
 
 
 def passes(model: nn.Module, sample: torch.Tensor, watch: Stopwatch) -> dict[str, float]:
@@ -45,21 +45,21 @@ def bench_models(
 
     Args:
         kind: "image", "video" or "audio".
-        models: names, of ours, "timm:NAME" or "transformers:NAME"; by default the medium's.
-        sizes: sides of square images in pixels, frames of clips, or seconds of sounds; by default the medium's.
+        models: names, of ours, "timm:NAME" or "transformers:NAME"; by default the modality's.
+        sizes: sides of square images in pixels, frames of clips, or seconds of sounds; by default the modality's.
         batch: samples a call.
         dtype: of weights and samples.
         device: "cpu", "cuda", ...
         repeats: calls whose median is taken, after one that is not timed.
 
     Raises:
-        UnknownName: no such medium, model or dtype.
+        UnknownName: no such modality, model or dtype.
         MissingPackage: a peer's package is not installed.
         ConfigError: a size, batch or number of repeats below 1.
     """
     if dtype not in DTYPES:
         raise UnknownName("dtype", dtype, DTYPES)
-    chosen = medium(kind)
+    chosen = modality(kind)
     models, sizes = models or chosen.models, chosen.sizes if sizes is None else sizes
     if min([batch, repeats, *sizes]) < 1:
         raise ConfigError(f"batch {batch}, repeats {repeats} and sizes {list(sizes)} must be at least 1")
@@ -116,10 +116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog="omnimix bench models", description=summary(__doc__))
-    parser.add_argument("--kind", default="image", choices=list(MEDIA), help="the medium")
+    parser.add_argument("--kind", default="image", choices=list(MODALITIES), help="the modality")
     peers = "ours, timm:NAME, transformers:videomae_tiny or transformers:ast_tiny; the last one is the peer"
     parser.add_argument("--models", nargs="+", metavar="NAME", help=peers)
-    units = ", ".join(f"{entry.unit} ({name})" for name, entry in MEDIA.items())
+    units = ", ".join(f"{entry.unit} ({name})" for name, entry in MODALITIES.items())
     parser.add_argument("--sizes", nargs="+", type=int, metavar="N", help=units)
     parser.add_argument("--batch", type=int, default=1, help="samples a call")
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="dtype of weights and samples")
@@ -141,5 +141,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     title = f"{options.kind} models in {options.dtype}, batch {options.batch}, on {where}"
     emit(f"{title}; a large matrix product runs at {rate:.0f} GFLOP/s", rows, options.json)
     if options.plot:
-        plot(rows, options.plot, medium(options.kind).unit)
+        plot(rows, options.plot, modality(options.kind).unit)
     return 0

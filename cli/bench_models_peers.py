@@ -1,4 +1,4 @@
-"""The models that `omnimix bench models` compares with ours, and what each medium's models are given."""
+"""The models that `omnimix bench models` compares with ours, and what each modality's models are given."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _TINY = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Medium:
-    """What the models of a medium are timed on.
+class Modality:
+    """What the models of a modality are timed on.
 
     Args:
         noun: what a call is given, in the plural.
@@ -129,8 +129,8 @@ def _noise(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-MEDIA: dict[str, Medium] = {
-    "image": Medium(
+MODALITIES: dict[str, Modality] = {
+    "image": Modality(
         noun="images",
         unit="pixels a side",
         models=("vig_tiny_patch16_224", f"{TIMM}deit_tiny_patch16_224"),
@@ -138,7 +138,7 @@ MEDIA: dict[str, Medium] = {
         build=image_model,
         sample=lambda size, batch: _noise(batch, 3, size, size),
     ),
-    "video": Medium(
+    "video": Modality(
         noun="clips",
         unit=f"frames of {_SIDE} x {_SIDE}",
         models=("vivit_tiny_gla_patch16_224", "videomamba_tiny", f"{TRANSFORMERS}videomae_tiny"),
@@ -146,7 +146,7 @@ MEDIA: dict[str, Medium] = {
         build=video_model,
         sample=lambda size, batch: _noise(batch, 3, size, _SIDE, _SIDE),
     ),
-    "audio": Medium(
+    "audio": Modality(
         noun="sounds",
         unit=f"seconds at {RATE} Hz",
         models=("ast_tiny_gla", "aum_tiny", f"{TRANSFORMERS}ast_tiny"),
@@ -157,12 +157,12 @@ MEDIA: dict[str, Medium] = {
 }
 
 
-def medium(name: str) -> Medium:
-    """The medium of that name.
+def modality(name: str) -> Modality:
+    """The modality of that name.
 
     Raises:
         UnknownName: there is none.
     """
-    if name not in MEDIA:
-        raise UnknownName("medium", name, MEDIA)
-    return MEDIA[name]
+    if name not in MODALITIES:
+        raise UnknownName("modality", name, MODALITIES)
+    return MODALITIES[name]

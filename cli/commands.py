@@ -43,7 +43,8 @@ def mixer_rows() -> list[dict[str, Any]]:
     for name in names():
         entry = get_mixer(name)
         forward, both = (
-            entry.build(48, entry.examples[0], Site(scan=scan_orders(s))).capabilities for s in ("forward", "both")
+            entry.build(48, entry.examples[0], Site(scan=scan_orders(s))).capabilities
+            for s in ("forward", "bidirectional")
         )
         streams = f"streams, {'constant state' if forward.constant_state else 'growing cache'}"
         diffusion = {"masked": both.bidirectional, "block": both.blockwise and both.streaming}

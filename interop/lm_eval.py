@@ -349,7 +349,7 @@ class OmnimixLM(TemplateLM):
                 chunk=max(1, TOKENS_AT_A_TIME // len(prompts)),
                 **options.others,
             )
-        found = self.writer.generate(prompts, config, stop=options.until, numbers=numbers)
+        found = self.writer.generate(prompts, config, stop=options.until, sample_ids=numbers)
         return [options.cut(result.text, result.tokens) for result in found]
 
 

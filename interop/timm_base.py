@@ -1,4 +1,4 @@
-"""timm's interface, as far as it is the same for the classifiers of every medium."""
+"""timm's interface, as far as it is the same for the classifiers of every modality."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def chosen(cfg: str, backbone: BackboneConfig | dict[str, Any] | None, short: Ti
 class TimmModel(Classifier):
     """A classifier with timm's interface; its parameters have the same names as the plain one's.
 
-    Derive from it and from the classifier of a medium, in this order, and call `adopt` when that one is built. Where
+    Derive from it and from the classifier of a modality, in this order, and call `adopt` when that one is built. Where
     timm has features as one tensor, class token and registers come first, wherever the backbone had them.
     """
 

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import yaml
 
+from omnimix.backbones import BackboneConfig, BlockConfig
 from omnimix.backbones.decoding import DiffusionConfig, GenerationConfig, SpeculationConfig
 from omnimix.backbones.heads.causal import CausalConfig
 from omnimix.backbones.serialization import from_dict, to_dict
@@ -15,6 +16,7 @@ from omnimix.recipes.text.data import TextFiles
 from omnimix.recipes.text.generate import _parser
 from omnimix.recipes.text.recipe import TextGeneration
 from omnimix.utils.options import underscored
+from omnimix.utils.renamed import renamed_arguments
 
 OLD = [
     (GenerationConfig, "max_tokens", "max_new_tokens"),
@@ -112,3 +114,28 @@ def test_options_of_data_sets():
         trees = DataTrees(TextFiles)
         trees.take({"data": {"class_path": "TextFiles", "init_args": {"options": {"borders": "padded"}}}})
     assert trees.checked()["options"]["boundaries"] == "padded"
+
+
+@pytest.mark.parametrize("cls", [BlockConfig, BackboneConfig])
+def test_the_old_name_of_a_scan_works_and_warns(cls):
+    given = {"mixer": "gla"} if cls is BlockConfig else {"dim": 8, "depth": 1}
+    new = cls(**given, scan="bidirectional")
+    with pytest.warns(FutureWarning, match="scan='both' is now scan='bidirectional'") as record:
+        assert cls(**given, scan="both") == new
+    assert record[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert from_dict(cls, to_dict(new) | {"scan": "both"}) == new
+
+
+def test_old_names_of_arguments_work_and_warn():
+    @renamed_arguments(number="sample_id")
+    def function(*, sample_id=0):
+        return sample_id
+
+    assert function(sample_id=1) == 1
+    with pytest.warns(FutureWarning, match=r"function\(number=\) is now sample_id") as record:
+        assert function(number=2) == 2
+    assert record[0].filename == __file__
+    with pytest.raises(TypeError, match="give one of them"):
+        function(number=2, sample_id=2)

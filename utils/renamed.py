@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from ..errors import ConfigError
 
 C = TypeVar("C", bound=type)
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def warn_renamed(old: str, new: str, *, level: int = 2) -> None:
@@ -49,6 +50,28 @@ def renamed_options(**names: str) -> Callable[[C], C]:
         for old, new in names.items():
             setattr(cls, old, property(_reader(cls.__name__, old, new)))
         return cls
+
+    return decorated
+
+
+def renamed_arguments(**names: str) -> Callable[[F], F]:
+    """Let a function take keyword arguments by their old names too, with a FutureWarning.
+
+    Args:
+        names: the new name for each old one.
+    """
+
+    def decorated(function: F) -> F:
+        @wraps(function)
+        def call(*args: Any, **values: Any) -> Any:
+            for old in names.keys() & values.keys():
+                if names[old] in values:
+                    raise TypeError(f"{function.__name__}: {old} is the old name of {names[old]}; give one of them")
+                warn_renamed(f"{function.__name__}({old}=)", names[old])
+                values[names[old]] = values.pop(old)
+            return function(*args, **values)
+
+        return cast(F, call)
 
     return decorated
 

@@ -28,7 +28,7 @@ class GenerationConfig(Config):
         forbidden: ids that are never written.
         stop: sequences of ids; a text that ends in one is finished.
         end: the id after which a text is finished, where there is one.
-        seed: of the draws; each sequence has a generator of its own, seeded by this and the sequence's number.
+        seed: of the draws; each sequence has a generator of its own, seeded by this and its `sample_id`.
         chunk: read prompts in pieces of so many tokens, to bound the memory; None reads them whole.
         num_beams: hypotheses of a beam search; 1 for none.
         length_penalty: a hypothesis's score is the sum of its log-probabilities over length ** length_penalty.

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import UnsupportedCall, UnsupportedShape
-from ...utils.renamed import renamed_options
+from ...utils.renamed import renamed_arguments, renamed_options
 from ..config import bounded, not_negative, positive, proportion
 from ..language import LanguageModel
 from ..layout import Layout
@@ -48,7 +48,7 @@ class DiffusionConfig(Config):
         temperature: divides the logits before tokens are drawn; at 0 the most probable ones are taken.
         top_p: draw among the fewest most probable tokens that have this probability together.
         end: the id after which a text is finished. Blocks after one that holds it are not written.
-        seed: of the draws; each sequence has a generator of its own, seeded by this and the sequence's number.
+        seed: of the draws; each sequence has a generator of its own, seeded by this and its `sample_id`.
         cache: whether what lies before a block is read once and kept as a state, or read again in each step. By
             default, where it is exact.
     """
@@ -88,12 +88,12 @@ class Diffusion(Generation):
 class _Canvas:
     """One sequence while it is being written."""
 
-    def __init__(self, prompt: list[int], number: int, mask: int, block: int | None, config: DiffusionConfig):
+    def __init__(self, prompt: list[int], sample_id: int, mask: int, block: int | None, config: DiffusionConfig):
         self.config, self.mask = config, mask
         self.tokens = torch.tensor(prompt + [mask] * config.max_new_tokens, dtype=torch.int64)
         self.log_probs = torch.zeros(len(self.tokens), dtype=torch.float64)
         self.prompt, self.steps, self.number = len(prompt), 0, 0
-        self.generator = generator(config.seed, number)
+        self.generator = generator(config.seed, sample_id)
         if block is not None:
             bounds = [*range(0, len(self.tokens), block), len(self.tokens)]
         else:
@@ -260,12 +260,13 @@ class _Filler:
         return out.y[0].split(lengths) if ragged else list(out.y), out.state
 
 
+@renamed_arguments(numbers="sample_ids")
 def diffuse(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]] | Int[Tensor, "n t"],
     config: DiffusionConfig | None = None,
     *,
-    numbers: Sequence[int] | None = None,
+    sample_ids: Sequence[int] | None = None,
     watch: Watch | None = None,
 ) -> Diffusion:
     """Continue each prompt, and fill in its mask tokens; all its other tokens stay. Each as it would be alone.
@@ -273,7 +274,7 @@ def diffuse(
     Args:
         prompts: ids, of any lengths; `model.mask_token` among them stands for tokens to be filled in.
         config: how; greedy by default, a token a step.
-        numbers: by which, with the seed, each prompt draws; its place by default.
+        sample_ids: by which, with the seed, each prompt draws; its place by default.
         watch: called after every step with all sequences, where hidden tokens are `model.mask_token`.
 
     Raises:
@@ -294,9 +295,9 @@ def diffuse(
             "be wrong as soon as one is revealed; leave cache out, or train with objective='block'"
         )
     rows = as_lists(prompts, model.vocabulary + 1, empty=True)
-    numbers = list(range(len(rows))) if numbers is None else list(numbers)
-    if len(numbers) != len(rows):
-        raise UnsupportedShape(f"numbers: {len(numbers)} for {len(rows)} prompts; pass one each")
+    sample_ids = list(range(len(rows))) if sample_ids is None else list(sample_ids)
+    if len(sample_ids) != len(rows):
+        raise UnsupportedShape(f"sample_ids: {len(sample_ids)} for {len(rows)} prompts; pass one each")
     for i, row in enumerate(rows):
         if model.objective.shift and (not row or row[0] == model.mask_token):
             raise UnsupportedShape(
@@ -304,7 +305,7 @@ def diffuse(
                 "begin with the tokenizer's end token"
             )
     block = block if block is None else config.block or block
-    canvases = [_Canvas(row, n, model.mask_token, block, config) for row, n in zip(rows, numbers, strict=True)]
+    canvases = [_Canvas(row, n, model.mask_token, block, config) for row, n in zip(rows, sample_ids, strict=True)]
     begin = time.perf_counter()
     with evaluating(model), torch.inference_mode():
         filler = _Filler(model, canvases, block, block is not None and config.cache is not False, watch)

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import UnsupportedCall, UnsupportedShape
+from ...utils.renamed import renamed_arguments
 from ..language import LanguageModel
 from ..state import State
 from .config import GenerationConfig
@@ -108,20 +109,20 @@ class Writer:
         prompts: Sequence[Sequence[int]] | Int[Tensor, "n t"],
         config: GenerationConfig,
         prefix: Prefix | None = None,
-        numbers: Sequence[int] | None = None,
+        sample_ids: Sequence[int] | None = None,
     ):
         check_decoder(model, config)
         prompts = as_lists(prompts, model.vocabulary, empty=prefix is not None)
-        numbers = range(len(prompts)) if numbers is None else numbers
-        if len(numbers) != len(prompts):
-            raise UnsupportedShape(f"numbers: {len(numbers)} for {len(prompts)} prompts; pass one each")
+        sample_ids = range(len(prompts)) if sample_ids is None else sample_ids
+        if len(sample_ids) != len(prompts):
+            raise UnsupportedShape(f"sample_ids: {len(sample_ids)} for {len(prompts)} prompts; pass one each")
         self.model, self.config = model, config
         self.rows = list(range(len(prompts)))
         self.written: list[list[int]] = [[] for _ in prompts]
         self.logits, self.state = start(model, prompts, config.chunk, prefix)
         before = [] if prefix is None else prefix.tokens
         whole = [before + prompt for prompt in prompts]
-        self.sampler = Sampler(config, whole, numbers, model.vocabulary, self.logits.device)
+        self.sampler = Sampler(config, whole, sample_ids, model.vocabulary, self.logits.device)
         self.pending: Tensor | None = None
 
     def next(self) -> list[tuple[int, Step]]:
@@ -159,13 +160,14 @@ class Writer:
             self.sampler.select(left)
 
 
+@renamed_arguments(numbers="sample_ids")
 def generate(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]] | Int[Tensor, "n t"],
     config: GenerationConfig | None = None,
     *,
     prefix: Prefix | None = None,
-    numbers: Sequence[int] | None = None,
+    sample_ids: Sequence[int] | None = None,
 ) -> Generation:
     """Continue each prompt; each text is generated as it would be alone.
 
@@ -173,8 +175,8 @@ def generate(
         prompts: ids, of any lengths; an empty one only after a prefix.
         config: how; greedy by default.
         prefix: the state after what all prompts follow (`read_prefix`).
-        numbers: by which, with the seed, each prompt draws; its place by default. So a prompt is written the same in
-            any batch where its number is the same.
+        sample_ids: by which, with the seed, each prompt draws; its place by default. So a prompt is written the same in
+            any batch where its id is the same.
 
     Raises:
         UnsupportedCall: the model is not decoded token by token, with the remedy.
@@ -191,7 +193,7 @@ def generate(
     reasons: dict[int, Reason] = {}
     begin = time.perf_counter()
     with evaluating(model), torch.inference_mode():
-        writer = Writer(model, prompts, config, prefix, numbers)
+        writer = Writer(model, prompts, config, prefix, sample_ids)
         first = 0.0
         while writer.rows:
             for row, step in writer.next():
@@ -210,13 +212,14 @@ def generate(
     )
 
 
+@renamed_arguments(number="sample_id")
 def stream(
     model: LanguageModel,
     prompt: Sequence[int] | Int[Tensor, " t"],
     config: GenerationConfig | None = None,
     *,
     prefix: Prefix | None = None,
-    number: int = 0,
+    sample_id: int = 0,
 ) -> Iterator[Step]:
     """The tokens that `generate` generates after one prompt, each as soon as it is known.
 
@@ -230,15 +233,15 @@ def stream(
             f"config.num_beams is {config.num_beams}; a beam search knows no token before the last: num_beams=1"
         )
     prompts = as_lists([list(map(int, prompt))], model.vocabulary, empty=prefix is not None)
-    return _stream(model, prompts, config, prefix, number)
+    return _stream(model, prompts, config, prefix, sample_id)
 
 
 def _stream(
-    model: LanguageModel, prompts: list[list[int]], config: GenerationConfig, prefix: Prefix | None, number: int
+    model: LanguageModel, prompts: list[list[int]], config: GenerationConfig, prefix: Prefix | None, sample_id: int
 ) -> Iterator[Step]:
     # Neither evaluation nor inference mode may be left on while the caller has control.
     with evaluating(model), torch.inference_mode():
-        writer = Writer(model, prompts, config, prefix, [number])
+        writer = Writer(model, prompts, config, prefix, [sample_id])
     while writer.rows:
         with evaluating(model), torch.inference_mode():
             ((_, step),) = writer.next()

@@ -78,9 +78,9 @@ def distribution(
     return torch.zeros_like(logits, dtype=torch.float64).scatter(1, best, 1.0)
 
 
-def generator(seed: int, number: int) -> torch.Generator:
+def generator(seed: int, sample_id: int) -> torch.Generator:
     """The source of a sequence's draws, on the CPU: the same on every device."""
-    digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=7).digest()
+    digest = hashlib.blake2b(f"{seed} {sample_id}".encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
@@ -106,7 +106,7 @@ class Sampler:
     Args:
         config: how.
         prompts: what the sequences begin with.
-        numbers: by which, with the seed, each sequence draws.
+        sample_ids: by which, with the seed, each sequence draws.
         vocabulary: tokens.
         device: of the logits.
     """
@@ -115,12 +115,12 @@ class Sampler:
         self,
         config: GenerationConfig,
         prompts: Sequence[Sequence[int]],
-        numbers: Sequence[int],
+        sample_ids: Sequence[int],
         vocabulary: int,
         device: torch.device,
     ):
         self.config = config
-        self.generators = [generator(config.seed, n) for n in numbers] if config.temperature else []
+        self.generators = [generator(config.seed, n) for n in sample_ids] if config.temperature else []
         self.seen = seen_tokens(prompts, vocabulary, device) if config.repetition_penalty != 1 else None
 
     def choose(self, logits: Float[Tensor, "n v"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:

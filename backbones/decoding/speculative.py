@@ -147,11 +147,11 @@ class _Text:
     """One text that is being written."""
 
     def __init__(
-        self, model: LanguageModel, draft: LanguageModel, prompt: list[int], config: GenerationConfig, number: int
+        self, model: LanguageModel, draft: LanguageModel, prompt: list[int], config: GenerationConfig, sample_id: int
     ):
         self.config, self.prompt = config, prompt
         self.target, self.draft = _Reader(model, prompt, config), _Reader(draft, prompt, config)
-        self.generator = generator(config.seed, number)
+        self.generator = generator(config.seed, sample_id)
         self.written: list[int] = []
         self.log_probs: list[float] = []
         self.reason: Reason | None = None

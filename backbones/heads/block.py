@@ -154,7 +154,9 @@ class BlockDiffusion(Denoiser):
                     before = state.select(index)
                     last = last[index]
                 piece = _Piece(tokens, sizes, masked, clean, noisy, start, block, model.mask_token)
-                out = model.hidden(piece.tokens, Layout(causal="block", block=block, cu_seqlens=piece.borders), before)
+                out = model.hidden(
+                    piece.tokens, Layout(causal="block", block=block, cu_seqlens=piece.boundaries), before
+                )
                 y = out.y.flatten(0, 1)
                 yield piece.found(y, last, self.shift, out.losses)
                 # Blocks are causal, and so there is a state.
@@ -169,10 +171,10 @@ class BlockDiffusion(Denoiser):
     ) -> _Found:
         """Blocks of one token, predicted at the place before, are never read masked: one pass over all."""
         lengths = torch.tensor(sizes, device=tokens.device)
-        borders = offsets(lengths)
-        out = model.hidden(pack_rows(tokens, lengths), Layout(causal="block", block=1, cu_seqlens=borders))
+        boundaries = offsets(lengths)
+        out = model.hidden(pack_rows(tokens, lengths), Layout(causal="block", block=1, cu_seqlens=boundaries))
         variants, rows, places = masked.nonzero().unbind(1)
-        y = out.y[0, borders[rows] + places - 1]
+        y = out.y[0, boundaries[rows] + places - 1]
         return _Found(y=y, where=(variants, rows, places), losses=out.losses, tokens=out.y.shape[1])
 
     @torch.no_grad()
@@ -257,12 +259,12 @@ class _Piece:
         held = held.masked_fill(self.hidden, mask_token)
         # Each token's place among the tokens of all copies.
         self.slots = torch.arange(held.numel(), device=device).view(held.shape)
-        self.tokens, self.borders = held, None
+        self.tokens, self.boundaries = held, None
         if len(set(widths)) > 1:
             widths = torch.tensor(widths, device=device)
             valid = torch.arange(held.shape[1], device=device) < widths[:, None]
             self.slots = (valid.flatten().cumsum(0) - 1).view(held.shape)
-            self.tokens, self.borders = held[valid][None], torch.cat([widths.new_zeros(1), widths.cumsum(0)])
+            self.tokens, self.boundaries = held[valid][None], torch.cat([widths.new_zeros(1), widths.cumsum(0)])
 
     def found(
         self, y: Float[Tensor, "p d"], last: Float[Tensor, "copies d"] | None, shift: bool, losses: Mapping[str, Tensor]

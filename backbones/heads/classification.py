@@ -88,8 +88,8 @@ class ClassificationHead(nn.Module):
         if pool == "none":
             return tokens
         if layout.cu_seqlens is not None:
-            borders = layout.cu_seqlens.tolist()
-            return torch.cat([self._pool(*_alone(tokens, layout, *ends)) for ends in pairwise(borders)])
+            boundaries = layout.cu_seqlens.tolist()
+            return torch.cat([self._pool(*_alone(tokens, layout, *ends)) for ends in pairwise(boundaries)])
         if pool == "class_token":
             if not layout.extra:
                 raise UnsupportedCall(

@@ -59,8 +59,8 @@ class Denoiser(Objective):
         if name := unfit(model.backbone, self.serves):
             raise UnsupportedCall(
                 f"objective {model.config.objective_name!r} needs layers that are {self.view}, and {name} is not; "
-                "configure scan='both' (omnimix.convert does it for trained weights), or 'attention' in place of "
-                "mixers that do not scan"
+                "configure scan='bidirectional' (omnimix.convert does it for trained weights), or 'attention' in place "
+                "of mixers that do not scan"
             )
 
     def token_nats(

@@ -192,5 +192,5 @@ def _doubled(
     """Masks, rates, tokens and boundaries of a batch followed by itself with the complementary masks."""
     if cu_seqlens is None:
         return torch.cat([masked, others]), torch.cat([rate, 1 - rate]), tokens.repeat(2, 1), None
-    borders = torch.cat([cu_seqlens, cu_seqlens[1:] + cu_seqlens[-1]])
-    return torch.cat([masked, others], 1), torch.cat([rate, 1 - rate], 1), tokens.repeat(1, 2), borders
+    boundaries = torch.cat([cu_seqlens, cu_seqlens[1:] + cu_seqlens[-1]])
+    return torch.cat([masked, others], 1), torch.cat([rate, 1 - rate], 1), tokens.repeat(1, 2), boundaries

@@ -61,8 +61,8 @@ class Mixer(SequenceLayer):
             if not can.blockwise and not (can.causal and ones):
                 raise UnsupportedCall(
                     f"{name} is not bidirectional within a block, and cannot serve Layout(causal='block', "
-                    f"block={layout.block}); configure scan='both' for mixers that scan, and use 'attention', 'window' "
-                    "or 'linear' in place of others"
+                    f"block={layout.block}); configure scan='bidirectional' for mixers that scan, and use 'attention', "
+                    "'window' or 'linear' in place of others"
                 )
         elif layout.causal and not can.causal:
             raise UnsupportedCall(
@@ -70,8 +70,8 @@ class Mixer(SequenceLayer):
             )
         elif not layout.causal and not can.bidirectional:
             raise UnsupportedCall(
-                f"{name} is causal and does not serve Layout(causal=False); configure scan='both' or another set of "
-                "orders"
+                f"{name} is causal and does not serve Layout(causal=False); configure scan='bidirectional' or another "
+                "set of orders"
             )
         if layout.cu_seqlens is not None and not can.packed:
             raise UnsupportedCall(f"{name} does not serve packed sequences (cu_seqlens)")

@@ -100,9 +100,9 @@ class CrossAttention(Mixer):
         name, wanted = self.config.source, ("k", "v") if self.config.projected else ("x",)
         memory = context.memory(name, type(self).__name__, *wanted)
         if memory.layout is not None and memory.layout.cu_seqlens is not None:
-            borders = memory.layout.cu_seqlens
-            rows = {key: unpack(memory.tensors[key], borders) for key in wanted}
-            memory = Memory(rows, unpack(memory.positions, borders, fill=-1))
+            boundaries = memory.layout.cu_seqlens
+            rows = {key: unpack(memory.tensors[key], boundaries) for key in wanted}
+            memory = Memory(rows, unpack(memory.positions, boundaries, fill=-1))
         if len(memory.positions) != sequences:
             found = len(memory.positions)
             raise UnsupportedShape(f"cross_attention: {name!r} has {found} sequences, and the tokens {sequences}")

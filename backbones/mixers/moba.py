@@ -68,12 +68,12 @@ class MoBA(Attention):
     def attend(
         self, q: Tensor, rows: dict[str, Tensor], layout: Layout, state: State | None
     ) -> tuple[Tensor, State | None]:
-        borders, causal = layout.cu_seqlens, bool(layout.causal)
+        boundaries, causal = layout.cu_seqlens, bool(layout.causal)
         ranks = layout.positions(q, None if state is None else state["count"])
         grown = self.cache.grown(rows, layout, state)
         per_row, queries = q, ranks
-        if borders is not None:
-            per_row, queries = unpack(q, borders), unpack(ranks, borders, fill=-1)
+        if boundaries is not None:
+            per_row, queries = unpack(q, boundaries), unpack(ranks, boundaries, fill=-1)
         keys, count = grown["k"], grown["count"]
         blocks = None
         # A graph that is exported serves every length.
@@ -88,11 +88,11 @@ class MoBA(Attention):
                 counts=None if causal else (count + self.block_size - 1) // self.block_size,
             )
         if state is None:
-            blocks = blocks if borders is None or blocks is None else repack(blocks, borders)
-            o = to_blocks(q, rows["k"], rows["v"], blocks, self.block_size, causal=causal, cu_seqlens=borders)
+            blocks = blocks if boundaries is None or blocks is None else repack(blocks, boundaries)
+            o = to_blocks(q, rows["k"], rows["v"], blocks, self.block_size, causal=causal, cu_seqlens=boundaries)
         else:
             o = to_blocks(per_row, keys, grown["v"], blocks, self.block_size, q_positions=queries)
-            o = o if borders is None else repack(o, borders)
+            o = o if boundaries is None else repack(o, boundaries)
         return o, grown if causal else None
 
     def _means(self, keys: Tensor, lengths: Tensor) -> Tensor:

@@ -57,8 +57,8 @@ class Merge(Transition):
             parts = [_merged(row, grid) for row, grid in zip(rows, layout.grids, strict=True)]
             merged = torch.cat([part for part, _ in parts], dim=1)
             lengths = torch.tensor([0, *(part.shape[1] for part, _ in parts)], device=x.device)
-            borders = lengths.cumsum(0).to(layout.cu_seqlens.dtype)
-            after = Layout(causal=False, cu_seqlens=borders, grid=tuple(grid for _, grid in parts))
+            boundaries = lengths.cumsum(0).to(layout.cu_seqlens.dtype)
+            after = Layout(causal=False, cu_seqlens=boundaries, grid=tuple(grid for _, grid in parts))
         return Output(self.reduction(self.norm(merged)), context=of_other_tokens(context, after))
 
 

@@ -71,8 +71,8 @@ class MetaTokens(Transition):
             keep = torch.arange(count, x.shape[1], device=x.device).expand(n, -1)
             after = Layout(causal=layout.causal)
         else:
-            borders = offsets(lengths + count).to(layout.cu_seqlens.dtype)
-            after = Layout(causal=layout.causal, cu_seqlens=borders)
+            boundaries = offsets(lengths + count).to(layout.cu_seqlens.dtype)
+            after = Layout(causal=layout.causal, cu_seqlens=boundaries)
             place = after.positions(x.new_empty(1, x.shape[1] + n * count, 1))[0]
             keep = (place >= count).nonzero()[:, 0]
             x = meta[place.clamp(max=count - 1)][None].index_copy(1, keep, x)

@@ -70,7 +70,7 @@ class Fold(SequenceLayer):
         if not self.inner.capabilities.bidirectional:
             raise UnsupportedCall(
                 f"{type(self.inner).__name__} is causal, and the cells of a group see each other; configure "
-                "scan='both' or another set of orders"
+                "scan='bidirectional' or another set of orders"
             )
         inner = self.inner.capabilities
         self.capabilities = Capabilities(
@@ -99,8 +99,8 @@ class Fold(SequenceLayer):
             out = self.inner(folded.reshape(-1, size, x.shape[-1]), inner)
         else:
             # Groups of different sizes are packed sequences, row after row of the batch.
-            borders = offsets(torch.tensor(lengths, device=x.device).repeat(x.shape[0]))
-            out = self.inner(folded.reshape(1, -1, x.shape[-1]), Context(Layout(causal=False, cu_seqlens=borders)))
+            boundaries = offsets(torch.tensor(lengths, device=x.device).repeat(x.shape[0]))
+            out = self.inner(folded.reshape(1, -1, x.shape[-1]), Context(Layout(causal=False, cu_seqlens=boundaries)))
         return Output(out.y.reshape(x.shape).index_select(1, inverse), losses=out.losses)
 
 

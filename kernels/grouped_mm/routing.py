@@ -144,8 +144,8 @@ def _add_in_order(rows: Tensor, token: Tensor, tokens: int) -> Tensor:
 def _add_sorted(rows: Tensor, token: Tensor, tokens: int) -> Tensor:
     ordered, order = torch.sort(token, stable=True)
     ends = torch.searchsorted(ordered, torch.arange(tokens, device=token.device, dtype=token.dtype), right=True)
-    borders = torch.cat([ends.new_zeros(1), ends])
-    return torch.segment_reduce(rows.index_select(0, order), "sum", offsets=borders, axis=0, initial=0, unsafe=True)
+    boundaries = torch.cat([ends.new_zeros(1), ends])
+    return torch.segment_reduce(rows.index_select(0, order), "sum", offsets=boundaries, axis=0, initial=0, unsafe=True)
 
 
 def scatter(

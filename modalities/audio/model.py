@@ -238,8 +238,8 @@ def audio_classifier(
     """The configuration of a classifier of sounds around any backbone; plain and ViT-shaped from its short form.
 
     Args:
-        backbone: the whole configuration, or None for the short form, which scans "both" ways, or "forward" where
-            `causal`. Packed clips are served by these two.
+        backbone: the whole configuration, or None for the short form, whose scan is "bidirectional", or "forward"
+            where `causal`. Packed clips are served by these two.
         front: "patches", "frames" or "wave"; or its configuration, which replaces what `options` say of it.
         causal: a token depends on earlier samples only, so that the model streams; not for patches.
         options: those of `audio_front`, and the short form of the backbone: see `plain_backbone`.
@@ -251,7 +251,7 @@ def audio_classifier(
     if isinstance(front, str):
         front = audio_front(front, causal=causal, **own)
     if backbone is None and short.get("scan") is None:
-        short["scan"] = "forward" if causal else "both"
+        short["scan"] = "forward" if causal else "bidirectional"
     backbone = plain_backbone(backbone, positions=front.has_positions, **short)
     return AudioClassifierConfig(
         audio=AudioTokenizerConfig(dim=backbone.dim, front=front, causal=causal),

@@ -41,23 +41,23 @@ class Classifier(nn.Module):
         """Small configurations, each with batches of two or more of every kind that it serves, for the laws."""
         raise NotImplementedError(f"{cls.__name__} has no examples; the laws in tests/laws need them")
 
-    def forward(self, media: Any) -> Float[Tensor, "n *t classes"]:
+    def forward(self, inputs: Any) -> Float[Tensor, "n *t classes"]:
         """Logits, `(n, classes)`, one row per input; see `ClassificationHead` for other pools.
 
         Args:
-            media: what the tokenizer takes, prepared as the model was trained.
+            inputs: what the tokenizer takes, prepared as the model was trained.
         """
-        return self.forward_head(*self.forward_features(media))
+        return self.forward_head(*self.forward_features(inputs))
 
-    def forward_with_losses(self, media: Any) -> tuple[Float[Tensor, "n *t classes"], dict[str, Tensor]]:
+    def forward_with_losses(self, inputs: Any) -> tuple[Float[Tensor, "n *t classes"], dict[str, Tensor]]:
         """Logits, and by name the losses of the backbone's routed experts, weighted: add them to the training loss."""
-        tokens, layout = self.tokenizer(media)
+        tokens, layout = self.tokenizer(inputs)
         out = self.backbone(tokens, layout)
         return self.head(out.y, layout_of(out, layout)), out.losses
 
-    def forward_features(self, media: Any) -> tuple[Float[Tensor, "b t d"], Layout]:
+    def forward_features(self, inputs: Any) -> tuple[Float[Tensor, "b t d"], Layout]:
         """The backbone's tokens after its last norm, and where they are."""
-        tokens, layout = self.tokenizer(media)
+        tokens, layout = self.tokenizer(inputs)
         out = self.backbone(tokens, layout)
         return out.y, layout_of(out, layout)
 
@@ -113,7 +113,7 @@ def plain_backbone(
     """A backbone for a classifier: the one given, or a ViT-shaped one around a mixer or several, from its short form.
 
     Args:
-        backbone: the configuration; None builds one, with the scan "both".
+        backbone: the configuration; None builds one, with the scan "bidirectional".
         positions: whether the tokens bring positions; attention without options of its own then has no rotary ones.
         short: what differs from it; see `ShortForm`.
 
@@ -137,7 +137,7 @@ def plain_backbone(
         if positions and "rope" in config.__dataclass_fields__:
             mixers = {name: config(rope=False)} | mixers
     if backbone is None:
-        changed.setdefault("scan", "both")
+        changed.setdefault("scan", "bidirectional")
         return BackboneConfig(**changed, mixers=mixers)
     return replace(backbone, **changed, mixers=mixers)
 

@@ -259,7 +259,7 @@ def _made_anew(file: Path, corpus: Corpus, tokenizer: Tokenizer, answers_only: b
 
 
 def cached_bpe(
-    corpus: Corpus, vocabulary: int, *, val_part: float, special: Sequence[str] = (), folder: Path | None = None
+    corpus: Corpus, vocabulary: int, *, val_fraction: float, special: Sequence[str] = (), folder: Path | None = None
 ) -> Tokenizer:
     """A BPE tokenizer trained on the documents of a corpus that are not held out, now or before.
 
@@ -269,7 +269,7 @@ def cached_bpe(
         MediaError, ConfigError: as `cached_tokens`, and `train_bpe`.
     """
     folder = text_cache() if folder is None else folder
-    key = _key("bpe", corpus.fingerprint, vocabulary, val_part, list(special), WORDS, _SAMPLE)
+    key = _key("bpe", corpus.fingerprint, vocabulary, val_fraction, list(special), WORDS, _SAMPLE)
     file = folder / f"bpe-{key}"
     try:
         return load_tokenizer(file)
@@ -279,15 +279,15 @@ def cached_bpe(
                 return load_tokenizer(file)
             part = min(1.0, _SAMPLE / max(1, corpus.nbytes))
             with _progress(corpus, f"learning {vocabulary} tokens") as seen:
-                tokenizer = train_bpe(_texts(corpus, val_part, part, seen), vocabulary, special)
+                tokenizer = train_bpe(_texts(corpus, val_fraction, part, seen), vocabulary, special)
             tokenizer.save(file)
             return tokenizer
 
 
-def _texts(corpus: Corpus, val_part: float, part: float, seen: Callable[[Document], None]) -> Iterator[str]:
+def _texts(corpus: Corpus, val_fraction: float, part: float, seen: Callable[[Document], None]) -> Iterator[str]:
     for document in corpus:
         seen(document)
-        if held_out(document.key, val_part):
+        if held_out(document.key, val_fraction):
             continue
         text = document.text or "\n".join(m["content"] for m in document.messages or [])
         # Chance might choose none of few long documents: a fraction of each is taken.

@@ -15,6 +15,7 @@ from ...backbones.decoding.diffusion import Watch
 from ...backbones.decoding.generate import Reason, Writer
 from ...backbones.decoding.prefill import evaluating
 from ...errors import CheckpointError, ConfigError, UnsupportedCall
+from ...utils.renamed import renamed_arguments
 from ..models import load_model
 from .chat import Message
 from .tokenizer import Tokenizer, load_tokenizer
@@ -128,6 +129,7 @@ class TextGenerator:
         """Read the beginning of many prompts once; see `read_prefix`."""
         return read_prefix(self.model, self._ids(text, None), chunk=chunk)
 
+    @renamed_arguments(number="sample_id")
     def stream(
         self,
         prompt: Prompt,
@@ -135,7 +137,7 @@ class TextGenerator:
         *,
         stop: Sequence[str] = (),
         prefix: Prefix | None = None,
-        number: int = 0,
+        sample_id: int = 0,
     ) -> Iterator[str]:
         """The text that `generate` generates after one prompt, in pieces as soon as they are final.
 
@@ -144,9 +146,11 @@ class TextGenerator:
         """
         config = self._config(config)
         if isinstance(config, DiffusionConfig) or config.num_beams > 1:
-            return iter([self.generate([prompt], config, stop=stop, prefix=prefix, numbers=[number])[0].text])
+            return iter([self.generate([prompt], config, stop=stop, prefix=prefix, sample_ids=[sample_id])[0].text])
         text = _Text(self.tokenizer, stop)
-        return self._pieces(stream(self.model, self._ids(prompt, prefix), config, prefix=prefix, number=number), text)
+        return self._pieces(
+            stream(self.model, self._ids(prompt, prefix), config, prefix=prefix, sample_id=sample_id), text
+        )
 
     @staticmethod
     def _pieces(steps: Any, text: _Text) -> Iterator[str]:
@@ -161,6 +165,7 @@ class TextGenerator:
             # The model goes back to its mode at once, and not when the memory is cleared.
             steps.close()
 
+    @renamed_arguments(numbers="sample_ids")
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -168,7 +173,7 @@ class TextGenerator:
         *,
         stop: Sequence[str] = (),
         prefix: Prefix | None = None,
-        numbers: Sequence[int] | None = None,
+        sample_ids: Sequence[int] | None = None,
         watch: Watch | None = None,
     ) -> list[TextResult]:
         """Continue each prompt, as it would be alone.
@@ -180,7 +185,7 @@ class TextGenerator:
             stop: strings before which a text ends, wherever the boundaries of the tokens are. Under diffusion and in a
                 beam search they are looked for afterwards.
             prefix: the state after what all prompts follow (`read`).
-            numbers: by which, with the seed, each prompt draws; its place by default.
+            sample_ids: by which, with the seed, each prompt draws; its place by default.
             watch: under diffusion called after every step; see `diffuse`.
 
         Raises:
@@ -190,13 +195,13 @@ class TextGenerator:
         config, ids = self._config(config), [self._ids(prompt, prefix) for prompt in prompts]
         texts = [_Text(self.tokenizer, stop) for _ in prompts]
         if isinstance(config, GenerationConfig) and config.num_beams == 1:
-            return self._write(ids, config, texts, prefix, numbers)
+            return self._write(ids, config, texts, prefix, sample_ids)
         if isinstance(config, GenerationConfig):
             found = generate(self.model, ids, config, prefix=prefix)
         elif prefix is not None:
             raise UnsupportedCall("prefix: diffusion does not continue from a state; put its text into the prompts")
         else:
-            found = diffuse(self.model, ids, config, numbers=numbers, watch=watch)
+            found = diffuse(self.model, ids, config, sample_ids=sample_ids, watch=watch)
         results = []
         for tokens, log_probs, reason, text in zip(found.tokens, found.log_probs, found.reasons, texts, strict=True):
             pieces = []
@@ -213,12 +218,12 @@ class TextGenerator:
         config: GenerationConfig,
         texts: list[_Text],
         prefix: Prefix | None,
-        numbers: Sequence[int] | None,
+        sample_ids: Sequence[int] | None,
     ) -> list[TextResult]:
         pieces, log_probs = [""] * len(ids), [[] for _ in ids]
         reasons: list[Reason] = ["length"] * len(ids)
         with evaluating(self.model), torch.inference_mode():
-            writer = Writer(self.model, ids, config, prefix, numbers)
+            writer = Writer(self.model, ids, config, prefix, sample_ids)
             while writer.rows:
                 stopped = set()
                 for row, step in writer.next():

@@ -39,7 +39,7 @@ class VideoClassifierConfig(Config):
         if video.merge is not None and rowed:
             raise UnsupportedCall(
                 f"backbone.scan is {scan!r} with video.merge; merged tokens have no rows and columns for the order "
-                f"{rowed[0]!r}; use 'both', 'temporal-first' or 'cross-3d'"
+                f"{rowed[0]!r}; use 'bidirectional', 'temporal-first' or 'cross-3d'"
             )
 
     def resized(self, size: Grid) -> VideoClassifierConfig:
@@ -185,7 +185,7 @@ def video_classifier(
     """The configuration of a classifier of videos around any backbone; plain and ViT-shaped from its short form.
 
     Args:
-        backbone: the whole configuration, or None for the short form, which scans "both", spatial first, or
+        backbone: the whole configuration, or None for the short form, whose scan is "bidirectional", spatial first, or
             "forward" where `causal`.
         options: fields of `TubeletTokenizerConfig` (size, tubelet, channels, positions, time_positions, class_token,
             registers, group, merge, causal), and the short form of the backbone: see `plain_backbone`.
@@ -195,7 +195,7 @@ def video_classifier(
     """
     video, short = parted(options, {field.name for field in fields(TubeletTokenizerConfig)} - {"dim"})
     if backbone is None and short.get("scan") is None:
-        short["scan"] = "forward" if video.get("causal") else "both"
+        short["scan"] = "forward" if video.get("causal") else "bidirectional"
     positions = video.get("positions", TubeletTokenizerConfig.positions) != "none"
     backbone = plain_backbone(backbone, positions=positions, **short)
     return VideoClassifierConfig(

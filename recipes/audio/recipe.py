@@ -28,7 +28,7 @@ __all__ = ["AudioClassification", "AudioFolderData", "SoundsData"]
 # Whisper's logarithms lie between -1 and 1.5 or so; the tokens of other media have about this deviation.
 _MEAN, _STD = 0.2, 0.4
 _TRAINING = ClassificationTrainingConfig()
-_BACKBONE = BackboneConfig(dim=64, depth=2, pattern=("gated_deltanet",), scan="both")
+_BACKBONE = BackboneConfig(dim=64, depth=2, pattern=("gated_deltanet",), scan="bidirectional")
 
 
 # Fronts as the recipe has them where they are named; sizes in samples are for 16 kHz.
@@ -76,7 +76,7 @@ class AudioClassification(EvenSteps, Classification):
                 f"model.front takes {chosen.sample_rate} samples a second, and the data has {rate}: set data.rate"
             )
         model = AudioClassifier(audio_classifier(backbone, classes=classes, front=chosen))
-        super().__init__(model, medium="audio", training=training, classes=classes)
+        super().__init__(model, input_name="audio", training=training, classes=classes)
         # What the report shows and the baseline sees, also where the model itself sees no spectrogram.
         self.mel = chosen.mel if isinstance(chosen, SpectrogramFrontConfig) else _MEL.at_rate(rate)
         self.order_blind_epochs = order_blind_epochs

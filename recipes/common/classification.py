@@ -46,52 +46,54 @@ class Classification(pl.LightningModule):
     """A classifier and how it is trained.
 
     Args:
-        model: media to logits.
-        medium: the name in a batch of what the model takes.
+        model: from inputs to logits.
+        input_name: the name in a batch of what the model takes.
         training: optimiser, schedule, regularisation and averaging.
         classes: number of classes.
     """
 
-    def __init__(self, model: Classifier, *, medium: str, training: ClassificationTrainingConfig, classes: int):
+    def __init__(self, model: Classifier, *, input_name: str, training: ClassificationTrainingConfig, classes: int):
         super().__init__()
-        self.model, self.medium, self.training_config = model, medium, training
+        self.model, self.input_name, self.training_config = model, input_name, training
         self.mixer = pattern_name(model.config.backbone)
         self.acc1 = MulticlassAccuracy(classes, top_k=1, average="micro", ignore_index=IGNORED)
         self.acc5 = MulticlassAccuracy(classes, top_k=min(5, classes), average="micro", ignore_index=IGNORED)
         # Lightning's own mean over ranks rounds the number of samples.
         self.loss = MeanMetric()
 
-    def forward(self, media: Any) -> Tensor:
-        return self.model(media)
+    def forward(self, inputs: Any) -> Tensor:
+        return self.model(inputs)
 
-    def varied(self, media: Any, labels: Tensor) -> tuple[Any, Tensor]:
-        """What a training step sees of a batch, media and targets; it may draw from the global generator."""
-        return media, labels
+    def varied(self, inputs: Any, labels: Tensor) -> tuple[Any, Tensor]:
+        """What a training step sees of a batch, inputs and targets; it may draw from the global generator."""
+        return inputs, labels
 
     def named(self, batch: Any) -> Mapping[str, Any]:
-        """A batch by names: as it is, or of a pair of media and labels, as data sets of others give them.
+        """A batch by names: as it is, or of a pair of inputs and labels, as data sets of others give them.
 
         Raises:
             ConfigError: it is neither.
         """
         if isinstance(batch, list | tuple) and len(batch) == 2:
-            batch = {self.medium: batch[0], "label": batch[1]}
-        if not isinstance(batch, Mapping) or self.medium not in batch or "label" not in batch:
+            batch = {self.input_name: batch[0], "label": batch[1]}
+        if not isinstance(batch, Mapping) or self.input_name not in batch or "label" not in batch:
             shown = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
-            raise ConfigError(f"a batch is {shown}; it must be a pair, or a dict with {self.medium!r} and 'label'")
+            raise ConfigError(f"a batch is {shown}; it must be a pair, or a dict with {self.input_name!r} and 'label'")
         return batch
 
     def training_step(self, batch: Any, index: int) -> Tensor:
         batch = self.named(batch)
         if bool((batch["label"] == IGNORED).all()):
             # In place of samples that cannot be read: nothing is learned, and every rank takes the step.
-            return self.model(batch[self.medium]).float().sum() * 0.0
-        media, targets = self.varied(batch[self.medium], batch["label"])
-        logits, extra = self.model.forward_with_losses(media)
+            return self.model(batch[self.input_name]).float().sum() * 0.0
+        inputs, targets = self.varied(batch[self.input_name], batch["label"])
+        logits, extra = self.model.forward_with_losses(inputs)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.training_config.label_smoothing)
         # The losses of routed experts are weighted already.
         loss = loss + sum(extra.values())
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(media), sync_dist=True)
+        self.log(
+            "train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(inputs), sync_dist=True
+        )
         return loss
 
     def validation_step(self, batch: Any, index: int) -> dict[str, Tensor]:
@@ -104,7 +106,7 @@ class Classification(pl.LightningModule):
         """Count a held-out batch; logits (b, classes) and labels (b,)."""
         batch = self.named(batch)
         labels = batch["label"]
-        logits = self(batch[self.medium]).float()
+        logits = self(batch[self.input_name]).float()
         counted = int((labels != IGNORED).sum())
         loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED) / max(1, counted)
         self.acc1(logits, labels)
@@ -151,16 +153,16 @@ class Predictions(pl.Callback):
         self.labels.append(labels[counted])
         self.predictions.append(prediction[counted])
         for i in counted.nonzero()[:, 0].tolist():
-            self._keep((batch[module.medium][i], int(labels[i]), int(prediction[i]), float(probability[i])))
+            self._keep((batch[module.input_name][i], int(labels[i]), int(prediction[i]), float(probability[i])))
 
     def _keep(self, sample: tuple[Tensor, int, int, float]) -> None:
-        media, truth, said, probability = sample
+        inputs, truth, said, probability = sample
         if truth != said:
             if len(self.wrong) < self.shown:
-                self.wrong.append((media.cpu(), truth, said, probability))
+                self.wrong.append((inputs.cpu(), truth, said, probability))
             return
         if self._passed % self._stride == 0:
-            self.right.append((media.cpu(), truth, said, probability))
+            self.right.append((inputs.cpu(), truth, said, probability))
         self._passed += 1
         if len(self.right) == 2 * self.shown:
             self.right, self._stride = self.right[::2], 2 * self._stride

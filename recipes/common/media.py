@@ -1,4 +1,4 @@
-"""What the data of every medium shares: samples from any source, unreadable files, loaders that resume."""
+"""What the data of every modality shares: samples from any source, unreadable files, loaders that resume."""
 
 from __future__ import annotations
 

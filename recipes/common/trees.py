@@ -164,7 +164,7 @@ class Trees:
             if isinstance(node, dict) and isinstance(node.get(last), dict):
                 _check_part(base, last, node[last])
         backbone = self.values["backbone"]
-        if isinstance(backbone, dict) and backbone.get("scan") == self._scan != "both":
+        if isinstance(backbone, dict) and backbone.get("scan") == self._scan != "bidirectional":
             # The recipe starts with it, for mixers that scan; nobody has asked for it.
             layers = build("backbone", backbone | {"scan": "forward"}).layers
             backbone["scan"] = self._scan if any(map(scanning, layers)) else "forward"

@@ -22,7 +22,7 @@ from ..common.options import DataOptions, RecipeData, at_least
 from .windows import PackedWindows, Pieces
 
 
-@renamed_options(borders="boundaries")
+@renamed_options(borders="boundaries", val_part="val_fraction")
 @dataclass(frozen=True, kw_only=True)
 class TextOptions(DataOptions):
     """What all text data sets take; see `DataOptions` for the rest. The tokens lie in memory: 0 workers are fastest.
@@ -34,7 +34,7 @@ class TextOptions(DataOptions):
         length: tokens of a sequence that are scored; one more is given.
         boundaries: "packed" runs through all documents, with sequence boundaries between them; "padded" fills rows up,
             of which each holds a document or a piece of one.
-        val_part: the fraction of all documents that is held out, by a hash of their names.
+        val_fraction: the fraction of all documents that is held out, by a hash of their names.
         val_batch_size: sequences of a batch that is validated; null is twice `batch_size`.
         val_tokens: about how many held-out tokens each validation during a fit takes, always the same; null takes all,
             as the measurement at the end does.
@@ -46,7 +46,7 @@ class TextOptions(DataOptions):
     vocabulary: int | None = None
     length: int | None = None
     boundaries: Literal["packed", "padded"] | None = None
-    val_part: float | None = None
+    val_fraction: float | None = None
     val_batch_size: int | None = None
     val_tokens: int | None = None
     end: str | None = None
@@ -55,7 +55,7 @@ class TextOptions(DataOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "length", "vocabulary", "val_batch_size", "val_tokens")
-        bounded(self, "val_part", above=0, below=1, wanted="between 0 and 1")
+        bounded(self, "val_fraction", above=0, below=1, wanted="between 0 and 1")
 
 
 # Leaves every option to the data set.
@@ -80,7 +80,7 @@ class TextData(RecipeData):
         vocabulary=4096,
         length=256,
         boundaries="packed",
-        val_part=0.05,
+        val_fraction=0.05,
     )
     # Special tokens, except the end token, that the documents need.
     _special: tuple[str, ...] = ()
@@ -114,7 +114,7 @@ class TextData(RecipeData):
         return cached_bpe(
             self._corpus,
             self.options.vocabulary,
-            val_part=self.options.val_part,
+            val_fraction=self.options.val_fraction,
             special=self._special,
             folder=self._cache_folder,
         )
@@ -140,12 +140,12 @@ class TextData(RecipeData):
 
     def _documents(self, *, held_out: bool) -> np.ndarray:
         """Indices of the documents of one side of the split."""
-        found = np.flatnonzero(self.cache.held_out(self.options.val_part) == held_out)
+        found = np.flatnonzero(self.cache.held_out(self.options.val_fraction) == held_out)
         if not len(found):
-            what = "none falls into val_part" if held_out else "all fall into val_part"
+            what = "none falls into val_fraction" if held_out else "all fall into val_fraction"
             change = "raise" if held_out else "lower"
             raise ConfigError(
-                f"of {len(self.cache)} documents {what} {self.options.val_part}; {change} it{self._more_documents}"
+                f"of {len(self.cache)} documents {what} {self.options.val_fraction}; {change} it{self._more_documents}"
             )
         return found
 

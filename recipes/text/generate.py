@@ -98,7 +98,7 @@ def main(argv: list[str]) -> int:
                 # It clears the lines that it has used: what stays is written afterwards.
                 pieces = iter([unmasked(writer, text, config, options.stop, number, Console())])
             else:
-                pieces = writer.stream(text, config, stop=options.stop, prefix=prefix, number=number)
+                pieces = writer.stream(text, config, stop=options.stop, prefix=prefix, sample_id=number)
             _show(prompt if echo else "")
             for piece in pieces:
                 _show(piece)
@@ -122,7 +122,7 @@ def unmasked(
             shown = ("░" * len(list(ids)) if hidden else writer.tokenizer.decode(list(ids)) for hidden, ids in spans)
             live.update(Text(visible("".join(shown), keep="\n\t")), refresh=True)
 
-        [result] = writer.generate([prompt], config, stop=stop, numbers=[number], watch=show)
+        [result] = writer.generate([prompt], config, stop=stop, sample_ids=[number], watch=show)
     return result.text
 
 

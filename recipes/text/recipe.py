@@ -65,7 +65,7 @@ class TextGeneration(EvenSteps):
 
     Args:
         backbone: the configuration of the blocks; see `BackboneConfig`. Under diffusion the scan "forward" stands for
-            "both".
+            "bidirectional".
         objective: what the model is trained for, by name or configuration; "causal" is autoregressive, the
             others by diffusion.
         tie: whether the output matrix is the embedding.
@@ -88,7 +88,7 @@ class TextGeneration(EvenSteps):
         config = LanguageModelConfig(backbone=backbone, vocabulary=vocabulary, objective=objective, tie=tie)
         diffusion = entry_of(config.objective).build.decoder != "autoregressive"
         if diffusion and backbone.scan == "forward":
-            config = replace(config, backbone=replace(backbone, scan="both"))
+            config = replace(config, backbone=replace(backbone, scan="bidirectional"))
         self.mixer, self.training_config, self.prompts = pattern_name(backbone), training, prompts
         self.model = LanguageModel(config)
         self._sums = [0.0, 0, 0]

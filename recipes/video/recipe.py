@@ -102,7 +102,7 @@ class VideoUnderstanding(EvenSteps, Classification):
         for table in (model.tokenizer.positions, model.tokenizer.time_positions):
             if table is not None:
                 torch.nn.init.trunc_normal_(table, std=0.3)
-        super().__init__(model, medium="video", training=training, classes=classes)
+        super().__init__(model, input_name="video", training=training, classes=classes)
         self.one_frame_epochs = one_frame_epochs
         self._options = {
             "backbone": backbone,
@@ -112,11 +112,11 @@ class VideoUnderstanding(EvenSteps, Classification):
             "clips": (channels, 1, *size[1:], classes),
         }
 
-    def forward(self, media: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor) -> Tensor:
         """Logits of clips (b, c, t, h, w), or the mean of the logits of several views (b, v, c, t, h, w)."""
-        if media.ndim == 5:
-            return self.model(media)
-        return self.model(media.flatten(0, 1)).unflatten(0, media.shape[:2]).mean(1)
+        if inputs.ndim == 5:
+            return self.model(inputs)
+        return self.model(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2]).mean(1)
 
     def of_one_frame(self) -> VideoUnderstanding:
         """A new model with the same options for clips of one frame."""

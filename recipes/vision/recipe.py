@@ -43,7 +43,7 @@ class VisionTrainingConfig(ClassificationTrainingConfig):
         not_negative(self, "mixup", "cutmix")
 
 
-_BACKBONE = BackboneConfig(dim=64, depth=4, pattern=("gla",), scan="both")
+_BACKBONE = BackboneConfig(dim=64, depth=4, pattern=("gla",), scan="bidirectional")
 
 
 class VisionClassification(EvenSteps, Classification):
@@ -79,11 +79,11 @@ class VisionClassification(EvenSteps, Classification):
         # As large as the patches: starting at 0.02, a small data set needs many epochs to find out where things are.
         assert model.tokenizer.positions is not None
         torch.nn.init.trunc_normal_(model.tokenizer.positions, std=1.0)
-        super().__init__(model, medium="image", training=training, classes=classes)
+        super().__init__(model, input_name="image", training=training, classes=classes)
         self._mixing = mixing(training, classes)
 
-    def varied(self, media: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return (media, labels) if self._mixing is None else self._mixing(media, labels)
+    def varied(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return (inputs, labels) if self._mixing is None else self._mixing(inputs, labels)
 
 
 def patch_for(size: int) -> int:

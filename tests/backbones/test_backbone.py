@@ -33,7 +33,7 @@ def test_the_pattern_is_tiled_over_the_depth():
 
 
 def test_a_config_survives_json():
-    before = config(mixers={"gla": GLAConfig(heads=4)}, ffn=None, scan="both", drop_path=0.1)
+    before = config(mixers={"gla": GLAConfig(heads=4)}, ffn=None, scan="bidirectional", drop_path=0.1)
     after = from_dict(om.BackboneConfig, json.loads(json.dumps(to_dict(before))))
     assert after == before
 
@@ -46,7 +46,7 @@ def test_a_config_survives_json():
         ({"pattern": "gla"}, ConfigError, "list"),
         ({"pattern": []}, ConfigError, "list"),
         ({"ffn": "swigl"}, UnknownName, "did you mean 'swiglu'"),
-        ({"scan": "bth"}, UnknownName, "did you mean 'both'"),
+        ({"scan": "bidirectonal"}, UnknownName, "did you mean 'bidirectional'"),
         ({"depth": 0}, ConfigError, "depth is 0"),
         ({"drop_path": 1.0}, ConfigError, "drop_path is 1.0"),
         ({"mixers": {"gla": om.backbones.mixers.get_mixer("linear").config()}}, ConfigError, "must be a GLAConfig"),

@@ -261,7 +261,7 @@ def test_what_some_tokens_wrote_does_not_serve_all():
 @pytest.mark.parametrize("transition", ["merge", SkipConfig(source="stages.0")])
 def test_each_stage_has_values_of_its_own(transition):
     stages = (StageConfig(dim=16, depth=2), StageConfig(dim=24, depth=2, transition=transition))
-    net = backbone(4, pattern=(BlockConfig(mixer=RWKV7),), scan="both", stages=stages)
+    net = backbone(4, pattern=(BlockConfig(mixer=RWKV7),), scan="bidirectional", stages=stages)
     assert gates(net) == [False, True, False, True]
     out = net(tokens(1, 12, 16), Layout(causal=False, grid=(1, 3, 4)))
     assert out.y.shape[-1] == 24 and {"first_value/16/0", "first_value/24/1"} <= set(out.shared)
@@ -271,7 +271,7 @@ def test_values_of_another_width_or_direction_are_not_read():
     wide = AddBeforeConfig(inner="gla", branch=BlockConfig(mixer=RWKV7, ffn=None))
     net = backbone(2, pattern=(BlockConfig(mixer=wide, residual="none"), BlockConfig(mixer=RWKV7)))
     assert gates(net) == [False, False] and net(tokens(1, 4, 16), Layout()).y.isfinite().all()
-    blocks = (BlockConfig(mixer=RWKV7, scan="backward"), BlockConfig(mixer=RWKV7, scan="both"))
+    blocks = (BlockConfig(mixer=RWKV7, scan="backward"), BlockConfig(mixer=RWKV7, scan="bidirectional"))
     net = backbone(2, pattern=blocks)
     assert gates(net) == [False, False] and net(tokens(1, 4, 16), Layout(causal=False)).y.isfinite().all()
     plain = BlockConfig(mixer=dataclasses.replace(RWKV7, value_residual=False))
@@ -284,7 +284,7 @@ def test_values_of_another_width_or_direction_are_not_read():
 
 def test_groups_of_cells_have_values_of_their_own():
     folded = BlockConfig(mixer=FoldConfig(inner=RWKV7, groups="rows"))
-    net = backbone(3, pattern=(BlockConfig(mixer=RWKV7), folded, BlockConfig(mixer=RWKV7)), scan="both")
+    net = backbone(3, pattern=(BlockConfig(mixer=RWKV7), folded, BlockConfig(mixer=RWKV7)), scan="bidirectional")
     assert gates(net) == [False, False, True]
     assert net(tokens(1, 6, 16), Layout(causal=False, grid=(1, 2, 3))).y.isfinite().all()
     inner = CrossAttentionConfig(source="image")
@@ -317,14 +317,14 @@ def test_tied_rwkv7_shares_all_but_the_gate_of_the_values():
             "residual is PostConfig.*, which no block uses",
         ),
         ({"pattern": ["attention"], "stages": [stage(pattern=["gla"])]}, "pattern is .*, and each stage has its own"),
-        ({"pattern": ["attention"], "scan": "hilbert"}, "scan is 'hilbert', and no mixer.*set 'both'"),
+        ({"pattern": ["attention"], "scan": "hilbert"}, "scan is 'hilbert', and no mixer.*set 'bidirectional'"),
         ({"pattern": ["attention+linear"], "scan": "columns"}, "scan is 'columns', and no mixer"),
         (
             {"pattern": ["gla", BlockConfig(mixer="attention", scan="hilbert")], "depth": 2},
             "BlockConfig.scan is 'hilbert', and no mixer",
         ),
         (
-            {"pattern": [BlockConfig(mixer="gla", scan="both")], "scan": "cross"},
+            {"pattern": [BlockConfig(mixer="gla", scan="bidirectional")], "scan": "cross"},
             "scan is 'cross', and no mixer",
         ),
         ({"pattern": [depths(mixer="gla")], "drop_path": 0.5}, "drop_path is 0.5, and no block can skip.*'none'"),
@@ -342,7 +342,7 @@ def test_what_no_block_uses_is_refused(changes, message, without_shape_checks):
         {"pattern": ["gla/none", "gla"], "depth": 2, "ffn": MoEConfig()},
         {"pattern": ["gla/moe"], "ffn": "moe"},
         {"pattern": ["gla/none"], "ffn": None},
-        {"pattern": ["attention"], "scan": "both"},
+        {"pattern": ["attention"], "scan": "bidirectional"},
         {"pattern": ["attention+gla"], "scan": "hilbert"},
         {"pattern": ["attention", "mamba"], "depth": 2, "scan": "cross"},
         {"pattern": [BlockConfig(mixer=FoldConfig(inner="gla"))], "scan": "window"},

@@ -57,7 +57,7 @@ def test_a_ragged_batch_is_each_alone(pattern):
     together = generate(model, PROMPTS, config)
     assert len({len(t) for t in together.tokens}) > 1, "no sequence left the batch before the others"
     for i, prompt in enumerate(PROMPTS):
-        alone = generate(model, [prompt], config, numbers=[i])
+        alone = generate(model, [prompt], config, sample_ids=[i])
         assert alone.tokens[0] == together.tokens[i]
         assert alone.reasons[0] == together.reasons[i]
         assert far(alone.log_probs[0], together.log_probs[i]) < 1e-9
@@ -154,7 +154,7 @@ def test_what_cannot_be_served_says_why():
         with pytest.raises(UnsupportedShape, match=message):
             generate(model, prompts)
     with pytest.raises(UnsupportedShape, match="2 for 1"):
-        generate(model, [[1]], numbers=[0, 1])
+        generate(model, [[1]], sample_ids=[0, 1])
     with pytest.raises(UnsupportedCall, match="num_beams=1"):
         stream(model, [1], GenerationConfig(num_beams=2))
     for ids in ([V], [-1], range(V)):
@@ -290,7 +290,7 @@ def test_a_prefix_is_the_beginning(tmp_path):
         found = generate(model, rest, config, prefix=start)
         assert found.tokens == wanted.tokens
         assert all(map(lambda a, b: far(a, b) < 1e-9, found.log_probs, wanted.log_probs))
-        assert [s.token for s in stream(model, [7], config, prefix=start, number=2)] == wanted.tokens[2]
+        assert [s.token for s in stream(model, [7], config, prefix=start, sample_id=2)] == wanted.tokens[2]
     assert generate(model, [[], []], config, prefix=prefix).tokens[1] == wanted.tokens[1]
     config = GenerationConfig(max_new_tokens=4, num_beams=3)
     wanted = generate(model, [[1, 2, 3, 4, *r] for r in rest], config)

@@ -15,7 +15,7 @@ PATTERNS = {"attention": ["attention"], "gla": ["gla"], "hybrid": ["gated_deltan
 FULL = om.Layout(causal=False)
 
 
-def model(objective="masked", pattern="attention", *, vocabulary=11, scan="both", options=None, dim=16):
+def model(objective="masked", pattern="attention", *, vocabulary=11, scan="bidirectional", options=None, dim=16):
     """A model of float64 whose outputs differ from place to place, as those of fresh weights hardly do."""
     config = om.LanguageModelConfig(
         backbone=om.BackboneConfig(dim=dim, depth=2, pattern=PATTERNS[pattern], scan=scan),
@@ -159,7 +159,7 @@ def test_a_gradient_reaches_every_parameter(case, without_gradient):
 
 @pytest.mark.parametrize("objective", ["masked", "block", "sedd"])
 def test_mixers_that_only_look_backwards_are_refused(objective):
-    with pytest.raises(UnsupportedCall, match="GLA in layer 0 is not; configure scan='both'"):
+    with pytest.raises(UnsupportedCall, match="GLA in layer 0 is not; configure scan='bidirectional'"):
         model(objective, "gla", scan="forward")
 
 
@@ -276,7 +276,7 @@ def test_what_every_sampler_keeps(case, sampler):
         assert together.reasons[i] == ("end" if config.end is not None and config.end in tokens else "length")
         assert (tokens[-1] == config.end) if together.reasons[i] == "end" else (len(tokens) == config.length)
         assert len(together.log_probs[i]) == len(tokens) and all(p < 0 for p in together.log_probs[i])
-        alone = om.diffuse(net, [prompt], config, numbers=[i])
+        alone = om.diffuse(net, [prompt], config, sample_ids=[i])
         assert (alone.sequences[0], alone.steps[0]) == (whole, together.steps[i])
     if objective == "block":
         again = om.diffuse(net, prompts, replace(config, cache=False))
@@ -380,7 +380,7 @@ def test_what_cannot_be_decoded_says_why(without_shape_checks):
 
 
 def test_a_model_learns_a_pattern_and_writes_it():
-    backbone = om.BackboneConfig(dim=32, depth=2, pattern=PATTERNS["hybrid"], scan="both")
+    backbone = om.BackboneConfig(dim=32, depth=2, pattern=PATTERNS["hybrid"], scan="bidirectional")
     net = om.LanguageModel(om.LanguageModelConfig(backbone=backbone, vocabulary=6, objective="masked"))
     optimiser = torch.optim.AdamW(net.parameters(), lr=1e-2)
     cycle = torch.arange(24) % 5

@@ -153,9 +153,9 @@ def test_what_is_no_batch_of_tokens_is_refused(without_shape_checks):
 
 def test_mixers_that_look_both_ways_are_refused():
     with pytest.raises(UnsupportedCall, match=r"GatedDeltaNet in layer 0 .*scan='forward'"):
-        model(scan="both")
+        model(scan="bidirectional")
     with pytest.raises(UnsupportedCall, match=r"GLA in layer 1 .*scan='forward'"):
-        model(pattern=("attention", "attention+gla"), scan="both")
+        model(pattern=("attention", "attention+gla"), scan="bidirectional")
 
 
 def test_a_batch_without_a_scored_token_is_refused():

@@ -116,6 +116,6 @@ def test_every_registered_part_is_checked():
 
 def test_what_0_1_said_without_effect_still_loads():
     plain = {"dim": 16, "depth": 1, "pattern": ["attention"], "channel": "mlp", "channels": {}}
-    assert from_dict(BackboneConfig, plain | {"scan": "temporal-first"}).scan == "both"
+    assert from_dict(BackboneConfig, plain | {"scan": "temporal-first"}).scan == "bidirectional"
     assert from_dict(BackboneConfig, plain | {"scan": "forward"}).scan == "forward"
     assert from_dict(BackboneConfig, plain | {"scan": "hilbert", "pattern": ["gla"]}).scan == "hilbert"

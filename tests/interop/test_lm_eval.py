@@ -32,7 +32,7 @@ def adapter():
 def language_model(objective: str = "causal", vocabulary: int = BYTES.vocabulary):
     torch.manual_seed(0)
     backbone = omnimix.BackboneConfig(
-        dim=32, depth=2, pattern=["gla", "attention"], scan="forward" if objective == "causal" else "both"
+        dim=32, depth=2, pattern=["gla", "attention"], scan="forward" if objective == "causal" else "bidirectional"
     )
     config = omnimix.LanguageModelConfig(backbone=backbone, vocabulary=vocabulary, objective=objective)
     model = omnimix.LanguageModel(config).eval()

@@ -329,7 +329,7 @@ def test_a_backbone_replaces_the_named_one_whole_or_in_short():
 
 def test_a_pyramids_features_have_the_sizes_of_their_stages():
     stages = [StageConfig(dim=16, depth=1), StageConfig(dim=24, depth=1, transition="merge")]
-    backbone = BackboneConfig(dim=16, depth=2, scan="both", pattern=["gla"], stages=stages)
+    backbone = BackboneConfig(dim=16, depth=2, scan="bidirectional", pattern=["gla"], stages=stages)
     options = {"img_size": 16, "patch_size": 4, "backbone": backbone}
     images = torch.randn(2, 3, 16, 16)
     whole = timm.create_model("omnimix_vig_tiny_patch16_224", **options)
@@ -361,6 +361,6 @@ def test_a_pruned_pyramid_is_what_is_left_of_it():
 
 
 def test_features_of_a_given_backbone_are_at_its_depth():
-    backbone = to_dict(BackboneConfig(dim=16, depth=2, scan="both"))
+    backbone = to_dict(BackboneConfig(dim=16, depth=2, scan="bidirectional"))
     name, options = "omnimix_vig_tiny_patch16_224", {"img_size": 16, "patch_size": 4}
     assert len(timm.create_model(name, features_only=True, backbone=backbone, **options)(images(16, 16))) == 2

@@ -65,7 +65,7 @@ def test_a_mixer_compiles_whole(subject: Subject):
     assert error(plain[0].grad, plain[1].grad) < 1e-12
 
 
-@mixers("both", 1)
+@mixers("bidirectional", 1)
 def test_a_mixer_compiles_whole_both_ways(subject: Subject):
     module = subject.module()
     x = tokens(2, 10)
@@ -77,7 +77,7 @@ def test_a_mixer_compiles_whole_both_ways(subject: Subject):
 
 @pytest.mark.parametrize("name", ["attention+gla", "linear-0"])
 def test_blocks_compile_whole(name: str):
-    module = next(s for s in subjects("both") if s.name == name).module()
+    module = next(s for s in subjects("bidirectional") if s.name == name).module()
     blocks = Layout(causal="block", block=4)
     compiled = torch.compile(lambda x, state: module(x, blocks, state), fullgraph=True, backend="aot_eager")
     before = None

@@ -161,4 +161,4 @@ def parametrised(chosen: list[Subject]) -> pytest.MarkDecorator:
 
 
 causal_subjects = parametrised(subjects())
-both_way_subjects = parametrised(subjects("both"))
+both_way_subjects = parametrised(subjects("bidirectional"))

@@ -34,7 +34,7 @@ PACKED = Layout(causal="block", block=SIZE, cu_seqlens=torch.tensor([0, 1, 6, 9]
 
 
 with torch.device("meta"):
-    BLOCKWISE = [s for s in subjects("both") if capability(s.build(), "blockwise")]
+    BLOCKWISE = [s for s in subjects("bidirectional") if capability(s.build(), "blockwise")]
 blockwise_subjects = parametrised(BLOCKWISE)
 
 

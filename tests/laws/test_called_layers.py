@@ -93,7 +93,9 @@ def test_every_layer_of_a_mixer_is_called(subject: Subject):
     holds(module, run)
 
 
-@pytest.mark.parametrize("subject", [s for s in subjects("both") if s.name.endswith("-0")], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "subject", [s for s in subjects("bidirectional") if s.name.endswith("-0")], ids=lambda s: s.name
+)
 def test_every_layer_of_a_bidirectional_mixer_is_called(subject: Subject):
     holds(subject.module(), lambda module: module(tokens(2, 10), BOTH)[0])
 
@@ -115,7 +117,7 @@ def test_every_layer_of_a_feed_forward_layer_is_called(name: str):
 @pytest.mark.parametrize("objective", list_objectives())
 def test_the_head_is_called(objective: str, tie: bool):
     for config in get_objective(objective).examples:
-        scan = "forward" if objective == "causal" else "both"
+        scan = "forward" if objective == "causal" else "bidirectional"
         backbone = BackboneConfig(dim=16, depth=1, pattern=("gla",), scan=scan)
         torch.manual_seed(1)
         model = LanguageModel(LanguageModelConfig(backbone=backbone, vocabulary=11, objective=config, tie=tie)).double()

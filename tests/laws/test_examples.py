@@ -31,7 +31,7 @@ def run_everything(name: str) -> None:
         # The second of its kind may read what the first one shares.
         entry = BlockConfig(mixer=dataclasses.replace(config), ffn=None)
         Backbone(BackboneConfig(dim=DIM, depth=2, pattern=[entry])).double()(tokens(1, 5), CAUSAL)
-    for scan in ("forward", "both"):
+    for scan in ("forward", "bidirectional"):
         for subject in subjects(scan):
             if subject.mixer != name:
                 continue

@@ -22,7 +22,7 @@ def test_what_is_not_declared_raises(subject: Subject):
     if capability(module, "blockwise"):
         module(x, Layout(causal="block", block=3))
     else:
-        with pytest.raises(UnsupportedCall, match="scan='both' for mixers that scan, .*'attention'"):
+        with pytest.raises(UnsupportedCall, match="scan='bidirectional' for mixers that scan, .*'attention'"):
             module(x, Layout(causal="block", block=3))
     with pytest.raises(UnsupportedShape, match="batch 1"):
         module(x, Layout(cu_seqlens=BORDERS))
@@ -30,7 +30,7 @@ def test_what_is_not_declared_raises(subject: Subject):
     with pytest.raises(UnsupportedShape, match="2 sequences"):
         module(tokens(3, 1), CAUSAL, state)
     if not capability(module, "bidirectional"):
-        with pytest.raises(UnsupportedCall, match="scan='both'"):
+        with pytest.raises(UnsupportedCall, match="scan='bidirectional'"):
             module(x, Layout(causal=False))
 
 

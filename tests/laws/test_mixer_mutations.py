@@ -42,7 +42,7 @@ def catches(law: int, mixer: str) -> str | None:
     """What a law says of a mixer in any of its examples, first and last layer; None where it passes."""
     tried = [(LAWS[law], subject) for subject in mixer_subjects("forward")]
     if law == 12:
-        tried += [(_law_12_both_ways, subject) for subject in mixer_subjects("both")]
+        tried += [(_law_12_both_ways, subject) for subject in mixer_subjects("bidirectional")]
     for function, subject in tried:
         if subject.mixer == mixer:
             try:

@@ -20,7 +20,7 @@ every_objective = pytest.mark.parametrize(
 def model_of(name: str, options) -> LanguageModel:
     # In blocks of one token nothing lies behind: a scan backwards would have gates that move nothing.
     forward = get_objective(name).build.decoder == "autoregressive" or getattr(options, "block", None) == 1
-    scan = "forward" if forward else "both"
+    scan = "forward" if forward else "bidirectional"
     backbone = BackboneConfig(dim=16, depth=2, pattern=("gla", "attention"), scan=scan)
     config = LanguageModelConfig(backbone=backbone, vocabulary=VOCABULARY, objective=options)
     model = LanguageModel(config).double()

@@ -83,7 +83,7 @@ def test_law_12_a_mixer_is_its_paper(subject: Subject):
     equals_its_reference_token_by_token(subject)
 
 
-@ends("both")
+@ends("bidirectional")
 def test_law_12_a_mixer_is_its_paper_both_ways(subject: Subject):
     equals_its_reference(subject, causal=False)
 

@@ -63,7 +63,7 @@ def test_published_sizes():
 def test_audio_mamba():
     config = model_config("aum_base")
     assert (config.backbone.depth, config.backbone.dim, config.backbone.ffn) == (24, 768, None)
-    assert config.backbone.scan == "both" and config.head.classes == 527
+    assert config.backbone.scan == "bidirectional" and config.head.classes == 527
     options = config.audio.front
     assert options.grid(768).grid() == (64, 8) and options.class_token == "middle"
     with torch.device("meta"):
@@ -122,7 +122,7 @@ def test_configurations_that_cannot_be(without_shape_checks):
     parts = {"backbone": BackboneConfig(dim=16, depth=1), "head": ClassificationHeadConfig()}
     with pytest.raises(ConfigError, match="audio.dim is 8"):
         AudioClassifierConfig(audio=AudioTokenizerConfig(dim=8), **parts)
-    both = BackboneConfig(dim=8, depth=1, scan="both")
+    both = BackboneConfig(dim=8, depth=1, scan="bidirectional")
     with pytest.raises(ConfigError, match="scans 'forward'"):
         AudioClassifierConfig(
             audio=AudioTokenizerConfig(dim=8, front="wave", causal=True), **parts | {"backbone": both}

@@ -313,11 +313,11 @@ def test_bpe_learns_from_what_is_not_held_out(folder, tmp_path):
     held = [d for d in corpus if held_out(d.key, 0.5) and d.text]
     assert held and len(held) < 10
     (folder / "sub" / held[0].name.removeprefix("sub/")).write_text("zzzzzzzz" * 100)
-    tokenizer = cached_bpe(corpus, 300, val_part=0.5, folder=tmp_path)
+    tokenizer = cached_bpe(corpus, 300, val_fraction=0.5, folder=tmp_path)
     assert len(tokenizer.encode("zzzz")) == 4 and len(tokenizer.encode("number")) < 6
     [kept] = tmp_path.glob("bpe-*")
     (kept / "tokenizer.json").write_text("{")
-    assert cached_bpe(corpus, 300, val_part=0.5, folder=tmp_path).fingerprint == tokenizer.fingerprint
+    assert cached_bpe(corpus, 300, val_fraction=0.5, folder=tmp_path).fingerprint == tokenizer.fingerprint
 
 
 def test_the_cache_lies_with_the_users_other_caches(monkeypatch, tmp_path):
@@ -355,7 +355,7 @@ def test_bpe_learns_a_part_of_each_long_document(tmp_path, monkeypatch):
     monkeypatch.setattr(token_cache, "_SAMPLE", 1000)
     monkeypatch.setattr(token_cache, "_LONG", 1000)
     corpus = TextFiles(tmp_path, patterns=["*.txt"])
-    assert cached_bpe(corpus, 280, val_part=0.1, folder=tmp_path / "cache").vocabulary > 260
+    assert cached_bpe(corpus, 280, val_fraction=0.1, folder=tmp_path / "cache").vocabulary > 260
 
 
 @pytest.mark.parametrize("answers_only", [True, False])

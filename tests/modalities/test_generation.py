@@ -142,9 +142,9 @@ def test_streams_are_generations_and_batches_are_each_alone():
     together = made.generate(prompts, config, stop=stop)
     assert len({len(r.tokens) for r in together}) > 1
     for i, (prompt, result) in enumerate(zip(prompts, together, strict=True)):
-        (alone,) = made.generate([prompt], config, stop=stop, numbers=[i])
+        (alone,) = made.generate([prompt], config, stop=stop, sample_ids=[i])
         assert alone.text == result.text and alone.tokens == result.tokens and alone.reason == result.reason
-        assert "".join(made.stream(prompt, config, stop=stop, number=i)) == result.text
+        assert "".join(made.stream(prompt, config, stop=stop, sample_id=i)) == result.text
     prefix = made.read("def ")
     (result,) = made.generate(["f("], config, stop=stop, prefix=prefix)
     assert result.tokens == together[0].tokens

@@ -84,7 +84,7 @@ def test_overrides():
     config = model_config("vig_tiny_patch16_224", classes=7, channels=1, size=(64, 96), drop_path=0.1, dropout=0.2)
     assert (config.head.classes, config.image.channels, config.image.size) == (7, 1, (64, 96))
     assert (config.backbone.drop_path, config.head.dropout) == (0.1, 0.2)
-    assert config.backbone.pattern == ("gla",) and config.backbone.scan == "both"
+    assert config.backbone.pattern == ("gla",) and config.backbone.scan == "bidirectional"
     hybrid = model_config("vig_tiny_patch16_224", mixer="attention+gla")
     assert not hybrid.backbone.mixers["attention"].rope
 

@@ -256,7 +256,9 @@ def test_published_sizes(size, millions):
     assert abs(parameters / (millions * 1e6) - 1) < 0.05, parameters
     config = model.config
     assert config.video.class_token == "first" and config.head.pool == "class_token" and config.head.classes == 400
-    assert config.video.grid() == (8, 14, 14) and config.backbone.scan == "both" and config.backbone.ffn is None
+    assert (
+        config.video.grid() == (8, 14, 14) and config.backbone.scan == "bidirectional" and config.backbone.ffn is None
+    )
 
 
 @pytest.mark.parametrize("mixer", list_mixers())
@@ -313,6 +315,6 @@ def test_parts_must_fit():
     with pytest.raises(ConfigError, match="class_token"):
         video_classifier(mixer="gla", pool="class_token", **SMALL)
     with pytest.raises(ConfigError, match="forward"):
-        video_classifier(mixer="gla", causal=True, scan="both", **SMALL)
+        video_classifier(mixer="gla", causal=True, scan="bidirectional", **SMALL)
     with pytest.raises(UnsupportedCall, match="'columns'.*cross-3d"):
         video_classifier(mixer="gla", merge=2, scan="forward,columns", **SMALL)

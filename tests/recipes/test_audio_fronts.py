@@ -42,7 +42,7 @@ def test_the_front_is_a_part_with_options_of_its_own(tmp_path, capsys):
 
 @pytest.mark.parametrize(("rate", "seconds"), [(16_000, 1.2), (8000, None), (11_025, 2.0), (44_100, 0.5)])
 def test_a_front_is_fitted_to_the_sounds(rate, seconds):
-    backbone = BackboneConfig(dim=8, depth=1, scan="both")
+    backbone = BackboneConfig(dim=8, depth=1, scan="bidirectional")
     for name in ("frames", "patches", "wave"):
         model = AudioClassification(backbone=backbone, front=name, sounds=(rate, seconds, 3))
         config = model.model.config.audio

@@ -17,7 +17,7 @@ from omnimix.recipes.vision.recipe import DigitsData, VisionClassification, Visi
 def recipe(**options):
     torch.manual_seed(0)
     training = VisionTrainingConfig(ema=0.0, label_smoothing=0.0)
-    backbone = BackboneConfig(dim=16, depth=2, scan="both", ffn=MoEConfig(experts=4, **options))
+    backbone = BackboneConfig(dim=16, depth=2, scan="bidirectional", ffn=MoEConfig(experts=4, **options))
     return VisionClassification(backbone=backbone, patch=4, training=training)
 
 

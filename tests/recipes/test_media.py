@@ -93,7 +93,7 @@ def test_a_batch_of_unreadable_files_counts_nothing_and_leaves_no_rank_waiting()
     found = run(data, data.val_dataloader())
     assert [batch["label"].tolist() for batch in found] == [[0, 1, 0, 1], [0, 1, 0, 1], [IGNORED]]
     assert found[-1]["word"].shape == (1, 2) and data.unreadable == {"word 8": "cannot read word 8"}
-    module = VisionClassification(backbone=BackboneConfig(dim=8, depth=1, scan="both"))
+    module = VisionClassification(backbone=BackboneConfig(dim=8, depth=1, scan="bidirectional"))
     with torch.no_grad():
         module.model.head.classifier.weight.fill_(1.0)
     loss = module.training_step({"image": torch.randn(1, 1, 8, 8), "label": torch.tensor([IGNORED])}, 0)
@@ -127,7 +127,7 @@ def test_predictions_keep_samples_of_the_whole_pass_and_leave_out_what_fills_up(
     seen, trainer, module = (
         Predictions(shown=4),
         pl.Trainer(barebones=True),
-        VisionClassification(backbone=BackboneConfig(dim=8, depth=1, scan="both")),
+        VisionClassification(backbone=BackboneConfig(dim=8, depth=1, scan="bidirectional")),
     )
     for start in range(0, 40, 4):
         labels = torch.tensor([0, 0, 1, IGNORED])

@@ -48,7 +48,12 @@ def shown(capsys, typed: str, kind: str = "vision") -> dict:
         ("vision", FOLDER, "--data.workers 0 --data.keep=null", "--data.loading '{workers: 0}'"),
         ("video", "", "--data.views=3 --data.keep false", "--data.loading.views 3 --data.loading.keep=false"),
         ("audio", "", "--data.batch_size 5", "--data.init_args.loading.batch_size=5"),
-        ("text", "", "--data.length 128 --data.val_part 0.1", "--data.options.length 128 --data.options.val_part 0.1"),
+        (
+            "text",
+            "",
+            "--data.length 128 --data.val_fraction 0.1",
+            "--data.options.length 128 --data.options.val_fraction 0.1",
+        ),
     ],
 )
 def test_short_and_long_forms_and_files_are_the_same(tmp_path, capsys, kind, own, short, long):
@@ -98,7 +103,10 @@ def test_files_take_both_forms_and_another_data_set_takes_nothing_of_them(tmp_pa
             "LoadingOptions has no field 'batchsize'; did you mean 'batch_size'?",
         ),
         ("text fit --data.lenght 3", "did you mean 'length'?"),
-        ("text fit --data.options.val_prt 0.1", "TextOptions has no field 'val_prt'; did you mean 'val_part'?"),
+        (
+            "text fit --data.options.val_fracton 0.1",
+            "TextOptions has no field 'val_fracton'; did you mean 'val_fraction'?",
+        ),
         ("vision fit --data.batch_size x", "LoadingOptions.batch_size is 'x'; it must be an integer"),
         ("vision fit --data.batch_size 0", "data.batch_size is 0; it must be at least 1"),
         ("vision fit --data.policy rais", "did you mean 'raise'?"),
@@ -179,7 +187,7 @@ def test_in_python_a_data_set_takes_one_object(images):
         {"workers": -1},
         {"length": 0},
         {"vocabulary": 0},
-        {"val_part": 1.0},
+        {"val_fraction": 1.0},
         {"val_tokens": 0},
     ],
 )

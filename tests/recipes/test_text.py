@@ -44,7 +44,7 @@ def typed(folder):
     """A small model, in which all that has a state of its own is on: accumulation, Muon, averaging, warm-up."""
     return [
         *("--data=TextFiles", f"--data.path={folder / 'texts'}", "--data.tokenizer=bytes", "--data.length=64"),
-        *(f"--data.options.cache={folder / 'cache'}", "--data.options.val_part=0.2", "--data.batch_size=4"),
+        *(f"--data.options.cache={folder / 'cache'}", "--data.options.val_fraction=0.2", "--data.batch_size=4"),
         *("--model.dim=16", "--model.depth=2", "--model.mixer=gla,attention", '--model.prompts=["the "]'),
         *("--model.training.optimizer=muon", "--model.training.lr=0.01", "--model.training.length_warmup=0.4"),
         *("--model.training.ema=0.9", "--trainer.accumulate_grad_batches=2", "--trainer.log_every_n_steps=3"),
@@ -179,7 +179,7 @@ def test_a_diffusion_model_is_measured_by_the_same_masks(place, capsys):
     assert row["val/bits_per_byte"] == pytest.approx(numbers(place, "masked")["val/bits_per_byte"], abs=1e-6)
     state = torch.get_rng_state()
     module = recipe.TextGeneration(backbone=BackboneConfig(dim=16, depth=1, pattern=("attention",)), objective="masked")
-    assert module.model.config.backbone.scan == "both"
+    assert module.model.config.backbone.scan == "bidirectional"
     torch.set_rng_state(state)
     module.validation_step({"tokens": torch.randint(257, (2, 8)), "bytes": 3}, 0)
     after = torch.get_rng_state()

@@ -28,7 +28,7 @@ def folder(tmp_path):
 
 
 def data(folder, **changes) -> TextFiles:
-    given = {"tokenizer": "bytes", "length": 16, "batch_size": 4, "seed": 1, "val_part": 0.3}
+    given = {"tokenizer": "bytes", "length": 16, "batch_size": 4, "seed": 1, "val_fraction": 0.3}
     return TextFiles(path=str(folder), options=TextOptions(cache=str(folder / "cache"), **(given | changes)))
 
 
@@ -48,7 +48,7 @@ def sequences(batch) -> list[list[int]]:
 
 def documents(module, *, held: bool) -> list[list[int]]:
     cache = module.cache
-    chosen = np.flatnonzero(cache.held_out(module.options.val_part) == held)
+    chosen = np.flatnonzero(cache.held_out(module.options.val_fraction) == held)
     return [cache.tokens[cache.offsets[i] : cache.offsets[i + 1]].tolist() for i in chosen]
 
 
@@ -213,15 +213,18 @@ def test_the_tokenizer_is_learnt_loaded_or_bytes(folder, tmp_path):
 
 
 def test_split_and_options_are_checked(folder):
-    for part, reason in ((1e-9, "none falls into val_part 1e-09; raise it"), (1 - 1e-9, "all fall into .*; lower it")):
+    for part, reason in (
+        (1e-9, "none falls into val_fraction 1e-09; raise it"),
+        (1 - 1e-9, "all fall into .*; lower it"),
+    ):
         with pytest.raises(ConfigError, match=f"of 40 documents {reason}.*data.section"):
-            data(folder, val_part=part).train_dataloader()
-            data(folder, val_part=part).val_dataloader()
+            data(folder, val_fraction=part).train_dataloader()
+            data(folder, val_fraction=part).val_dataloader()
     for wrong in ({"length": 0}, {"batch_size": 0}):
         with pytest.raises(ConfigError, match=r"is 0; it must be at least 1"):
             data(folder, **wrong)
-    with pytest.raises(ConfigError, match="val_part is 1.0"):
-        TextOptions(val_part=1.0)
+    with pytest.raises(ConfigError, match="val_fraction is 1.0"):
+        TextOptions(val_fraction=1.0)
     with pytest.raises(ConfigError, match="val_tokens is 0"):
         TextOptions(val_tokens=0)
 
@@ -244,7 +247,7 @@ def test_json_lines_and_shards(folder, tmp_path):
             info = tarfile.TarInfo(f"{i}.json")
             info.size = len(row)
             shard.addfile(info, io.BytesIO(row.encode()))
-    options = TextOptions(val_part=0.3, cache=str(tmp_path / "cache"), tokenizer="bytes", length=8)
+    options = TextOptions(val_fraction=0.3, cache=str(tmp_path / "cache"), tokenizer="bytes", length=8)
     for kind in (JsonLines, Shards):
         module = kind(path=str(tmp_path), field="story", options=options)
         module.setup("fit")
@@ -257,7 +260,7 @@ def test_conversations_train_on_the_answers(tmp_path):
         return json.dumps({"messages": messages})
 
     (tmp_path / "a.jsonl").write_text("\n".join(row(i) for i in range(40)))
-    options = TextOptions(val_part=0.3, cache=str(tmp_path / "cache"), tokenizer="bytes", length=16, batch_size=4)
+    options = TextOptions(val_fraction=0.3, cache=str(tmp_path / "cache"), tokenizer="bytes", length=16, batch_size=4)
     module = ChatLines(path=str(tmp_path), options=options)
     assert "<|im_start|>" in module.tokenizer.special
     module.setup("fit")

@@ -120,7 +120,7 @@ def test_a_handler_that_python_does_not_know_gives_way_to_the_system_s(tmp_path,
 
 
 def classifiers():
-    backbone = BackboneConfig(dim=16, depth=1, pattern=("gla",), scan="both")
+    backbone = BackboneConfig(dim=16, depth=1, pattern=("gla",), scan="bidirectional")
     plain = ClassificationTrainingConfig(ema=0.0, label_smoothing=0.0)
     sound = AudioClassification(backbone=backbone, training=plain, sounds=(8000, 0.3, 12))
     return {
@@ -157,16 +157,16 @@ def gradients_of_steps(module, loader, accumulate, *, max_epochs=1, ckpt_path=No
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("medium", ["image", "video", "audio"])
-def test_every_sample_of_a_window_of_batches_has_the_same_weight(medium):
+def test_every_sample_of_a_window_of_batches_has_the_same_weight(input_name):
     """Three batches where eight would be accumulated: the last window of every epoch can be such a one."""
-    module, shape = classifiers()[medium]
+    module, shape = classifiers()[input_name]
     sizes = (4, 1, 3)
-    batches = [{medium: torch.randn(n, *shape), "label": torch.arange(n), "problems": []} for n in sizes]
+    batches = [{input_name: torch.randn(n, *shape), "label": torch.arange(n), "problems": []} for n in sizes]
     # In place of samples that cannot be read.
-    batches.append({medium: torch.randn(1, *shape), "label": torch.tensor([IGNORED]), "problems": []})
-    together = {name: torch.cat([batch[name] for batch in batches[:3]]) for name in (medium, "label")}
+    batches.append({input_name: torch.randn(1, *shape), "label": torch.tensor([IGNORED]), "problems": []})
+    together = {name: torch.cat([batch[name] for batch in batches[:3]]) for name in (input_name, "label")}
     steps = gradients_of_steps(module, torch.utils.data.DataLoader(batches, batch_size=None), 8, max_epochs=2)
-    loss = nn.functional.cross_entropy(module(together[medium]), together["label"])
+    loss = nn.functional.cross_entropy(module(together[input_name]), together["label"])
     expected = torch.autograd.grad(loss, [p for p in module.parameters() if p.requires_grad])
     assert len(steps) == 2 and not module.training
     for gradients in steps:

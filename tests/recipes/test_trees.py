@@ -43,7 +43,7 @@ def shown(capsys, typed: str, kind: str = "vision") -> dict:
         ("--model.backbone.pattern '[gla, attention]'", "pattern", ["gla", "attention"]),
         ("--model.backbone.residual sandwich", "residual", {"type": "sandwich", "layer_scale": None}),
         ("--model.backbone.residual.layer_scale 1e-4", "residual", {"type": "pre", "layer_scale": 1e-4}),
-        ("--model.scan cross --model.scan null", "scan", "both"),
+        ("--model.scan cross --model.scan null", "scan", "bidirectional"),
     ],
 )
 def test_flags_set_what_they_name(capsys, typed, field, held):
@@ -172,7 +172,7 @@ def test_a_run_with_a_tree_trains_and_is_resumed_with_the_same(tmp_path, monkeyp
 
 
 def test_in_python_a_recipe_takes_the_configuration_itself():
-    backbone = BackboneConfig(dim=16, depth=2, pattern=("gla",), scan="both", ffn="moe")
+    backbone = BackboneConfig(dim=16, depth=2, pattern=("gla",), scan="bidirectional", ffn="moe")
     module = VisionClassification(backbone=backbone, patch=4)
     assert module.model.config.backbone == backbone and module.mixer == "gla"
 
@@ -181,4 +181,4 @@ def test_a_recipe_s_own_scan_is_for_mixers_that_scan(capsys):
     assert shown(capsys, "", "video")["backbone"]["scan"] == "temporal-first"
     assert shown(capsys, "--model.mixer attention,gla", "video")["backbone"]["scan"] == "temporal-first"
     assert shown(capsys, "--model.mixer attention", "video")["backbone"]["scan"] == "forward"
-    assert shown(capsys, "--model.mixer attention", "vision")["backbone"]["scan"] == "both"
+    assert shown(capsys, "--model.mixer attention", "vision")["backbone"]["scan"] == "bidirectional"

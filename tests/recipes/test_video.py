@@ -124,7 +124,9 @@ def test_views_are_other_times_and_squares(place):
 
 
 def test_several_views_are_averaged():
-    module = VideoUnderstanding(backbone=BackboneConfig(dim=16, depth=1, scan="both"), clips=(1, 4, 16, 16, 3)).eval()
+    module = VideoUnderstanding(
+        backbone=BackboneConfig(dim=16, depth=1, scan="bidirectional"), clips=(1, 4, 16, 16, 3)
+    ).eval()
     views = torch.randn(2, 5, 1, 4, 16, 16)
     with torch.no_grad():
         alone = torch.stack([module(views[:, i]) for i in range(5)])

@@ -57,7 +57,7 @@ CHECKS = (
 
 SYSTEMS = {
     f"image_in_text_{mixer}": System(
-        config=BackboneConfig(dim=16, depth=2, pattern=(mixer,), scan="both"), layout=numbers, checks=CHECKS
+        config=BackboneConfig(dim=16, depth=2, pattern=(mixer,), scan="bidirectional"), layout=numbers, checks=CHECKS
     )
     for mixer in ("attention", "linear", "mamba2")
 }

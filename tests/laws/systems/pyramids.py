@@ -53,7 +53,7 @@ SYSTEMS = {
             dim=8,
             depth=3,
             pattern=("mamba",),
-            scan="both",
+            scan="bidirectional",
             ffn=None,
             stages=(
                 StageConfig(dim=8, depth=1),

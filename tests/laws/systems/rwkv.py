@@ -57,7 +57,7 @@ SYSTEMS = {
             dim=16,
             depth=4,
             pattern=(_rwkv7(),),
-            scan="both",
+            scan="bidirectional",
             stages=(
                 StageConfig(dim=16, depth=2),
                 StageConfig(dim=8, depth=2, transition="merge"),

@@ -50,7 +50,7 @@ SYSTEMS = {
                     ("frames", ATTENTION),
                 )
             ),
-            scan="both",
+            scan="bidirectional",
         ),
         grids=((3, 2, 4), (2, 3, 1)),
     ),
