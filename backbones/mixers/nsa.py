@@ -97,16 +97,12 @@ class NSA(Mixer):
         rotated = rotary(q, positions, config.rope_base)
         pairs[2], pairs[4] = (rotary(k, positions, config.rope_base) for k in (pairs[2], pairs[4]))
         coarse, chosen, near = (dict(zip("kv", pairs[i : i + 2], strict=True)) for i in (0, 2, 4))
-        boundaries, old = layout.cu_seqlens, state
+        bounds, old = layout.cu_seqlens, state
         ranks = layout.positions(x, None if state is None else state["chosen"]["count"])
         # Rows of the batch are sequences where keys are cached; the kernels take packed ones where none are.
         rows, turned, queries = q, rotated, ranks
-        if boundaries is not None:
-            rows, turned, queries = (
-                unpack(q, boundaries),
-                unpack(rotated, boundaries),
-                unpack(ranks, boundaries, fill=-1),
-            )
+        if bounds is not None:
+            rows, turned, queries = unpack(q, bounds), unpack(rotated, bounds), unpack(ranks, bounds, fill=-1)
         if old is None:
             old = self.init_state(queries.shape[0], device=x.device, dtype=q.dtype)
         blocks_of = self.chosen.grown(chosen, layout, None if state is None else old["chosen"])
@@ -114,8 +110,8 @@ class NSA(Mixer):
         compressed = compressed_rows(self.compress, coarse, layout, old, config.stride, capacity)
         o_coarse, blocks = self._coarse(rows, queries, compressed, blocks_of, causal)
         if state is None:
-            blocks = blocks if boundaries is None or blocks is None else repack(blocks, boundaries)
-            given: dict[str, Any] = {"causal": causal, "cu_seqlens": boundaries}
+            blocks = blocks if bounds is None or blocks is None else repack(blocks, bounds)
+            given: dict[str, Any] = {"causal": causal, "cu_seqlens": bounds}
             o_chosen = to_blocks(rotated, chosen["k"], chosen["v"], blocks, config.block_size, **given)
             o_near = attention(rotated, near["k"], near["v"], window=config.reach, **given)
             kept = self.near.fresh(near, layout) if causal else None
@@ -125,9 +121,9 @@ class NSA(Mixer):
             kept = self.near.kept(window)
             given = {"q_positions": queries, "k_positions": window["ranks"]}
             o_near = attention(turned, window["k"], window["v"], window=config.reach, **given)
-        if boundaries is not None:
-            o_coarse = repack(o_coarse, boundaries)
-            o_chosen, o_near = (s if state is None else repack(s, boundaries) for s in (o_chosen, o_near))
+        if bounds is not None:
+            o_coarse = repack(o_coarse, bounds)
+            o_chosen, o_near = (s if state is None else repack(s, bounds) for s in (o_chosen, o_near))
         gates = gates.to(torch.promote_types(x.dtype, torch.float32)).sigmoid().unflatten(-1, (-1, 3))[..., None]
         o = gates[:, :, :, 0] * o_coarse + gates[:, :, :, 1] * o_chosen + gates[:, :, :, 2] * o_near
         after = None if kept is None else State({"chosen": blocks_of, "near": kept, **compressed})
