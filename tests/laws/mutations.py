@@ -269,7 +269,12 @@ ATTENTION = [
         ("nsa:NSA._coarse", "compressed keys seen too early", "- config.size + 1", "- config.size + 2"),
         ("nsa:NSA.mix", "window off by one", "window=config.reach", "window=config.reach + 1"),
         ("nsa:NSA.mix", "gates without sigmoid", ".sigmoid()", ""),
-        ("nsa:NSA.mix", "branches swapped", "(o_coarse, o_chosen, o_near)", "(o_chosen, o_coarse, o_near)"),
+        (
+            "nsa:NSA.mix",
+            "branches swapped",
+            "* o_coarse + gates[:, :, :, 1] * o_chosen",
+            "* o_chosen + gates[:, :, :, 1] * o_coarse",
+        ),
     ),
     *_of(
         "linear",

@@ -156,7 +156,7 @@ def gradients_of_steps(module, loader, accumulate, *, max_epochs=1, ckpt_path=No
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("medium", ["image", "video", "audio"])
+@pytest.mark.parametrize("input_name", ["image", "video", "audio"])
 def test_every_sample_of_a_window_of_batches_has_the_same_weight(input_name):
     """Three batches where eight would be accumulated: the last window of every epoch can be such a one."""
     module, shape = classifiers()[input_name]
