@@ -108,11 +108,12 @@ def test_what_a_file_uses_of_others_is_found():
 @functools.cache
 def private_of(kind: type) -> set[str]:
     """The private names that a class defines or sets on itself."""
-    found = {name for name in vars(kind) if private(name)}
     try:
         source = inspect.getsource(kind)
     except OSError:  # A class in C, or one made by a function.
         source = ""
+    # Packages keep results on classes too, under names that the class's source has not.
+    found = {name for name in vars(kind) if private(name) and (not source or name in source)}
     for node in ast.walk(ast.parse(textwrap.dedent(source))):
         if isinstance(node, ast.Attribute) and of_self(node) and private(node.attr):
             found.add(node.attr)
