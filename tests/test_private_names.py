@@ -121,6 +121,7 @@ def private_of(kind: type) -> set[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.triton
 def test_classes_take_no_private_name_of_their_base_classes_but_those_listed():
     """A name that both use by chance would be a fault that is hard to find."""
     for package in OVERRIDDEN:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterator
 
 from .console import markup, say
@@ -27,22 +28,34 @@ class _Console(logging.Handler):
 
 
 _console = _Console()
+_lock = threading.Lock()
+# What each command that runs now found: level and propagation.
+_found: list[tuple[int, bool]] = []
 
 
 @contextlib.contextmanager
 def printed() -> Iterator[None]:
-    """Within it, records from INFO on are printed, and bars show progress on terminals, as a command has it."""
-    before = _ROOT.level, _ROOT.propagate
-    _ROOT.addHandler(_console)
-    _ROOT.setLevel(logging.INFO)
-    # Packages that a command imports may print the root's records too.
-    _ROOT.propagate = False
+    """Within it, records from INFO on are printed, and bars show progress on terminals, as a command has it.
+
+    Commands may run in several threads: the last that ends leaves the log as the first found it.
+    """
+    with _lock:
+        if not _found:
+            _ROOT.addHandler(_console)
+        _found.append((_ROOT.level, _ROOT.propagate))
+        _ROOT.setLevel(logging.INFO)
+        # Packages that a command imports may print the root's records too.
+        _ROOT.propagate = False
     try:
         yield
     finally:
-        _ROOT.removeHandler(_console)
-        _ROOT.setLevel(before[0])
-        _ROOT.propagate = before[1]
+        with _lock:
+            level, propagate = _found[0]
+            _found.pop()
+            if not _found:
+                _ROOT.removeHandler(_console)
+                _ROOT.setLevel(level)
+                _ROOT.propagate = propagate
 
 
 @contextlib.contextmanager

@@ -47,6 +47,18 @@ def test_a_command_prints_what_is_logged_while_it_runs(monkeypatch, capfd):
     assert root.level == logging.NOTSET and root.propagate and len(root.handlers) == 1
 
 
+def test_commands_that_overlap_print_until_the_last_ends(capfd):
+    first, second, root = log.printed(), log.printed(), logging.getLogger("omnimix")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    LOGGER.info("once")
+    second.__exit__(None, None, None)
+    LOGGER.info("no more")
+    assert capfd.readouterr() == ("", "once\n")
+    assert root.level == logging.NOTSET and root.propagate and len(root.handlers) == 1
+
+
 @pytest.mark.parametrize("level", [logging.INFO, logging.DEBUG])
 def test_progress_is_a_record_where_no_command_has_a_terminal(level, caplog, capfd):
     with (
