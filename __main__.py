@@ -54,6 +54,7 @@ REMEDIES = {
     errno.EFBIG: "raise the limit on the size of files (ulimit -f), or name another place",
     errno.EACCES: "change the rights to it, or name another place",
     errno.EROFS: "name another place",
+    errno.ENOTDIR: "a file stands where a directory is needed; name another place",
 }
 # What shells report of a program that a closed pipe has ended: 128 + SIGPIPE.
 CLOSED = 141

@@ -88,6 +88,8 @@ class Layout(Immutable):
             raise ConfigError(f"block is {block!r} with causal={causal!r}; they go together")
         if block is not None and not isinstance(block, Tensor) and (not _whole(block) or block < 1):
             raise ConfigError(f"block is {block!r}; it must be an integer of at least 1, or a tensor of block numbers")
+        if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
+            raise ConfigError(f"cu_seqlens is {cu_seqlens!r}; it must be a tensor of int32 or int64")
         if grid is not None:
             grids = _checked_grids(grid, cu_seqlens)
             grid = grids[0] if cu_seqlens is None else grids

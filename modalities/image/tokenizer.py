@@ -98,6 +98,8 @@ class PatchTokenizer(GridTokenizer):
         Raises:
             UnsupportedShape: an empty image, another number of channels, or integers.
         """
+        if images.ndim != 4:
+            raise UnsupportedShape(f"images: shape {tuple(images.shape)} is not (b, c, h, w)")
         channels, height, width = images.shape[1:]
         if channels != self.config.channels:
             raise UnsupportedShape(

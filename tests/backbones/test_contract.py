@@ -369,6 +369,7 @@ def test_the_last_block_has_the_whole_rate_of_stochastic_depth():
     [
         ({"grid": (1, 3.0, 4)}, r"grid is \(1, 3.0, 4\).*integer"),
         ({"grid": (True, 3, 4)}, "grid is .*integer"),
+        ({"cu_seqlens": [0, 7, 16]}, r"cu_seqlens is \[0, 7, 16\]; it must be a tensor"),
         ({"grid": ((1, 2, 2.5),), "cu_seqlens": torch.tensor([0, 5])}, "grid is .*integer"),
         ({"causal": "block", "block": 2.0}, "block is 2.0; it must be an integer"),
         ({"causal": "block", "block": torch.tensor([[0, 0, 1], [0, 2, 1]])}, "row 1 descend from 2 to 1 at token 2"),

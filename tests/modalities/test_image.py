@@ -123,6 +123,7 @@ def test_resized_patches_see_the_same_in_a_resized_image():
 @pytest.mark.parametrize(
     ("x", "words"),
     [
+        (torch.zeros(3, 8, 8), r"\(3, 8, 8\) is not \(b, c, h, w\)"),
         (torch.zeros(1, 4, 8, 8), "4 channels"),
         (torch.zeros(1, 3, 0, 8), "0 x 8"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "uint8"),
