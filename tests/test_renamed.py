@@ -137,5 +137,5 @@ def test_old_names_of_arguments_work_and_warn():
     with pytest.warns(FutureWarning, match=r"function\(number=\) is now sample_id") as record:
         assert function(number=2) == 2
     assert record[0].filename == __file__
-    with pytest.raises(TypeError, match="give one of them"):
+    with pytest.raises(ConfigError, match="give one of them"):
         function(number=2, sample_id=2)

@@ -29,8 +29,8 @@ class _Console(logging.Handler):
 
 _console = _Console()
 _lock = threading.Lock()
-# What each command that runs now found: level and propagation.
-_found: list[tuple[int, bool]] = []
+# Level and propagation before the commands that run now, once for each.
+_before: list[tuple[int, bool]] = []
 
 
 @contextlib.contextmanager
@@ -40,9 +40,9 @@ def printed() -> Iterator[None]:
     Commands may run in several threads: the last that ends leaves the log as the first found it.
     """
     with _lock:
-        if not _found:
+        if not _before:
             _ROOT.addHandler(_console)
-        _found.append((_ROOT.level, _ROOT.propagate))
+        _before.append(_before[0] if _before else (_ROOT.level, _ROOT.propagate))
         _ROOT.setLevel(logging.INFO)
         # Packages that a command imports may print the root's records too.
         _ROOT.propagate = False
@@ -50,9 +50,8 @@ def printed() -> Iterator[None]:
         yield
     finally:
         with _lock:
-            level, propagate = _found[0]
-            _found.pop()
-            if not _found:
+            level, propagate = _before.pop()
+            if not _before:
                 _ROOT.removeHandler(_console)
                 _ROOT.setLevel(level)
                 _ROOT.propagate = propagate

@@ -66,7 +66,7 @@ def renamed_arguments(**names: str) -> Callable[[F], F]:
         def call(*args: Any, **values: Any) -> Any:
             for old in names.keys() & values.keys():
                 if names[old] in values:
-                    raise TypeError(f"{function.__name__}: {old} is the old name of {names[old]}; give one of them")
+                    raise ConfigError(f"{function.__name__}: {old} is the old name of {names[old]}; give one of them")
                 warn_renamed(f"{function.__name__}({old}=)", names[old])
                 values[names[old]] = values.pop(old)
             return function(*args, **values)

@@ -124,13 +124,11 @@ def test_views_are_other_times_and_squares(place):
 
 
 def test_several_views_are_averaged():
-    module = VideoUnderstanding(
-        backbone=BackboneConfig(dim=16, depth=1, scan="bidirectional"), clips=(1, 4, 16, 16, 3)
-    ).eval()
+    backbone = BackboneConfig(dim=16, depth=1, scan="bidirectional")
+    module = VideoUnderstanding(backbone=backbone, clips=(1, 4, 16, 16, 3)).eval()
     views = torch.randn(2, 5, 1, 4, 16, 16)
     with torch.no_grad():
-        alone = torch.stack([module(views[:, i]) for i in range(5)])
-        torch.testing.assert_close(module(views), alone.mean(0))
+        torch.testing.assert_close(module(views), torch.stack([module(views[:, i]) for i in range(5)]).mean(0))
 
 
 def test_predict_names_class_and_probability(place, tmp_path, capsys):
