@@ -53,9 +53,9 @@ def convert(model: LanguageModel, objective: str = "masked", options: ObjectiveC
         backbone = replace(backbone, scan="bidirectional")
     config = LanguageModelConfig(
         backbone=backbone,
-        vocabulary=model.vocabulary,
+        vocab_size=model.vocab_size,
         objective=options,
-        tie=model.config.tie,
+        tie_word_embeddings=model.config.tie_word_embeddings,
     )
     weight = model.embedding.weight
     converted = LanguageModel(config).to(device=weight.device, dtype=weight.dtype)
@@ -72,6 +72,6 @@ def _copy(source: LanguageModel, target: LanguageModel) -> None:
             weights[name] = weights[name.replace(".branches.1.", ".branches.0.")]
     rows = weights["embedding.weight"]
     weights["embedding.weight"] = torch.cat([rows, rows.mean(0, keepdim=True)])
-    if target.config.tie:
+    if target.config.tie_word_embeddings:
         weights["head.weight"] = weights["embedding.weight"]
     target.load_state_dict(weights)

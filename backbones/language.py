@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import ConfigError, UnsupportedCall, UnsupportedShape
 from ..kernels import cross_entropy
 from ..utils.private_torch import untouched
+from ..utils.renamed import renamed_options
 from .backbone import Backbone
 from .config import BackboneConfig, ObjectiveConfig, configured, positive, to_plain
 from .context import Context
@@ -31,24 +32,25 @@ from .typed import Config
 LOGITS_AT_A_TIME = 1 << 24
 
 
+@renamed_options(vocabulary="vocab_size", tie="tie_word_embeddings")
 @dataclass(frozen=True, kw_only=True)
 class LanguageModelConfig(Config):
     """A language model.
 
     Args:
         backbone: its `scan` is "forward" under causal objectives, and "bidirectional" under diffusion.
-        vocabulary: token ids are 0 … vocabulary − 1. An objective may add tokens of its own after them (the mask).
+        vocab_size: token ids are 0 … vocab_size − 1. An objective may add tokens of its own after them (the mask).
         objective: what it is trained for: its configuration or name; see `list_objectives()`.
-        tie: whether the output matrix is the embedding (arXiv 1608.05859).
+        tie_word_embeddings: whether the output matrix is the embedding (arXiv 1608.05859).
     """
 
     backbone: BackboneConfig
-    vocabulary: int
+    vocab_size: int
     objective: ObjectiveConfig | str = "causal"
-    tie: bool = True
+    tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        positive(self, "vocabulary")
+        positive(self, "vocab_size")
         object.__setattr__(self, "objective", configured(ObjectiveConfig, self.objective))
 
     @property
@@ -71,7 +73,7 @@ class LanguageModel(SharingModule):
 
     Example:
         >>> model = LanguageModel(LanguageModelConfig(
-        ...     backbone=BackboneConfig(dim=256, depth=6, pattern=["gated_deltanet", "attention"]), vocabulary=4096))
+        ...     backbone=BackboneConfig(dim=256, depth=6, pattern=["gated_deltanet", "attention"]), vocab_size=4096))
         >>> model.loss(tokens).loss.backward()          # tokens: (b, t), int64
         >>> logits, state = model(prompt)               # (b, t, 4096)
         >>> logits, state = model(next_token, state)    # resumes after the prompt
@@ -87,26 +89,27 @@ class LanguageModel(SharingModule):
         self.config = config
         dim, stages = config.backbone.dim, config.backbone.stages
         width = stages[-1].dim if stages else dim
-        if config.tie and width != dim:
+        if config.tie_word_embeddings and width != dim:
             raise ConfigError(
-                f"tie is True, but the tokens' vectors have {dim} channels and the last stage {width}: set tie=False"
+                f"tie_word_embeddings is True, but the tokens' vectors have {dim} channels and the last stage {width}: "
+                "set tie_word_embeddings=False"
             )
-        self.objective = entry_of(config.objective).build(width, config.vocabulary, config.objective)
-        self.embedding = nn.Embedding(config.vocabulary + self.objective.extra_tokens, dim)
+        self.objective = entry_of(config.objective).build(width, config.vocab_size, config.objective)
+        self.embedding = nn.Embedding(config.vocab_size + self.objective.extra_tokens, dim)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.backbone = Backbone(config.backbone)
         # Tied, it also has a row for each token of the objective's own, whose logits are cut off.
-        rows = self.embedding.num_embeddings if config.tie else config.vocabulary
-        self.head = nn.Linear(width, rows, bias=False, device="meta" if config.tie else None)
-        if config.tie:
+        rows = self.embedding.num_embeddings if config.tie_word_embeddings else config.vocab_size
+        self.head = nn.Linear(width, rows, bias=False, device="meta" if config.tie_word_embeddings else None)
+        if config.tie_word_embeddings:
             share(self.head, "weight", self.embedding.get_parameter("weight"))
         else:
             nn.init.normal_(self.head.weight, std=0.02)
         self.objective.check(self)
 
     @property
-    def vocabulary(self) -> int:
-        return self.config.vocabulary
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
 
     @property
     def mask_token(self) -> int:
@@ -119,7 +122,7 @@ class LanguageModel(SharingModule):
             raise UnsupportedCall(
                 f"objective {self.config.objective_name!r} has no mask token; diffusion objectives have"
             )
-        return self.config.vocabulary
+        return self.config.vocab_size
 
     def hidden(self, tokens: Int[Tensor, "b t"], context: Context | Layout, state: State | None = None) -> Output:
         """The backbone's `Output` for embedded tokens; `logits` turns its `y` into logits.
@@ -158,14 +161,14 @@ class LanguageModel(SharingModule):
         """Logits from the backbone's outputs."""
         if (known := self._output_matrix(y)) is not None:
             return F.linear(y, known)
-        return self.head(y)[..., : self.vocabulary]
+        return self.head(y)[..., : self.vocab_size]
 
     def _output_matrix(self, y: Tensor) -> Float[Tensor, "v d"] | None:
         """The matrix whose products with `y` are the logits; None where only a call of the head knows them."""
         head = self.head
         if not untouched(head) or head.bias is not None:
             return None
-        return head.weight[: self.vocabulary].to(y.dtype)
+        return head.weight[: self.vocab_size].to(y.dtype)
 
     def cross_entropy(
         self,
@@ -198,13 +201,13 @@ class LanguageModel(SharingModule):
 
     def _by_rows(self, function: Callable[[Tensor, Tensor], Tensor], y: Tensor, targets: Tensor) -> Tensor:
         """A function of the head's outputs, some rows at a time, whose logits the backward pass computes again."""
-        size = max(1, LOGITS_AT_A_TIME // self.vocabulary)
+        size = max(1, LOGITS_AT_A_TIME // self.vocab_size)
         parts = zip(y.split(size), targets.split(size), strict=True)
         return torch.cat([checkpoint(function, *part, use_reentrant=False) for part in parts])
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any, **options: Any) -> None:
         # What 0.1 wrote of tied models names the matrix once.
-        if self.config.tie and f"{prefix}embedding.weight" in state_dict:
+        if self.config.tie_word_embeddings and f"{prefix}embedding.weight" in state_dict:
             state_dict.setdefault(f"{prefix}head.weight", state_dict[f"{prefix}embedding.weight"])
         super()._load_from_state_dict(state_dict, prefix, *rest, **options)
 

@@ -80,7 +80,7 @@ def measure(decoder: Decoder, sizes: Sizes, plan: Plan, device: torch.device, dt
     decoder.net.to(device=device, dtype=dtype).eval()
 
     def draw(count: int) -> Tensor:
-        return torch.randint(sizes.vocabulary, (sizes.batch, count), device=device)
+        return torch.randint(sizes.vocab_size, (sizes.batch, count), device=device)
 
     watch = Stopwatch(device=device, repeats=3)
     with torch.inference_mode():
@@ -264,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=options.device,
     )
     where = where_on(device)
-    shape = f"{sizes.depth} layers, {sizes.dim} wide, {sizes.vocabulary} tokens, batch {sizes.batch}"
+    shape = f"{sizes.depth} layers, {sizes.dim} wide, {sizes.vocab_size} tokens, batch {sizes.batch}"
     emit(f"decoding in {options.dtype} on {where}: {shape}; prompt of {plan.prompt} tokens", rows, options.json)
     for name, why in left_out.items():
         say(f"left out: {name}: {why}", error=True)

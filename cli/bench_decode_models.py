@@ -26,14 +26,14 @@ class Sizes:
     Args:
         dim: width.
         depth: layers.
-        vocabulary: tokens; the output matrix is the embedding.
+        vocab_size: tokens; the output matrix is the embedding.
         batch: sequences that are decoded together.
         window: tokens that the window model sees.
     """
 
     dim: int = 768
     depth: int = 4
-    vocabulary: int = 4096
+    vocab_size: int = 4096
     batch: int = 1
     window: int = 512
 
@@ -73,7 +73,7 @@ class Ours(Decoder):
     def __init__(self, pattern: tuple[str | BlockConfig, ...], ffn: str | None, sizes: Sizes):
         mixers = {"window": get_mixer("window").config(window=sizes.window)} if "window" in pattern else {}
         backbone = BackboneConfig(dim=sizes.dim, depth=sizes.depth, pattern=pattern, ffn=ffn, mixers=mixers)
-        self.net = LanguageModel(LanguageModelConfig(backbone=backbone, vocabulary=sizes.vocabulary))
+        self.net = LanguageModel(LanguageModelConfig(backbone=backbone, vocab_size=sizes.vocab_size))
 
     def read(self, tokens: Tensor, memory: Any) -> Any:
         out = self.net.hidden(tokens, Layout(causal=True), memory)
@@ -123,7 +123,7 @@ def _mamba2(sizes: Sizes) -> Decoder:
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
     config = Mamba2Config(
-        vocab_size=sizes.vocabulary,
+        vocab_size=sizes.vocab_size,
         hidden_size=sizes.dim,
         expand=2,
         num_heads=2 * sizes.dim // 64,
@@ -143,7 +143,7 @@ def _llama(sizes: Sizes) -> Decoder:
     ffn = get_ffn("swiglu")
     inner = ffn.build(sizes.dim, ffn.config(), Site()).get_submodule("out_proj").get_parameter("weight").shape[1]
     config = LlamaConfig(
-        vocab_size=sizes.vocabulary,
+        vocab_size=sizes.vocab_size,
         hidden_size=sizes.dim,
         intermediate_size=inner,
         num_hidden_layers=sizes.depth,

@@ -78,7 +78,7 @@ class OmnimixConfig(PretrainedConfig):
         # transformers builds a configuration without arguments too, to learn the defaults.
         if self.omnimix is not None:
             config = self.language_model()
-            self.vocab_size, self.tie_word_embeddings = config.vocabulary, config.tie
+            self.vocab_size, self.tie_word_embeddings = config.vocab_size, config.tie_word_embeddings
             self.hidden_size, self.num_hidden_layers = config.backbone.dim, config.backbone.depth
         super().__post_init__(**kwargs)
 
@@ -302,7 +302,7 @@ class OmnimixForCausalLM(Checked, PreTrainedModel, GenerationMixin):
     ) -> nn.Embedding:
         """As transformers'; the vocabulary of the configuration follows."""
         embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        self.model.config = replace(self.model.config, vocabulary=embedding.num_embeddings)
+        self.model.config = replace(self.model.config, vocab_size=embedding.num_embeddings)
         self.config.omnimix = to_dict(self.model.config)
         return embedding
 

@@ -237,7 +237,7 @@ class OmnimixLM(TemplateLM):
     def _score(self, y: Tensor, scored: Tensor, nats: Tensor, wrong: Tensor) -> None:
         """Add up the costs of `scored`: (place in y, target, row) each."""
         for places, targets, rows in (
-            part.unbind(1) for part in scored.split(max(1, LOGITS_AT_A_TIME // self.model.vocabulary))
+            part.unbind(1) for part in scored.split(max(1, LOGITS_AT_A_TIME // self.model.vocab_size))
         ):
             logits = last_logits(self.model, y[places])
             cost = logits.logsumexp(-1) - logits.gather(1, targets[:, None])[:, 0]

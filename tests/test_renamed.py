@@ -5,14 +5,17 @@ import warnings
 import pytest
 import yaml
 
-from omnimix.backbones import BackboneConfig, BlockConfig
+from omnimix.backbones import BackboneConfig, BlockConfig, LanguageModelConfig
 from omnimix.backbones.decoding import DiffusionConfig, GenerationConfig, SpeculationConfig
 from omnimix.backbones.heads.causal import CausalConfig
 from omnimix.backbones.serialization import from_dict, to_dict
 from omnimix.errors import ConfigError
+from omnimix.recipes import CONFIGS
+from omnimix.recipes.common.arguments import prepared
 from omnimix.recipes.common.migration import migrate
 from omnimix.recipes.common.trees import DataTrees, Trees
-from omnimix.recipes.text.data import TextFiles
+from omnimix.recipes.text.base import TextOptions
+from omnimix.recipes.text.data import TextData, TextFiles
 from omnimix.recipes.text.generate import _parser
 from omnimix.recipes.text.recipe import TextGeneration
 from omnimix.utils.options import underscored
@@ -25,6 +28,7 @@ OLD = [
     (SpeculationConfig, "ahead", "num_assistant_tokens"),
     (CausalConfig, "ahead", "n_future"),
     (CausalConfig, "ahead_weight", "n_future_weight"),
+    (TextOptions, "vocabulary", "vocab_size"),
 ]
 
 
@@ -75,6 +79,33 @@ def test_flags_and_files_of_recipes():
         stored = yaml.safe_load("model: {objective: {type: causal, ahead: 3, ahead_weight: 0.5}}")
         trees.take(migrate(stored))
     assert trees.checked()["objective"] == to_dict(CausalConfig(n_future=3, n_future_weight=0.5))
+
+
+def test_language_models():
+    backbone = BackboneConfig(dim=8, depth=1)
+    with pytest.warns(FutureWarning, match="LanguageModelConfig.(vocabulary|tie) is now (vocab_size|tie_word_emb)"):
+        config = LanguageModelConfig(backbone=backbone, vocabulary=7, tie=False)
+    assert (config.vocab_size, config.tie_word_embeddings) == (7, False)
+    stored = to_dict(config)
+    stored["vocabulary"], stored["tie"] = stored.pop("vocab_size"), stored.pop("tie_word_embeddings")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert from_dict(LanguageModelConfig, stored) == config
+
+
+def test_arguments_of_the_text_recipe():
+    with pytest.warns(FutureWarning, match="tie.* is now tie_word_embeddings"):
+        module = TextGeneration(backbone=BackboneConfig(dim=8, depth=1, pattern=("gla",)), tie=False)
+    assert not module.model.config.tie_word_embeddings
+    with pytest.warns(FutureWarning, match="--model.tie is now --model.tie_word_embeddings"):
+        argv, _ = prepared(
+            ["--model.tie=false", "--model.dim", "8"], CONFIGS / "text_generation.yaml", TextGeneration, TextData
+        )
+    assert "--model.tie_word_embeddings=false" in argv
+    assert migrate({"model": {"tie": False, "vocabulary": 9}})["model"] == {
+        "tie_word_embeddings": False,
+        "vocab_size": 9,
+    }
 
 
 def test_hyphens_and_underscores():

@@ -32,7 +32,7 @@ def renamed_options(**names: str) -> Callable[[C], C]:
     """
 
     def decorated(cls: C) -> C:
-        own = cls.__init__
+        own, earlier = cls.__init__, getattr(cls, "upgrade", None)
 
         @wraps(own)
         def __init__(self: Any, *args: Any, **values: Any) -> None:
@@ -46,7 +46,7 @@ def renamed_options(**names: str) -> Callable[[C], C]:
 
         cls.__init__ = __init__
         cls.renamed = names
-        cls.upgrade = staticmethod(lambda values: new_names(values, names))
+        cls.upgrade = staticmethod(lambda values: new_names(earlier(values) if earlier else values, names))
         for old, new in names.items():
             setattr(cls, old, property(_reader(cls.__name__, old, new)))
         return cls

@@ -127,17 +127,17 @@ def _continuations(
     totals = torch.tensor([h.total for h in running], dtype=scores.dtype, device=scores.device)
     summed = (scores + totals[:, None]).flatten()
     best = summed.topk(min(2 * beams, summed.numel()))
-    vocabulary = scores.shape[1]
+    vocab_size = scores.shape[1]
     own = log_probs.flatten()[best.indices].tolist()
     candidates, sources = [], []
     for total, index, log_prob in zip(best.values.tolist(), best.indices.tolist(), own, strict=True):
         if total == -torch.inf:
             break
-        source = running[index // vocabulary]
+        source = running[index // vocab_size]
         candidates.append(
             _Hypothesis(
-                tokens=[*source.tokens, index % vocabulary], log_probs=[*source.log_probs, log_prob], total=total
+                tokens=[*source.tokens, index % vocab_size], log_probs=[*source.log_probs, log_prob], total=total
             )
         )
-        sources.append(index // vocabulary)
+        sources.append(index // vocab_size)
     return candidates, sources

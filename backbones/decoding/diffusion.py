@@ -294,7 +294,7 @@ def diffuse(
             f"cache=True: under objective {name!r} every token sees those that are still hidden, so what is kept would "
             "be wrong as soon as one is revealed; leave cache out, or train with objective='block'"
         )
-    rows = as_lists(prompts, model.vocabulary + 1, empty=True)
+    rows = as_lists(prompts, model.vocab_size + 1, empty=True)
     sample_ids = list(range(len(rows))) if sample_ids is None else list(sample_ids)
     if len(sample_ids) != len(rows):
         raise UnsupportedShape(f"sample_ids: {len(sample_ids)} for {len(rows)} prompts; pass one each")

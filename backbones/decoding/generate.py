@@ -112,7 +112,7 @@ class Writer:
         sample_ids: Sequence[int] | None = None,
     ):
         check_decoder(model, config)
-        prompts = as_lists(prompts, model.vocabulary, empty=prefix is not None)
+        prompts = as_lists(prompts, model.vocab_size, empty=prefix is not None)
         sample_ids = range(len(prompts)) if sample_ids is None else sample_ids
         if len(sample_ids) != len(prompts):
             raise UnsupportedShape(f"sample_ids: {len(sample_ids)} for {len(prompts)} prompts; pass one each")
@@ -122,7 +122,7 @@ class Writer:
         self.logits, self.state = start(model, prompts, config.chunk, prefix)
         before = [] if prefix is None else prefix.tokens
         whole = [before + prompt for prompt in prompts]
-        self.sampler = Sampler(config, whole, sample_ids, model.vocabulary, self.logits.device)
+        self.sampler = Sampler(config, whole, sample_ids, model.vocab_size, self.logits.device)
         self.pending: Tensor | None = None
 
     def next(self) -> list[tuple[int, Step]]:
@@ -184,7 +184,7 @@ def generate(
     """
     config = config or GenerationConfig()
     check_decoder(model, config)
-    prompts = as_lists(prompts, model.vocabulary, empty=prefix is not None)
+    prompts = as_lists(prompts, model.vocab_size, empty=prefix is not None)
     if config.num_beams > 1:
         from .beam import search
 
@@ -232,7 +232,7 @@ def stream(
         raise UnsupportedCall(
             f"config.num_beams is {config.num_beams}; a beam search knows no token before the last: num_beams=1"
         )
-    prompts = as_lists([list(map(int, prompt))], model.vocabulary, empty=prefix is not None)
+    prompts = as_lists([list(map(int, prompt))], model.vocab_size, empty=prefix is not None)
     return _stream(model, prompts, config, prefix, sample_id)
 
 

@@ -58,14 +58,14 @@ def check_decoder(model: LanguageModel, config: GenerationConfig | None = None) 
     if name := unfit(model.backbone, lambda can: can.streaming and can.causal):
         raise UnsupportedCall(f"{name} does not resume from a state, which decoding needs; choose another layer")
     forbidden = set() if config is None else set(config.forbidden)
-    if forbidden and (min(forbidden) < 0 or max(forbidden) >= model.vocabulary or len(forbidden) == model.vocabulary):
+    if forbidden and (min(forbidden) < 0 or max(forbidden) >= model.vocab_size or len(forbidden) == model.vocab_size):
         raise ConfigError(
             f"GenerationConfig.forbidden holds {len(forbidden)} ids from {min(forbidden)} to {max(forbidden)}; it must "
-            f"leave one of the model's 0 to {model.vocabulary - 1}"
+            f"leave one of the model's 0 to {model.vocab_size - 1}"
         )
 
 
-def as_lists(prompts: Sequence[Sequence[int]] | Int[Tensor, "n t"], vocabulary: int, *, empty: bool) -> list[list[int]]:
+def as_lists(prompts: Sequence[Sequence[int]] | Int[Tensor, "n t"], vocab_size: int, *, empty: bool) -> list[list[int]]:
     """Prompts as lists of ids.
 
     Raises:
@@ -77,10 +77,10 @@ def as_lists(prompts: Sequence[Sequence[int]] | Int[Tensor, "n t"], vocabulary: 
     for i, row in enumerate(rows):
         if not row and not empty:
             raise UnsupportedShape(f"prompts: number {i} is empty; begin with the tokenizer's end token")
-        if row and not (0 <= min(row) and max(row) < vocabulary):
+        if row and not (0 <= min(row) and max(row) < vocab_size):
             raise UnsupportedShape(
                 f"prompts: ids of number {i} reach from {min(row)} to {max(row)}, and the model knows 0 to "
-                f"{vocabulary - 1}; is this its tokenizer?"
+                f"{vocab_size - 1}; is this its tokenizer?"
             )
     return rows
 

@@ -56,7 +56,7 @@ def read_prefix(model: LanguageModel, tokens: Sequence[int] | Int[Tensor, " t"],
         UnsupportedShape: no token, or ids outside the vocabulary.
     """
     check_decoder(model)
-    rows = as_lists([list(map(int, tokens))], model.vocabulary, empty=False)
+    rows = as_lists([list(map(int, tokens))], model.vocab_size, empty=False)
     with evaluating(model), torch.inference_mode():
         logits, state = read(model, rows, chunk)
     return Prefix(state=state, logits=logits, tokens=rows[0])
@@ -102,7 +102,7 @@ def load_prefix(path: str | Path, model: LanguageModel) -> Prefix:
             f"{path} was read by a model with another configuration or other weights; read the text again (read_prefix)"
         )
     device, template = model.embedding.weight.device, model.init_state(1)
-    wanted = {name: t.shape for name, t in template.named_tensors()} | {"logits": (1, model.vocabulary), "tokens": (1,)}
+    wanted = {name: t.shape for name, t in template.named_tensors()} | {"logits": (1, model.vocab_size), "tokens": (1,)}
     found = {name: t.shape for name, t in tensors.items()}
     if wanted.keys() != found.keys() or any(len(found[n]) != len(shape) for n, shape in wanted.items()):
         raise CheckpointError(f"{path} does not hold the state of this model; read the text again (read_prefix)")

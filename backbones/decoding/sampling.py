@@ -92,9 +92,9 @@ def draw(probabilities: Float[Tensor, "n v"], generators: Sequence[torch.Generat
     return torch.searchsorted(total, uniform, right=True)[:, 0].clamp(max=total.shape[1] - 1)
 
 
-def seen_tokens(sequences: Sequence[Sequence[int]], vocabulary: int, device: torch.device) -> Bool[Tensor, "n v"]:
+def seen_tokens(sequences: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> Bool[Tensor, "n v"]:
     """Which tokens each sequence holds."""
-    seen = torch.zeros(len(sequences), vocabulary, dtype=torch.bool)
+    seen = torch.zeros(len(sequences), vocab_size, dtype=torch.bool)
     for row, ids in zip(seen, sequences, strict=True):
         row[torch.tensor(ids, dtype=torch.int64)] = True
     return seen.to(device)
@@ -107,7 +107,7 @@ class Sampler:
         config: how.
         prompts: what the sequences begin with.
         sample_ids: by which, with the seed, each sequence draws.
-        vocabulary: tokens.
+        vocab_size: tokens.
         device: of the logits.
     """
 
@@ -116,12 +116,12 @@ class Sampler:
         config: GenerationConfig,
         prompts: Sequence[Sequence[int]],
         sample_ids: Sequence[int],
-        vocabulary: int,
+        vocab_size: int,
         device: torch.device,
     ):
         self.config = config
         self.generators = [generator(config.seed, n) for n in sample_ids] if config.temperature else []
-        self.seen = seen_tokens(prompts, vocabulary, device) if config.repetition_penalty != 1 else None
+        self.seen = seen_tokens(prompts, vocab_size, device) if config.repetition_penalty != 1 else None
 
     def choose(self, logits: Float[Tensor, "n v"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
         """The next tokens, and their log-probabilities before any filter or temperature."""

@@ -109,14 +109,14 @@ def speculate(
     config, speculation = config or GenerationConfig(), speculation or SpeculationConfig()
     check_decoder(model, config)
     check_decoder(draft)
-    if draft.vocabulary != model.vocabulary:
+    if draft.vocab_size != model.vocab_size:
         raise UnsupportedCall(
-            f"draft has a vocabulary of {draft.vocabulary} tokens, and the model {model.vocabulary}; train it with the "
+            f"draft has a vocabulary of {draft.vocab_size} tokens, and the model {model.vocab_size}; train it with the "
             "model's tokenizer"
         )
     if config.num_beams > 1:
         raise UnsupportedCall(f"config.num_beams is {config.num_beams}; speculation does not search: num_beams=1")
-    prompts = as_lists(prompts, model.vocabulary, empty=False)
+    prompts = as_lists(prompts, model.vocab_size, empty=False)
     reasons: list[Reason] = []
     begin = time.perf_counter()
     with evaluating(model), evaluating(draft), torch.inference_mode():

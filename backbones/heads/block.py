@@ -81,8 +81,8 @@ class BlockDiffusion(Denoiser):
     block: int
     view = "bidirectional within a block, and resume from a state"
 
-    def __init__(self, dim: int, vocabulary: int, config: BlockDiffusionConfig):
-        super().__init__(dim, vocabulary, config)
+    def __init__(self, dim: int, vocab_size: int, config: BlockDiffusionConfig):
+        super().__init__(dim, vocab_size, config)
         self.block = config.block
 
     def serves(self, can: Capabilities) -> bool:

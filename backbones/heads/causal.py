@@ -56,7 +56,7 @@ class Causal(Objective):
     (multi-token prediction, arXiv 2404.19737; the layer is Medusa's, arXiv 2401.10774), which decoding leaves out.
     """
 
-    def __init__(self, dim: int, vocabulary: int, config: CausalConfig):
+    def __init__(self, dim: int, vocab_size: int, config: CausalConfig):
         super().__init__()
         self.config = config
         further = [nn.Linear(dim, dim, bias=False) for _ in range(config.n_future - 1)]

@@ -45,10 +45,10 @@ class Denoiser(Objective):
     block: int | None = None
     view: ClassVar[str] = "bidirectional"
 
-    def __init__(self, dim: int, vocabulary: int, config: DenoiserConfig):
+    def __init__(self, dim: int, vocab_size: int, config: DenoiserConfig):
         super().__init__()
         self.config = config
-        self.vocabulary = vocabulary
+        self.vocab_size = vocab_size
         self.shift = config.shift
 
     def serves(self, can: Capabilities) -> bool:

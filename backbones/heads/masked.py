@@ -74,8 +74,8 @@ class Masked(Denoiser):
 
     config: MaskedConfig
 
-    def __init__(self, dim: int, vocabulary: int, config: MaskedConfig):
-        super().__init__(dim, vocabulary, config)
+    def __init__(self, dim: int, vocab_size: int, config: MaskedConfig):
+        super().__init__(dim, vocab_size, config)
         self.annealed = 0.0 if config.anneal_steps else 1.0
 
     def serves(self, can: Capabilities) -> bool:

@@ -44,9 +44,9 @@ class Sedd(Masked):
         plain = model.cross_entropy(y, targets, reduction="none")
         # log n from the cross-entropy, which knows the normaliser, and the target's logit, a product of two rows.
         logit = model.logits_of(y, targets).to(plain.dtype)
-        normaliser = plain + logit - log(self.vocabulary)
+        normaliser = plain + logit - log(self.vocab_size)
         return plain + normaliser.exp() - normaliser - 1
 
     def haste(self, logits: Float[Tensor, "n v"]) -> Float[Tensor, " n"]:
         """Tweedie τ-leaping (SEDD, equation 19): from t to s, y appears with probability (t − s)/t · e^{z_y}/v."""
-        return logits.logsumexp(-1).sub(log(self.vocabulary)).exp()
+        return logits.logsumexp(-1).sub(log(self.vocab_size)).exp()

@@ -7,12 +7,13 @@ import gzip
 import hashlib
 import json
 import lzma
+import math
 import os
 import sysconfig
 import tarfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +52,34 @@ def place(key: str) -> int:
 def held_out(key: str, part: float) -> bool:
     """Whether a document belongs to the `part` of all documents that is held out."""
     return float(place(key)) < part * 2**64
+
+
+def split_fraction(documents: Iterable[Document], part: float) -> float:
+    """The fraction to hold out of documents, so that there are some to train on and some to hold out.
+
+    Few documents may all fall on one side by their keys. Then the one that comes next is on the other side alone.
+
+    Args:
+        documents: read until both sides have one.
+        part: the fraction that is asked for, between 0 and 1.
+
+    Returns:
+        `part`, unless all documents fall on one side; for `held_out` and `TokenCache.held_out`.
+
+    Raises:
+        ConfigError: fewer than two different documents.
+    """
+    places: set[float] = set()
+    for document in documents:
+        if document.text or document.messages:
+            places.add(float(place(document.key)))
+            if min(places) < part * 2**64 <= max(places):
+                return part
+    if len(places) < 2:
+        raise ConfigError(f"the text has {len(places)} documents; one to train on and one to validate on are needed")
+    if min(places) >= part * 2**64:
+        return math.nextafter(min(places), math.inf) / 2**64
+    return max(places) / 2**64
 
 
 class Corpus(ABC):

@@ -137,7 +137,7 @@ def write_tokens(
         answers_only: of conversations only what the assistant wrote is scored.
         seen: is called with every document, for whoever watches.
     """
-    kind = np.dtype(np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.uint32)
+    kind = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     offsets, sizes, places = array("q", [0]), array("q"), array("Q")
     marks: list[bytes] = []
 
@@ -259,7 +259,7 @@ def _made_anew(file: Path, corpus: Corpus, tokenizer: Tokenizer, answers_only: b
 
 
 def cached_bpe(
-    corpus: Corpus, vocabulary: int, *, val_fraction: float, special: Sequence[str] = (), folder: Path | None = None
+    corpus: Corpus, vocab_size: int, *, val_fraction: float, special: Sequence[str] = (), folder: Path | None = None
 ) -> Tokenizer:
     """A BPE tokenizer trained on the documents of a corpus that are not held out, now or before.
 
@@ -269,7 +269,7 @@ def cached_bpe(
         MediaError, ConfigError: as `cached_tokens`, and `train_bpe`.
     """
     folder = text_cache() if folder is None else folder
-    key = _key("bpe", corpus.fingerprint, vocabulary, val_fraction, list(special), WORDS, _SAMPLE)
+    key = _key("bpe", corpus.fingerprint, vocab_size, val_fraction, list(special), WORDS, _SAMPLE)
     file = folder / f"bpe-{key}"
     try:
         return load_tokenizer(file)
@@ -278,8 +278,8 @@ def cached_bpe(
             with contextlib.suppress(CheckpointError):  # another process may have trained it in the meantime
                 return load_tokenizer(file)
             part = min(1.0, _SAMPLE / max(1, corpus.nbytes))
-            with _progress(corpus, f"learning {vocabulary} tokens") as seen:
-                tokenizer = train_bpe(_texts(corpus, val_fraction, part, seen), vocabulary, special)
+            with _progress(corpus, f"learning {vocab_size} tokens") as seen:
+                tokenizer = train_bpe(_texts(corpus, val_fraction, part, seen), vocab_size, special)
             tokenizer.save(file)
             return tokenizer
 

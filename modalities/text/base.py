@@ -17,7 +17,7 @@ class Tokenizer(ABC):
     """Text to token ids and back.
 
     Attributes:
-        vocabulary: ids are 0 … vocabulary − 1.
+        vocab_size: ids are 0 … vocab_size − 1.
         special: ids of the special tokens by name. They are never read out of text unless that is asked for.
         end: the id that stands before and after every document.
         template: the chat template: as given, or ChatML's where `<|im_start|>` and `<|im_end|>` are special tokens;
@@ -25,7 +25,7 @@ class Tokenizer(ABC):
         variables: what else a template may use: `bos_token`, `eos_token`, ... by name.
     """
 
-    vocabulary: int
+    vocab_size: int
     special: dict[str, int]
     end: int
     template: str | None
@@ -67,9 +67,9 @@ class Tokenizer(ABC):
             UnsupportedShape: an id outside the vocabulary.
         """
         ids = list(ids)
-        if ids and not 0 <= min(ids) <= max(ids) < self.vocabulary:
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise UnsupportedShape(
-                f"ids reach from {min(ids)} to {max(ids)}, and the tokenizer knows 0 to {self.vocabulary - 1}"
+                f"ids reach from {min(ids)} to {max(ids)}, and the tokenizer knows 0 to {self.vocab_size - 1}"
             )
         return self._decode(ids, special)
 

@@ -104,11 +104,11 @@ class TextGenerator:
     """
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer):
-        more = tokenizer.vocabulary - model.vocabulary
+        more = tokenizer.vocab_size - model.vocab_size
         self.diffusion = model.objective.decoder == "diffusion"
         if more > 0 or (self.diffusion and more):
             raise ConfigError(
-                f"the tokenizer has {tokenizer.vocabulary} tokens and the model {model.vocabulary}; take the tokenizer "
+                f"the tokenizer has {tokenizer.vocab_size} tokens and the model {model.vocab_size}; take the tokenizer "
                 "that the model was trained with"
             )
         self.model, self.tokenizer = model, tokenizer
@@ -258,7 +258,7 @@ class TextGenerator:
                 f"with a {wanted.__name__}"
             )
         config = replace(config, end=self.tokenizer.end) if config.end is None else config
-        if isinstance(config, GenerationConfig) and self.model.vocabulary > self.tokenizer.vocabulary:
-            beyond = range(self.tokenizer.vocabulary, self.model.vocabulary)
+        if isinstance(config, GenerationConfig) and self.model.vocab_size > self.tokenizer.vocab_size:
+            beyond = range(self.tokenizer.vocab_size, self.model.vocab_size)
             config = replace(config, forbidden=(*config.forbidden, *beyond))
         return config

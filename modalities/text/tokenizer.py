@@ -43,7 +43,7 @@ class ByteTokenizer(Tokenizer):
     def __init__(self, special: Sequence[str] = (), *, template: str | None = None):
         names = _special_names(special)
         self.special = {name: 256 + i for i, name in enumerate(names)}
-        self.vocabulary, self.end = 256 + len(names), self.special[END]
+        self.vocab_size, self.end = 256 + len(names), self.special[END]
         self.variables = {"bos_token": END, "eos_token": END}
         self.template = _template(template, self.special)
 
@@ -103,7 +103,7 @@ class BPETokenizer(Tokenizer):
         self._plain.encode_special_tokens = True
         self.special = _special_of(self._plain)
         # Not the number of tokens: ids may have gaps.
-        self.vocabulary = max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
         name = end if end is not None else next((name for name in _ENDS if name in self.special), None)
         if name is None:
             raise ConfigError(
@@ -148,20 +148,20 @@ class BPETokenizer(Tokenizer):
         _write(Path(folder) / FILE, self._special.to_str(pretty=True))
 
 
-def train_bpe(texts: Iterable[str], vocabulary: int, special: Sequence[str] = ()) -> BPETokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str] = ()) -> BPETokenizer:
     """Byte-level BPE (arXiv 1508.07909, on bytes as GPT-2 does), which encodes any text and loses nothing.
 
     Args:
         texts: read once.
-        vocabulary: how many tokens, special ones included; fewer where the texts have no more pairs to join.
+        vocab_size: how many tokens, special ones included; fewer where the texts have no more pairs to join.
         special: names of further special tokens, such as `chat.TURN`.
 
     Raises:
         ConfigError: a vocabulary that does not hold the 256 bytes and the special tokens.
     """
     names = _special_names(special)
-    if vocabulary < 256 + len(names):
-        raise ConfigError(f"vocabulary is {vocabulary}; the bytes and {len(names)} special tokens need more")
+    if vocab_size < 256 + len(names):
+        raise ConfigError(f"vocab_size is {vocab_size}; the bytes and {len(names)} special tokens need more")
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -171,7 +171,7 @@ def train_bpe(texts: Iterable[str], vocabulary: int, special: Sequence[str] = ()
     )
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        vocab_size=vocab_size,
         special_tokens=names,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

@@ -113,9 +113,10 @@ def _parted(argv: list[str], both: tuple[Trees, ...]) -> tuple[list[str], list[t
     words = iter(argv)
     for word in words:
         option, equals, value = word.partition("=")
+        option = both[0].current(option)
         found = next(((each, at) for each in both if (at := each.path(option))), None)
         if found is None and option not in ("--config", "--data"):
-            rest.append(word)
+            rest.append(option + equals + value)
             continue
         if not equals and (value := next(words, None)) is None:
             raise ConfigError(f"{option} needs a value")

@@ -32,6 +32,8 @@ MODULES = {
 
 # What options of objectives were called before.
 RENAMED = {"ahead": "n_future", "ahead_weight": "n_future_weight"}
+# And arguments of recipes' modules.
+RENAMED_ARGUMENTS = {"tie": "tie_word_embeddings", "vocabulary": "vocab_size"}
 
 
 def current_path(class_path: str) -> str:
@@ -57,6 +59,7 @@ def migrate(content: Any) -> Any:
 
 def _model(values: dict[str, Any]) -> dict[str, Any]:
     """The options of a recipe's model; version 0.1 called the feed-forward layer `channel`."""
+    values = new_names(values, RENAMED_ARGUMENTS)
     if "spectrogram" in values:
         values = _with_front(values)
     if "objectives" in values:

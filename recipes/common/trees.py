@@ -24,7 +24,7 @@ from ...errors import ConfigError
 from ...modalities.audio.fronts import FrontConfig
 from ...modalities.common.classifier import ShortForm
 from ...utils.renamed import warn_renamed
-from .migration import RENAMED
+from .migration import RENAMED, RENAMED_ARGUMENTS
 from .options import RecipeData, options_argument
 
 # What is short for what: `--model.dim 64` is `--model.backbone.dim 64`.
@@ -88,6 +88,14 @@ class Trees:
     def __init__(self, model: type):
         self.values, self._starts = tree_defaults(model), starts_of(model)
         self._scan = self.values["backbone"]["scan"]
+
+    def current(self, option: str) -> str:
+        """An option of the command line by the name that it has now, with a warning where it had another."""
+        section, _, name = option.partition(".")
+        if section != "--model" or name not in RENAMED_ARGUMENTS:
+            return option
+        warn_renamed(option, new := f"{section}.{RENAMED_ARGUMENTS[name]}")
+        return new
 
     def path(self, option: str) -> list[str] | None:
         """Where in a tree an option of the command line belongs; None where it belongs to none."""

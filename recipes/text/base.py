@@ -13,16 +13,17 @@ import numpy as np
 
 from ...backbones.config import bounded
 from ...errors import ConfigError
-from ...modalities.data.corpus import Corpus
+from ...modalities.data.corpus import Corpus, split_fraction
 from ...modalities.data.token_cache import TokenCache, cached_bpe, cached_tokens
 from ...modalities.text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from ...utils.log import logger_of
 from ...utils.renamed import renamed_options
 from ..common.loading import EpochLoader
 from ..common.options import DataOptions, RecipeData, at_least
 from .windows import PackedWindows, Pieces
 
 
-@renamed_options(borders="boundaries", val_part="val_fraction")
+@renamed_options(borders="boundaries", val_part="val_fraction", vocabulary="vocab_size")
 @dataclass(frozen=True, kw_only=True)
 class TextOptions(DataOptions):
     """What all text data sets take; see `DataOptions` for the rest. The tokens lie in memory: 0 workers are fastest.
@@ -30,7 +31,7 @@ class TextOptions(DataOptions):
     Args:
         tokenizer: "bpe" learns one from the text that is not held out; "bytes"; or where one lies: a folder or a
             tokenizer.json.
-        vocabulary: size of a tokenizer that is trained.
+        vocab_size: size of a tokenizer that is trained.
         length: tokens of a sequence that are scored; one more is given.
         boundaries: "packed" runs through all documents, with sequence boundaries between them; "padded" fills rows up,
             of which each holds a document or a piece of one.
@@ -43,7 +44,7 @@ class TextOptions(DataOptions):
     """
 
     tokenizer: str | None = None
-    vocabulary: int | None = None
+    vocab_size: int | None = None
     length: int | None = None
     boundaries: Literal["packed", "padded"] | None = None
     val_fraction: float | None = None
@@ -54,10 +55,11 @@ class TextOptions(DataOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "length", "vocabulary", "val_batch_size", "val_tokens")
+        at_least(self, 1, "length", "vocab_size", "val_batch_size", "val_tokens")
         bounded(self, "val_fraction", above=0, below=1, wanted="between 0 and 1")
 
 
+logger = logger_of(__name__)
 # Leaves every option to the data set.
 OPTIONS = TextOptions()
 
@@ -77,7 +79,7 @@ class TextData(RecipeData):
         seed=0,
         policy="skip",
         tokenizer="bpe",
-        vocabulary=4096,
+        vocab_size=4096,
         length=256,
         boundaries="packed",
         val_fraction=0.05,
@@ -100,6 +102,20 @@ class TextData(RecipeData):
     def _corpus(self) -> Corpus:
         return self.corpus()
 
+    @cached_property
+    def val_fraction(self) -> float:
+        """The fraction of the documents that is held out: the one asked for, unless that leaves one side empty."""
+        try:
+            found = split_fraction(self._corpus, wanted := self.options.val_fraction)
+        except ConfigError as error:
+            raise ConfigError(f"{error}{self._more_documents}") from error
+        if found != wanted:
+            side = "held out" if found > wanted else "trained on"
+            logger.warning(
+                "there are so few documents that val_fraction %g leaves one side empty: one is %s", wanted, side
+            )
+        return found
+
     @property
     def _cache_folder(self) -> Path | None:
         return None if self.options.cache is None else Path(self.options.cache)
@@ -113,16 +129,16 @@ class TextData(RecipeData):
             return load_tokenizer(self.options.tokenizer, end=self.options.end)
         return cached_bpe(
             self._corpus,
-            self.options.vocabulary,
-            val_fraction=self.options.val_fraction,
+            self.options.vocab_size,
+            val_fraction=self.val_fraction,
             special=self._special,
             folder=self._cache_folder,
         )
 
     @property
-    def vocabulary(self) -> int:
+    def vocab_size(self) -> int:
         """How many token ids there are."""
-        return self.tokenizer.vocabulary
+        return self.tokenizer.vocab_size
 
     @cached_property
     def cache(self) -> TokenCache:
@@ -140,16 +156,9 @@ class TextData(RecipeData):
 
     def _documents(self, *, held_out: bool) -> np.ndarray:
         """Indices of the documents of one side of the split."""
-        found = np.flatnonzero(self.cache.held_out(self.options.val_fraction) == held_out)
-        if not len(found):
-            what = "none falls into val_fraction" if held_out else "all fall into val_fraction"
-            change = "raise" if held_out else "lower"
-            raise ConfigError(
-                f"of {len(self.cache)} documents {what} {self.options.val_fraction}; {change} it{self._more_documents}"
-            )
-        return found
+        return np.flatnonzero(self.cache.held_out(self.val_fraction) == held_out)
 
-    # What else could give more documents, for the message above.
+    # What could give more documents, for the message above.
     _more_documents = ""
 
     @cached_property

@@ -30,7 +30,7 @@ class TextFiles(TextData):
         options: what all text data sets take.
     """
 
-    _more_documents = ", or cut files into documents, for example data.section 20000"
+    _more_documents = ": cut files into documents, for example with --data.section 20000"
 
     def __init__(
         self,

@@ -17,10 +17,12 @@ from ...errors import ConfigError
 from ...modalities import save_model
 from ...modalities.common.classifier import pattern_name
 from ...utils.console import emit, say
+from ...utils.renamed import renamed_arguments
 from ..common.cli import RecipeCLI
 from ..common.commands import evaluate, run_fit
 from ..common.history import StepHistory
 from ..common.loading import mix
+from ..common.migration import RENAMED_ARGUMENTS
 from ..common.optimisers import optimise, planned_steps
 from ..common.ranks import from_all_ranks, summed
 from ..common.report import Row, curves, text, write_metrics, write_report
@@ -68,24 +70,27 @@ class TextGeneration(EvenSteps):
             "bidirectional".
         objective: what the model is trained for, by name or configuration; "causal" is autoregressive, the
             others by diffusion.
-        tie: whether the output matrix is the embedding.
+        tie_word_embeddings: whether the output matrix is the embedding.
         training: optimiser, schedule, regularisation and averaging.
         prompts: the prompts that the samples over time continue; "" is the beginning of a document.
-        vocabulary: number of token ids; the data says it.
+        vocab_size: number of token ids; the data says it.
     """
 
+    @renamed_arguments(**RENAMED_ARGUMENTS)
     def __init__(
         self,
         *,
         backbone: BackboneConfig = _BACKBONE,
         objective: ObjectiveConfig | str = "causal",
-        tie: bool = True,
+        tie_word_embeddings: bool = True,
         training: TextTrainingConfig = TextTrainingConfig(),
         prompts: list[str] = [""],  # noqa: B006 - jsonargparse cannot write a factory's value
-        vocabulary: int = 257,
+        vocab_size: int = 257,
     ):
         super().__init__()
-        config = LanguageModelConfig(backbone=backbone, vocabulary=vocabulary, objective=objective, tie=tie)
+        config = LanguageModelConfig(
+            backbone=backbone, vocab_size=vocab_size, objective=objective, tie_word_embeddings=tie_word_embeddings
+        )
         diffusion = entry_of(config.objective).build.decoder != "autoregressive"
         if diffusion and backbone.scan == "forward":
             config = replace(config, backbone=replace(backbone, scan="bidirectional"))
@@ -170,7 +175,7 @@ def _cli(command: str, argv: list[str]) -> RecipeCLI:
         data=TextData,
         recipe=RECIPE,
         argv=argv,
-        links=[("vocabulary", "vocabulary")],
+        links=[("vocab_size", "vocab_size")],
         monitor="val/bits_per_byte",
         mode="min",
         history=StepHistory(),
@@ -196,7 +201,7 @@ def _finish(cli: RecipeCLI) -> None:
         "tokens": history.tokens,
         "tokens_per_second": round(history.tokens / history.busy, 1) if history.busy else None,
         "objective": model.model.config.objective.type,
-        "vocabulary": model.model.vocabulary,
+        "vocab_size": model.model.vocab_size,
         **cli.about(),
     }
     write_metrics(folder.metrics, metrics)

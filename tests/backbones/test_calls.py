@@ -102,7 +102,7 @@ def test_shared_weights_stay_shared():
 def test_shared_weights_are_saved_once(tmp_path):
     config = BackboneConfig(dim=16, depth=3, **TIED)
     torch.manual_seed(0)
-    model = LanguageModel(LanguageModelConfig(backbone=config, vocabulary=11))
+    model = LanguageModel(LanguageModelConfig(backbone=config, vocab_size=11))
     save_model(model, tmp_path)
     loaded = load_model(tmp_path)
     ids = torch.arange(8).view(1, 8)
@@ -114,10 +114,10 @@ def test_a_language_models_head_has_the_width_of_the_last_stage():
     stages = [StageConfig(dim=16, depth=1), StageConfig(dim=8, depth=1, transition=SkipConfig(source="stages.0"))]
     config = BackboneConfig(dim=16, depth=2, pattern=["gla"], stages=stages)
     ids = torch.arange(8).view(1, 8)
-    model = LanguageModel(LanguageModelConfig(backbone=config, vocabulary=11, tie=False))
+    model = LanguageModel(LanguageModelConfig(backbone=config, vocab_size=11, tie_word_embeddings=False))
     assert model(ids)[0].shape == (1, 8, 11)
-    with pytest.raises(ConfigError, match="set tie=False"):
-        LanguageModel(LanguageModelConfig(backbone=config, vocabulary=11))
+    with pytest.raises(ConfigError, match="set tie_word_embeddings=False"):
+        LanguageModel(LanguageModelConfig(backbone=config, vocab_size=11))
 
 
 def test_a_backbone_is_exported():

@@ -27,7 +27,7 @@ REQUIRED = {
     BackboneConfig: {"dim": 8, "depth": 1},
     CrossAttentionConfig: {"source": "memory"},
     FoldConfig: {"inner": "gla"},
-    LanguageModelConfig: {"vocabulary": 8, "backbone": BackboneConfig(dim=8, depth=1)},
+    LanguageModelConfig: {"vocab_size": 8, "backbone": BackboneConfig(dim=8, depth=1)},
     LowRankDeltasConfig: {"inner": "gla"},
     MixtureOfDepthsConfig: {"block": BlockConfig(mixer="gla", ffn=None)},
     ParallelConfig: {"parts": ("gla", "attention")},

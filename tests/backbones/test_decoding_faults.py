@@ -40,7 +40,7 @@ def test_nothing_is_generated_from_logits_that_are_not_finite(call, value):
 
 def test_nothing_is_denoised_from_logits_that_are_not_finite():
     backbone = BackboneConfig(dim=16, depth=1, pattern=["attention"])
-    model = LanguageModel(LanguageModelConfig(backbone=backbone, vocabulary=9, objective="masked"))
+    model = LanguageModel(LanguageModelConfig(backbone=backbone, vocab_size=9, objective="masked"))
     with torch.no_grad():
         model.embedding.weight[2, 3] = torch.nan
     with pytest.raises(NotFinite, match="weights"):

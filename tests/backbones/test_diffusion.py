@@ -15,13 +15,13 @@ PATTERNS = {"attention": ["attention"], "gla": ["gla"], "hybrid": ["gated_deltan
 FULL = om.Layout(causal=False)
 
 
-def model(objective="masked", pattern="attention", *, vocabulary=11, scan="bidirectional", options=None, dim=16):
+def model(objective="masked", pattern="attention", *, vocab_size=11, scan="bidirectional", options=None, dim=16):
     """A model of float64 whose outputs differ from place to place, as those of fresh weights hardly do."""
     config = om.LanguageModelConfig(
         backbone=om.BackboneConfig(dim=dim, depth=2, pattern=PATTERNS[pattern], scan=scan),
-        vocabulary=vocabulary,
+        vocab_size=vocab_size,
         objective=objective if options is None else options,
-        tie=False,
+        tie_word_embeddings=False,
     )
     made = om.LanguageModel(config).double()
     with torch.no_grad():
@@ -67,7 +67,7 @@ BOUNDS = {
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_likelihood_agrees_with_enumeration(bound):
     pattern, objective, options, cost = BOUNDS[bound]
-    net = model(objective, pattern, vocabulary=2, options=options)
+    net = model(objective, pattern, vocab_size=2, options=options)
     tokens = torch.tensor([[0, 1, 1, 0], [1, 0, 1, 0]])
     lengths, counted = torch.tensor([4, 3]), torch.tensor([[True] * 4, [False, True, True, True]])
     found = net.objective.log_likelihood(net, tokens, lengths=lengths, counted=counted, samples=255, seed=3)
@@ -86,7 +86,7 @@ def test_likelihood_agrees_with_enumeration(bound):
 
 def test_the_bound_is_that_of_any_order():
     """It is the mean over all orders of −log p of revealing one token after the other (LLaDA, arXiv 2502.09992)."""
-    net = model(vocabulary=2)
+    net = model(vocab_size=2)
     row = torch.tensor([0, 1, 0, 0])
     orders = [(a, b, c) for a in (1, 2, 3) for b in (1, 2, 3) for c in (1, 2, 3) if len({a, b, c}) == 3]
     total = 0.0
@@ -166,7 +166,7 @@ def test_mixers_that_only_look_backwards_are_refused(objective):
 @pytest.mark.parametrize("case", ["hybrid", "gla, shifted"])
 def test_the_likelihood_of_blocks_agrees_with_enumeration(case):
     pattern, _, shifted = case.partition(", ")
-    net = model("block", pattern, vocabulary=2, options=BlockDiffusionConfig(block=3, shift=bool(shifted)))
+    net = model("block", pattern, vocab_size=2, options=BlockDiffusionConfig(block=3, shift=bool(shifted)))
     tokens = torch.tensor([[0, 1, 1, 0, 1], [1, 0, 1, 0, 0]])
     lengths = torch.tensor([5, 4])
     found = net.objective.log_likelihood(net, tokens, lengths=lengths, samples=256, seed=1)
@@ -381,7 +381,7 @@ def test_what_cannot_be_decoded_says_why(without_shape_checks):
 
 def test_a_model_learns_a_pattern_and_writes_it():
     backbone = om.BackboneConfig(dim=32, depth=2, pattern=PATTERNS["hybrid"], scan="bidirectional")
-    net = om.LanguageModel(om.LanguageModelConfig(backbone=backbone, vocabulary=6, objective="masked"))
+    net = om.LanguageModel(om.LanguageModelConfig(backbone=backbone, vocab_size=6, objective="masked"))
     optimiser = torch.optim.AdamW(net.parameters(), lr=1e-2)
     cycle = torch.arange(24) % 5
     for _ in range(60):

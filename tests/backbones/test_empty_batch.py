@@ -50,6 +50,6 @@ def test_a_head_serves_it():
 @pytest.mark.parametrize("objective", list_objectives())
 def test_a_loss_of_nothing_is_refused(objective):
     backbone = BackboneConfig(dim=DIM, depth=1, pattern=["attention"])
-    net = LanguageModel(LanguageModelConfig(backbone=backbone, vocabulary=9, objective=objective))
+    net = LanguageModel(LanguageModelConfig(backbone=backbone, vocab_size=9, objective=objective))
     with pytest.raises(UnsupportedShape, match="none is left"):
         net.loss(torch.zeros(0, 6, dtype=torch.int64))

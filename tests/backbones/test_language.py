@@ -28,8 +28,8 @@ def model(
     return LanguageModel(
         LanguageModelConfig(
             backbone=backbone,
-            vocabulary=VOCABULARY,
-            tie=tie,
+            vocab_size=VOCABULARY,
+            tie_word_embeddings=tie,
             objective=CausalConfig(n_future=ahead),
         )
     )

@@ -17,7 +17,7 @@ def language_model(mixer: str, **options) -> om.LanguageModel:
     torch.manual_seed(0)
     pattern = (BlockConfig(mixer=get_mixer(mixer).examples[0], tie="all"),)
     backbone = om.BackboneConfig(dim=48, depth=2, pattern=pattern, residual="gated", **options)
-    return om.LanguageModel(om.LanguageModelConfig(backbone=backbone, vocabulary=11)).eval()
+    return om.LanguageModel(om.LanguageModelConfig(backbone=backbone, vocab_size=11)).eval()
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def model(objective, router: str = "softmax") -> LanguageModel:
     torch.manual_seed(0)
     ffn = MoEConfig(experts=4, ratio=0.5, router=router, balance=1.0, z_loss=1.0)
     backbone = BackboneConfig(dim=16, depth=2, pattern=["attention"], ffn=ffn)
-    return LanguageModel(LanguageModelConfig(backbone=backbone, vocabulary=11, objective=objective)).double()
+    return LanguageModel(LanguageModelConfig(backbone=backbone, vocab_size=11, objective=objective)).double()
 
 
 def counted(net: LanguageModel, tokens, **options):

@@ -23,7 +23,7 @@ def test_every_linear_layer_is_quantised(mixer: str):
     ffn = MoEConfig(experts=4) if mixer == "gla" else "swiglu"
     options = {mixer: get_mixer(mixer).examples[0]}
     backbone = om.BackboneConfig(dim=48, depth=2, pattern=(mixer,), mixers=options, ffn=ffn)
-    model = om.LanguageModel(om.LanguageModelConfig(backbone=backbone, vocabulary=23)).eval()
+    model = om.LanguageModel(om.LanguageModelConfig(backbone=backbone, vocab_size=23)).eval()
     quantised = quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     assert not any(isinstance(m, nn.Linear) for m in quantised.modules())
     assert sum(isinstance(m, Linear) for m in quantised.modules()) == sum(

@@ -30,7 +30,7 @@ def test_one_beam_is_greedy():
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
 def test_enough_beams_are_an_exhaustive_search(penalty):
-    model = tiny(["gated_deltanet", "attention"], vocabulary=5)
+    model = tiny(["gated_deltanet", "attention"], vocab_size=5)
     with torch.no_grad():
         model.head.weight.mul_(0.3)
     prompts, length, end = [[1, 2, 4], [0]], 4, 3
@@ -83,7 +83,7 @@ def test_greedy_speculation_is_greedy(without_shape_checks):
 
 def test_proposals_are_taken_as_the_model_would_choose():
     """Whatever is proposed, what is taken has the wanted distribution (arXiv 2211.17192, appendix A.1)."""
-    model = tiny(["gla"], vocabulary=4)
+    model = tiny(["gla"], vocab_size=4)
     wanted = torch.tensor([[0.5, 0.0, 0.2, 0.3]], dtype=torch.float64)
     guess = torch.tensor([[0.1, 0.3, 0.2, 0.4]], dtype=torch.float64)
     text, n = _Text(model, model, [1], GenerationConfig(temperature=1.0), 0), 4000
@@ -96,7 +96,7 @@ def test_proposals_are_taken_as_the_model_would_choose():
 
 
 def test_sampled_speculation_has_the_models_distribution(without_shape_checks):
-    model, draft = (tiny(["gla"], seed=seed, vocabulary=2) for seed in (0, 1))
+    model, draft = (tiny(["gla"], seed=seed, vocab_size=2) for seed in (0, 1))
     with torch.no_grad():
         model.head.weight.mul_(0.2)
         draft.head.weight.mul_(0.2)
@@ -116,7 +116,7 @@ def test_sampled_speculation_has_the_models_distribution(without_shape_checks):
 def test_speculation_refuses_what_does_not_fit():
     model = tiny(["gla"])
     with pytest.raises(UnsupportedCall, match="vocabulary of 5"):
-        speculate(model, tiny(["gla"], vocabulary=5), [[1]])
+        speculate(model, tiny(["gla"], vocab_size=5), [[1]])
     with pytest.raises(UnsupportedCall, match="num_beams=1"):
         speculate(model, model, [[1]], GenerationConfig(num_beams=2))
     with pytest.raises(ConfigError, match="num_assistant_tokens"):

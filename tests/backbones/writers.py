@@ -13,7 +13,7 @@ END = 3
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [3], [4, 5, 6, 1], [7, 7]]
 
 
-def tiny(pattern: list[str], *, seed: int = 0, vocabulary: int = V) -> LanguageModel:
+def tiny(pattern: list[str], *, seed: int = 0, vocab_size: int = V) -> LanguageModel:
     """A model whose texts wander: large random weights everywhere, float64."""
     torch.manual_seed(seed)
     names = {name for entry in pattern for name in entry.split("+")}
@@ -23,7 +23,7 @@ def tiny(pattern: list[str], *, seed: int = 0, vocabulary: int = V) -> LanguageM
         pattern=pattern,
         mixers={name: get_mixer(name).examples[0] for name in names},
     )
-    config = LanguageModelConfig(backbone=backbone, vocabulary=vocabulary, tie=False)
+    config = LanguageModelConfig(backbone=backbone, vocab_size=vocab_size, tie_word_embeddings=False)
     model = LanguageModel(config).double()
     with torch.no_grad():
         for p in model.parameters():

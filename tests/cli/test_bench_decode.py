@@ -15,13 +15,13 @@ from omnimix.cli.bench_decode_models import MODELS, Sizes, build
 from omnimix.cli.bench_kernels_peers import in_its_own_process
 from omnimix.errors import ConfigError, UnknownName
 
-SIZES = Sizes(dim=64, depth=4, vocabulary=32, window=8)
+SIZES = Sizes(dim=64, depth=4, vocab_size=32, window=8)
 PLAN = Plan(lengths=(16, 32), steps=1, prompt=16, chunk=16)
 
 
 def test_the_command_writes_a_table_and_a_plot_and_names_what_is_missing(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    sizes = "--dim 64 --depth 1 --vocabulary 32 --batch 2 --lengths 4 2048 --steps 1 --prompt 5 --threads 1"
+    sizes = "--dim 64 --depth 1 --vocab-size 32 --batch 2 --lengths 4 2048 --steps 1 --prompt 5 --threads 1"
     picture = tmp_path / "decode.png"
     assert main(f"--models mamba2 {sizes} --json - --plot {picture}".split()) == 0
     out, err = capsys.readouterr()

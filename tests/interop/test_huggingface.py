@@ -28,11 +28,11 @@ BYTES = ByteTokenizer(TURN)
 TEXTS = ["hello", "a longer prompt, é", "x"]
 
 
-def language_model(*, vocabulary: int = BYTES.vocabulary, pattern=("gated_deltanet", "attention"), **options):
+def language_model(*, vocab_size: int = BYTES.vocab_size, pattern=("gated_deltanet", "attention"), **options):
     torch.manual_seed(0)
     backbone = {"dim": 32, "depth": 2, "pattern": list(pattern)}
     backbone |= {name: options.pop(name) for name in ("ffn",) if name in options}
-    config = omnimix.LanguageModelConfig(backbone=omnimix.BackboneConfig(**backbone), vocabulary=vocabulary, **options)
+    config = omnimix.LanguageModelConfig(backbone=omnimix.BackboneConfig(**backbone), vocab_size=vocab_size, **options)
     model = omnimix.LanguageModel(config).eval()
     with torch.no_grad():
         # New weights give nearly flat logits, whose order means nothing.
@@ -161,10 +161,10 @@ def test_sampling_draws_from_our_distribution(options):
     config = GenerationConfig(max_new_tokens=5, **options)
     for i, scores in enumerate(theirs.scores):
         before = theirs.sequences[:, : prompt.shape[1] + i]
-        seen = seen_tokens(before.tolist(), model.vocabulary, before.device)
+        seen = seen_tokens(before.tolist(), model.vocab_size, before.device)
         logits = filtered(model(before)[0][:, -1], config, seen)
         torch.testing.assert_close(scores.softmax(-1), logits.softmax(-1), rtol=1e-4, atol=1e-6)
-        assert 1 < logits.isfinite().sum() <= model.vocabulary
+        assert 1 < logits.isfinite().sum() <= model.vocab_size
 
 
 def test_a_cache_goes_on_and_branches():
@@ -190,12 +190,12 @@ def test_a_cache_goes_on_and_branches():
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_save_and_load(tie, tmp_path):
-    model, ours = wrapped(tie=tie)
+    model, ours = wrapped(tie_word_embeddings=tie)
     ours.save_pretrained(tmp_path)
     hf.to_tokenizer(BYTES).save_pretrained(tmp_path)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     assert config.language_model() == model.config
-    assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (BYTES.vocabulary, 32, 2)
+    assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (BYTES.vocab_size, 32, 2)
     assert config.tie_word_embeddings is tie and config.eos_token_id == BYTES.end
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is hf.OmnimixForCausalLM and not loaded.training
@@ -304,15 +304,15 @@ def test_checkpointing_changes_no_gradient():
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_tokens_can_be_added(tie, tmp_path):
-    model, ours = wrapped(tie=tie)
+    model, ours = wrapped(tie_word_embeddings=tie)
     before = ours(**batch()).logits
     ours.resize_token_embeddings(300)
     after = ours(**batch()).logits
     assert after.shape[-1] == 300 and ours.config.vocab_size == 300
-    torch.testing.assert_close(after[..., : model.vocabulary], before)
+    torch.testing.assert_close(after[..., : model.vocab_size], before)
     ours.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.model.vocabulary == 300
+    assert loaded.model.vocab_size == 300
     torch.testing.assert_close(loaded(**batch()).logits, after)
 
 
@@ -326,7 +326,7 @@ def test_tokenizers_give_the_same_ids():
             assert theirs(text)["input_ids"] == ids
             assert theirs.decode(ids, skip_special_tokens=True) == own.decode(ids)
         assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == own.chat(messages)
-        assert (theirs.eos_token_id, theirs.pad_token_id, len(theirs)) == (own.end, own.end, own.vocabulary)
+        assert (theirs.eos_token_id, theirs.pad_token_id, len(theirs)) == (own.end, own.end, own.vocab_size)
 
 
 def test_a_template_keeps_its_own_first_token():
@@ -372,7 +372,7 @@ def test_what_cannot_be_served_says_so():
 
 def test_diffusion_is_refused_with_the_remedy():
     config = omnimix.LanguageModelConfig(
-        backbone=omnimix.BackboneConfig(dim=32, depth=1, pattern=["attention"]), vocabulary=7, objective="masked"
+        backbone=omnimix.BackboneConfig(dim=32, depth=1, pattern=["attention"]), vocab_size=7, objective="masked"
     )
     model = omnimix.LanguageModel(config)
     with pytest.raises(UnsupportedCall, match="omnimix.diffuse"):

@@ -22,7 +22,7 @@ TEXTS = ["hello", "a longer prompt, é", "x"]
 def wrapped(pattern=("gated_deltanet", "attention"), ffn="swiglu", mixers=None, **options):
     torch.manual_seed(0)
     backbone = omnimix.BackboneConfig(dim=32, depth=2, pattern=list(pattern), ffn=ffn, mixers=mixers or {})
-    config = omnimix.LanguageModelConfig(backbone=backbone, vocabulary=BYTES.vocabulary, **options)
+    config = omnimix.LanguageModelConfig(backbone=backbone, vocab_size=BYTES.vocab_size, **options)
     model = omnimix.LanguageModel(config).eval()
     with torch.no_grad():
         # New weights give nearly flat logits, whose order means nothing.
@@ -40,7 +40,7 @@ def test_texts_end_at_stop_strings():
     tokenizer, prompt = hf.to_tokenizer(BYTES), torch.tensor([BYTES.encode(TEXTS[1])])
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     # Letters, which decode one by one.
-    options["suppress_tokens"] = [i for i in range(BYTES.vocabulary) if not 65 <= i < 91]
+    options["suppress_tokens"] = [i for i in range(BYTES.vocab_size) if not 65 <= i < 91]
     free = tokenizer.decode(ours.generate(prompt, **options)[0, prompt.shape[1] :])
     stop = free[3:5]
     found = ours.generate(prompt, **options, stop_strings=[stop], tokenizer=tokenizer)
@@ -130,7 +130,7 @@ def accelerated(model: nn.Module) -> None:
 @pytest.mark.parametrize("mixer", list_mixers())
 def test_offloaded_weights_give_the_same_answer(mixer, tie, how):
     ffn = MoEConfig(experts=4) if mixer == "gla" else "swiglu"
-    _, ours = wrapped(pattern=(mixer,), tie=tie, ffn=ffn, mixers={mixer: get_mixer(mixer).examples[0]})
+    _, ours = wrapped(pattern=(mixer,), tie_word_embeddings=tie, ffn=ffn, mixers={mixer: get_mixer(mixer).examples[0]})
     ids = torch.tensor([BYTES.encode(TEXTS[1])])
 
     def answers():

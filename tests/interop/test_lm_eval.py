@@ -29,12 +29,12 @@ def adapter():
     return lm_eval
 
 
-def language_model(objective: str = "causal", vocabulary: int = BYTES.vocabulary):
+def language_model(objective: str = "causal", vocab_size: int = BYTES.vocab_size):
     torch.manual_seed(0)
     backbone = omnimix.BackboneConfig(
         dim=32, depth=2, pattern=["gla", "attention"], scan="forward" if objective == "causal" else "bidirectional"
     )
-    config = omnimix.LanguageModelConfig(backbone=backbone, vocabulary=vocabulary, objective=objective)
+    config = omnimix.LanguageModelConfig(backbone=backbone, vocab_size=vocab_size, objective=objective)
     model = omnimix.LanguageModel(config).eval()
     with torch.no_grad():
         # New weights give nearly flat logits, whose order means nothing.
@@ -184,7 +184,7 @@ def test_a_special_token_ends_a_text(adapter, objective):
 
 def test_ids_without_text_are_not_written(adapter):
     """Where a vocabulary was filled up, say to a multiple of 64."""
-    model = language_model(vocabulary=320)
+    model = language_model(vocab_size=320)
     lm = adapter.OmnimixLM(model=model, tokenizer=BYTES, max_gen_toks=8)
     config = GenerationConfig(max_new_tokens=8)
     first = generate(model, [[END, *b"one"]], config).tokens[0][0]
@@ -192,10 +192,10 @@ def test_ids_without_text_are_not_written(adapter):
         model.embedding.weight[[first, 300]] = model.embedding.weight[[300, first]]
     assert generate(model, [[END, *b"one"]], config).tokens[0][0] == 300
     [text] = lm.generate_until(requests("generate_until", ("one", {"until": []})), True)
-    config = GenerationConfig(max_new_tokens=8, forbidden=range(BYTES.vocabulary, 320), end=END)
+    config = GenerationConfig(max_new_tokens=8, forbidden=range(BYTES.vocab_size, 320), end=END)
     assert text == BYTES.decode(generate(model, [[END, *b"one"]], config).tokens[0])
     with pytest.raises(ConfigError, match="trained with"):
-        adapter.OmnimixLM(model=language_model("masked", vocabulary=320), tokenizer=BYTES)
+        adapter.OmnimixLM(model=language_model("masked", vocab_size=320), tokenizer=BYTES)
 
 
 @pytest.mark.parametrize("objective", ["masked", "block", "sedd"])
@@ -358,7 +358,7 @@ def test_blocks_of_one_token_are_no_bound(adapter, block, exact):
     backbone = omnimix.BackboneConfig(dim=32, depth=1, pattern=["attention"])
     config = omnimix.LanguageModelConfig(
         backbone=backbone,
-        vocabulary=BYTES.vocabulary,
+        vocab_size=BYTES.vocab_size,
         objective=BlockDiffusionConfig(block=block),
     )
     info = adapter.OmnimixLM(model=omnimix.LanguageModel(config), tokenizer=BYTES).get_model_info()

@@ -15,7 +15,7 @@ with source_hidden():
 def adapted(pattern: str):
     """A language model, its twin with LoRA on all linear layers of its blocks, and what these are called."""
     backbone = BackboneConfig(dim=48, depth=2, pattern=tuple(pattern.split(",")))
-    model = LanguageModel(LanguageModelConfig(backbone=backbone, vocabulary=64)).double().eval()
+    model = LanguageModel(LanguageModelConfig(backbone=backbone, vocab_size=64)).double().eval()
     twin = LanguageModel(model.config).double().eval()
     twin.load_state_dict(model.state_dict())
     layers = [name for name, m in twin.named_modules() if type(m) is nn.Linear and name.startswith("backbone.")]

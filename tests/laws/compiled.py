@@ -92,7 +92,7 @@ def test_blocks_compile_whole(name: str):
 def test_a_language_models_loss_compiles_whole():
     torch.manual_seed(0)
     backbone = BackboneConfig(dim=32, depth=2, pattern=("gla", "attention"))
-    model = LanguageModel(LanguageModelConfig(backbone=backbone, vocabulary=11)).double()
+    model = LanguageModel(LanguageModelConfig(backbone=backbone, vocab_size=11)).double()
     ids = torch.arange(18).view(2, 9) % 11
     compiled = torch.compile(lambda ids: model.loss(ids).loss, fullgraph=True, backend="aot_eager")
     found, wanted = compiled(ids), model.loss(ids).loss

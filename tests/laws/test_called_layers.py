@@ -120,7 +120,9 @@ def test_the_head_is_called(objective: str, tie: bool):
         scan = "forward" if objective == "causal" else "bidirectional"
         backbone = BackboneConfig(dim=16, depth=1, pattern=("gla",), scan=scan)
         torch.manual_seed(1)
-        model = LanguageModel(LanguageModelConfig(backbone=backbone, vocabulary=11, objective=config, tie=tie)).double()
+        model = LanguageModel(
+            LanguageModelConfig(backbone=backbone, vocab_size=11, objective=config, tie_word_embeddings=tie)
+        ).double()
         ids = torch.arange(18).view(2, 9) % 11
 
         def run(model: nn.Module, ids: Tensor = ids) -> Tensor:

@@ -22,7 +22,7 @@ def model_of(name: str, options) -> LanguageModel:
     forward = get_objective(name).build.decoder == "autoregressive" or getattr(options, "block", None) == 1
     scan = "forward" if forward else "bidirectional"
     backbone = BackboneConfig(dim=16, depth=2, pattern=("gla", "attention"), scan=scan)
-    config = LanguageModelConfig(backbone=backbone, vocabulary=VOCABULARY, objective=options)
+    config = LanguageModelConfig(backbone=backbone, vocab_size=VOCABULARY, objective=options)
     model = LanguageModel(config).double()
     with torch.no_grad():
         for p in model.parameters():

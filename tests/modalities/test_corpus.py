@@ -355,7 +355,7 @@ def test_bpe_learns_a_part_of_each_long_document(tmp_path, monkeypatch):
     monkeypatch.setattr(token_cache, "_SAMPLE", 1000)
     monkeypatch.setattr(token_cache, "_LONG", 1000)
     corpus = TextFiles(tmp_path, patterns=["*.txt"])
-    assert cached_bpe(corpus, 280, val_fraction=0.1, folder=tmp_path / "cache").vocabulary > 260
+    assert cached_bpe(corpus, 280, val_fraction=0.1, folder=tmp_path / "cache").vocab_size > 260
 
 
 @pytest.mark.parametrize("answers_only", [True, False])

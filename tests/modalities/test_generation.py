@@ -27,7 +27,7 @@ def writer(
     tokenizer = ByteTokenizer(special)
     backbone = BackboneConfig(dim=16, depth=1, pattern=[mixer])
     config = LanguageModelConfig(
-        backbone=backbone, vocabulary=tokenizer.vocabulary + more, objective=objective, tie=False
+        backbone=backbone, vocab_size=tokenizer.vocab_size + more, objective=objective, tie_word_embeddings=False
     )
     model = LanguageModel(config).double()
     with torch.no_grad():
@@ -46,7 +46,7 @@ def scripted(monkeypatch):
         ids = [*text.encode(), made.tokenizer.end]
 
         def logits(rows: int) -> torch.Tensor:
-            wanted = torch.zeros(rows, made.model.vocabulary, dtype=torch.float64)
+            wanted = torch.zeros(rows, made.model.vocab_size, dtype=torch.float64)
             wanted[:, ids[min(place[0], len(ids) - 1)]] = 9
             return wanted
 

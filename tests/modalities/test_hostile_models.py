@@ -186,7 +186,7 @@ def test_the_wrapper_of_transformers_refuses_the_same(folder, tmp_path):
         ("backbone", "dim"): [10**9, 10**7, "a", None],
         ("backbone", "norm_eps"): ["a", math.nan, 0],
         ("backbone",): [None, [], {}],
-        ("vocabulary",): [10**12, -1],
+        ("vocab_size",): [10**12, -1],
     }
     for path, values in cases.items():
         for i, value in enumerate(values):

@@ -44,7 +44,7 @@ def test_streams_add_up_to_the_whole(tokenizer):
     rng = random.Random(1)
     for _ in range(100):
         # Also ids that make no UTF-8.
-        ids = [rng.randrange(tokenizer.vocabulary) for _ in range(rng.randrange(30))]
+        ids = [rng.randrange(tokenizer.vocab_size) for _ in range(rng.randrange(30))]
         for sequence in (ids, tokenizer.encode(random_text(rng))):
             stream = tokenizer.stream()
             parts = [stream.push(i) for i in sequence] + [stream.flush()]
@@ -136,8 +136,8 @@ def test_saved_and_loaded(tokenizer, tmp_path):
     for path in (tmp_path, tmp_path / "tokenizer.json"):
         loaded = omnimix.load_tokenizer(path)
         assert type(loaded) is type(tokenizer)
-        assert (loaded.vocabulary, loaded.end, loaded.special) == (
-            tokenizer.vocabulary,
+        assert (loaded.vocab_size, loaded.end, loaded.special) == (
+            tokenizer.vocab_size,
             tokenizer.end,
             tokenizer.special,
         )
@@ -150,14 +150,14 @@ def test_saved_and_loaded(tokenizer, tmp_path):
 def test_training_is_repeatable_and_keeps_indentation_together():
     first, second = (train_bpe(CODE, 320) for _ in range(2))
     assert first.fingerprint == second.fingerprint
-    assert first.vocabulary <= 320
+    assert first.vocab_size <= 320
     tokens = [first.decode([i]) for i in first.encode("    def f(self, x):\n        return 12")]
     assert "):\n        " in tokens
     assert tokens[-2:] == ["1", "2"]
 
 
 def test_a_vocabulary_without_room_for_the_bytes_is_refused():
-    with pytest.raises(ConfigError, match="vocabulary is 256"):
+    with pytest.raises(ConfigError, match="vocab_size is 256"):
         train_bpe(CODE, 256)
 
 
@@ -167,8 +167,8 @@ def test_lone_surrogates_are_refused(tokenizer):
 
 
 def test_ids_outside_the_vocabulary_are_refused(tokenizer):
-    with pytest.raises(UnsupportedShape, match=f"to {tokenizer.vocabulary}, and"):
-        tokenizer.decode([0, tokenizer.vocabulary])
+    with pytest.raises(UnsupportedShape, match=f"to {tokenizer.vocab_size}, and"):
+        tokenizer.decode([0, tokenizer.vocab_size])
 
 
 def foreign(tmp_path, *, special: list[str], config: dict | None = None) -> None:
@@ -192,7 +192,7 @@ def test_foreign_tokenizers_add_nothing_by_themselves(tmp_path):
     loaded = load_tokenizer(tmp_path)
     assert isinstance(loaded, BPETokenizer)
     assert loaded.encode("a b a") == [1, 2, 1]
-    assert (loaded.end, loaded.vocabulary) == (3, 4)
+    assert (loaded.end, loaded.vocab_size) == (3, 4)
     assert loaded.chat([{"role": "user", "content": "a"}]) == "</s>a"
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].role }}")
     assert load_tokenizer(tmp_path).chat([{"role": "user", "content": "a"}]) == "user"

@@ -42,7 +42,7 @@ class Module(pl.LightningModule):
         super().__init__()
         torch.manual_seed(0)
         backbone = BackboneConfig(dim=16, depth=2, pattern=("attention", "gla"))
-        self.model = LanguageModel(LanguageModelConfig(backbone=backbone, vocabulary=50)).double()
+        self.model = LanguageModel(LanguageModelConfig(backbone=backbone, vocab_size=50)).double()
 
     def training_step(self, batch, index=0):
         found = self.model.loss(batch[0], lengths=batch[1])

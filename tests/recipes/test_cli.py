@@ -32,7 +32,7 @@ MODELS = {
 # What has no default.
 REQUIRED = {"path", "root"}
 # What the data say a model, and the run its data.
-LINKED = {"classes", "clips", "image_size", "in_channels", "seed", "sounds", "vocabulary"}
+LINKED = {"classes", "clips", "image_size", "in_channels", "seed", "sounds", "vocab_size"}
 
 
 def of_class(cls: type) -> dict:

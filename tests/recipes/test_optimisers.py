@@ -17,7 +17,7 @@ from omnimix.recipes.common.training import TrainingConfig
 
 def model() -> LanguageModel:
     backbone = BackboneConfig(dim=16, depth=2, pattern=["mamba2", "attention"], ffn=MoEConfig(experts=2))
-    return LanguageModel(LanguageModelConfig(backbone=backbone, vocabulary=11, tie=False))
+    return LanguageModel(LanguageModelConfig(backbone=backbone, vocab_size=11, tie_word_embeddings=False))
 
 
 def muon(*parameters: nn.Parameter, **options) -> MuonAdamW:

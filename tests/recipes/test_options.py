@@ -186,7 +186,7 @@ def test_in_python_a_data_set_takes_one_object(images):
         {"batch_size": 0},
         {"workers": -1},
         {"length": 0},
-        {"vocabulary": 0},
+        {"vocab_size": 0},
         {"val_fraction": 1.0},
         {"val_tokens": 0},
     ],

@@ -42,7 +42,7 @@ def saved(tmp_path_factory) -> Path:
     frames = torch.randint(0, 255, (8, 3, 20, 24), dtype=torch.uint8)
     write_video(folder / "clip.mp4", frames, rate=8)
     backbone = om.BackboneConfig(dim=16, depth=1)
-    save_model(om.LanguageModel(om.LanguageModelConfig(backbone=backbone, vocabulary=257)), folder / "text")
+    save_model(om.LanguageModel(om.LanguageModelConfig(backbone=backbone, vocab_size=257)), folder / "text")
     ByteTokenizer().save(folder / "text")
     return folder
 

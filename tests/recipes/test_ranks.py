@@ -31,7 +31,7 @@ TEXT = [
     "--model.mixer=attention",
     "--model.training.optimizer=adamw",
 ]
-TEXT += ["--data=TextFiles", "--data.vocabulary=260", "--data.length=16", "--data.options.val_fraction=0.2"]
+TEXT += ["--data=TextFiles", "--data.vocab_size=260", "--data.length=16", "--data.options.val_fraction=0.2"]
 TEXT += ["--trainer.max_steps=24", "--trainer.val_check_interval=12", "--trainer.accumulate_grad_batches=2"]
 ALWAYS = ["--threads=1", "--trainer.accelerator=cpu"]
 

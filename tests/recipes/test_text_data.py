@@ -200,26 +200,33 @@ def test_bytes_of_training_batches_follow_the_tokens(folder):
 
 
 def test_the_tokenizer_is_learnt_loaded_or_bytes(folder, tmp_path):
-    learnt = data(folder, tokenizer="bpe", vocabulary=300)
-    assert 256 < learnt.vocabulary <= 300 and learnt.tokenizer.end == 0
+    learnt = data(folder, tokenizer="bpe", vocab_size=300)
+    assert 256 < learnt.vocab_size <= 300 and learnt.tokenizer.end == 0
     train_bpe(["abc " * 50], 260).save(tmp_path / "kept")
     loaded = data(folder, tokenizer=str(tmp_path / "kept"))
-    assert loaded.vocabulary == 260
+    assert loaded.vocab_size == 260
     with pytest.raises(UnknownName, match="'<stop>'"):
         _ = data(folder, tokenizer=str(tmp_path / "kept"), end="<stop>").tokenizer
     assert isinstance(data(folder).tokenizer, ByteTokenizer)
     with pytest.raises(CheckpointError, match="bpee does not exist"):
-        _ = data(folder, tokenizer="bpee").vocabulary
+        _ = data(folder, tokenizer="bpee").vocab_size
+
+
+def test_few_documents_fall_on_both_sides(folder, tmp_path, caplog):
+    for part, held, side in ((1e-9, 1, "held out"), (1 - 1e-9, 39, "trained on")):
+        with caplog.at_level("WARNING", "omnimix"):
+            module = data(folder, val_fraction=part, tokenizer="bpe", vocab_size=270)
+            assert module.cache.held_out(module.val_fraction).sum() == held and len(module.cache) == 40
+        assert f"one is {side}" in caplog.text
+        assert module.train_dataloader() and module.val_dataloader()
+    only = tmp_path / "only"
+    only.mkdir()
+    (only / "a.txt").write_text("the only one\n" * 9)
+    with pytest.raises(ConfigError, match="has 1 documents; .*--data.section 20000"):
+        data(only).train_dataloader()
 
 
 def test_split_and_options_are_checked(folder):
-    for part, reason in (
-        (1e-9, "none falls into val_fraction 1e-09; raise it"),
-        (1 - 1e-9, "all fall into .*; lower it"),
-    ):
-        with pytest.raises(ConfigError, match=f"of 40 documents {reason}.*data.section"):
-            data(folder, val_fraction=part).train_dataloader()
-            data(folder, val_fraction=part).val_dataloader()
     for wrong in ({"length": 0}, {"batch_size": 0}):
         with pytest.raises(ConfigError, match=r"is 0; it must be at least 1"):
             data(folder, **wrong)
@@ -300,7 +307,7 @@ def test_rows_that_only_fill_up_count_nothing(folder, kind):
     width = alone["tokens"].shape[1]
     assert both["counted"].flatten()[:width].any() and not both["counted"].flatten()[-width:].any()
     model = TextGeneration(
-        backbone=BackboneConfig(dim=16, depth=1, pattern=("attention",)), vocabulary=module.vocabulary
+        backbone=BackboneConfig(dim=16, depth=1, pattern=("attention",)), vocab_size=module.vocab_size
     )
     model.on_validation_epoch_start()
     model.validation_step(module.train_set[0, -1 - 5], 0)

@@ -102,7 +102,7 @@ def test_a_module_trains_without_a_datamodule(tmp_path, named):
 
 
 def test_a_language_model_trains_without_a_datamodule(tmp_path):
-    module = TextGeneration(vocabulary=32)
+    module = TextGeneration(vocab_size=32)
     ids = loader([{"tokens": torch.randint(0, 32, (2, 9))} for _ in range(2)])
     fitting = trainer(tmp_path, limit_val_batches=0)
     fitting.fit(module, ids, ids)
