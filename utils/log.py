@@ -6,10 +6,13 @@ import contextlib
 import logging
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from .console import markup, say
 
+# Seconds from line to line of what takes long, where no bar can move.
+EVERY = 10.0
 _ROOT = logging.getLogger("omnimix")
 # Without a handler Python would print the warnings of a library whose program has set up no log.
 _ROOT.addHandler(logging.NullHandler())
@@ -57,17 +60,31 @@ def printed() -> Iterator[None]:
                 _ROOT.propagate = propagate
 
 
+def _records(logger: logging.Logger, text: str, total: int) -> Callable[[int], None]:
+    """What tells of each advance towards `total` by a record every ten seconds."""
+    done, said = 0, time.monotonic()
+
+    def advance(by: int) -> None:
+        nonlocal done, said
+        done += by
+        if time.monotonic() - said >= EVERY:
+            said = time.monotonic()
+            logger.info("%s: %d %%", text, 100 * done // max(1, total))
+
+    return advance
+
+
 @contextlib.contextmanager
 def progress(
     logger: logging.Logger, text: str, total: int, *, level: int = logging.INFO
 ) -> Iterator[Callable[[int], None]]:
     """What is to be called with each advance towards `total`.
 
-    It moves a bar on a command's terminal; elsewhere there is one record of this level.
+    It moves a bar on a command's terminal; elsewhere there is one record of this level, and one every ten seconds.
     """
     if _console not in _ROOT.handlers or not sys.stderr.isatty():
         logger.log(level, text)
-        yield lambda advance: None
+        yield _records(logger, text, total)
         return
     from rich.console import Console
     from rich.progress import Progress

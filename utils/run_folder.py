@@ -85,6 +85,10 @@ class RunFolder:
             self._older.rename(self._gone)
             shutil.rmtree(self._gone, ignore_errors=True)
 
+    def discard(self) -> None:
+        """Delete what a new run that has failed before its first step has made, so that its name is free again."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
     def restore(self) -> bool:
         """Put the older run of this name back in the place of this one; whether there was one."""
         if not self._older.is_dir():

@@ -36,6 +36,7 @@ from .migration import migrated_files
 from .options import RecipeData, options_argument
 from .parser import Parser
 from .private_lightning import OpenCLI
+from .progress import ProgressLines
 from .ranks import share_threads, trainer_of_torchrun
 from .stored import DAMAGED, OTHER_MODEL, build_fitting, stored_config
 from .training import AverageWeights, Begin, LastCheckpoint, SeedEveryStep, WholeFiles, precision
@@ -239,6 +240,7 @@ class RecipeCLI(OpenCLI):
             self.datamodule.shuffled = False
         if self.command == "fit":
             self.history.lines = not (ours or theirs)
+            ours += [ProgressLines()] if self.history.lines else []
             self.begin = Begin(self._begin)
             ours += [SeedEveryStep(self.options.seed_everything), self.begin, self.history, *self.callbacks]
         # Lightning takes no callback that saves where nothing is to be saved.
@@ -275,10 +277,13 @@ class RecipeCLI(OpenCLI):
             with interruptible():
                 self.trainer.fit(model, ckpt_path=ckpt_path, **{**kwargs, "weights_only": True})
         except BaseException as error:
-            if rank_zero_only.rank == 0 and not self.begin.done and folder.restore():
-                say(f"stopped before the first step; the run {str(folder.path)!r} is as it was")
-                if isinstance(error, KeyboardInterrupt):
-                    raise SystemExit(130) from error  # there is nothing of this run to resume
+            if rank_zero_only.rank == 0 and not self.begin.done:
+                if folder.restore():
+                    say(f"stopped before the first step; the run {str(folder.path)!r} is as it was")
+                    if isinstance(error, KeyboardInterrupt):
+                        raise SystemExit(130) from error  # there is nothing of this run to resume
+                elif isinstance(error, Exception) and not self.options.resume:
+                    folder.discard()
             self._explain(error, ckpt_path)
             raise
         if rank_zero_only.rank == 0:

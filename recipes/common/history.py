@@ -18,7 +18,7 @@ class History(Callback):
     """One row an epoch with what was logged, and the seconds that training took.
 
     Attributes:
-        lines: whether to print each row, for logs in which a progress bar cannot move.
+        lines: whether to print each row of an epoch or a validation, for logs in which a progress bar cannot move.
     """
 
     def __init__(self) -> None:
@@ -32,10 +32,10 @@ class History(Callback):
         self.seconds += now - self._since
         self._since = now
 
-    def _add(self, trainer: pl.Trainer, head: str, **row: int | float) -> None:
+    def _add(self, trainer: pl.Trainer, head: str | None, **row: int | float) -> None:
         self._count()
         self.rows.append({"seconds": self.seconds, **row})
-        if self.lines and trainer.is_global_zero:
+        if self.lines and head is not None and trainer.is_global_zero:
             measured = sorted((name, value) for name, value in row.items() if name not in ("epoch", "step"))
             say("  ".join([head, *(f"{name} {short_number(value)}" for name, value in measured)]))
 
@@ -107,7 +107,7 @@ class StepHistory(History):
         self.tokens += counted
         self.busy += self._passed
         self._nats, self._counted, self._passed = 0.0, 0, 0.0
-        self._add(trainer, self._head(trainer), step=trainer.global_step, **row)
+        self._add(trainer, None, step=trainer.global_step, **row)
         self._mark = time.monotonic()
         return row
 
@@ -118,16 +118,13 @@ class StepHistory(History):
         if trainer.state.fn != "fit":
             return
         measured = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
-        self._add(trainer, self._head(trainer), step=trainer.global_step, **measured)
+        self._add(trainer, f"step {trainer.global_step}/{self._planned}", step=trainer.global_step, **measured)
         self._mark = time.monotonic()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._count()
         if self._counted and trainer.global_step >= self._planned:
             self._row(trainer)
-
-    def _head(self, trainer: pl.Trainer) -> str:
-        return f"step {trainer.global_step}/{self._planned}"
 
     def state_dict(self) -> dict[str, Any]:
         partial = {"nats": float(self._nats), "counted": int(self._counted), "passed": self._passed}

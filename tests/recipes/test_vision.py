@@ -94,6 +94,8 @@ def test_an_older_run_is_safe(runs, capsys):
     config = ["--model.backbone.residual", "adaln", "--model.backbone.residual.condition", "4"]
     assert main(["vision", "fit", "--name", "whole", "--runs", str(runs), "--overwrite", *TINY, *config]) == 2
     assert "is as it was" in capsys.readouterr().out
+    # A new one that fails there leaves nothing that would block the next command of its name.
+    assert main(["vision", "fit", "--name", "new", "--runs", str(runs), *TINY, *config]) == 2
     assert sorted(path.name for path in runs.iterdir()) == ["other", "whole"]
     after = weights(runs / "whole")
     assert all(torch.equal(before[name], after[name]) for name in before)
