@@ -28,7 +28,7 @@ class ProgressLines(Callback):
 
     def __init__(self, every: float = EVERY):
         self.every = every
-        self._said = self._since = 0.0
+        self._said = self._since = self._window = self._validating = 0.0
         self._started_at = self._planned = 0
         self._loss: float | torch.Tensor = 0.0
         self._batches = self._samples = 0
