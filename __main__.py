@@ -28,6 +28,10 @@ COMMANDS = {
     "text validate": (".recipes.text.recipe:validate", "evaluate a run in bits per byte on the validation split"),
     "text generate": (".recipes.text.generate:main", "continue a prompt or standard input with a run"),
     "data shard": (".cli.shard:main", "write folders of labelled files into tar shards"),
+    "export": (
+        ".recipes.export:main",
+        "write a run's model as ONNX or in other formats, and compare",
+    ),
     "list mixers": (".cli.commands:list_mixers", "the sequence mixers"),
     "list objectives": (".cli.commands:list_objectives", "what language models are trained for"),
     "list models": (".cli.commands:list_models", "the models that create_model builds by name"),
