@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from array import array
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from ...errors import ConfigError
+from ...utils.log import logger_of
+
+logger = logger_of(__name__)
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 VIDEO_SUFFIXES = frozenset(
@@ -19,6 +23,8 @@ VIDEO_SUFFIXES = frozenset(
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".aif", ".aiff"})
 
 _LAYOUTS = "{split}/CLASS/FILES, {split}.csv, or tar shards {split}-*.tar or {split}/*.tar"
+# Folders of these names are splits and no classes.
+_SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 # What readers call media that come as bytes, since they do not know where these are from.
 UNNAMED = "(bytes)"
 # A label beyond this is a column of something else, and not the number of a class.
@@ -167,14 +173,64 @@ def find_source(
 def find_splits(root: str | Path, suffixes: Collection[str]) -> dict[str, Source]:
     """The sources "train" and "val" of a root, and "test" where it has one; their classes are the training ones.
 
+    "val" may be called "valid" or "validation". Where there is none, a fifth of the training files of each class is
+    held out, always the same; and where there is no "train" either, the folders in the root are the classes.
+
     Raises:
-        ConfigError: as `find_source`, or there is one class only.
+        ConfigError: as `find_source`, or there is one class only, or too few files to hold one out.
         MediaError: as `find_source`.
     """
-    train = find_source(root, "train", suffixes)
-    check_classes(train.classes, Path(root) / "train")
-    rest = ["val", *(["test"] if has_split(root, "test") else [])]
-    return {"train": train, **{split: find_source(root, split, suffixes, train.classes) for split in rest}}
+    root = Path(root)
+    check_folder(root)
+    folders = {entry.name.lower() for entry in _visible(root) if os.path.isdir(entry.path)}
+    if has_split(root, "train") or not folders or folders & _SPLITS:
+        where, train = root / "train", find_source(root, "train", suffixes)
+    else:
+        where, train = root, FolderSource(root, suffixes)
+    check_classes(train.classes, where)
+    named = next((name for name in ("val", "valid", "validation") if where != root and has_split(root, name)), None)
+    splits: dict[str, Source] = {}
+    if named is None and isinstance(train, FileSource):
+        splits["train"], splits["val"] = hold_out(train, root)
+    else:
+        splits["train"], splits["val"] = train, find_source(root, named or "val", suffixes, train.classes)
+    if where != root and has_split(root, "test"):
+        splits["test"] = find_source(root, "test", suffixes, train.classes)
+    return splits
+
+
+def hold_out(source: FileSource, root: Path, fraction: float = 0.2) -> tuple[FileSource, FileSource]:
+    """The files to train on and to hold out: the same fraction of each class, which ones follows from their names.
+
+    Args:
+        root: names are taken from here, so that a folder that is moved keeps its split.
+
+    Raises:
+        ConfigError: no class has two files.
+    """
+    members: dict[int, list[tuple[bytes, str]]] = {}
+    for i in range(len(source)):
+        name = source.name(i)
+        key = Path(os.path.relpath(name, root)).as_posix().encode("utf-8", "surrogateescape")
+        members.setdefault(source.label(i), []).append((hashlib.sha256(key).digest(), name))
+    sides: tuple[list[tuple[str, int]], list[tuple[str, int]]] = ([], [])
+    for label, files in members.items():
+        count = 0 if len(files) < 2 else max(1, round(fraction * len(files)))
+        held = {name for _, name in sorted(files)[:count]}
+        for _, name in files:
+            sides[name in held].append((name, label))
+    train, held_out = (FileSource(sorted(side), source.classes) for side in sides)
+    if not len(held_out):
+        raise ConfigError(
+            f"no class in {str(root)!r} has two files, so that none can be held out; add files, or a split 'val'"
+        )
+    logger.info(
+        "%s has no split 'val': %s of its %s files are held out, a fifth of each class",
+        root,
+        len(held_out),
+        len(source),
+    )
+    return train, held_out
 
 
 def check_folder(root: Path) -> None:

@@ -17,7 +17,7 @@ from ...errors import ConfigError
 from ...modalities.data.sources import FolderSource, Source, check_classes, find_source, find_splits, read_utf8
 from ..common.loading import uniform
 from ..common.media import MediaData, Samples
-from ..common.options import LOADING, LoadingOptions
+from ..common.options import LOADING, LoadingOptions, Reader
 from ..common.synthetic import MOST
 from .preprocess import SUFFIXES, AudioPreprocess
 from .sounds import RATE, SECONDS, SOUNDS, sounds_folder
@@ -140,6 +140,12 @@ class AudioData(MediaData):
     augment: AudioAugment | None = None
     # FFmpeg has its own threads, which do not survive a fork.
     context = "forkserver"
+
+    @classmethod
+    def reader_of(cls, path: Path) -> Reader:
+        if not path.is_dir():
+            raise ConfigError(f"data is {str(path)!r}; name a folder of audio files by class")
+        return Reader("AudioFolderData", {"root": path}, "audio_folder")
 
     @property
     def sounds(self) -> tuple[int, float | None, int]:

@@ -159,6 +159,8 @@ def _defaults(base: Path, argv: list[str]) -> dict[str, Any]:
         _check_root(argv, base, own)
     if any(name != own for name in named):
         del content["data"]
+        # They are beginnings of its texts.
+        content["model"].pop("prompts", None)
     return content
 
 

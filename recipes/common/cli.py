@@ -35,6 +35,7 @@ from .history import History
 from .migration import migrated_files
 from .options import RecipeData, options_argument
 from .parser import Parser
+from .places import with_data_set
 from .private_lightning import OpenCLI
 from .progress import ProgressLines
 from .ranks import share_threads, trainer_of_torchrun
@@ -94,6 +95,7 @@ class RecipeCLI(OpenCLI):
         # Whatever changes the current folder later, the run stays where it was started.
         self._started = os.getcwd()
         _quiet()
+        argv = with_data_set(argv, data)
         run = _run_of(command, argv, self.task)
         with (
             contextlib.nullcontext(argv)

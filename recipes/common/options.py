@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import lightning.pytorch as pl
 
@@ -66,6 +67,20 @@ def at_least(options: DataOptions, least: int, *names: str) -> None:
 LOADING = LoadingOptions()
 
 
+class Reader(NamedTuple):
+    """The data set that reads a folder or file.
+
+    Args:
+        data_set: its name.
+        options: it takes, such as the path.
+        configuration: the packaged one whose defaults suit it; None are the recipe's own.
+    """
+
+    data_set: str
+    options: dict[str, Any]
+    configuration: str | None = None
+
+
 class RecipeData(pl.LightningDataModule):
     """Base of the recipes' data sets, which take the options that they share as one object.
 
@@ -78,6 +93,15 @@ class RecipeData(pl.LightningDataModule):
     defaults: ClassVar[DataOptions]
     fixed: ClassVar[dict[str, str]] = {}
     shuffled: bool = True
+
+    @classmethod
+    def reader_of(cls, path: Path) -> Reader:
+        """What reads a folder or file of one's own.
+
+        Raises:
+            ConfigError: nothing does.
+        """
+        raise ConfigError(f"data is {str(path)!r}, and {cls.__name__} reads no folders or files; name a data set")
 
     @classmethod
     def filled(cls, given: DataOptions) -> Any:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
+import zlib
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,12 +17,13 @@ import numpy as np
 from ...backbones.config import bounded
 from ...errors import ConfigError
 from ...modalities.data.corpus import Corpus, split_fraction
+from ...modalities.data.sources import walk_files
 from ...modalities.data.token_cache import TokenCache, cached_bpe, cached_tokens
 from ...modalities.text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from ...utils.log import logger_of
 from ...utils.renamed import renamed_options
 from ..common.loading import EpochLoader
-from ..common.options import DataOptions, RecipeData, at_least
+from ..common.options import DataOptions, Reader, RecipeData, at_least
 from .windows import PackedWindows, Pieces
 
 
@@ -64,6 +68,26 @@ logger = logger_of(__name__)
 OPTIONS = TextOptions()
 
 
+# What reads files, by their endings.
+_READERS = (
+    *(("TextFiles", suffix) for suffix in (".txt", ".md")),
+    *(("JsonLines", suffix) for suffix in (".jsonl", ".ndjson", ".jsonl.gz")),
+    ("Parquet", ".parquet"),
+    ("Shards", ".tar"),
+)
+
+
+def _has_messages(file: Path) -> bool:
+    """Whether the rows of a file of JSON lines are conversations."""
+    opened = gzip.open if file.suffix == ".gz" else open
+    try:
+        with opened(file, "rt", encoding="utf-8") as rows:
+            row = json.loads(rows.readline(1 << 24))
+    except (OSError, ValueError, EOFError, zlib.error):
+        return False  # its reader says what is wrong
+    return isinstance(row, dict) and "messages" in row
+
+
 class TextData(RecipeData):
     """Base of the text data sets. A batch is a dict: tokens (b, t), perhaps cu_seqlens, lengths, counted; and bytes.
 
@@ -93,6 +117,27 @@ class TextData(RecipeData):
         super().__init__()
         # Options, of which those that have a default are not None any more: their types do not say that.
         self.options: Any = self.filled(options)
+
+    @classmethod
+    def reader_of(cls, path: Path) -> Reader:
+        sizes: dict[str, int] = {}
+        first: dict[str, Path] = {}
+        suffixes = sorted({suffix for _, suffix in _READERS})
+        for file in [path] if path.is_file() else walk_files(path, {*suffixes, ".gz"}):
+            kind = next((kind for kind, suffix in _READERS if file.name.lower().endswith(suffix)), None)
+            if kind is not None and file.is_file():
+                sizes[kind] = sizes.get(kind, 0) + file.stat().st_size
+                first.setdefault(kind, file)
+        if not sizes:
+            raise ConfigError(
+                f"data is {str(path)!r}, where nothing ends in {', '.join(suffixes)}; name a data set and its options, "
+                "for example --data TextFiles --data.path DIR --data.patterns '[\"*.log\"]'"
+            )
+        kind = max(sizes, key=lambda kind: sizes[kind])
+        if kind == "JsonLines" and _has_messages(first[kind]):
+            kind = "ChatLines"
+        # Long files are cut, so that there is something to hold out.
+        return Reader(kind, {"path": path} | ({"section": 20_000} if kind == "TextFiles" else {}))
 
     @abstractmethod
     def corpus(self) -> Corpus:

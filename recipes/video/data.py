@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ...errors import MediaError
+from ...errors import ConfigError, MediaError
 from ...modalities.data.sources import VIDEO_SUFFIXES, Source, find_splits
 from ...modalities.video.files import VideoReader
 from ..common.loading import Key
 from ..common.media import MediaData, Samples, named
-from ..common.options import LoadingOptions, at_least
+from ..common.options import LoadingOptions, Reader, at_least
 from ..vision.folders import Augment
 from .preprocess import ClipConfig, VideoPreprocess
 
@@ -94,6 +94,12 @@ class VideoData(MediaData):
 
     def __init__(self, *, loading: VideoOptions = LOADING):
         super().__init__(loading=loading)
+
+    @classmethod
+    def reader_of(cls, path: Path) -> Reader:
+        if not path.is_dir():
+            raise ConfigError(f"data is {str(path)!r}; name a folder of clips by class")
+        return Reader("VideoFolderData", {"root": path}, "video_folder")
 
     @property
     def clips(self) -> tuple[int, int, int, int, int]:

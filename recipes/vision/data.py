@@ -15,7 +15,7 @@ from ...errors import ConfigError
 from ...modalities.common.values import check_pixels
 from ..common.loading import Key, own_key, uniform
 from ..common.media import IGNORED, MediaData
-from ..common.options import LOADING, LoadingOptions
+from ..common.options import LOADING, LoadingOptions, Reader
 from .preprocess import ImagePreprocess
 
 
@@ -23,6 +23,14 @@ class ImageData(MediaData):
     """Base of the image data sets, whose batches have their images (b, c, h, w) as `image`."""
 
     preprocess: ImagePreprocess
+
+    @classmethod
+    def reader_of(cls, path: Path) -> Reader:
+        if path.is_dir():
+            return Reader("ImageFolderData", {"root": path}, "vision_folder")
+        if path.suffix in (".safetensors", ".pt", ".pth"):
+            return Reader("TensorData", {"path": path})
+        raise ConfigError(f"data is {str(path)!r}; name a folder of images by class, or a .safetensors file of tensors")
 
     @property
     def in_channels(self) -> int:

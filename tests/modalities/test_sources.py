@@ -203,3 +203,44 @@ def test_a_table_needs_rows(tmp_path, classes):
     (tmp_path / "train.csv").write_text("path,label\n")
     with pytest.raises(ConfigError, match="a header and no rows"):
         find_source(tmp_path, "train", IMAGE_SUFFIXES, classes)
+
+
+def _files(root: Path, names: list[str]) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+
+
+def test_folders_of_classes_are_split(tmp_path: Path, caplog):
+    names = [f"{cls}/{i}.png" for cls, count in (("cat", 10), ("dog", 25), ("owl", 1)) for i in range(count)]
+    _files(tmp_path / "a", names)
+    with caplog.at_level("INFO", "omnimix"):
+        splits = find_splits(tmp_path / "a", IMAGE_SUFFIXES)
+    assert "7 of its 36 files are held out" in caplog.text
+    train, val = splits["train"], splits["val"]
+    assert train.classes == val.classes == ("cat", "dog", "owl") and set(splits) == {"train", "val"}
+    held = {val.name(i) for i in range(len(val))}
+    assert len(held) == 7 and not held & {train.name(i) for i in range(len(train))} and len(train) == 29
+    assert [sum(val.label(i) == label for i in range(len(val))) for label in range(3)] == [2, 5, 0]
+    # Where the folder lies makes no difference, and neither does another file.
+    (tmp_path / "a").rename(tmp_path / "b")
+    again = find_splits(tmp_path / "b", IMAGE_SUFFIXES)["val"]
+    assert {again.name(i) for i in range(len(again))} == {name.replace("/a/", "/b/") for name in held}
+
+
+@pytest.mark.parametrize(("name", "held"), [("valid", 3), ("validation", 3), ("test", 2)])
+def test_other_names_of_splits(name: str, held: int, tmp_path: Path):
+    names = [f"train/{cls}/{i}.png" for cls in ("cat", "dog") for i in range(5)]
+    _files(tmp_path, [*names, *(f"{name}/{cls}/{i}.png" for cls, i in (("cat", 6), ("dog", 6), ("dog", 7)))])
+    splits = find_splits(tmp_path, IMAGE_SUFFIXES)
+    assert len(splits["val"]) == held and len(splits["train"]) == (8 if name == "test" else 10)
+    assert ("test" in splits) == (name == "test")
+
+
+def test_what_cannot_be_split(tmp_path: Path):
+    _files(tmp_path / "single", ["cat/0.png", "dog/0.png"])
+    with pytest.raises(ConfigError, match="no class .* has two files"):
+        find_splits(tmp_path / "single", IMAGE_SUFFIXES)
+    _files(tmp_path / "named", ["training/cat/0.png", "val/cat/0.png"])
+    with pytest.raises(ConfigError, match="has no split 'train'"):
+        find_splits(tmp_path / "named", IMAGE_SUFFIXES)

@@ -152,10 +152,9 @@ def test_a_class_only_in_val_is_named(folder):
         ImageFolderData(root=str(folder)).setup("fit")
 
 
-@pytest.mark.parametrize("missing", ["train", "val"])
-def test_a_missing_split_is_named(folder, missing):
-    (folder / missing).rename(folder / "elsewhere")
-    with pytest.raises(ConfigError, match=missing):
+def test_a_missing_split_is_named(folder):
+    (folder / "train").rename(folder / "elsewhere")
+    with pytest.raises(ConfigError, match="'train'"):
         ImageFolderData(root=str(folder)).setup("fit")
 
 
