@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -16,7 +18,7 @@ from ...modalities.audio.fronts import FrameFrontConfig, FrontConfig, PatchFront
 from ...modalities.audio.mel import LogMel, MelConfig, SpecAugmentConfig
 from ...modalities.audio.model import AudioClassifier, audio_classifier
 from ..common.classification import Baseline, Classification, ClassificationTrainingConfig, Look, finish
-from ..common.cli import RecipeCLI
+from ..common.cli import NOTHING, RecipeCLI
 from ..common.commands import evaluate, run_fit
 from ..common.training import EvenSteps
 from .data import AudioData, AudioFolderData, SoundsData
@@ -82,18 +84,20 @@ class AudioClassification(EvenSteps, Classification):
         self.order_blind_epochs = order_blind_epochs
 
 
-def fit(argv: list[str]) -> int:
+def fit(argv: list[str], objects: Mapping[str, Any] = NOTHING) -> int:
     """`omnimix audio fit`."""
-    return run_fit("audio", argv, _cli, _finish)
+    return run_fit("audio", argv, partial(make_cli, objects=objects), _finish)
 
 
-def _cli(command: str, argv: list[str]) -> RecipeCLI:
+def make_cli(command: str, argv: list[str], objects: Mapping[str, Any] = NOTHING) -> RecipeCLI:
+    """The command line of a subcommand; see `RecipeCLI`."""
     return RecipeCLI(
         command,
         model=AudioClassification,
         data=AudioData,
         recipe=RECIPE,
         argv=argv,
+        objects=objects,
         links=[("sounds", "sounds")],
         monitor="val/acc1",
         mode="max",
@@ -132,9 +136,9 @@ def picture(mel: Float[Tensor, "t bins"]) -> Float[Tensor, "3 bins t"]:
 
 def validate(argv: list[str]) -> int:
     """`omnimix audio validate`."""
-    return evaluate("validate", argv, _cli)
+    return evaluate("validate", argv, make_cli)
 
 
 def test(argv: list[str]) -> int:
     """`omnimix audio test`."""
-    return evaluate("test", argv, _cli)
+    return evaluate("test", argv, make_cli)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import os
 import pickle
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -36,13 +35,15 @@ from .migration import migrated_files
 from .options import RecipeData, options_argument
 from .parser import Parser
 from .places import with_data_set
-from .private_lightning import OpenCLI
+from .private_lightning import OpenCLI, quiet
 from .progress import ProgressLines
 from .ranks import share_threads, trainer_of_torchrun
 from .stored import DAMAGED, OTHER_MODEL, build_fitting, stored_config
 from .training import AverageWeights, Begin, LastCheckpoint, SeedEveryStep, WholeFiles, precision
 from .trees import EPILOG, build, epilog, tree_defaults
 
+# No objects for the trainer.
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 _OF_THE_CALL = ("overwrite", "resume", "ckpt_path", "weights_only", "json", "run")
 
 
@@ -67,6 +68,7 @@ class RecipeCLI(OpenCLI):
         mode: "max" where larger values of it are better, "min" where smaller ones are.
         history: keeps the curves.
         callbacks: more of the recipe's own, for a fit.
+        objects: arguments of the trainer that no command line can hold, such as callbacks and loggers.
     """
 
     model_class: type[pl.LightningModule]
@@ -87,14 +89,15 @@ class RecipeCLI(OpenCLI):
         mode: Literal["min", "max"],
         history: History | None = None,
         callbacks: Sequence[pl.Callback] = (),
+        objects: Mapping[str, Any] = NOTHING,
     ):
         self.command, self.links, self.monitor, self.mode = command, links, monitor, mode
         self.history = history or History()
-        self.callbacks = callbacks
+        self.callbacks, self.objects = callbacks, objects
         self.task = recipe.split("_")[0]
         # Whatever changes the current folder later, the run stays where it was started.
         self._started = os.getcwd()
-        _quiet()
+        quiet()
         argv = with_data_set(argv, data)
         run = _run_of(command, argv, self.task)
         with (
@@ -218,7 +221,8 @@ class RecipeCLI(OpenCLI):
             "precision": precision(config.precision, accelerator, sum(p.numel() for p in self.model.parameters())),
         }
         chosen |= trainer_of_torchrun(config)
-        if config.logger is None:
+        chosen |= {name: value for name, value in self.objects.items() if name != "callbacks"}
+        if config.logger is None and "logger" not in chosen:
             chosen["logger"] = self._loggers() if self.command == "fit" else False
         return super().instantiate_trainer(**chosen, **kwargs)
 
@@ -230,7 +234,9 @@ class RecipeCLI(OpenCLI):
 
     def make_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> pl.Trainer:
         given = config.get("callbacks") or []
-        theirs = any(isinstance(each, ProgressBar) for each in (given if isinstance(given, list) else [given]))
+        callbacks = [*callbacks, *self.objects.get("callbacks", ())]
+        given = [*(given if isinstance(given, list) else [given]), *callbacks]
+        theirs = any(isinstance(each, ProgressBar) for each in given)
         shown = sys.stdout.isatty() and config.get("enable_progress_bar") is not False
         ours: list[pl.Callback] = [RichProgressBar(leave=False)] if shown and not theirs else []
         if not (shown or theirs):
@@ -384,12 +390,3 @@ def _why_not_resumed(error: Exception) -> str | None:
     if isinstance(error, EOFError | pickle.UnpicklingError) or "PytorchStreamReader" in text:
         return DAMAGED
     return None
-
-
-def _quiet() -> None:
-    """Leave out what Lightning says of itself; warnings about the run stay."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # What we do on purpose: a run is resumed in its folder, and small sets have short epochs.
-    for message in ("`isinstance.*LeafSpec", "Checkpoint directory .* not empty", "The number of training batches"):
-        warnings.filterwarnings("ignore", message=f".*{message}.*")

@@ -5,12 +5,17 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
+
+# By which Lightning says things of itself.
+LOGGERS = ("lightning.pytorch", "lightning.fabric", "lightning")
 
 
 class DataParallelStrategy(ModelParallelStrategy):
@@ -49,3 +54,12 @@ def validates_now(trainer: pl.Trainer) -> bool:
     """Whether a validation follows the batch that has just been seen."""
     loop = trainer.fit_loop
     return loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
+def quiet() -> None:
+    """Leave out what Lightning says of itself; warnings about the run stay."""
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # What we do on purpose: a run is resumed in its folder, and small sets have short epochs.
+    for message in ("`isinstance.*LeafSpec", "Checkpoint directory .* not empty", "The number of training batches"):
+        warnings.filterwarnings("ignore", message=f".*{message}.*")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -18,7 +20,7 @@ from ...modalities import save_model
 from ...modalities.common.classifier import pattern_name
 from ...utils.console import emit, say
 from ...utils.renamed import renamed_arguments
-from ..common.cli import RecipeCLI
+from ..common.cli import NOTHING, RecipeCLI
 from ..common.commands import evaluate, run_fit
 from ..common.history import StepHistory
 from ..common.loading import mix
@@ -158,23 +160,25 @@ class TextGeneration(EvenSteps):
         checkpoint["model"] = to_dict(self.model.config)
 
 
-def fit(argv: list[str]) -> int:
+def fit(argv: list[str], objects: Mapping[str, Any] = NOTHING) -> int:
     """`omnimix text fit`."""
-    return run_fit("text", argv, _cli, _finish)
+    return run_fit("text", argv, partial(make_cli, objects=objects), _finish)
 
 
 def validate(argv: list[str]) -> int:
     """`omnimix text validate`."""
-    return evaluate("validate", argv, _cli)
+    return evaluate("validate", argv, make_cli)
 
 
-def _cli(command: str, argv: list[str]) -> RecipeCLI:
+def make_cli(command: str, argv: list[str], objects: Mapping[str, Any] = NOTHING) -> RecipeCLI:
+    """The command line of a subcommand; see `RecipeCLI`."""
     return RecipeCLI(
         command,
         model=TextGeneration,
         data=TextData,
         recipe=RECIPE,
         argv=argv,
+        objects=objects,
         links=[("vocab_size", "vocab_size")],
         monitor="val/bits_per_byte",
         mode="min",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,7 +19,7 @@ from ...errors import ConfigError
 from ...modalities.video.model import VideoClassifier, video_classifier
 from ...utils.console import say
 from ..common.classification import Baseline, Classification, ClassificationTrainingConfig, Look, finish
-from ..common.cli import RecipeCLI, interruptible
+from ..common.cli import NOTHING, RecipeCLI, interruptible
 from ..common.commands import evaluate, run_fit
 from ..common.training import AverageWeights, EvenSteps, SeedEveryStep
 from .data import VideoData, VideoFolderData
@@ -123,18 +125,20 @@ class VideoUnderstanding(EvenSteps, Classification):
         return VideoUnderstanding(**self._options)
 
 
-def fit(argv: list[str]) -> int:
+def fit(argv: list[str], objects: Mapping[str, Any] = NOTHING) -> int:
     """`omnimix video fit`."""
-    return run_fit("video", argv, _cli, _finish)
+    return run_fit("video", argv, partial(make_cli, objects=objects), _finish)
 
 
-def _cli(command: str, argv: list[str]) -> RecipeCLI:
+def make_cli(command: str, argv: list[str], objects: Mapping[str, Any] = NOTHING) -> RecipeCLI:
+    """The command line of a subcommand; see `RecipeCLI`."""
     return RecipeCLI(
         command,
         model=VideoUnderstanding,
         data=VideoData,
         recipe=RECIPE,
         argv=argv,
+        objects=objects,
         links=[("clips", "clips")],
         monitor="val/acc1",
         mode="max",
@@ -195,9 +199,9 @@ def one_frame_baseline(cli: RecipeCLI) -> Baseline | None:
 
 def validate(argv: list[str]) -> int:
     """`omnimix video validate`."""
-    return evaluate("validate", argv, _cli)
+    return evaluate("validate", argv, make_cli)
 
 
 def test(argv: list[str]) -> int:
     """`omnimix video test`."""
-    return evaluate("test", argv, _cli)
+    return evaluate("test", argv, make_cli)

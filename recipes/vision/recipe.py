@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from ...backbones.config import not_negative
 from ...modalities import ImageClassifier
 from ...modalities.image.model import image_classifier
 from ..common.classification import Classification, ClassificationTrainingConfig, Look, finish
-from ..common.cli import RecipeCLI
+from ..common.cli import NOTHING, RecipeCLI
 from ..common.commands import evaluate, run_fit
 from ..common.training import EvenSteps, parts
 from .data import DigitsData, ImageData, TensorData
@@ -111,18 +113,20 @@ def mixing(training: VisionTrainingConfig, classes: int) -> Any:
     return v2.RandomChoice([*ways, v2.Identity()], p=[*(share / len(ways) for _ in ways), 1 - share])
 
 
-def fit(argv: list[str]) -> int:
+def fit(argv: list[str], objects: Mapping[str, Any] = NOTHING) -> int:
     """`omnimix vision fit`."""
-    return run_fit("vision", argv, _cli, _finish)
+    return run_fit("vision", argv, partial(make_cli, objects=objects), _finish)
 
 
-def _cli(command: str, argv: list[str]) -> RecipeCLI:
+def make_cli(command: str, argv: list[str], objects: Mapping[str, Any] = NOTHING) -> RecipeCLI:
+    """The command line of a subcommand; see `RecipeCLI`."""
     return RecipeCLI(
         command,
         model=VisionClassification,
         data=ImageData,
         recipe=RECIPE,
         argv=argv,
+        objects=objects,
         links=[("classes", "classes"), ("in_channels", "in_channels"), ("image_size", "image_size")],
         monitor="val/acc1",
         mode="max",
@@ -135,9 +139,9 @@ def _finish(cli: RecipeCLI) -> None:
 
 def validate(argv: list[str]) -> int:
     """`omnimix vision validate`."""
-    return evaluate("validate", argv, _cli)
+    return evaluate("validate", argv, make_cli)
 
 
 def test(argv: list[str]) -> int:
     """`omnimix vision test`."""
-    return evaluate("test", argv, _cli)
+    return evaluate("test", argv, make_cli)
