@@ -235,7 +235,7 @@ def _stored(tensors: dict[str, Tensor]) -> Path:
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(torch.uint8).numpy() if tensor.numel() else b"")
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     file = cache_folder("tensors") / f"{digest.hexdigest()[:24]}.safetensors"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)

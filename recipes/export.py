@@ -16,7 +16,7 @@ from ..backbones import LanguageModel
 from ..backbones.serialization import to_dict
 from ..errors import ConfigError, OmnimixError, UnknownName, UnsupportedCall
 from ..interop.importing import wanted
-from ..modalities import ImageClassifier, VideoClassifier, load_model, save_model
+from ..modalities import ImageClassifier, load_model, save_model
 from ..modalities.common.weights import CONFIG, WEIGHTS, save_weights
 from ..modalities.text.text_generator import TextGenerator
 from ..utils.console import emit, say, write_atomically
@@ -26,8 +26,8 @@ from .predictor import Predictor, load
 
 # The largest difference of an output, relative to the largest output.
 BOUND = 1e-4
-# Tokens and samples of the input that is compared, where the model has no length of its own.
-TOKENS, SAMPLES = 16, 16_000
+# Tokens of the input that is compared.
+TOKENS = 16
 
 
 class ExportError(OmnimixError):
@@ -52,14 +52,7 @@ def example(source: Predictor | TextGenerator, batch: int) -> Tensor:
     generator = torch.Generator().manual_seed(batch)
     if isinstance(source, TextGenerator):
         return torch.randint(source.model.vocab_size, (batch, TOKENS), generator=generator)
-    model, prepared = source.model, source.preprocess
-    if isinstance(model, ImageClassifier):
-        shape = (prepared.channels, prepared.size, prepared.size)
-    elif isinstance(model, VideoClassifier):
-        shape = (prepared.channels, prepared.frames, prepared.size, prepared.size)
-    else:
-        shape = (SAMPLES if prepared.seconds is None else round(prepared.rate * prepared.seconds),)
-    return 0.1 * torch.randn(batch, *shape, generator=generator)
+    return 0.1 * torch.randn(batch, *source.preprocess.shape, generator=generator)
 
 
 # Writes a model into a folder; returns the file or folder to name, and what computes logits from inputs with it.
@@ -118,7 +111,8 @@ def _timm(source: Predictor | TextGenerator, out: Path) -> tuple[Path, Callable[
 
     from ..interop import timm as registered  # noqa: F401 - which timm.create_model finds
 
-    config, prepared = source.model.config, source.preprocess
+    config: Any = source.model.config
+    prepared: Any = source.preprocess
     pools = {"mean": "avg", "max": "max", "class_token": "token", "none": ""}
     content = {
         "architecture": "omnimix_vig_tiny_patch16_224",

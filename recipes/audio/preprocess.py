@@ -48,6 +48,10 @@ class AudioPreprocess(Preprocess):
     def of_the_model(self, model: Classifier) -> dict[str, tuple[Any, Any]]:
         return {"rate": (self.rate, model.tokenizer.config.rate)}
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rate if self.seconds is None else round(self.seconds * self.rate),)
+
     def read(self, media: Path | str | bytes) -> Float[Tensor, " n"]:
         """The whole sound of a file.
 

@@ -70,6 +70,11 @@ class Preprocess:
         """What a model's own configuration says too: by name, as it is here and there."""
         raise NotImplementedError
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one prepared input; where inputs may be of any length, of one of a second."""
+        raise NotImplementedError
+
     def load(self, source: Any) -> Tensor:
         """What the model takes of a file."""
         raise NotImplementedError

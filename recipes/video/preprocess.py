@@ -96,6 +96,10 @@ class VideoPreprocess(Preprocess):
         return {"channels": (self.channels, config.channels), "frames and size": (shape, config.size)}
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        return self.channels, self.frames, self.size, self.size
+
+    @property
     def sampler(self) -> Sampling:
         if self.sampling == "dense":
             return Dense(self.frames, self.rate)

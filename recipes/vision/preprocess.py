@@ -41,6 +41,10 @@ class ImagePreprocess(Preprocess):
         config = model.config.image
         return {"channels": (self.channels, config.channels), "size": ((self.size, self.size), config.size)}
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.channels, self.size, self.size
+
     def load(self, source: object) -> Float[Tensor, "c h w"]:
         """Read an image, resize its shorter side, crop the centre and normalise.
 
