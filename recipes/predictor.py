@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..backbones import LanguageModel
-from ..errors import CheckpointError, ConfigError, UnsupportedShape
-from ..modalities import load_model
+from ..backbones.heads.classification import split_tokens
+from ..errors import CheckpointError, ConfigError, UnsupportedCall, UnsupportedShape
+from ..modalities import load_model, save_model
 from ..modalities.audio.files import LOUDEST
 from ..modalities.audio.model import AudioClassifier
 from ..modalities.common.classifier import Classifier
@@ -41,12 +44,16 @@ class _Kind:
         preprocess: how its inputs are prepared.
         noun: what its inputs are, in the plural.
         suffixes: of their files.
+        batch: dimensions of an array of many inputs; 0 where a single one may have as many as many have.
+        axes: the sides of a map of features, from the grid (t, h, w) of the tokens.
         prepare: an input that is a tensor, prepared.
     """
 
     preprocess: type[Preprocess]
     noun: str
     suffixes: frozenset[str]
+    batch: int
+    axes: Callable[[tuple[int, int, int]], tuple[int, ...]]
     prepare: Callable[[Any, Tensor], Tensor]
 
 
@@ -72,10 +79,18 @@ def _wave(preprocess: AudioPreprocess, wave: Tensor) -> Float[Tensor, " n"]:
     return preprocess.fit(wave.float().reshape(-1, wave.shape[-1]).mean(0))
 
 
+def _of_sound(grid: tuple[int, int, int]) -> tuple[int, ...]:
+    """Time alone, or time and frequency where the tokens are patches."""
+    sides = [side for side in grid if side > 1]
+    return tuple(sides) if sides else (1,)
+
+
 _KINDS: dict[type[Classifier], _Kind] = {
-    ImageClassifier: _Kind(ImagePreprocess, "images", IMAGE_SUFFIXES, lambda p, image: p.load(image)),
-    VideoClassifier: _Kind(VideoPreprocess, "videos", VIDEO_SUFFIXES, _clip),
-    AudioClassifier: _Kind(AudioPreprocess, "audio files", AUDIO_SUFFIXES | VIDEO_SUFFIXES, _wave),
+    ImageClassifier: _Kind(
+        ImagePreprocess, "images", IMAGE_SUFFIXES, 4, lambda grid: grid[1:], lambda p, image: p.load(image)
+    ),
+    VideoClassifier: _Kind(VideoPreprocess, "videos", VIDEO_SUFFIXES, 5, tuple, _clip),
+    AudioClassifier: _Kind(AudioPreprocess, "audio files", AUDIO_SUFFIXES | VIDEO_SUFFIXES, 0, _of_sound, _wave),
 }
 
 
@@ -98,7 +113,10 @@ class Predictor:
 
     Args:
         model: a classifier of images, videos or audio.
-        preprocess: how its inputs are prepared.
+        preprocess: how its inputs are prepared: an `ImagePreprocess`, `VideoPreprocess` or `AudioPreprocess`.
+
+    Raises:
+        ConfigError: a model of another kind, or a preprocessing for another model.
 
     Example:
         >>> predictor = omnimix.load("runs/demo")
@@ -107,9 +125,17 @@ class Predictor:
     """
 
     def __init__(self, model: Any, preprocess: Preprocess):
+        kind = next((kind for base, kind in _KINDS.items() if isinstance(model, base)), None)
+        if kind is None or not isinstance(preprocess, kind.preprocess):
+            known = ", ".join(f"{base.__name__} with {kind.preprocess.__name__}" for base, kind in _KINDS.items())
+            given = f"{type(model).__name__} with {type(preprocess).__name__}"
+            raise ConfigError(f"a predictor is made of {known}; given is {given}")
+        for name, (own, trained) in preprocess.told_twice(model).items():
+            if own != trained:
+                raise ConfigError(f"preprocess: {name} is {own}, and the model has {trained}")
         self.model = model.eval()
         self.preprocess = preprocess
-        self._kind = next(kind for base, kind in _KINDS.items() if isinstance(model, base))
+        self._kind = kind
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -129,6 +155,52 @@ class Predictor:
         """
         self.model.to(usable_device(str(device)))
         return self
+
+    def features(self, inputs: Any, *, pooled: bool = True, batch_size: int = 32) -> Tensor:
+        """What the model sees in its inputs, before the classes: for retrieval, clustering, or a model of one's own.
+
+        Args:
+            inputs: as `predict` takes them; without `pooled` all of one size.
+            pooled: one vector for each input; otherwise a map of vectors.
+            batch_size: how many inputs run through the model together.
+
+        Returns:
+            (n, d), or maps (n, d, h, w) of images, (n, d, t, h, w) of videos and of audio (n, d, t), or (n, d, t, f)
+            where its tokens are patches; without n for a single input. float32, on the CPU.
+
+        Raises:
+            ConfigError: `batch_size` is below 1, or there are no inputs.
+            UnsupportedShape: inputs as `predict` refuses them, or maps of several sizes.
+            UnsupportedCall: the model merges tokens, which leaves no map.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
+        many = self._many(inputs)
+        batches = _batches([inputs] if many is None else many, batch_size)
+        found = [part for batch in batches for part in self._features(batch, pooled)]
+        if not found:
+            raise ConfigError("inputs is empty; there is nothing to look at")
+        if len({part.shape for part in found}) > 1:
+            raise UnsupportedShape("inputs: their maps differ in size; give inputs of one size, or take pooled=True")
+        return found[0] if many is None else torch.stack(found)
+
+    @torch.inference_mode()
+    def _features(self, inputs: Sequence[Any], pooled: bool) -> list[Float[Tensor, " *d"]]:
+        prepared = self._batch(inputs)
+        if isinstance(prepared, list) and not pooled:
+            return [part for one in inputs for part in self._features([one], False)]
+        tokens, layout = self.model.forward_features(prepared)
+        if pooled:
+            return list(self.model.head.features(tokens, layout).float().cpu())
+        grid, _ = split_tokens(tokens, layout)
+        shape: Any = layout.grid or (grid.shape[1], 1, 1)
+        if math.prod(shape) != grid.shape[1]:
+            raise UnsupportedCall("this model merges tokens, which leaves no map; take pooled=True")
+        return list(grid.mT.unflatten(-1, self._kind.axes(shape)).float().cpu())
+
+    def save(self, folder: str | Path) -> None:
+        """Write the model and its preprocessing into a folder that `omnimix.load` takes."""
+        save_model(self.model, folder, details={"preprocess": self.preprocess.to_dict()})
 
     def predict(self, inputs: Any, *, top: int = 1, batch_size: int = 32) -> list[Any]:
         """Classify one input or many.
@@ -167,14 +239,18 @@ class Predictor:
             if not files:
                 raise ConfigError(f"inputs is {str(inputs)!r}, a directory without {self._kind.noun}")
             return files
+        if isinstance(inputs, Tensor | np.ndarray):
+            return list(inputs) if inputs.ndim == self._kind.batch else None
         return inputs if isinstance(inputs, list | tuple | Iterator) else None
+
+    def _batch(self, inputs: Sequence[Any]) -> Tensor | list[Tensor]:
+        """Inputs as the model takes them; clips of several lengths it packs."""
+        prepared = [self._prepared(_as_tensor(one)).to(self.device) for one in inputs]
+        return torch.stack(prepared) if len({one.shape for one in prepared}) == 1 else prepared
 
     @torch.inference_mode()
     def _logits(self, inputs: Sequence[Any]) -> Float[Tensor, "b classes"]:
-        prepared = [self._prepared(_as_tensor(one)).to(self.device) for one in inputs]
-        # Clips of several lengths are packed by the model.
-        same = len({one.shape for one in prepared}) == 1
-        return self.model(torch.stack(prepared) if same else prepared).float().cpu()
+        return self.model(self._batch(inputs)).float().cpu()
 
     def _prepared(self, one: Any) -> Tensor:
         return self._kind.prepare(self.preprocess, one) if isinstance(one, Tensor) else self.preprocess.load(one)
@@ -189,8 +265,9 @@ def load(source: str | Path, *, device: str = "cpu") -> Predictor | TextGenerato
     """A trained model that is ready to be used: with its preprocessing, or its tokenizer.
 
     Args:
-        source: a run by its name under `runs/` or its directory, or a directory that `save_model` wrote with the
-            preprocessing among its details. It may be a stranger's: nothing in it is imported or executed.
+        source: a run by its name under `runs/` or its directory; a directory that `Predictor.save` or
+            `TextGenerator.save` wrote; or the `model.safetensors` in either. It may be a stranger's: nothing in it is
+            imported or executed.
         device: where the model runs.
 
     Returns:
@@ -202,6 +279,13 @@ def load(source: str | Path, *, device: str = "cpu") -> Predictor | TextGenerato
     """
     place = usable_device(device)
     folder = Path(source)
+    if folder.is_file():
+        if folder.name != WEIGHTS:
+            raise CheckpointError(
+                f"{str(folder)!r} does not say by itself how inputs were prepared; give the directory of a run, or the "
+                f"{WEIGHTS} in it"
+            )
+        source = folder = folder.parent
     if not ((folder / WEIGHTS).is_file() and (folder / CONFIG).is_file()):
         folder = RunFolder.finished(str(source)).path
     model = load_model(folder)
@@ -218,7 +302,7 @@ def load(source: str | Path, *, device: str = "cpu") -> Predictor | TextGenerato
 
 def _as_tensor(given: Any) -> Any:
     """A NumPy array as a tensor, with its channels before rows and columns; anything else unchanged."""
-    if type(given).__module__ != "numpy":
+    if not isinstance(given, np.ndarray):
         return given
     array = torch.from_numpy(given.copy())
     return array.movedim(-1, -3) if array.ndim >= 3 and array.shape[-1] in (1, 3, 4) else array

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
@@ -18,7 +20,32 @@ def summary(doc: str | None) -> str:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """`--json FILE`; see `console.emit`."""
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON too ('-': to standard output, alone)")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        type=output_file,
+        help="write the rows as JSON too ('-': to standard output, alone)",
+    )
+
+
+def output_file(name: str) -> str:
+    """The name of a file that a command is to write at its end, once it is sure that it can; "-" is no file.
+
+    Raises:
+        argparse.ArgumentTypeError: it is a folder, or nothing can be written next to it.
+    """
+    if name == "-":
+        return name
+    path = Path(name)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{name!r} is a folder; name a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{name!r} cannot be written: {error.strerror}; name another file") from error
+    return name
 
 
 def add_device(parser: argparse.ArgumentParser, default: str = "cpu") -> None:

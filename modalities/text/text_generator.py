@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from ...backbones import LanguageModel
+from ...backbones import LanguageModel, Layout
 from ...backbones.decoding import DiffusionConfig, GenerationConfig, Prefix, diffuse, generate, read_prefix, stream
 from ...backbones.decoding.diffusion import Watch
 from ...backbones.decoding.generate import Reason, Writer
 from ...backbones.decoding.prefill import evaluating
 from ...errors import CheckpointError, ConfigError, UnsupportedCall
+from ...utils.devices import usable_device
 from ...utils.renamed import renamed_arguments
-from ..models import load_model
+from ..common.classifier import check_known
+from ..models import load_model, save_model
 from .chat import Message
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -168,18 +172,20 @@ class TextGenerator:
     @renamed_arguments(numbers="sample_ids")
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: str | Sequence[Prompt],
         config: Config | None = None,
         *,
         stop: Sequence[str] = (),
         prefix: Prefix | None = None,
         sample_ids: Sequence[int] | None = None,
         watch: Watch | None = None,
+        **options: Any,
     ) -> list[TextResult]:
         """Continue each prompt, as it would be alone.
 
         Args:
-            prompts: texts; conversations as lists of messages with "role" and "content"; or ids, taken as they are.
+            prompts: one text; or several, conversations as lists of messages with "role" and "content"; or ids, taken
+                as they are.
             config: a `GenerationConfig`, or a `DiffusionConfig` for models that are decoded by diffusion; their
                 defaults otherwise. Without an `end` it is the tokenizer's.
             stop: strings before which a text ends, wherever the boundaries of the tokens are. Under diffusion and in a
@@ -187,12 +193,14 @@ class TextGenerator:
             prefix: the state after what all prompts follow (`read`).
             sample_ids: by which, with the seed, each prompt draws; its place by default.
             watch: under diffusion called after every step; see `diffuse`.
+            options: fields of the config: `max_new_tokens=20, temperature=0.8`.
 
         Raises:
-            ConfigError: a config for the other kind of decoding, or an empty stop string.
+            ConfigError: a config for the other kind of decoding, no such option, or an empty stop string.
             UnsupportedCall: a prefix under diffusion.
         """
-        config, ids = self._config(config), [self._ids(prompt, prefix) for prompt in prompts]
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        config, ids = self._config(config, options), [self._ids(prompt, prefix) for prompt in prompts]
         texts = [_Text(self.tokenizer, stop) for _ in prompts]
         if isinstance(config, GenerationConfig) and config.num_beams == 1:
             return self._write(ids, config, texts, prefix, sample_ids)
@@ -249,14 +257,55 @@ class TextGenerator:
         begun = prefix is not None or (not isinstance(prompt, str) and self.tokenizer.begins(ids))
         return ids if begun else [self.tokenizer.end, *ids]
 
-    def _config(self, config: Config | None) -> Config:
+    def chat(self, messages: str | Sequence[Message], config: Config | None = None, **options: Any) -> str:
+        """The assistant's reply to a conversation; see `generate` for the other arguments and errors.
+
+        Args:
+            messages: with "role" and "content", the user's last; or the text of a user's only message.
+        """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return self.generate([messages], config, **options)[0].text
+
+    def embed(self, texts: str | Sequence[str]) -> Float[Tensor, " *n d"]:
+        """A vector for each text: the mean over its tokens of the backbone's outputs, in float32 on the CPU.
+
+        Args:
+            texts: one, which gives (d,), or several, which give (n, d).
+        """
+        if isinstance(texts, str):
+            return self.embed([texts])[0]
+        layout = Layout(causal=not self.diffusion)
+        device = next(self.model.parameters()).device
+        rows = [torch.tensor([self._ids(text, None)], device=device) for text in texts]
+        with evaluating(self.model), torch.inference_mode():
+            found = [self.model.hidden(row, layout).y[0].float().mean(0).cpu() for row in rows]
+        return torch.stack(found) if found else torch.zeros(0, self.model.config.backbone.dim)
+
+    def to(self, device: str | torch.device) -> TextGenerator:
+        """Move the model to a device; returns itself.
+
+        Raises:
+            ConfigError: there is no such device.
+        """
+        self.model.to(usable_device(str(device)))
+        return self
+
+    def save(self, folder: str | Path) -> None:
+        """Write model and tokenizer into a folder that `omnimix.load` takes."""
+        save_model(self.model, folder)
+        self.tokenizer.save(folder)
+
+    def _config(self, config: Config | None, options: Mapping[str, Any] = {}) -> Config:
         wanted = DiffusionConfig if self.diffusion else GenerationConfig
+        check_known(options, [field.name for field in fields(wanted)])
         config = wanted() if config is None else config
         if not isinstance(config, wanted):
             raise ConfigError(
                 f"config is a {type(config).__name__}, and objective {self.model.config.objective.type!r} is decoded "
                 f"with a {wanted.__name__}"
             )
+        config = replace(config, **options) if options else config
         config = replace(config, end=self.tokenizer.end) if config.end is None else config
         if isinstance(config, GenerationConfig) and self.model.vocab_size > self.tokenizer.vocab_size:
             beyond = range(self.tokenizer.vocab_size, self.model.vocab_size)

@@ -17,19 +17,22 @@ from ...modalities.audio.model import AudioClassifier
 from ...utils.console import emit
 from ...utils.run_folder import RunFolder
 from ..common.prediction import (
+    CPU,
     LONG,
     add_options,
+    add_timeline,
     check_counts,
-    make_folder,
+    check_options,
     named_files,
     ranked,
+    silent,
     unreadable,
     write_rows,
 )
 from ..common.timeline import Moment, scenes
 from .preprocess import SUFFIXES, AudioPreprocess
 
-# Sounds, and windows of a recording, that run together.
+# Files, and windows of a recording, that run together.
 _BATCH = 64
 # Seconds of a window where the model was trained on whole clips.
 _WINDOW = 1.0
@@ -42,18 +45,19 @@ def main(argv: list[str]) -> int:
         description="Classify audio files, or videos by their sound; long recordings get a timeline of labels.",
     )
     parser.add_argument("files", nargs="+", help="audio files, video files and folders")
-    add_options(parser, "file")
+    add_options(parser, "file", _BATCH)
+    add_timeline(parser)
     options = parser.parse_args(argv)
+    device = check_options(options)
+    check_counts(every=options.every)
     folder = RunFolder.finished(options.run)
-    check_counts(options.top, options.every)
     files = named_files(options.files, SUFFIXES, "sounds")
-    predictor = Predictor(folder.path)
-    make_folder("--json", options.json)
+    predictor = Predictor(folder.path, batch_size=options.batch_size, device=device)
     clips, rows = predictor.heard(files, options.timeline, options.top, options.every, options.policy)
     for title, some in (("predictions", clips), ("timelines", rows)):
-        if some and options.json != "-":
+        if some and not silent(options):
             emit(f"{title} of {folder.path}", some)
-    return write_rows(clips + rows, options.json)
+    return write_rows(clips + rows, options)
 
 
 class Predictor:
@@ -61,18 +65,20 @@ class Predictor:
 
     Args:
         folder: of the run.
+        batch_size: files, or windows of a recording, that run together, at most.
+        device: where the model runs.
 
     Raises:
         CheckpointError: the folder holds no audio classifier.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, batch_size: int = _BATCH, device: torch.device = CPU):
         model = load_model(folder)
         if not isinstance(model, AudioClassifier):
             raise CheckpointError(
                 f"the model in {str(folder)!r} is of the class {type(model).__name__}, not an audio classifier"
             )
-        self.model = model
+        self.model, self.batch_size, self.device = model.to(device), batch_size, device
         self.preprocess = AudioPreprocess.of_model(folder, model)
 
     def heard(
@@ -94,7 +100,7 @@ class Predictor:
             ConfigError: `top` or `every` is below 1.
             MediaError: an unreadable file, with `policy="raise"`.
         """
-        check_counts(top, every)
+        check_counts(top=top, every=every)
         clips: list[dict[str, Any]] = []
         rows: list[dict[str, Any]] = []
         waves: list[tuple[Path, Tensor]] = []
@@ -111,7 +117,7 @@ class Predictor:
                 continue
             # A copy: the part alone would keep the whole wave in memory.
             waves.append((path, self.preprocess.fit(wave).clone()))
-            if len(waves) == _BATCH:
+            if len(waves) == self.batch_size:
                 clips += self._classes(waves, top)
                 waves = []
         return clips + self._classes(waves, top), rows
@@ -124,7 +130,7 @@ class Predictor:
     def _classes(self, waves: list[tuple[Path, Tensor]], top: int) -> list[dict[str, Any]]:
         if not waves:
             return []
-        together = [wave for _, wave in waves]
+        together = [wave.to(self.device) for _, wave in waves]
         logits = self.model(together if self.preprocess.seconds is None else torch.stack(together))
         return [
             row
@@ -152,15 +158,15 @@ class Predictor:
         rate, length = self.preprocess.rate, wave.shape[0]
         size = round((self.preprocess.seconds or _WINDOW) * rate)
         if length <= size:
-            logits = self.model(self.preprocess.fit(wave)[None])[0]
+            logits = self.model(self.preprocess.fit(wave)[None].to(self.device))[0].cpu()
             yield Moment(start=0.0, stop=length / rate, probabilities=logits.float().softmax(-1))
             return
         hop = max(1, size // every)
         starts = [*range(0, length - size, hop), length - size]
         begun = 0.0
-        for at in range(0, len(starts), _BATCH):
-            some = starts[at : at + _BATCH]
-            logits = self.model(torch.stack([wave[start : start + size] for start in some]))
+        for at in range(0, len(starts), self.batch_size):
+            some = starts[at : at + self.batch_size]
+            logits = self.model(torch.stack([wave[start : start + size] for start in some]).to(self.device)).cpu()
             for start, probabilities in zip(some, logits.float().softmax(-1), strict=True):
                 last = start == starts[-1]
                 stop = length / rate if last else max(begun, (start + 0.5 * (size + hop)) / rate)

@@ -58,13 +58,16 @@ class Preprocess:
         Raises:
             CheckpointError: the folder does not say it, or says what no such model was trained on.
         """
-        file, logits = folder / CONFIG, model.head.config.classes
+        file = folder / CONFIG
         preprocess = cls.from_dict(read_details(folder).get("preprocess", {}), file)
-        told = {"number of classes": (len(preprocess.classes), logits), **preprocess.of_the_model(model)}
-        for name, (own, trained) in told.items():
+        for name, (own, trained) in preprocess.told_twice(model).items():
             if own != trained:
                 raise CheckpointError(f"{file}: details.preprocess: {name} is {own}, and the model has {trained}")
         return preprocess
+
+    def told_twice(self, model: Classifier) -> dict[str, tuple[Any, Any]]:
+        """What both this and a model say, by name, as it is here and there: these must be equal."""
+        return {"number of classes": (len(self.classes), model.head.config.classes), **self.of_the_model(model)}
 
     def of_the_model(self, model: Classifier) -> dict[str, tuple[Any, Any]]:
         """What a model's own configuration says too: by name, as it is here and there."""

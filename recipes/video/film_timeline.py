@@ -14,6 +14,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...modalities.video.files import VideoReader
 from ...modalities.video.model import VideoClassifier, VideoState
+from ..common.prediction import CPU
 from ..common.timeline import Moment
 from .preprocess import VideoPreprocess
 
@@ -42,12 +43,14 @@ class Timeline:
         model: in evaluation mode.
         preprocess: of its clips.
         every: moments per clip length.
+        device: where the model is.
     """
 
-    def __init__(self, model: VideoClassifier, preprocess: VideoPreprocess, every: int = 4):
+    def __init__(self, model: VideoClassifier, preprocess: VideoPreprocess, every: int = 4, device: torch.device = CPU):
         if every < 1:
             raise ConfigError(f"every is {every}; it must be at least 1")
         self.model, self.preprocess = model, preprocess
+        self.device = device
         self.rate = preprocess.frames / preprocess.seconds
         self.causal = model.tokenizer.config.causal
         unit = model.tokenizer.config.step if self.causal else 1
@@ -94,8 +97,8 @@ class Timeline:
                 since = 0
                 # Not around the loop: a context that a generator enters holds for its caller too, until the next item.
                 with torch.inference_mode():
-                    logits = self.model(self.preprocess.finish(torch.stack(tuple(window)))[None])
-                yield count / self.rate, logits[0].float().softmax(-1), window[size // 2]
+                    logits = self.model(self.preprocess.finish(torch.stack(tuple(window)))[None].to(self.device))
+                yield count / self.rate, logits[0].float().cpu().softmax(-1), window[size // 2]
 
     def _streamed(self, frames: Iterator[Tensor]) -> Iterator[tuple[float, Tensor, Tensor]]:
         size, step = self.preprocess.frames, self.model.tokenizer.config.step
@@ -113,11 +116,15 @@ class Timeline:
                 continue
             count += len(chunk)
             with torch.inference_mode():
-                said = self.model.stream(self.preprocess.finish(torch.stack(chunk))[None], state)
+                said = self.model.stream(self.preprocess.finish(torch.stack(chunk))[None].to(self.device), state)
             chunk, state = [], said.state
             now.extend(said.now[0])
             if len(now) == steps:
-                yield count / self.rate, torch.stack(tuple(now)).mean(0).float().softmax(-1), shown[len(shown) // 2]
+                yield (
+                    count / self.rate,
+                    torch.stack(tuple(now)).mean(0).float().cpu().softmax(-1),
+                    shown[len(shown) // 2],
+                )
 
 
 def _with_last(items: Iterator[T]) -> Iterator[tuple[T, bool]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...errors import CheckpointError, ConfigError, MediaError
 from ...modalities import load_model
@@ -18,20 +19,27 @@ from ...modalities.data.sources import VIDEO_SUFFIXES
 from ...modalities.video.files import VideoReader
 from ...modalities.video.model import VideoClassifier
 from ...utils.console import emit, markup, say, visible
+from ...utils.options import output_file
 from ...utils.run_folder import RunFolder
 from ..common.prediction import (
+    CPU,
     LONG,
     add_options,
+    add_timeline,
     check_counts,
-    make_folder,
+    check_options,
     named_files,
     ranked,
+    silent,
     unreadable,
     write_rows,
 )
 from ..common.timeline import Scene, scenes
 from .film_timeline import FilmMoment, Timeline
 from .preprocess import VideoPreprocess
+
+# Clips that run together.
+_BATCH = 8
 
 
 def main(argv: list[str]) -> int:
@@ -41,18 +49,21 @@ def main(argv: list[str]) -> int:
         description="Classify video clips; longer films get a timeline of labels.",
     )
     parser.add_argument("files", nargs="+", help="video files and folders")
-    add_options(parser, "clip")
-    parser.add_argument("--picture", metavar="FILE", help="draw the timeline of a single file as PNG")
+    add_options(parser, "clip", _BATCH)
+    add_timeline(parser)
+    parser.add_argument("--picture", metavar="FILE", type=output_file, help="draw the timeline of a single file as PNG")
     options = parser.parse_args(argv)
+    device = check_options(options)
+    check_counts(every=options.every)
     folder = RunFolder.finished(options.run)
     files = named_files(options.files, VIDEO_SUFFIXES, "videos")
     if options.picture and len(files) != 1:
         raise ConfigError(f"--picture draws one file, and {len(files)} are named")
-    predictor = Predictor(folder.path, top=options.top, every=options.every, aloud=options.json != "-")
-    make_folder("--picture", options.picture)
-    make_folder("--json", options.json)
+    aloud = not silent(options)
+    predictor = Predictor(folder.path, top=options.top, every=options.every, aloud=aloud, device=device)
     clips: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
+    waiting: list[tuple[Path, Tensor]] = []
     for path in files:
         try:
             film = bool(options.picture) or options.timeline
@@ -60,14 +71,18 @@ def main(argv: list[str]) -> int:
             if film:
                 rows += predictor.film(path, options.picture)
             else:
-                clips += predictor.clip(path)
+                waiting.append((path, predictor.preprocess.load(path)))
         except MediaError as error:
             if options.policy == "raise":
                 raise
             clips.append(unreadable(path, error))
-    if clips and options.json != "-":
+        if len(waiting) == options.batch_size:
+            clips += predictor.clips(waiting)
+            waiting = []
+    clips += predictor.clips(waiting)
+    if clips and aloud:
         emit(f"predictions of {folder.path}", clips)
-    return write_rows(clips + rows, options.json)
+    return write_rows(clips + rows, options)
 
 
 class Predictor:
@@ -78,24 +93,25 @@ class Predictor:
         top: how many classes to list for a clip.
         every: moments of a timeline per clip length.
         aloud: print timelines while they are found.
+        device: where the model runs.
 
     Raises:
         CheckpointError: the folder holds no video classifier.
         ConfigError: `top` or `every` is below 1.
     """
 
-    def __init__(self, folder: Path, *, top: int = 1, every: int = 4, aloud: bool = False):
-        check_counts(top, every)
+    def __init__(self, folder: Path, *, top: int = 1, every: int = 4, aloud: bool = False, device: torch.device = CPU):
+        check_counts(top=top, every=every)
         model = load_model(folder)
         if not isinstance(model, VideoClassifier):
             raise CheckpointError(
                 f"the model in {str(folder)!r} is of the class {type(model).__name__}, not a video classifier"
             )
-        self.model = model
+        self.model, self.device = model.to(device), device
         self.preprocess = VideoPreprocess.of_model(folder, model)
         self.classes = self.preprocess.classes
         self.top = top
-        self.timeline = Timeline(model, self.preprocess, every)
+        self.timeline = Timeline(model, self.preprocess, every, device)
         self.aloud = aloud
 
     def is_film(self, path: Path) -> bool:
@@ -104,13 +120,13 @@ class Predictor:
             return video.info.duration >= LONG * self.preprocess.seconds
 
     @torch.inference_mode()
-    def clip(self, path: Path) -> list[dict[str, Any]]:
-        """One row per class, the most likely first.
-
-        Raises:
-            MediaError: the file cannot be read.
-        """
-        return ranked(path, self.model(self.preprocess.load(path)[None])[0], self.classes, self.top)
+    def clips(self, loaded: list[tuple[Path, Tensor]]) -> list[dict[str, Any]]:
+        """One row per class of each prepared clip, the most likely first."""
+        if not loaded:
+            return []
+        logits = self.model(torch.stack([clip for _, clip in loaded]).to(self.device))
+        pairs = zip(loaded, logits, strict=True)
+        return [row for (path, _), own in pairs for row in ranked(path, own, self.classes, self.top)]
 
     def film(self, path: Path, picture: str | None = None) -> list[dict[str, Any]]:
         """One row per scene; scenes are printed while the film is read.

@@ -21,7 +21,7 @@ PLAN = Plan(lengths=(16, 32), steps=1, prompt=16, chunk=16)
 
 def test_the_command_writes_a_table_and_a_plot_and_names_what_is_missing(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    sizes = "--dim 64 --depth 1 --vocab-size 32 --batch 2 --lengths 4 2048 --steps 1 --prompt 5 --threads 1"
+    sizes = "--dim 64 --depth 1 --vocab_size 32 --batch 2 --lengths 4 2048 --steps 1 --prompt 5 --threads 1"
     picture = tmp_path / "decode.png"
     assert main(f"--models mamba2 {sizes} --json - --plot {picture}".split()) == 0
     out, err = capsys.readouterr()
