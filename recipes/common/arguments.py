@@ -13,7 +13,7 @@ import yaml
 from ...errors import ConfigError
 from .. import CONFIGS, RECIPES
 from .options import RecipeData
-from .rules import Layers, Plan, Rule, fill
+from .rules import Layers, Plan, Rule, fill, left_open
 from .trees import DataTrees, Trees
 
 CONFIG_OPTIONS = ("-c", "--config")
@@ -91,11 +91,12 @@ def prepared(
     chosen = data_class(data, [*_class_paths(defaults.get("data")), *data_paths(argv)][-1]) or data
     both = trees, options = Trees(model), DataTrees(chosen)
     rest_of_defaults = _take(both, defaults)
+    free = [] if rule is None else left_open(rule, Layers(rest_of_defaults, []), both)
     rest, flags = _parted(argv, both)
     # A part is named before its options are set, in whatever order they were typed; and flags win over files.
     for owner, option, place, value in sorted(flags, key=lambda flag: len(flag[2])):
         owner.flag(option, place, value)
-    plan = Plan() if rule is None else fill(rule, chosen, Layers(rest_of_defaults, rest), both)
+    plan = Plan() if rule is None else fill(rule, chosen, free, Layers(rest_of_defaults, rest), both)
     ours = ["--config", _inline({"model": trees.checked()})]
     ours += [f"--data.{name}={json.dumps(value)}" for name, value in options.checked().items()]
     # Help is printed as soon as it is read, without the words that follow it.

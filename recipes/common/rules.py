@@ -1,9 +1,9 @@
 """Options that follow from the data.
 
-An option that is null in a configuration, and that the recipe's rule knows, gets its value from the rule before
-anything is parsed. From then on it is a plain value like any other: it is stored with the run, so that `--resume` and
-`validate` repeat it, and a value on the command line or in a file takes the place of the rule's. `null` there gives the
-choice back to the rule.
+An option that is null in a packaged configuration, and that the recipe's rule knows, gets its value from the rule
+before anything is parsed. From then on it is a plain value like any other: it is stored with the run, so that
+`--resume` and `validate` repeat it, and a value on the command line or in a file takes the place of the rule's. `null`
+there gives the choice back to the rule.
 
 A recipe has a rule by passing one to `RecipeCLI`, and leaves options to it by setting them to null in its
 configuration.
@@ -189,20 +189,26 @@ def _drop(content: Any, option: str) -> None:
     del content[last]
 
 
-def fill(rule: Rule, data: type[RecipeData], layers: Layers, trees: tuple[Any, ...]) -> Plan:
-    """Give every option that is null, and that the rule knows, its value.
+def left_open(rule: Rule, layers: Layers, trees: tuple[Any, ...]) -> list[str]:
+    """The options that a packaged configuration leaves to the rule: those that are null in it.
+
+    Args:
+        layers: its values outside the trees, and no words.
+        trees: of the model and of the data, before a user's values are merged.
+    """
+    return [option for option in rule.choices if _value(option, layers, trees) is None]
+
+
+def fill(rule: Rule, data: type[RecipeData], options: list[str], layers: Layers, trees: tuple[Any, ...]) -> Plan:
+    """Give every option that is left to the rule, and that is still null, its value.
 
     Args:
         data: the class of the data set.
+        options: those that are left to the rule.
         layers: what is outside the trees.
         trees: of the model and of the data (see trees.py).
     """
-    given: dict[str, Any] = {}
-    for option in rule.choices:
-        owner = _owner(option, trees)
-        value = layers.get(option) if owner is None else _at_place(*owner)
-        if value is not _ABSENT:
-            given[option] = value
+    given = {option: _value(option, layers, trees) for option in options}
     if all(value is not None for value in given.values()):
         return Plan()
     facts = rule.facts(data, _options_of_data(layers))
@@ -215,6 +221,11 @@ def fill(rule: Rule, data: type[RecipeData], layers: Layers, trees: tuple[Any, .
             else:
                 owner[0].merge(owner[1], decision.value)
     return Plan(notes=tuple(facts.notes()), decisions=tuple(decisions))
+
+
+def _value(option: str, layers: Layers, trees: tuple[Any, ...]) -> Any:
+    owner = _owner(option, trees)
+    return layers.get(option) if owner is None else _at_place(*owner)
 
 
 def _owner(option: str, trees: tuple[Any, ...]) -> tuple[Any, list[str]] | None:

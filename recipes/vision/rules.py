@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ...errors import MediaError
+from ...errors import ConfigError, MediaError
 from ...modalities.data.sources import IMAGE_SUFFIXES, Source, find_splits
 from ...modalities.image.files import image_header, load_image
 from ...utils.options import cores
@@ -58,11 +57,14 @@ class ImageFacts:
 
 
 def image_facts(data: type[RecipeData], options: Mapping[str, Any]) -> ImageFacts:
-    """The facts of a folder of images; nominal ones of another data set, or without a folder."""
-    root = options.get("root")
-    if not issubclass(data, ImageFolderData) or not isinstance(root, str) or not Path(root).is_dir():
+    """The facts of a folder of images; nominal ones of another data set, and of what cannot be read: the data set says
+    what is wrong with that."""
+    try:
+        sources = find_splits(str(options["root"]), IMAGE_SUFFIXES) if issubclass(data, ImageFolderData) else None
+    except (KeyError, ConfigError, MediaError):
+        sources = None
+    if sources is None:
         return ImageFacts(cores=cores())
-    sources = find_splits(root, IMAGE_SUFFIXES)
     sides, grey = _look(sources["train"])
     summary = summarise(sources)
     return ImageFacts(
@@ -179,8 +181,8 @@ def max_epochs(facts: ImageFacts, values: Values) -> Choice:
 def lr(facts: ImageFacts, values: Values) -> Choice:
     """By the square root of the batch (arXiv 2205.10287), and inversely by the width (arXiv 2203.03466)."""
     batch, width = _batch(values), values["model.backbone.dim"]
-    value = 2e-3 * (batch / 32) ** 0.5 * (128 / width)
-    return float(f"{value:.2g}"), f"2e-3 at batches of 32 and width 128; here {batch} and {width}"
+    value = 1e-3 * (batch / 32) ** 0.5 * (128 / width)
+    return float(f"{value:.2g}"), f"1e-3 at batches of 32 and width 128; here {batch} and {width}"
 
 
 def weight_decay(facts: ImageFacts, values: Values) -> Choice:
