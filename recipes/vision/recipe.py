@@ -14,6 +14,8 @@ from ...backbones import BackboneConfig
 from ...backbones.config import not_negative
 from ...modalities import ImageClassifier
 from ...modalities.image.model import image_classifier
+from .. import CONFIGS
+from ..common.arguments import argument, data_paths
 from ..common.classification import Classification, ClassificationTrainingConfig, Look, finish
 from ..common.cli import NOTHING, RecipeCLI
 from ..common.commands import evaluate, run_fit
@@ -22,7 +24,7 @@ from .data import DigitsData, ImageData, TensorData
 from .folders import ImageFolderData
 from .rules import VISION_RULE
 
-RECIPE = "vision_classification"
+RECIPE, FOLDER = "vision_classification", "vision_folder"
 __all__ = ["DigitsData", "ImageFolderData", "TensorData", "VisionClassification"]
 
 
@@ -130,7 +132,7 @@ def make_cli(command: str, argv: list[str], objects: Mapping[str, Any] = NOTHING
         command,
         model=VisionClassification,
         data=ImageData,
-        recipe=RECIPE,
+        recipe=_recipe(command, argv),
         argv=argv,
         objects=objects,
         links=[("classes", "classes"), ("in_channels", "in_channels"), ("image_size", "image_size")],
@@ -138,6 +140,14 @@ def make_cli(command: str, argv: list[str], objects: Mapping[str, Any] = NOTHING
         mode="max",
         rule=VISION_RULE,
     )
+
+
+def _recipe(command: str, argv: list[str]) -> str:
+    """The configuration that a command begins with: the folder's where a folder is all that is said of the data."""
+    words = [word.partition("=")[2] if word.startswith("-") else word for word in argv]
+    named = any((CONFIGS / f"{word}.yaml").is_file() for word in words if word)
+    own = command == "fit" and argument(argv, "--data.root", "") and not data_paths(argv) and not named
+    return FOLDER if own else RECIPE
 
 
 def _finish(cli: RecipeCLI) -> None:

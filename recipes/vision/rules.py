@@ -29,7 +29,7 @@ _LARGEST = 128
 # Pillow's modes without colours.
 _GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "F")
 # Optimizer steps after which small models have learned what there is in a data set.
-_STEPS = (1500, 20_000)
+_STEPS = (2000, 20_000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +164,7 @@ def drop_path(facts: ImageFacts, values: Values) -> Choice:
 
 def batch_size(facts: ImageFacts, values: Values) -> Choice:
     """Small sets need small batches to take enough steps in an epoch."""
-    value = 32
+    value = 16
     while value < 256 and facts.samples // (2 * value) >= 100:
         value *= 2
     return value, f"{max(1, facts.samples // value):,} steps an epoch"
@@ -181,8 +181,8 @@ def max_epochs(facts: ImageFacts, values: Values) -> Choice:
 def lr(facts: ImageFacts, values: Values) -> Choice:
     """By the square root of the batch (arXiv 2205.10287), and inversely by the width (arXiv 2203.03466)."""
     batch, width = _batch(values), values["model.backbone.dim"]
-    value = 1e-3 * (batch / 32) ** 0.5 * (128 / width)
-    return float(f"{value:.2g}"), f"1e-3 at batches of 32 and width 128; here {batch} and {width}"
+    value = 1e-3 * (batch / 16) ** 0.5 * (128 / width)
+    return float(f"{value:.2g}"), f"1e-3 at batches of 16 and width 128; here {batch} and {width}"
 
 
 def weight_decay(facts: ImageFacts, values: Values) -> Choice:

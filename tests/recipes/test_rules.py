@@ -2,9 +2,11 @@
 
 import dataclasses
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -12,6 +14,7 @@ from omnimix.__main__ import main
 from omnimix.modalities.data.sources import IMAGE_SUFFIXES, find_splits
 from omnimix.recipes.common.rules import GIVEN, Rule, decide
 from omnimix.recipes.common.summary import summarise
+from omnimix.recipes.common.watch import WatchLearning
 from omnimix.recipes.vision.folders import ImageFolderData
 from omnimix.recipes.vision.rules import VISION_RULE, ImageFacts, image_facts
 
@@ -159,3 +162,37 @@ def test_a_resumed_run_keeps_its_values(folder, capsys):
     assert "chosen" not in capsys.readouterr().out
     after = yaml.safe_load((runs / "again" / "config.yaml").read_text())
     assert all(stored(before, option) == stored(after, option) for option in VISION_RULE.choices)
+
+
+def test_a_folder_alone_is_enough(folder):
+    runs = folder.parent / "runs"
+    limits = ["--trainer.limit_train_batches=0", "--trainer.limit_val_batches=0", "--trainer.max_epochs=1"]
+    assert main(["vision", "fit", "--data.root", str(folder), "--name", "short", "--runs", str(runs), *limits]) == 0
+    config = yaml.safe_load((runs / "short" / "config.yaml").read_text())
+    assert config["data"]["class_path"].endswith("ImageFolderData") and config["model"]["stem"] == "conv"
+
+
+def watched(losses, accuracy=0.9, epochs=10):
+    """What is warned of over validations with these losses."""
+    watch = WatchLearning(classes=4)
+    trainer = SimpleNamespace(
+        state=SimpleNamespace(fn="fit"), sanity_checking=False, max_epochs=epochs, is_global_zero=True
+    )
+    for epoch, loss in enumerate(losses):
+        trainer.current_epoch = epoch
+        trainer.callback_metrics = {"val/loss": torch.tensor(loss), "val/acc1": torch.tensor(accuracy)}
+        watch.on_validation_end(trainer, None)
+    return watch
+
+
+def test_a_training_that_learns_nothing_is_warned_of_once(caplog):
+    assert watched([3.0, 3.1, 3.2, 3.1, 3.3, 3.4]).said == ["loss"]
+    assert len(caplog.records) == 1 and "has not fallen" in caplog.text
+    assert watched([3.0, 2.9, 2.8, 2.8, 2.7, 2.6], accuracy=0.25).said == ["accuracy"]
+    assert "at most 25.0%, and guessing among 4 classes gives 25.0%" in caplog.text
+    assert not watched([3.0, 3.1, 3.2, 3.1]).said and not watched([3.0, 2.9, 3.0, 3.0, 3.0, 3.0]).said
+    assert not watched([3.0] * 6, epochs=100).said
+    state = watched([3.0, 3.1, 3.2]).state_dict()
+    again = WatchLearning(classes=4)
+    again.load_state_dict(state)
+    assert again.losses == [3.0, pytest.approx(3.1), pytest.approx(3.2)]
