@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ...errors import OmnimixError
 from ...utils.console import say
 from . import peers
@@ -26,8 +28,8 @@ def images(runs: Path, *, names: tuple[str, ...] = tuple(DATA), compare: bool = 
     Args:
         runs: where the runs go.
         names: of the data sets.
-        compare: whether timm's models are trained too, for as many epochs: a DeiT of the same size, with the best of
-            three learning rates, and a small ResNet.
+        compare: whether timm's models are trained too, for as many epochs in batches of the same size: a DeiT of as
+            many parameters and a small ResNet, each with three learning rates.
 
     Raises:
         PackageError: the data cannot be had.
@@ -63,7 +65,8 @@ def _theirs(root: Path, name: str, runs: Path) -> list[dict[str, Any]]:
     model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     image, dim = _found(model, "image"), _found(model, "backbone")["dim"]
     size, patch = image["size"][0], image["patch"][0]
-    batch, epochs = 32, metrics["epochs"]
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    batch, epochs = _found(config, "loading")["batch_size"], metrics["epochs"]
     # A layer of a transformer has twelve times the square of its width.
     depth = max(1, round(metrics["parameters"] / (12 * dim * dim)))
     rows = []
@@ -121,7 +124,7 @@ def page(rows: list[dict[str, Any]]) -> str:
             "# Results on real data",
             "",
             "Made by `make showcase`: class folders, `omnimix vision fit --config vision_folder` with its defaults, on "
-            "one thread. The test split was used for nothing else. timm's models were trained for as many epochs, with "
+            "one thread. The test split was used for nothing else. timm's models were trained for as many steps, with "
             "its own optimiser, schedule and augmentation; of three rates the best by validation stands first.",
             "",
             *(f"| {' | '.join(cells)} |" for cells in table),

@@ -24,8 +24,8 @@ from .folders import ImageFolderData
 Values = Mapping[str, Any]
 # Images whose size and colours are looked at.
 _LOOKED = 256
-# The largest side that is chosen: twice the side is four times the time.
-_LARGEST = 128
+# The largest side that is chosen for up to so many samples.
+_SIDES = {2_000: 64, 20_000: 96, None: 128}
 # Pillow's modes without colours.
 _GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "F")
 # Optimizer steps after which small models have learned what there is in a data set.
@@ -111,9 +111,10 @@ def _steps(facts: ImageFacts, values: Values) -> int:
 
 
 def size(facts: ImageFacts, values: Values) -> Choice:
-    """The images' own size, in whole patches, as far as it is affordable."""
-    if facts.side > _LARGEST:
-        return _LARGEST, f"images have {facts.side} pixels along the shorter side; more than {_LARGEST} cost much time"
+    """The images' own size, as far as there are enough of them to use it: twice the side is four times the time."""
+    most = next(side for limit, side in _SIDES.items() if limit is None or facts.samples <= limit)
+    if facts.side > most:
+        return most, f"images have {facts.side} pixels along the shorter side; {facts.samples:,} of them need few"
     return max(8, -(-facts.side // 4) * 4), f"images have {facts.side} pixels along the shorter side"
 
 

@@ -88,6 +88,8 @@ def test_choices_move_one_way_with_the_data():
     for option in ("model.backbone.dim", "model.backbone.depth", "model.backbone.drop_path", "data.loading.batch_size"):
         values = [of[n][option].value for n in sizes]
         assert values == sorted(values) and values[0] < values[-1], option
+    large = [value("data.size", ImageFacts(samples=n, side=500)) for n in sizes]
+    assert large == sorted(large) and large[0] < large[-1]
     epochs = [of[n]["trainer.max_epochs"].value for n in sizes]
     assert epochs == sorted(epochs, reverse=True) and epochs[0] > epochs[-1] >= 3
     # Longer runs average over more steps, and wider models learn at a lower rate.
@@ -103,7 +105,7 @@ def test_choices_move_one_way_with_the_data():
 
 @pytest.mark.parametrize("side", [1, 8, 20, 28, 32, 64, 96, 100, 128, 600, 4000])
 def test_sizes_fit_together(side):
-    found = decided(ImageFacts(side=side))
+    found = decided(ImageFacts(side=side, samples=100_000))
     size, patch = found["data.size"].value, found["model.patch"].value
     assert 8 <= size <= 128 and size >= min(side, 128) and patch & (patch - 1) == 0
     assert -(-size // patch) <= 15 and (size < 14 or size // patch >= 7)
