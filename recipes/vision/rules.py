@@ -145,11 +145,11 @@ def patch(facts: ImageFacts, values: Values) -> Choice:
 
 
 def dim(facts: ImageFacts, values: Values) -> Choice:
-    return _by_samples(facts, {5_000: 128, 50_000: 192, None: 384}, "width")
+    return _by_samples(facts, {20_000: 128, 100_000: 192, None: 384}, "width")
 
 
 def depth(facts: ImageFacts, values: Values) -> Choice:
-    return _by_samples(facts, {5_000: 4, 50_000: 6, None: 12}, "depth")
+    return _by_samples(facts, {20_000: 4, 100_000: 6, None: 12}, "depth")
 
 
 def _by_samples(facts: ImageFacts, table: Mapping[int | None, Any], what: str) -> Choice:
