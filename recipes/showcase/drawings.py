@@ -11,25 +11,21 @@ _Pen = dict[str, Any]
 
 
 def draw(name: str, picture: Any, rng: random.Random) -> Any:
-    """One of `DRAWINGS` on a background, in any colour, size, place and angle."""
+    """One of `DRAWINGS` on paper, in any dark colour, size, place and angle."""
     from PIL import ImageDraw
 
     pen = ImageDraw.Draw(picture)
     size = picture.size[0]
     radius = size * rng.uniform(0.2, 0.38)
     x, y = (rng.uniform(0.8 * radius, size - 0.8 * radius) for _ in range(2))
-    style = {"colour": _contrast(picture, x, y, rng), "width": rng.randint(2, 5), "turn": rng.uniform(0, 2 * math.pi)}
+    style = {"colour": _ink(rng), "width": rng.randint(2, 5), "turn": rng.uniform(0, 2 * math.pi)}
     DRAWINGS[name](pen, x, y, radius, style, rng)
     return picture
 
 
-def _contrast(picture: Any, x: float, y: float, rng: random.Random) -> tuple[int, ...]:
-    """A colour that can be seen on what is there."""
-    below = picture.getpixel((int(min(x, picture.size[0] - 1)), int(min(y, picture.size[1] - 1))))
-    while True:
-        colour = tuple(rng.randrange(256) for _ in range(3))
-        if sum(abs(a - b) for a, b in zip(colour, below, strict=True)) > 200:
-            return colour
+def _ink(rng: random.Random) -> tuple[int, ...]:
+    """A colour that can be seen on paper."""
+    return tuple(rng.randrange(130) for _ in range(3))
 
 
 def _points(x: float, y: float, radii: list[float], turn: float) -> list[tuple[float, float]]:

@@ -9,6 +9,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,11 @@ def _view(glyph: Any, size: int, rng: random.Random) -> Any:
     return picture
 
 
-def _background(size: int, rng: random.Random) -> Any:
-    """One colour, a gradient between two, or blotches."""
+def _background(size: int, rng: random.Random, *, lightest: bool = False) -> Any:
+    """One colour, a gradient between two, or blotches; of all colours or, as paper has, of the lightest."""
     from PIL import Image
 
-    first, second = (tuple(rng.randrange(256) for _ in range(3)) for _ in range(2))
+    first, second = (tuple(rng.randrange(190 if lightest else 0, 256) for _ in range(3)) for _ in range(2))
     kind = rng.randrange(3)
     if kind == 0:
         return Image.new("RGB", (size, size), first)
@@ -119,11 +120,12 @@ def digits() -> Path:
 
 
 def drawings(size: int = 96) -> Path:
-    """600 drawn pictures (450 to train on, 150 for validation) and 200 for the test: shapes, lines and textures."""
+    """600 pictures drawn on paper (450 to train on, 150 for validation) and 200 for the test: shapes and lines."""
 
     def write(folder: Path) -> None:
         for number, name in enumerate(DRAWINGS):
-            _write(folder, name, _DRAWN, lambda rng, name=name: draw(name, _background(size, rng), rng), 100 + number)
+            paper = partial(_background, size, lightest=True)
+            _write(folder, name, _DRAWN, lambda rng, name=name, paper=paper: draw(name, paper(rng), rng), 100 + number)
 
     return generated_folder(f"showcase/drawings-{size}", write)
 
