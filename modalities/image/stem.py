@@ -11,20 +11,17 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-# Channels that are normalised together.
-_GROUP = 16
 # The fewest channels of a convolution: fewer leave matrix products of a CPU half empty.
 _NARROWEST = 16
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    """A norm over whole images, so that none depends on another.
+def _norm(channels: int) -> nn.BatchNorm2d:
+    """Batch norm, as convolutional stems have it: it keeps how much of a feature an image has.
 
-    One over the channels of each pixel would blow up what little there is in plain areas until it equals edges: with
-    it a stem takes twice the steps.
+    With norms over each pixel, or over groups of channels of each image, line drawings are learned at a third of the
+    speed. At inference no image depends on another.
     """
-    groups = next(n for n in range(max(1, channels // _GROUP), 0, -1) if channels % n == 0)
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return nn.BatchNorm2d(channels)
 
 
 class ConvBlock(nn.Module):

@@ -58,6 +58,7 @@ class VisionClassification(EvenSteps, Classification):
         backbone: the configuration of the blocks; see `BackboneConfig`.
         patch: side of a patch in pixels; null gives 8 to 15 patches along a side, and small images fewer.
         stem: how pixels become tokens: "patch", one product a patch, or "conv", small convolutions.
+        stem_depth: residual blocks at each scale of the stem "conv".
         position_std: of the position embeddings at the beginning. Patches without overlap need some as large as
             themselves: starting at 0.02, a small data set needs many epochs to find out where things are.
         training: optimiser, schedule, regularisation and averaging.
@@ -72,6 +73,7 @@ class VisionClassification(EvenSteps, Classification):
         backbone: BackboneConfig = _BACKBONE,
         patch: int | None = None,
         stem: Literal["patch", "conv"] = "patch",
+        stem_depth: int = 1,
         position_std: float = 1.0,
         training: VisionTrainingConfig = VisionTrainingConfig(),
         classes: int = 10,
@@ -85,6 +87,7 @@ class VisionClassification(EvenSteps, Classification):
             patch=patch_for(image_size) if patch is None else patch,
             channels=in_channels,
             stem=stem,
+            stem_depth=stem_depth,
         )
         model = ImageClassifier(config)
         assert model.tokenizer.positions is not None

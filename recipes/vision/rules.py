@@ -29,7 +29,7 @@ _SIDES = {2_000: 64, 20_000: 96, None: 128}
 # Pillow's modes without colours.
 _GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "F")
 # Optimizer steps after which small models have learned what there is in a data set.
-_STEPS = (2000, 20_000)
+_STEPS = (1500, 20_000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +134,10 @@ def stem(facts: ImageFacts, values: Values) -> Choice:
     return "conv", "overlapping convolutions need fewer samples than patches that are cut apart"
 
 
+def stem_depth(facts: ImageFacts, values: Values) -> Choice:
+    return 2, "residual blocks at each scale; with one, line drawings are learned more slowly"
+
+
 def patch(facts: ImageFacts, values: Values) -> Choice:
     """A power of two with 7 to 15 patches along a side; fewer where the image is small."""
     side = 2
@@ -233,6 +237,7 @@ VISION_RULE = Rule(
         "data.channels": channels,
         "data.augment": augment,
         "model.stem": stem,
+        "model.stem_depth": stem_depth,
         "model.patch": patch,
         "model.position_std": position_std,
         "model.backbone.dim": dim,
