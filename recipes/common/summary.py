@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...errors import MediaError
-from ...modalities.data.sources import Source
+from ...modalities.data.sources import FileSource, Source
 
-# Samples of a split that are compared by their content.
-_COMPARED = 20_000
+# Samples of a split that are compared by their content: files, of which most are told apart by their size, and
+# members of shards, which have to be read.
+_FILES, _MEMBERS = 20_000, 2_000
 # A largest class with more than so many times the samples of the smallest is worth a warning.
 _UNEVEN = 5
 
@@ -83,13 +84,13 @@ def summarise(sources: Mapping[str, Source]) -> DataSummary:
 def _duplicates(train: Source, rest: list[Source]) -> list[tuple[str, str]]:
     """Pairs of samples with the same bytes. Only files of equal sizes are read."""
     known: dict[int, list[int]] = {}
-    for index in range(min(len(train), _COMPARED)):
+    for index in range(_compared(train)):
         if (size := _size(train, index)) is not None:
             known.setdefault(size, []).append(index)
     hashes: dict[int, bytes | None] = {}
     found = []
     for source in rest:
-        for index in range(min(len(source), _COMPARED)):
+        for index in range(_compared(source)):
             same = known.get(_size(source, index) or -1, [])
             content = _hash(source, index) if same else None
             for other in same:
@@ -99,6 +100,10 @@ def _duplicates(train: Source, rest: list[Source]) -> list[tuple[str, str]]:
                     found.append((train.name(other), source.name(index)))
                     break
     return found
+
+
+def _compared(source: Source) -> int:
+    return min(len(source), _FILES if isinstance(source, FileSource) else _MEMBERS)
 
 
 def _size(source: Source, index: int) -> int | None:
