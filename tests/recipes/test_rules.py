@@ -144,10 +144,13 @@ def test_values_are_printed_and_stored_and_can_be_set(folder, tmp_path, capsys):
         "model: {patch: 4, training: {lr: 0.5}}\ndata: {class_path: ImageFolderData, init_args: {size: 24}}\n"
     )
     words = ["--model.dim=8", "--data.batch_size=3", "--model.training.ema", "0.5", "--model.training.lr=null"]
+    words += ["--data.augment.flip", "false"]
     config = fit(folder, "set", "--config", str(tmp_path / "mine.yaml"), *words)
     wanted = {"model.patch": 4, "data.size": 24, "model.backbone.dim": 8, "data.loading.batch_size": 3}
     for option, wished in (wanted | {"model.training.ema": 0.5}).items():
         assert stored(config, option) == wished, option
+    augment = stored(config, "data.augment")
+    assert augment["flip"] is False and augment["scale"] == value("data.augment")["scale"]
     assert stored(config, "model.training.lr") == value(
         "model.training.lr", model_backbone_dim=8, data_loading_batch_size=3
     )
