@@ -3,7 +3,7 @@ PYTHON ?= python3
 EXTRAS ?= dev,hf,eval
 BIN := .venv/bin
 
-.PHONY: demo test test-fast coverage lint docs format clean
+.PHONY: demo showcase test test-fast coverage lint docs format clean
 
 .venv/.stamp: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -12,6 +12,10 @@ BIN := .venv/bin
 
 demo: .venv/.stamp
 	$(BIN)/omnimix vision fit --name demo --overwrite
+
+# Real data, fetched by apt-get and npm and kept in the user's cache; about two hours on one core.
+showcase: .venv/.stamp
+	$(BIN)/python -m omnimix.recipes.showcase --page docs/showcase.md
 
 test: .venv/.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -98,7 +98,7 @@ def test_arguments_of_the_text_recipe():
         module = TextGeneration(backbone=BackboneConfig(dim=8, depth=1, pattern=("gla",)), tie=False)
     assert not module.model.config.tie_word_embeddings
     with pytest.warns(FutureWarning, match="--model.tie is now --model.tie_word_embeddings"):
-        argv, _ = prepared(
+        argv, _, _ = prepared(
             ["--model.tie=false", "--model.dim", "8"], CONFIGS / "text_generation.yaml", TextGeneration, TextData
         )
     assert "--model.tie_word_embeddings=false" in argv

@@ -182,7 +182,7 @@ class PatchFront(Front):
         self.patches = PatchTokenizer(config.grid(dim))
 
     def forward(self, waves: Float[Tensor, "b n"]) -> tuple[Float[Tensor, "b t d"], Layout]:
-        mel = self.augment(self.mel(waves)).to(self.patches.proj.weight.dtype)
+        mel = self.augment(self.mel(waves)).to(self.patches.dtype)
         return self.patches(mel.unsqueeze(1))
 
 

@@ -89,6 +89,21 @@ def load_image(
         raise MediaError(f"cannot read the image {name!r}: {error}") from error
 
 
+def image_header(source: str | Path | bytes) -> tuple[int, int, str]:
+    """Height, width and Pillow's mode of an image file, without its pixels.
+
+    Raises:
+        MediaError: a missing or corrupt file; the message names it.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return image.height, image.width, image.mode
+    except (*_DAMAGED, Image.DecompressionBombError) as error:
+        raise MediaError(f"cannot read the image {_name_of(source)!r}: {error}") from error
+
+
 def _bound(image: Any) -> None:
     """Decode a large image at a smaller scale, or refuse it, by its header, before anything is allocated."""
     width, height = image.size

@@ -50,6 +50,7 @@ class ImageClassifier(Classifier):
         images = [torch.randn(2, 3, 16, 16), torch.randn(3, 3, 9, 23)]
         options: list[dict[str, Any]] = [
             {"mixer": "gla"},
+            {"mixer": "gla", "stem": "conv"},
             {"mixer": "attention", "class_token": "middle", "pool": "class_token", "positions": "factorised"},
             {"mixer": "mamba2,attention", "pool": "max", "positions": "none"},
         ]
@@ -78,8 +79,8 @@ def image_classifier(
 
     Args:
         backbone: the whole configuration, or None for the short form.
-        options: fields of `PatchTokenizerConfig` (size, patch, channels, positions, class_token, registers), and the
-            short form of the backbone: see `plain_backbone`.
+        options: fields of `PatchTokenizerConfig` (size, patch, channels, positions, class_token, registers, stem), and
+            the short form of the backbone: see `plain_backbone`.
 
     Raises:
         UnknownName, ConfigError: unknown names, and parts that do not fit together.

@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ...backbones.config import positive
+from ...backbones.config import not_negative, positive
 from ...backbones.layout import Layout
 from ...backbones.typed import Config
-from ...errors import ConfigError, UnsupportedShape
+from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
 from ..common.grid import GridTokenizer, check_extra, pad_to_whole, resize_kernel, resize_table, sizes, strided_product
+from .stem import ConvStem
 
 POSITIONS = ("learned", "factorised", "none")
 
@@ -33,6 +34,9 @@ class PatchTokenizerConfig(Config):
             mixers that know the order of the tokens by themselves.
         class_token: None; "first"; or "middle" of the grid tokens (Vision Mamba).
         registers: learned tokens at the end of the sequence, scratch space that no head reads.
+        stem: how pixels become tokens: "patch", one product a patch; or "conv", a stack of small convolutions, which
+            needs less data (see `ConvStem`). The sides of a patch are then powers of two.
+        stem_depth: residual blocks at each scale of the stem "conv".
     """
 
     dim: int
@@ -42,6 +46,8 @@ class PatchTokenizerConfig(Config):
     positions: Literal["learned", "factorised", "none"] = "learned"
     class_token: Literal["first", "middle"] | None = None
     registers: int = 0
+    stem: Literal["patch", "conv"] = "patch"
+    stem_depth: int = 1
 
     def __post_init__(self) -> None:
         positive(self, "dim", "channels")
@@ -50,6 +56,10 @@ class PatchTokenizerConfig(Config):
         if self.positions not in POSITIONS:
             raise ConfigError(f"positions is {self.positions!r}; it must be one of {', '.join(POSITIONS)}")
         check_extra(self)
+        not_negative(self, "stem_depth")
+        patch = cast("tuple[int, int]", self.patch)
+        if self.stem == "conv" and (max(patch) < 2 or any(side & (side - 1) for side in patch)):
+            raise ConfigError(f"patch is {patch}; the stem 'conv' halves its sides: take powers of two, at least 2")
 
     def grid(self, size: tuple[int, int] | None = None) -> tuple[int, int]:
         """Rows and columns of patches in an image of `size` (by default the size that positions are learned for)."""
@@ -79,9 +89,14 @@ class PatchTokenizer(GridTokenizer):
     def __init__(self, config: PatchTokenizerConfig):
         super().__init__()
         self.config = config
-        self.proj = PatchProjection(config.channels, config.dim, config.patch, stride=config.patch)
-        nn.init.trunc_normal_(self.proj.weight, std=self.proj.weight[0].numel() ** -0.5)
-        nn.init.zeros_(self.proj.bias)
+        patch = cast("tuple[int, int]", config.patch)
+        self.proj: PatchProjection | ConvStem
+        if config.stem == "conv":
+            self.proj = ConvStem(config.channels, config.dim, patch, config.stem_depth)
+        else:
+            self.proj = PatchProjection(config.channels, config.dim, patch, stride=patch)
+            nn.init.trunc_normal_(self.proj.weight, std=self.proj.weight[0].numel() ** -0.5)
+            nn.init.zeros_(self.proj.bias)
         rows, columns = config.grid()
         learned, factorised = config.positions == "learned", config.positions == "factorised"
         self.positions = self._table(rows, columns) if learned else None
@@ -117,6 +132,11 @@ class PatchTokenizer(GridTokenizer):
         layout = Layout(causal=False, grid=(1, rows, columns), extra=self.extra(rows * columns))
         return self._with_extra(tokens), layout
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.proj.parameters()).dtype
+
     def place_vectors(self, rows: int, columns: int) -> Float[Tensor, "t d"] | None:
         """The position embeddings of a grid of this size, in raster order; None where there are none."""
         if self.positions is not None:
@@ -131,10 +151,15 @@ class PatchTokenizer(GridTokenizer):
         """Rebuild the parameters for another image size or patch, keeping what they mean.
 
         Positions are interpolated, and the patch kernel is resized (`resize_kernel`).
+
+        Raises:
+            UnsupportedCall: another patch, and the stem is "conv".
         """
+        if patch is not None and isinstance(self.proj, ConvStem):
+            raise UnsupportedCall("the strides of the stem 'conv' make its patch; build the model with another one")
         old_patch = self.config.patch
         self.config = replace(self.config, size=size or self.config.size, patch=patch or old_patch)
-        if self.config.patch != old_patch:
+        if self.config.patch != old_patch and isinstance(self.proj, PatchProjection):
             projection = PatchProjection(
                 self.config.channels, self.config.dim, self.config.patch, stride=self.config.patch, device="meta"
             )

@@ -15,7 +15,7 @@ from ...backbones.layout import Layout
 from ...backbones.typed import Config
 from ...errors import ConfigError, UnsupportedCall, UnsupportedShape
 from ..common.grid import GridTokenizer, check_extra, pad_to_whole, resize_kernel, resize_table, sizes, strided_product
-from ..image.tokenizer import PatchTokenizer
+from ..image.tokenizer import PatchProjection, PatchTokenizer
 from .reduction import Grid, average_cells, merge_tokens
 
 POSITIONS = ("factorised", "none")
@@ -225,8 +225,10 @@ def inflate(
         time_positions: learned ones begin as zeros.
 
     Raises:
-        ConfigError: an unknown inflation.
+        ConfigError: an unknown inflation, or an image tokenizer with the stem "conv".
     """
+    if not isinstance(image.proj, PatchProjection):
+        raise ConfigError(f"the image tokenizer has the stem {image.config.stem!r}; only 'patch' can be inflated")
     if inflation not in INFLATIONS:
         raise ConfigError(f"inflation is {inflation!r}; it must be one of {', '.join(INFLATIONS)}")
     own = image.config

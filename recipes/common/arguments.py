@@ -13,6 +13,7 @@ import yaml
 from ...errors import ConfigError
 from .. import CONFIGS, RECIPES
 from .options import RecipeData
+from .rules import Layers, Plan, Rule, fill, left_open
 from .trees import DataTrees, Trees
 
 CONFIG_OPTIONS = ("-c", "--config")
@@ -66,8 +67,11 @@ def configurations(argv: list[str], recipe: str) -> tuple[list[str], Path, str]:
     return rest, base, name
 
 
-def prepared(argv: list[str], base: Path, model: type, data: type[RecipeData]) -> tuple[list[str], dict[str, Any]]:
-    """What the parser is given: a command line and defaults, with the trees of both in a configuration of their own.
+def prepared(
+    argv: list[str], base: Path, model: type, data: type[RecipeData], rule: Rule | None = None
+) -> tuple[list[str], dict[str, Any], Plan]:
+    """What the parser is given: a command line and defaults, with the trees of both in a configuration of their own;
+    and what the recipe's rule says.
 
     Configurations stand in the command line as text: while jsonargparse reads a file, it changes the current folder of
     the process, and so that of every thread.
@@ -77,6 +81,7 @@ def prepared(argv: list[str], base: Path, model: type, data: type[RecipeData]) -
         base: the defaults of the recipe, or of the packaged configuration that is named.
         model: the recipe's module.
         data: the base class of its data sets.
+        rule: of the recipe, for options that are null.
 
     Raises:
         ConfigError: an option of one's own files, and the data set is a generated one; or what is wrong with a tree.
@@ -86,16 +91,18 @@ def prepared(argv: list[str], base: Path, model: type, data: type[RecipeData]) -
     chosen = data_class(data, [*_class_paths(defaults.get("data")), *data_paths(argv)][-1]) or data
     both = trees, options = Trees(model), DataTrees(chosen)
     rest_of_defaults = _take(both, defaults)
+    free = [] if rule is None else left_open(rule, Layers(rest_of_defaults, []), both)
     rest, flags = _parted(argv, both)
     # A part is named before its options are set, in whatever order they were typed; and flags win over files.
     for owner, option, place, value in sorted(flags, key=lambda flag: len(flag[2])):
         owner.flag(option, place, value)
+    plan = Plan() if rule is None else fill(rule, chosen, free, Layers(rest_of_defaults, rest), both)
     ours = ["--config", _inline({"model": trees.checked()})]
     ours += [f"--data.{name}={json.dumps(value)}" for name, value in options.checked().items()]
     # Help is printed as soon as it is read, without the words that follow it.
     helps = [i for i, word in enumerate(rest) if word.partition("=")[0] in ("--help", "-h", "--data.help")]
     end = helps[0] if helps else len(rest)
-    return [*rest[:end], *ours, *rest[end:]], rest_of_defaults
+    return [*rest[:end], *ours, *rest[end:]], rest_of_defaults, plan
 
 
 def _inline(content: Any) -> str:

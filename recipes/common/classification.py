@@ -25,6 +25,7 @@ from .ranks import from_all_ranks
 from .report import Panel, Row, Shown, confusion, curves, gallery, write_metrics, write_report
 from .strategies import whole_model
 from .training import AverageWeights, TrainingConfig, parts
+from .watch import WatchLearning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,7 @@ class Classification(pl.LightningModule):
     def __init__(self, model: Classifier, *, input_name: str, training: ClassificationTrainingConfig, classes: int):
         super().__init__()
         self.model, self.input_name, self.training_config = model, input_name, training
+        self.classes = classes
         self.mixer = pattern_name(model.config.backbone)
         self.acc1 = MulticlassAccuracy(classes, top_k=1, average="micro", ignore_index=IGNORED)
         self.acc5 = MulticlassAccuracy(classes, top_k=min(5, classes), average="micro", ignore_index=IGNORED)
@@ -121,7 +123,8 @@ class Classification(pl.LightningModule):
         return optimise(self, self.training_config)
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        return [AverageWeights(self.training_config.ema)] if self.training_config.ema else []
+        averaging = [AverageWeights(self.training_config.ema)] if self.training_config.ema else []
+        return [*averaging, WatchLearning(self.classes)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["model"] = to_dict(self.model.config)

@@ -38,6 +38,7 @@ from .places import with_data_set
 from .private_lightning import OpenCLI, quiet
 from .progress import ProgressLines
 from .ranks import share_threads, trainer_of_torchrun
+from .rules import Rule
 from .stored import DAMAGED, OTHER_MODEL, build_fitting, stored_config
 from .training import AverageWeights, Begin, LastCheckpoint, SeedEveryStep, WholeFiles, precision
 from .trees import EPILOG, build, epilog, tree_defaults
@@ -69,6 +70,7 @@ class RecipeCLI(OpenCLI):
         history: keeps the curves.
         callbacks: more of the recipe's own, for a fit.
         objects: arguments of the trainer that no command line can hold, such as callbacks and loggers.
+        rule: how options that are null follow from the data, in a fit.
     """
 
     model_class: type[pl.LightningModule]
@@ -90,6 +92,7 @@ class RecipeCLI(OpenCLI):
         history: History | None = None,
         callbacks: Sequence[pl.Callback] = (),
         objects: Mapping[str, Any] = NOTHING,
+        rule: Rule | None = None,
     ):
         self.command, self.links, self.monitor, self.mode = command, links, monitor, mode
         self.history = history or History()
@@ -107,7 +110,8 @@ class RecipeCLI(OpenCLI):
         ):
             argv, base, self.configuration = configurations(argv, recipe)
             with migrated_files(argv) as argv:
-                argv, self._defaults = prepared(argv, base, model, data)
+                rule = rule if command == "fit" else None
+                argv, self._defaults, self.plan = prepared(argv, base, model, data, rule)
         try:
             self._start(model, data, argv)
         except MisconfigurationException as error:
@@ -273,6 +277,8 @@ class RecipeCLI(OpenCLI):
 
     def fit(self, model: pl.LightningModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         folder = self.folder
+        if rank_zero_only.rank == 0:
+            self.plan.show()
         if self.options.resume:
             ckpt_path = str(folder.last) if folder.last.is_file() else None
             if ckpt_path is None:

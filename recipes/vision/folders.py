@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
@@ -26,11 +28,13 @@ class Augment:
         scale: the smallest fraction of the area that a random crop keeps.
         flip: whether to mirror images with a probability of 0.5.
         colour: strength of random brightness, contrast and saturation.
+        rotate: the largest angle, in degrees; what lies outside is mirrored in.
     """
 
     scale: float = 0.35
     flip: bool = True
     colour: float = 0.0
+    rotate: float = 0.0
 
     def __call__(self, image: Shaped[Tensor, "*t c h w"], size: int, seed: int) -> Shaped[Tensor, "*t c s s"]:
         from torchvision.transforms import v2
@@ -43,7 +47,18 @@ class Augment:
         # torchvision samples from the global generator, which is restored afterwards.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return v2.Compose(steps)(image)
+            image = v2.Compose(steps)(image)
+            return _rotated(image, self.rotate * (2 * float(torch.rand(())) - 1)) if self.rotate else image
+
+
+def _rotated(image: Shaped[Tensor, "*t c s s"], degrees: float) -> Float[Tensor, "*t c s s"]:
+    """The image, or all frames, turned about the centre, in 0..1."""
+    image = image.float().div_(255) if image.dtype == torch.uint8 else image
+    frames = image if image.ndim == 4 else image[None]
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    grid = F.affine_grid(frames.new_tensor([[[cos, -sin, 0], [sin, cos, 0]]]), [1, *frames.shape[1:]], False)
+    turned = F.grid_sample(frames, grid.expand(len(frames), -1, -1, -1), padding_mode="reflection", align_corners=False)
+    return turned.view(image.shape)
 
 
 class LoadImage:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,14 +14,17 @@ from ...backbones import BackboneConfig
 from ...backbones.config import not_negative
 from ...modalities import ImageClassifier
 from ...modalities.image.model import image_classifier
+from .. import CONFIGS
+from ..common.arguments import argument, data_paths
 from ..common.classification import Classification, ClassificationTrainingConfig, Look, finish
 from ..common.cli import NOTHING, RecipeCLI
 from ..common.commands import evaluate, run_fit
 from ..common.training import EvenSteps, parts
 from .data import DigitsData, ImageData, TensorData
 from .folders import ImageFolderData
+from .rules import VISION_RULE
 
-RECIPE = "vision_classification"
+RECIPE, FOLDER = "vision_classification", "vision_folder"
 __all__ = ["DigitsData", "ImageFolderData", "TensorData", "VisionClassification"]
 
 
@@ -54,6 +57,10 @@ class VisionClassification(EvenSteps, Classification):
     Args:
         backbone: the configuration of the blocks; see `BackboneConfig`.
         patch: side of a patch in pixels; null gives 8 to 15 patches along a side, and small images fewer.
+        stem: how pixels become tokens: "patch", one product a patch, or "conv", small convolutions.
+        stem_depth: residual blocks at each scale of the stem "conv".
+        position_std: of the position embeddings at the beginning. Patches without overlap need some as large as
+            themselves: starting at 0.02, a small data set needs many epochs to find out where things are.
         training: optimiser, schedule, regularisation and averaging.
         classes: number of classes; the data says it.
         in_channels: 1 or 3; the data says it.
@@ -65,6 +72,9 @@ class VisionClassification(EvenSteps, Classification):
         *,
         backbone: BackboneConfig = _BACKBONE,
         patch: int | None = None,
+        stem: Literal["patch", "conv"] = "patch",
+        stem_depth: int = 1,
+        position_std: float = 1.0,
         training: VisionTrainingConfig = VisionTrainingConfig(),
         classes: int = 10,
         in_channels: int = 1,
@@ -76,11 +86,12 @@ class VisionClassification(EvenSteps, Classification):
             size=image_size,
             patch=patch_for(image_size) if patch is None else patch,
             channels=in_channels,
+            stem=stem,
+            stem_depth=stem_depth,
         )
         model = ImageClassifier(config)
-        # As large as the patches: starting at 0.02, a small data set needs many epochs to find out where things are.
         assert model.tokenizer.positions is not None
-        torch.nn.init.trunc_normal_(model.tokenizer.positions, std=1.0)
+        torch.nn.init.trunc_normal_(model.tokenizer.positions, std=position_std)
         super().__init__(model, input_name="image", training=training, classes=classes)
         self._mixing = mixing(training, classes)
 
@@ -124,13 +135,22 @@ def make_cli(command: str, argv: list[str], objects: Mapping[str, Any] = NOTHING
         command,
         model=VisionClassification,
         data=ImageData,
-        recipe=RECIPE,
+        recipe=_recipe(command, argv),
         argv=argv,
         objects=objects,
         links=[("classes", "classes"), ("in_channels", "in_channels"), ("image_size", "image_size")],
         monitor="val/acc1",
         mode="max",
+        rule=VISION_RULE,
     )
+
+
+def _recipe(command: str, argv: list[str]) -> str:
+    """The configuration that a command begins with: the folder's where a folder is all that is said of the data."""
+    words = [word.partition("=")[2] if word.startswith("-") else word for word in argv]
+    named = any((CONFIGS / f"{word}.yaml").is_file() for word in words if word)
+    own = command == "fit" and argument(argv, "--data.root", "") and not data_paths(argv) and not named
+    return FOLDER if own else RECIPE
 
 
 def _finish(cli: RecipeCLI) -> None:

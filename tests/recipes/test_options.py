@@ -45,7 +45,7 @@ def shown(capsys, typed: str, kind: str = "vision") -> dict:
     ("kind", "own", "short", "long"),
     [
         ("vision", "", "--data.batch_size 32", "--data.loading.batch_size 32"),
-        ("vision", FOLDER, "--data.workers 0 --data.keep=null", "--data.loading '{workers: 0}'"),
+        ("vision", FOLDER, "--data.workers 3 --data.keep=null", "--data.loading '{workers: 3}'"),
         ("video", "", "--data.views=3 --data.keep false", "--data.loading.views 3 --data.loading.keep=false"),
         ("audio", "", "--data.batch_size 5", "--data.init_args.loading.batch_size=5"),
         (

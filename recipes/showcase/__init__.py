@@ -1,0 +1,1 @@
+"""Real data for measuring the recipes with their defaults, and the models of others that they are compared with."""
