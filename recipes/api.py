@@ -45,7 +45,7 @@ TASKS = {
     "text": ("TextGeneration", "TextData"),
 }
 # Options of the run itself.
-_OF_THE_RUN = ("threads", "checkpoint_steps", "configuration")
+_OF_THE_RUN = ("threads", "checkpoint_steps", "configuration", "init")
 
 
 class Run:
@@ -260,7 +260,8 @@ def _places(task: str) -> dict[str, str]:
         places |= {name: f"--data.{name}" for name in inspect.signature(cls).parameters}
     places |= {field.name: f"--data.{field.name}" for field in fields(base.defaults)}
     places |= {field.name: f"--model.training.{field.name}" for field in fields(training)}
-    places |= {name: f"--model.{name}" for name in [*SHORT, *arguments]}
+    linked = {name for _, name in recipe.LINKS}
+    places |= {name: f"--model.{name}" for name in [*SHORT, *arguments] if name not in linked}
     places |= {name: f"--{name}" for name in _OF_THE_RUN}
     return {name: place for name, place in places.items() if name not in ("seed", "training", options_argument(base))}
 

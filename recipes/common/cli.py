@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import pickle
 import sys
@@ -31,6 +32,7 @@ from ...utils.options import add_json, add_threads, set_threads
 from ...utils.run_folder import RunFolder
 from .arguments import argument, configurations, prepared
 from .history import History
+from .initial import Loaded, initialise, source_of, with_model_of
 from .migration import migrated_files
 from .options import RecipeData, options_argument
 from .parser import Parser
@@ -39,7 +41,7 @@ from .private_lightning import OpenCLI, quiet
 from .progress import ProgressLines
 from .ranks import share_threads, trainer_of_torchrun
 from .rules import Rule
-from .stored import DAMAGED, OTHER_MODEL, build_fitting, stored_config
+from .stored import build_fitting, stored_config, stored_model, why_not_resumed
 from .training import AverageWeights, Begin, LastCheckpoint, SeedEveryStep, WholeFiles, precision
 from .trees import EPILOG, build, epilog, tree_defaults
 
@@ -97,17 +99,20 @@ class RecipeCLI(OpenCLI):
         self.command, self.links, self.monitor, self.mode = command, links, monitor, mode
         self.history = history or History()
         self.callbacks, self.objects = callbacks, objects
+        self.loaded: Loaded | None = None
         self.task = recipe.split("_")[0]
         # Whatever changes the current folder later, the run stays where it was started.
         self._started = os.getcwd()
         quiet()
         argv = with_data_set(argv, data)
         run = _run_of(command, argv, self.task)
-        with (
-            contextlib.nullcontext(argv)
-            if run is None
-            else stored_config(argv, run, data, fit=command == "fit") as argv
-        ):
+        init = argument(argv, "--init", "") if command == "fit" and run is None else ""
+        with contextlib.ExitStack() as files:
+            if run is not None:
+                argv = files.enter_context(stored_config(argv, run, data, fit=command == "fit"))
+            if init:
+                known = "tokenizer" in {field.name for field in dataclasses.fields(data.defaults)}
+                argv = files.enter_context(with_model_of(argv, init, stored_model(source_of(init), data), known))
             argv, base, self.configuration = configurations(argv, recipe)
             with migrated_files(argv) as argv:
                 rule = rule if command == "fit" else None
@@ -166,6 +171,9 @@ class RecipeCLI(OpenCLI):
         if fitting:
             parser.add_argument("--overwrite", action="store_true", help="delete an older run of this name first")
             parser.add_argument("--resume", action="store_true", help="resume the run from its last saved state")
+            parser.add_argument(
+                "--init", type=str | None, default=None, help="start with the weights of a run, a saved model or a file"
+            )
         else:
             parser.add_argument("--run", required=True, help="folder of the run, or its name under runs/")
             add_json(parser)
@@ -283,6 +291,8 @@ class RecipeCLI(OpenCLI):
             ckpt_path = str(folder.last) if folder.last.is_file() else None
             if ckpt_path is None:
                 say(f"no state was saved in {folder.checkpoints} yet: starting from the beginning")
+        if self.options.init is not None and ckpt_path is None:
+            self.loaded = initialise(model, self.datamodule, self.options.init)
         if rank_zero_only.rank == 0:
             folder.create(resume=self.options.resume)
             if not self.options.resume:
@@ -309,7 +319,7 @@ class RecipeCLI(OpenCLI):
         """Raise an error of ours where the state that was to be resumed is the cause."""
         if not isinstance(error, RuntimeError | EOFError | pickle.UnpicklingError):
             return
-        reason = None if ckpt_path is None else _why_not_resumed(error)
+        reason = None if ckpt_path is None else why_not_resumed(error)
         if reason is not None:
             raise CheckpointError(f"cannot resume from {ckpt_path!r}: {reason}") from error
 
@@ -341,6 +351,7 @@ class RecipeCLI(OpenCLI):
             "seed": self.options.seed_everything,
             "precision": self.trainer.precision,
             "threads": torch.get_num_threads(),
+            **({} if self.loaded is None else {"init": str(self.loaded)}),
         }
 
     def _load(self, module: Any) -> None:
@@ -386,13 +397,3 @@ def _run_of(command: str, argv: list[str], task: str) -> RunFolder | None:
     if folder.recover():
         say(f"what was to replace the run {str(folder.path)!r} was stopped before its first step: the run is as it was")
     return folder
-
-
-def _why_not_resumed(error: Exception) -> str | None:
-    """What is wrong with the saved state, if that is what `error` says."""
-    text = str(error)
-    if "loading state_dict" in text:
-        return OTHER_MODEL
-    if isinstance(error, EOFError | pickle.UnpicklingError) or "PytorchStreamReader" in text:
-        return DAMAGED
-    return None

@@ -39,7 +39,7 @@ DAMAGED = "it is damaged; start anew with --overwrite"
 # Bytes, values and depth of a file; ours have some 4 kB.
 _LARGEST, _VALUES, _DEPTH = 1 << 20, 100_000, 40
 # Fields next to `trainer`, `model` and `data`; the folder itself says what `name` and `runs` are.
-_PLAIN = ("seed_everything", "checkpoint_steps", "configuration", "threads")
+_PLAIN = ("seed_everything", "checkpoint_steps", "configuration", "threads", "init")
 # Options of the trainer that say what is computed, as plain values.
 _TRAINER = frozenset(
     """
@@ -103,7 +103,7 @@ class _Run:
         for key in content:
             if key not in (*_PLAIN, "name", "runs", "trainer", "model", "data"):
                 raise self._refused(key, "which no run has")
-        kept = {key: content[key] for key in _PLAIN if key in content}
+        kept = {key: content[key] for key in _PLAIN if key in content and (self.fit or key != "init")}
         for key, value in kept.items():
             self._scalar(key, value)
         kept |= {"name": self.folder.path.name, "runs": str(self.folder.path.parent)}
@@ -353,3 +353,26 @@ def _shapes_of_state(file: Path) -> dict[str, tuple[int, ...]]:
         }
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"cannot resume from {str(file)!r}: {DAMAGED}") from error
+
+
+def why_not_resumed(error: Exception) -> str | None:
+    """What is wrong with the saved state, if that is what `error` says."""
+    text = str(error)
+    if "loading state_dict" in text:
+        return OTHER_MODEL
+    if isinstance(error, EOFError | pickle.UnpicklingError) or "PytorchStreamReader" in text:
+        return DAMAGED
+    return None
+
+
+def stored_model(folder: Path, data: type[RecipeData]) -> dict[str, Any] | None:
+    """The options of a run's model, without those of its training; None where a folder is no run.
+
+    Raises:
+        CheckpointError: see `stored_config`.
+    """
+    run = RunFolder(folder)
+    if not folder.is_dir() or not run.config.is_file():
+        return None
+    model = _Run(run, data, [], fit=True).content().get("model") or {}
+    return {name: value for name, value in model.items() if name != "training"}
