@@ -31,6 +31,7 @@ from ..utils.cache import cache_folder
 from ..utils.files import replace_file
 from ..utils.log import printed
 from ..utils.run_folder import RunFolder
+from .common.help import MEANT
 from .common.options import options_argument
 from .common.private_lightning import LOGGERS
 from .common.training import Interrupted
@@ -289,6 +290,9 @@ def _words(task: str, options: Mapping[str, Any]) -> list[str]:
         elif name in places:
             words.append(f"{places[name]}={_text(value)}")
         else:
+            meant = MEANT.get(name, "").rpartition(".")[2].lstrip("-")
+            if meant in places:
+                raise ConfigError(f"unknown option {name!r}; did you mean {meant!r}?")
             raise UnknownName("option", name, [*places, *_GROUPS])
     return words
 

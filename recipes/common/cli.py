@@ -8,7 +8,7 @@ import dataclasses
 import os
 import pickle
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from ...utils.files import replace_file
 from ...utils.options import add_json, add_threads, set_threads
 from ...utils.run_folder import RunFolder
 from .arguments import argument, configurations, prepared
+from .help import short_help
 from .history import History
 from .initial import Loaded, initialise, source_of, with_model_of
 from .migration import migrated_files
@@ -41,8 +42,16 @@ from .private_lightning import OpenCLI, quiet
 from .progress import ProgressLines
 from .ranks import share_threads, trainer_of_torchrun
 from .rules import Rule
-from .stored import build_fitting, stored_config, stored_model, why_not_resumed
-from .training import AverageWeights, Begin, LastCheckpoint, SeedEveryStep, WholeFiles, precision
+from .stored import build_fitting, run_of, stored_config, stored_model, why_not_resumed
+from .training import (
+    AverageWeights,
+    Begin,
+    LastCheckpoint,
+    SeedEveryStep,
+    WholeFiles,
+    interruptible,
+    precision,
+)
 from .trees import EPILOG, build, epilog, tree_defaults
 
 # No objects for the trainer.
@@ -104,8 +113,8 @@ class RecipeCLI(OpenCLI):
         # Whatever changes the current folder later, the run stays where it was started.
         self._started = os.getcwd()
         quiet()
-        argv = with_data_set(argv, data)
-        run = _run_of(command, argv, self.task)
+        argv = with_data_set(short_help(argv, self.task, command), data)
+        run = run_of(command, argv, self.task)
         init = argument(argv, "--init", "") if command == "fit" and run is None else ""
         with contextlib.ExitStack() as files:
             if run is not None:
@@ -300,6 +309,8 @@ class RecipeCLI(OpenCLI):
         try:
             with interruptible():
                 self.trainer.fit(model, ckpt_path=ckpt_path, **{**kwargs, "weights_only": True})
+            if ckpt_path is not None and not self.begin.done:
+                self._nothing_left(ckpt_path)
         except BaseException as error:
             if rank_zero_only.rank == 0 and not self.begin.done:
                 if folder.restore():
@@ -313,6 +324,13 @@ class RecipeCLI(OpenCLI):
         if rank_zero_only.rank == 0:
             # Begin hears of steps only, and a run of none replaces the older one too.
             folder.commit()
+
+    def _nothing_left(self, ckpt_path: str) -> None:
+        """Say, or raise where a state of another run was named, that a state has all its steps behind it."""
+        done = f"has made all its {self.trainer.global_step} steps; more of them need a larger --trainer.max_epochs"
+        if not self.options.resume:
+            raise ConfigError(f"ckpt_path is {ckpt_path!r}, which {done}. To start with its weights take --init")
+        say(f"the run {str(self.folder.path)!r} {done} (or max_steps), with --resume")
 
     @staticmethod
     def _explain(error: BaseException, ckpt_path: str | None) -> None:
@@ -373,27 +391,3 @@ class RecipeCLI(OpenCLI):
         options: dict[str, Any] = {"skip_unset": False, "skip_validation": True, "overwrite": True, "multifile": False}
         # In one step: when a run is resumed, other processes read the file at this very time.
         replace_file(self.folder.config, lambda path: parser.save(config, str(path), **options))
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Within it Ctrl-C stays KeyboardInterrupt, of which Lightning makes an exit without a word."""
-    try:
-        yield
-    except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from stop
-        raise
-
-
-def _run_of(command: str, argv: list[str], task: str) -> RunFolder | None:
-    """The run whose configuration a command begins with: the one to resume, or to evaluate."""
-    if command != "fit":
-        run = argument(argv, "--run", "")
-        return RunFolder.finished(run) if run else None
-    if "--resume" not in argv:
-        return None
-    folder = RunFolder.named(argument(argv, "--runs", "runs"), argument(argv, "--name", task))
-    if folder.recover():
-        say(f"what was to replace the run {str(folder.path)!r} was stopped before its first step: the run is as it was")
-    return folder

@@ -28,7 +28,7 @@ from ...modalities.common.weights import check_fits, stored_shapes
 from ...utils.console import say
 from ...utils.options import cores
 from ...utils.run_folder import RunFolder
-from .arguments import data_class, data_paths
+from .arguments import argument, data_class, data_paths
 from .migration import migrate
 from .options import RecipeData
 from .parser import subclasses
@@ -85,6 +85,19 @@ def stored_config(argv: list[str], folder: RunFolder, data: type[RecipeData], *,
         copy.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         tokenizer = [f"--data.tokenizer={json.dumps(str(folder.path))}"] if folder.tokenizer.is_file() else []
         yield ["--config", str(copy), *tokenizer, *argv]
+
+
+def run_of(command: str, argv: list[str], task: str) -> RunFolder | None:
+    """The run whose configuration a command begins with: the one to resume, or to evaluate."""
+    if command != "fit":
+        run = argument(argv, "--run", "")
+        return RunFolder.finished(run) if run else None
+    if "--resume" not in argv:
+        return None
+    folder = RunFolder.named(argument(argv, "--runs", "runs"), argument(argv, "--name", task))
+    if folder.recover():
+        say(f"what was to replace the run {str(folder.path)!r} was stopped before its first step: the run is as it was")
+    return folder
 
 
 class _Run:

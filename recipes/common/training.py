@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -282,6 +283,17 @@ def _parts(module: nn.Module) -> list[Tensor]:
 
 class Interrupted(OmnimixError):
     """Training was stopped from outside after its state had been saved."""
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Within it Ctrl-C stays KeyboardInterrupt, of which Lightning makes an exit without a word."""
+    try:
+        yield
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from stop
+        raise
 
 
 class Begin(pl.Callback):

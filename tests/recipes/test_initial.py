@@ -100,6 +100,17 @@ def test_text_takes_the_tokenizer_too(tmp_path: Path, capsys):
     assert (again.path / "tokenizer.json").read_bytes() == (first.path / "tokenizer.json").read_bytes()
 
 
+def test_a_state_with_no_steps_left(source: om.Run, tmp_path: Path, capsys):
+    state = source.path / "checkpoints" / "last.ckpt"
+    save_file(tensors(3), tmp_path / "t.safetensors")
+    words = ["vision", "fit", f"--data={tmp_path / 't.safetensors'}", f"--runs={tmp_path}", "--trainer.max_epochs=1"]
+    words += ["--model.mixer=gla", "--model.dim=16", "--model.depth=2", "--data.batch_size=4", "--model.training.ema=0"]
+    assert main([*words, "--trainer.limit_train_batches=2", f"--ckpt_path={state}"]) == 2
+    assert "has made all its 2 steps" in capsys.readouterr().err and not (tmp_path / "vision").exists()
+    om.fit("vision", runs=source.path.parent, resume=True)
+    assert "larger --trainer.max_epochs (or max_steps), with --resume" in capsys.readouterr().out
+
+
 def test_what_does_not_fit(source: om.Run, tmp_path: Path, capsys):
     with pytest.raises(CheckpointError, match="less than half .* same mixer, width and depth"):
         om.fit("vision", tensors(3), runs=tmp_path, init=source.path, dim=32, **FAST)
