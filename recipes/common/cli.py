@@ -326,7 +326,7 @@ class RecipeCLI(OpenCLI):
             folder.commit()
 
     def _nothing_left(self, ckpt_path: str) -> None:
-        """Say, or raise where a state of another run was named, that a state has all its steps behind it."""
+        """Say, or raise where a state of another run was named, that no steps of a state are left."""
         done = f"has made all its {self.trainer.global_step} steps; more of them need a larger --trainer.max_epochs"
         if not self.options.resume:
             raise ConfigError(f"ckpt_path is {ckpt_path!r}, which {done}. To start with its weights take --init")

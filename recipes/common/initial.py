@@ -80,7 +80,7 @@ def with_model_of(argv: list[str], init: str, model: dict[str, Any] | None, toke
 
     Args:
         init: what `--init` names.
-        model: the options of the run's model, without those of its training; None where it is no run.
+        model: the options of the run's model, without those of its training; None where it is another source.
         tokenizer: whether the data set trains a tokenizer, for which the run's own is taken.
     """
     source = source_of(init)

@@ -379,7 +379,7 @@ def why_not_resumed(error: Exception) -> str | None:
 
 
 def stored_model(folder: Path, data: type[RecipeData]) -> dict[str, Any] | None:
-    """The options of a run's model, without those of its training; None where a folder is no run.
+    """The options of a run's model, without those of its training; None where a folder has no config.yaml.
 
     Raises:
         CheckpointError: see `stored_config`.

@@ -41,7 +41,7 @@ WRONG = {
     "--gpus=1": "--trainer.devices",
     "--img_size=32": "--data.size",
     "--output_dir=x": "--runs",
-    "--seed=1": "--seed_everything",
+    "--random_seed=1": "--seed_everything",
     "--dropout=0.1": "--model.drop_path",
     "--pretrained=x": "--init",
 }
