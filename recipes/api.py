@@ -31,6 +31,7 @@ from ..utils.cache import cache_folder
 from ..utils.files import replace_file
 from ..utils.log import printed
 from ..utils.run_folder import RunFolder
+from .common.help import MEANT
 from .common.options import options_argument
 from .common.private_lightning import LOGGERS
 from .common.training import Interrupted
@@ -45,7 +46,7 @@ TASKS = {
     "text": ("TextGeneration", "TextData"),
 }
 # Options of the run itself.
-_OF_THE_RUN = ("threads", "checkpoint_steps", "configuration")
+_OF_THE_RUN = ("threads", "checkpoint_steps", "configuration", "init")
 
 
 class Run:
@@ -260,7 +261,8 @@ def _places(task: str) -> dict[str, str]:
         places |= {name: f"--data.{name}" for name in inspect.signature(cls).parameters}
     places |= {field.name: f"--data.{field.name}" for field in fields(base.defaults)}
     places |= {field.name: f"--model.training.{field.name}" for field in fields(training)}
-    places |= {name: f"--model.{name}" for name in [*SHORT, *arguments]}
+    linked = {name for _, name in recipe.LINKS}
+    places |= {name: f"--model.{name}" for name in [*SHORT, *arguments] if name not in linked}
     places |= {name: f"--{name}" for name in _OF_THE_RUN}
     return {name: place for name, place in places.items() if name not in ("seed", "training", options_argument(base))}
 
@@ -288,6 +290,9 @@ def _words(task: str, options: Mapping[str, Any]) -> list[str]:
         elif name in places:
             words.append(f"{places[name]}={_text(value)}")
         else:
+            meant = MEANT.get(name, "").rpartition(".")[2].lstrip("-")
+            if meant in places:
+                raise ConfigError(f"unknown option {name!r}; did you mean {meant!r}?")
             raise UnknownName("option", name, [*places, *_GROUPS])
     return words
 

@@ -89,6 +89,10 @@ def fit(argv: list[str], objects: Mapping[str, Any] = NOTHING) -> int:
     return run_fit("audio", argv, partial(make_cli, objects=objects), _finish)
 
 
+# What the data says -> the argument of the model.
+LINKS = [("sounds", "sounds")]
+
+
 def make_cli(command: str, argv: list[str], objects: Mapping[str, Any] = NOTHING) -> RecipeCLI:
     """The command line of a subcommand; see `RecipeCLI`."""
     return RecipeCLI(
@@ -98,7 +102,7 @@ def make_cli(command: str, argv: list[str], objects: Mapping[str, Any] = NOTHING
         recipe=RECIPE,
         argv=argv,
         objects=objects,
-        links=[("sounds", "sounds")],
+        links=LINKS,
         monitor="val/acc1",
         mode="max",
     )

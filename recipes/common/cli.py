@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import pickle
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
@@ -30,7 +31,9 @@ from ...utils.files import replace_file
 from ...utils.options import add_json, add_threads, set_threads
 from ...utils.run_folder import RunFolder
 from .arguments import argument, configurations, prepared
+from .help import short_help
 from .history import History
+from .initial import Loaded, initialise, source_of, with_model_of
 from .migration import migrated_files
 from .options import RecipeData, options_argument
 from .parser import Parser
@@ -39,8 +42,16 @@ from .private_lightning import OpenCLI, quiet
 from .progress import ProgressLines
 from .ranks import share_threads, trainer_of_torchrun
 from .rules import Rule
-from .stored import DAMAGED, OTHER_MODEL, build_fitting, stored_config
-from .training import AverageWeights, Begin, LastCheckpoint, SeedEveryStep, WholeFiles, precision
+from .stored import build_fitting, run_of, stored_config, stored_model, why_not_resumed
+from .training import (
+    AverageWeights,
+    Begin,
+    LastCheckpoint,
+    SeedEveryStep,
+    WholeFiles,
+    interruptible,
+    precision,
+)
 from .trees import EPILOG, build, epilog, tree_defaults
 
 # No objects for the trainer.
@@ -97,17 +108,20 @@ class RecipeCLI(OpenCLI):
         self.command, self.links, self.monitor, self.mode = command, links, monitor, mode
         self.history = history or History()
         self.callbacks, self.objects = callbacks, objects
+        self.loaded: Loaded | None = None
         self.task = recipe.split("_")[0]
         # Whatever changes the current folder later, the run stays where it was started.
         self._started = os.getcwd()
         quiet()
-        argv = with_data_set(argv, data)
-        run = _run_of(command, argv, self.task)
-        with (
-            contextlib.nullcontext(argv)
-            if run is None
-            else stored_config(argv, run, data, fit=command == "fit") as argv
-        ):
+        argv = with_data_set(short_help(argv, self.task, command), data)
+        run = run_of(command, argv, self.task)
+        init = argument(argv, "--init", "") if command == "fit" and run is None else ""
+        with contextlib.ExitStack() as files:
+            if run is not None:
+                argv = files.enter_context(stored_config(argv, run, data, fit=command == "fit"))
+            if init:
+                known = "tokenizer" in {field.name for field in dataclasses.fields(data.defaults)}
+                argv = files.enter_context(with_model_of(argv, init, stored_model(source_of(init), data), known))
             argv, base, self.configuration = configurations(argv, recipe)
             with migrated_files(argv) as argv:
                 rule = rule if command == "fit" else None
@@ -166,6 +180,9 @@ class RecipeCLI(OpenCLI):
         if fitting:
             parser.add_argument("--overwrite", action="store_true", help="delete an older run of this name first")
             parser.add_argument("--resume", action="store_true", help="resume the run from its last saved state")
+            parser.add_argument(
+                "--init", type=str | None, default=None, help="start with the weights of a run, a saved model or a file"
+            )
         else:
             parser.add_argument("--run", required=True, help="folder of the run, or its name under runs/")
             add_json(parser)
@@ -283,6 +300,8 @@ class RecipeCLI(OpenCLI):
             ckpt_path = str(folder.last) if folder.last.is_file() else None
             if ckpt_path is None:
                 say(f"no state was saved in {folder.checkpoints} yet: starting from the beginning")
+        if self.options.init is not None and ckpt_path is None:
+            self.loaded = initialise(model, self.datamodule, self.options.init)
         if rank_zero_only.rank == 0:
             folder.create(resume=self.options.resume)
             if not self.options.resume:
@@ -290,6 +309,8 @@ class RecipeCLI(OpenCLI):
         try:
             with interruptible():
                 self.trainer.fit(model, ckpt_path=ckpt_path, **{**kwargs, "weights_only": True})
+            if ckpt_path is not None and not self.begin.done:
+                self._nothing_left(ckpt_path)
         except BaseException as error:
             if rank_zero_only.rank == 0 and not self.begin.done:
                 if folder.restore():
@@ -304,12 +325,19 @@ class RecipeCLI(OpenCLI):
             # Begin hears of steps only, and a run of none replaces the older one too.
             folder.commit()
 
+    def _nothing_left(self, ckpt_path: str) -> None:
+        """Say, or raise where a state of another run was named, that a state has all its steps behind it."""
+        done = f"has made all its {self.trainer.global_step} steps; more of them need a larger --trainer.max_epochs"
+        if not self.options.resume:
+            raise ConfigError(f"ckpt_path is {ckpt_path!r}, which {done}. To start with its weights take --init")
+        say(f"the run {str(self.folder.path)!r} {done} (or max_steps), with --resume")
+
     @staticmethod
     def _explain(error: BaseException, ckpt_path: str | None) -> None:
         """Raise an error of ours where the state that was to be resumed is the cause."""
         if not isinstance(error, RuntimeError | EOFError | pickle.UnpicklingError):
             return
-        reason = None if ckpt_path is None else _why_not_resumed(error)
+        reason = None if ckpt_path is None else why_not_resumed(error)
         if reason is not None:
             raise CheckpointError(f"cannot resume from {ckpt_path!r}: {reason}") from error
 
@@ -341,6 +369,7 @@ class RecipeCLI(OpenCLI):
             "seed": self.options.seed_everything,
             "precision": self.trainer.precision,
             "threads": torch.get_num_threads(),
+            **({} if self.loaded is None else {"init": str(self.loaded)}),
         }
 
     def _load(self, module: Any) -> None:
@@ -362,37 +391,3 @@ class RecipeCLI(OpenCLI):
         options: dict[str, Any] = {"skip_unset": False, "skip_validation": True, "overwrite": True, "multifile": False}
         # In one step: when a run is resumed, other processes read the file at this very time.
         replace_file(self.folder.config, lambda path: parser.save(config, str(path), **options))
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Within it Ctrl-C stays KeyboardInterrupt, of which Lightning makes an exit without a word."""
-    try:
-        yield
-    except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from stop
-        raise
-
-
-def _run_of(command: str, argv: list[str], task: str) -> RunFolder | None:
-    """The run whose configuration a command begins with: the one to resume, or to evaluate."""
-    if command != "fit":
-        run = argument(argv, "--run", "")
-        return RunFolder.finished(run) if run else None
-    if "--resume" not in argv:
-        return None
-    folder = RunFolder.named(argument(argv, "--runs", "runs"), argument(argv, "--name", task))
-    if folder.recover():
-        say(f"what was to replace the run {str(folder.path)!r} was stopped before its first step: the run is as it was")
-    return folder
-
-
-def _why_not_resumed(error: Exception) -> str | None:
-    """What is wrong with the saved state, if that is what `error` says."""
-    text = str(error)
-    if "loading state_dict" in text:
-        return OTHER_MODEL
-    if isinstance(error, EOFError | pickle.UnpicklingError) or "PytorchStreamReader" in text:
-        return DAMAGED
-    return None

@@ -102,7 +102,7 @@ class StepHistory(History):
         row = {
             "train/loss": nats / counted,
             "tokens_per_second": counted / max(self._passed, 1e-9),
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "lr": max(group["lr"] for group in trainer.optimizers[0].param_groups),
         }
         self.tokens += counted
         self.busy += self._passed

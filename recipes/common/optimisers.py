@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -68,20 +69,39 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def parameter_groups(
-    module: nn.Module, weight_decay: float, only: Callable[[str], bool] = lambda name: True
+    module: nn.Module,
+    config: TrainingConfig,
+    only: Callable[[str], bool] = lambda name: True,
 ) -> list[dict[str, Any]]:
-    """The trainable parameters, with their names, in two groups: those that decay, and those that must not."""
+    """The trainable parameters, with their names, in groups: those that decay, and those that must not.
+
+    With `config.layer_decay` there are two groups for each layer, whose learning rates differ.
+    """
     spared = no_weight_decay(module)
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad and only(name)]
+    layers = {name: 0 if config.layer_decay == 1 else layers_above(module, name) for name, _ in named}
     groups = [
         {
-            "params": [(name, p) for name, p in named if name not in spared],
-            "weight_decay": weight_decay,
-            "name": "decay",
-        },
-        {"params": [(name, p) for name, p in named if name in spared], "weight_decay": 0.0, "name": "no_decay"},
+            "params": [(name, p) for name, p in named if (name in spared) == free and layers[name] == layer],
+            "weight_decay": 0.0 if free else config.weight_decay,
+            "lr": config.lr * config.layer_decay**layer,
+            "name": ("no_decay" if free else "decay") + (f"/{layer}" if layer else ""),
+        }
+        for layer in sorted(set(layers.values()))
+        for free in (False, True)
     ]
     return [group for group in groups if group["params"]]
+
+
+def layers_above(module: nn.Module, name: str) -> int:
+    """How many blocks, and the layers after them, follow a parameter; what comes before the first block follows none.
+
+    The head and the last norm have nothing above them, block i of n has n - i, and the tokenizer n + 1.
+    """
+    depth = max((len(part.blocks) for part in module.modules() if isinstance(part, Backbone)), default=0)
+    if (found := re.search(r"(?:^|\.)blocks\.(\d+)\.", name)) is not None:
+        return depth - int(found[1])
+    return depth + 1 if re.search(r"(?:^|\.)(tokenizer|embedding)\.", name) else 0
 
 
 def hidden_matrices(module: nn.Module) -> set[str]:
@@ -106,13 +126,13 @@ def build_optimiser(module: nn.Module, config: TrainingConfig) -> torch.optim.Op
     Its state has the names of the parameters, and is loaded by them.
     """
     if config.optimizer == "adamw":
-        groups = parameter_groups(module, config.weight_decay)
+        groups = parameter_groups(module, config)
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, foreach=True)
     else:
         matrices = hidden_matrices(module)
         optimizer = MuonAdamW(
-            parameter_groups(module, config.weight_decay, matrices.__contains__),
-            parameter_groups(module, config.weight_decay, lambda name: name not in matrices),
+            parameter_groups(module, config, matrices.__contains__),
+            parameter_groups(module, config, lambda name: name not in matrices),
             lr=config.lr,
             betas=config.betas,
             momentum=config.momentum,

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser
 
 from ...errors import ConfigError, UnknownName
+from .help import MEANT
 from .options import RecipeData
 from .private_jsonargparse import actions
 from .trees import SHORT, short_forms, tree_defaults
@@ -64,6 +65,8 @@ class Parser(LightningArgumentParser):
         word = word.removeprefix("fit.").removeprefix("validate.").removeprefix("test.")
         options = {o.lstrip("-") for action in actions(self) for o in action.option_strings}
         options |= {f"model.{name}" for name in SHORT}
+        if (meant := MEANT.get(word.rpartition(".")[2])) is not None and meant != f"--{word}":
+            return f"{message}; did you mean '{meant}'?"
         near = difflib.get_close_matches(word, options, n=1)
         return f"{message}; did you mean '--{near[0]}'?" if near else message
 

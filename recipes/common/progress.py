@@ -65,7 +65,7 @@ class ProgressLines(Callback):
             f"step {step:,}/{self._planned:,}",
             f"epoch {trainer.current_epoch + 1}/{most}" if most is not None and most > 0 else "",
             f"loss {short_number(float(self._loss) / self._batches)}",
-            f"lr {short_number(trainer.optimizers[0].param_groups[0]['lr'])}",
+            f"lr {short_number(max(group['lr'] for group in trainer.optimizers[0].param_groups))}",
             f"{self._samples / max(now - self._window, 1e-9):,.1f} {'samples' if count is None else 'tokens'}/s",
             f"{duration(left)} left",
             _memory(pl_module.device),

@@ -28,7 +28,7 @@ from ...modalities.common.weights import check_fits, stored_shapes
 from ...utils.console import say
 from ...utils.options import cores
 from ...utils.run_folder import RunFolder
-from .arguments import data_class, data_paths
+from .arguments import argument, data_class, data_paths
 from .migration import migrate
 from .options import RecipeData
 from .parser import subclasses
@@ -39,7 +39,7 @@ DAMAGED = "it is damaged; start anew with --overwrite"
 # Bytes, values and depth of a file; ours have some 4 kB.
 _LARGEST, _VALUES, _DEPTH = 1 << 20, 100_000, 40
 # Fields next to `trainer`, `model` and `data`; the folder itself says what `name` and `runs` are.
-_PLAIN = ("seed_everything", "checkpoint_steps", "configuration", "threads")
+_PLAIN = ("seed_everything", "checkpoint_steps", "configuration", "threads", "init")
 # Options of the trainer that say what is computed, as plain values.
 _TRAINER = frozenset(
     """
@@ -87,6 +87,19 @@ def stored_config(argv: list[str], folder: RunFolder, data: type[RecipeData], *,
         yield ["--config", str(copy), *tokenizer, *argv]
 
 
+def run_of(command: str, argv: list[str], task: str) -> RunFolder | None:
+    """The run whose configuration a command begins with: the one to resume, or to evaluate."""
+    if command != "fit":
+        run = argument(argv, "--run", "")
+        return RunFolder.finished(run) if run else None
+    if "--resume" not in argv:
+        return None
+    folder = RunFolder.named(argument(argv, "--runs", "runs"), argument(argv, "--name", task))
+    if folder.recover():
+        say(f"what was to replace the run {str(folder.path)!r} was stopped before its first step: the run is as it was")
+    return folder
+
+
 class _Run:
     """The configuration of one run while it is checked."""
 
@@ -103,7 +116,7 @@ class _Run:
         for key in content:
             if key not in (*_PLAIN, "name", "runs", "trainer", "model", "data"):
                 raise self._refused(key, "which no run has")
-        kept = {key: content[key] for key in _PLAIN if key in content}
+        kept = {key: content[key] for key in _PLAIN if key in content and (self.fit or key != "init")}
         for key, value in kept.items():
             self._scalar(key, value)
         kept |= {"name": self.folder.path.name, "runs": str(self.folder.path.parent)}
@@ -353,3 +366,26 @@ def _shapes_of_state(file: Path) -> dict[str, tuple[int, ...]]:
         }
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"cannot resume from {str(file)!r}: {DAMAGED}") from error
+
+
+def why_not_resumed(error: Exception) -> str | None:
+    """What is wrong with the saved state, if that is what `error` says."""
+    text = str(error)
+    if "loading state_dict" in text:
+        return OTHER_MODEL
+    if isinstance(error, EOFError | pickle.UnpicklingError) or "PytorchStreamReader" in text:
+        return DAMAGED
+    return None
+
+
+def stored_model(folder: Path, data: type[RecipeData]) -> dict[str, Any] | None:
+    """The options of a run's model, without those of its training; None where a folder is no run.
+
+    Raises:
+        CheckpointError: see `stored_config`.
+    """
+    run = RunFolder(folder)
+    if not folder.is_dir() or not run.config.is_file():
+        return None
+    model = _Run(run, data, [], fit=True).content().get("model") or {}
+    return {name: value for name, value in model.items() if name != "training"}

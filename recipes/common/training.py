@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -23,6 +24,7 @@ from ...errors import ConfigError, OmnimixError, UnknownName
 from ...utils.devices import native_bf16
 from ...utils.files import replace_file
 from ...utils.private_torch import foreach_lerp_, foreach_mul_
+from .freezing import freeze
 from .loading import mix
 from .private_lightning import accumulating, validates_now
 from .ranks import Agreement, summed
@@ -43,6 +45,11 @@ class TrainingConfig:
         weight_decay: on matrices; parameters that declare so, vectors and scalars are left alone.
         betas: of AdamW.
         momentum: of Muon.
+        freeze: parameters that stay as they are, by their names: a module ("backbone", "backbone.blocks.0") with all of
+            its own, or a pattern with * ("*.norm.*"); several are joined by
+            commas. "backbone,tokenizer" trains the head alone.
+        layer_decay: factor on the learning rate from each block to the one before it, so that the first layers change
+            least (arXiv 2106.08254, appendix); 1 is none.
         ema: decay of the averaged weights, which are what is measured and saved; 0 is no averaging.
     """
 
@@ -58,8 +65,12 @@ class TrainingConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     momentum: float = 0.95
     ema: float = 0.99
+    freeze: tuple[str, ...] | str = ()
+    layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
+        if isinstance(self.freeze, str):
+            object.__setattr__(self, "freeze", tuple(part.strip() for part in self.freeze.split(",") if part.strip()))
         for name, known in (("optimizer", ("adamw", "muon")), ("schedule", ("cosine", "wsd"))):
             if getattr(self, name) not in known:
                 raise UnknownName(f"training.{name}", getattr(self, name), known)
@@ -73,6 +84,7 @@ class TrainingConfig:
                 f"training.warmup is {self.warmup} and training.decay is {self.decay}; together they are at most 1"
             )
         not_negative(self, "weight_decay")
+        bounded(self, "layer_decay", above=0, most=1, wanted="above 0 and at most 1")
 
 
 def parts(config: TrainingConfig, *names: str) -> None:
@@ -99,7 +111,8 @@ class EvenSteps(pl.LightningModule):
     Lightning divides each loss by `trainer.accumulate_grad_batches` and averages over processes. The last window of an
     epoch may have fewer batches than that, and batches differ in their number of samples where some are unreadable.
 
-    List it before the class whose `training_step` returns the mean loss of a batch, or call `weighted` in one's own.
+    It freezes what `training_config.freeze` names. List it before the class whose `training_step` returns the mean
+    loss of a batch, or call `weighted` in one's own.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -107,6 +120,12 @@ class EvenSteps(pl.LightningModule):
         # Samples of the batches since the last optimizer step, over all processes.
         self._window: list[Any] = []
         self._ranks, self._batches = 1, 1
+
+    def setup(self, stage: str) -> None:
+        # Before parallel strategies look at what is trained.
+        training: TrainingConfig | None = getattr(self, "training_config", None)
+        if training is not None:
+            freeze(self, [*training.freeze])
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Lightning leaves the start of an epoch out where a run is resumed within one. A baseline trains alone, also
@@ -264,6 +283,17 @@ def _parts(module: nn.Module) -> list[Tensor]:
 
 class Interrupted(OmnimixError):
     """Training was stopped from outside after its state had been saved."""
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Within it Ctrl-C stays KeyboardInterrupt, of which Lightning makes an exit without a word."""
+    try:
+        yield
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from stop
+        raise
 
 
 class Begin(pl.Callback):

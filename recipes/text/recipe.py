@@ -170,6 +170,10 @@ def validate(argv: list[str]) -> int:
     return evaluate("validate", argv, make_cli)
 
 
+# What the data says -> the argument of the model.
+LINKS = [("vocab_size", "vocab_size")]
+
+
 def make_cli(command: str, argv: list[str], objects: Mapping[str, Any] = NOTHING) -> RecipeCLI:
     """The command line of a subcommand; see `RecipeCLI`."""
     return RecipeCLI(
@@ -179,7 +183,7 @@ def make_cli(command: str, argv: list[str], objects: Mapping[str, Any] = NOTHING
         recipe=RECIPE,
         argv=argv,
         objects=objects,
-        links=[("vocab_size", "vocab_size")],
+        links=LINKS,
         monitor="val/bits_per_byte",
         mode="min",
         history=StepHistory(),

@@ -130,6 +130,10 @@ def fit(argv: list[str], objects: Mapping[str, Any] = NOTHING) -> int:
     return run_fit("video", argv, partial(make_cli, objects=objects), _finish)
 
 
+# What the data says -> the argument of the model.
+LINKS = [("clips", "clips")]
+
+
 def make_cli(command: str, argv: list[str], objects: Mapping[str, Any] = NOTHING) -> RecipeCLI:
     """The command line of a subcommand; see `RecipeCLI`."""
     return RecipeCLI(
@@ -139,7 +143,7 @@ def make_cli(command: str, argv: list[str], objects: Mapping[str, Any] = NOTHING
         recipe=RECIPE,
         argv=argv,
         objects=objects,
-        links=[("clips", "clips")],
+        links=LINKS,
         monitor="val/acc1",
         mode="max",
     )

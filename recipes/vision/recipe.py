@@ -129,6 +129,10 @@ def fit(argv: list[str], objects: Mapping[str, Any] = NOTHING) -> int:
     return run_fit("vision", argv, partial(make_cli, objects=objects), _finish)
 
 
+# What the data says -> the argument of the model.
+LINKS = [("classes", "classes"), ("in_channels", "in_channels"), ("image_size", "image_size")]
+
+
 def make_cli(command: str, argv: list[str], objects: Mapping[str, Any] = NOTHING) -> RecipeCLI:
     """The command line of a subcommand; see `RecipeCLI`."""
     return RecipeCLI(
@@ -138,7 +142,7 @@ def make_cli(command: str, argv: list[str], objects: Mapping[str, Any] = NOTHING
         recipe=_recipe(command, argv),
         argv=argv,
         objects=objects,
-        links=[("classes", "classes"), ("in_channels", "in_channels"), ("image_size", "image_size")],
+        links=LINKS,
         monitor="val/acc1",
         mode="max",
         rule=VISION_RULE,
