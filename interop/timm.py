@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any, Unpack, cast
+from typing import Any, Literal, Unpack, cast
 
 from jaxtyping import Float
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -39,6 +39,7 @@ class TimmClassifier(TimmModel, ImageClassifier):
         global_pool: "avg", "max", "token", or "" for none; by default the named model's.
         class_token: None, "first" or "middle".
         patch_size: by default the named model's.
+        stem, stem_depth: as in `PatchTokenizerConfig`.
         backbone: a whole configuration in place of the named model's, or what JSON has of one.
         short: what differs from the named model's backbone; see `TimmShort`.
 
@@ -57,6 +58,8 @@ class TimmClassifier(TimmModel, ImageClassifier):
         global_pool: str | None = None,
         class_token: str | None = None,
         drop_rate: float = 0.0,
+        stem: Literal["patch", "conv"] = "patch",
+        stem_depth: int = 1,
         backbone: BackboneConfig | dict[str, Any] | None = None,
         **short: Unpack[TimmShort],
     ):
@@ -72,6 +75,8 @@ class TimmClassifier(TimmModel, ImageClassifier):
                 pool=pool_for(global_pool),
                 class_token=class_token,
                 dropout=drop_rate,
+                stem=stem,
+                stem_depth=stem_depth,
             )
         )
         self.in_chans = in_chans

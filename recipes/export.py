@@ -123,6 +123,8 @@ def _timm(source: Predictor | TextGenerator, out: Path) -> tuple[Path, Callable[
             "patch_size": list(config.image.patch),
             "in_chans": config.image.channels,
             "class_token": config.image.class_token,
+            "stem": config.image.stem,
+            "stem_depth": config.image.stem_depth,
             "global_pool": pools[config.head.pool],
             "backbone": to_dict(config.backbone),
         },
@@ -134,7 +136,7 @@ def _timm(source: Predictor | TextGenerator, out: Path) -> tuple[Path, Callable[
             "interpolation": "bilinear",
             "label_names": list(prepared.classes),
             "num_classes": config.head.classes,
-            "first_conv": "tokenizer.proj",
+            "first_conv": "tokenizer.proj" + ("" if config.image.stem == "patch" else ".layers.0"),
             "classifier": "head.classifier",
         },
     }

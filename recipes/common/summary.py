@@ -74,8 +74,8 @@ def summarise(sources: Mapping[str, Source]) -> DataSummary:
     return DataSummary(
         classes=len(train.classes),
         samples={split: len(source) for split, source in sources.items()},
-        smallest=named[0],
-        largest=named[-1],
+        smallest=named[0] if named else ("", 0),
+        largest=named[-1] if named else ("", 0),
         empty=tuple(name for label, name in enumerate(train.classes) if label not in counts),
         duplicates=tuple(_duplicates(train, [source for split, source in sources.items() if split != "train"])),
     )

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import torch
+
 from ...errors import ConfigError, MediaError
 from ...modalities.data.sources import IMAGE_SUFFIXES, Source, find_splits
 from ...modalities.image.files import image_header, load_image
@@ -28,8 +30,11 @@ _LOOKED = 256
 _SIDES = {2_000: 64, 20_000: 96, None: 128}
 # Pillow's modes without colours.
 _GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "F")
-# Optimizer steps after which small models have learned what there is in a data set.
-_STEPS = (1500, 20_000)
+# Optimizer steps after which a small model has learned what there is in a small set; and the most, without and with an
+# accelerator.
+_STEPS = (1500, 20_000, 300_000)
+# Epochs of large sets, without and with an accelerator.
+_EPOCHS = (10, 60)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,7 @@ class ImageFacts:
         side: the median of the shorter sides.
         grey: whether no image has colours.
         cores: of this machine.
+        accelerator: whether it has a GPU or another accelerator.
         summary: of all splits, where the data was looked at.
     """
 
@@ -49,6 +55,7 @@ class ImageFacts:
     side: int = 64
     grey: bool = False
     cores: int = 1
+    accelerator: bool = False
     summary: DataSummary | None = None
 
     def notes(self) -> list[str]:
@@ -64,7 +71,7 @@ def image_facts(data: type[RecipeData], options: Mapping[str, Any]) -> ImageFact
     except (KeyError, ConfigError, MediaError):
         sources = None
     if sources is None:
-        return ImageFacts(cores=cores())
+        return ImageFacts(cores=cores(), accelerator=torch.accelerator.is_available())
     sides, grey = _look(sources["train"])
     summary = summarise(sources)
     return ImageFacts(
@@ -73,6 +80,7 @@ def image_facts(data: type[RecipeData], options: Mapping[str, Any]) -> ImageFact
         side=round(median(sides)) if sides else ImageFacts.side,
         grey=grey,
         cores=cores(),
+        accelerator=torch.accelerator.is_available(),
         summary=summary,
     )
 
@@ -176,11 +184,13 @@ def batch_size(facts: ImageFacts, values: Values) -> Choice:
 
 
 def max_epochs(facts: ImageFacts, values: Values) -> Choice:
-    """As many as take the steps that a model of this size needs."""
+    """As many as take the steps that a small model needs; of large sets, what a machine can do in some hours."""
     each = _steps(facts, values)
-    wanted = min(max(_STEPS[0], 10 * each), _STEPS[1])
+    least, most = (_EPOCHS[1], _STEPS[2]) if facts.accelerator else (_EPOCHS[0], _STEPS[1])
+    wanted = min(max(_STEPS[0], least * each), most)
     epochs = max(3, min(500, round(wanted / each)))
-    return epochs, f"{epochs * each:,} steps of {each:,} an epoch"
+    where = "an accelerator" if facts.accelerator else "processors alone"
+    return epochs, f"{epochs * each:,} steps of {each:,} an epoch, on {where}"
 
 
 def lr(facts: ImageFacts, values: Values) -> Choice:

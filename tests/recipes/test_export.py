@@ -31,8 +31,10 @@ def saved(tmp_path_factory) -> Path:
     )
     video = om.create_model("vivit_tiny_gla_patch16_224", **small, size=(4, 16, 16))
     audio = om.create_model("ast_tiny_attention", **small)
+    stem = om.create_model("vit_tiny_gla_patch16_224", **small, size=16, patch=4, stem="conv", stem_depth=2)
     heard = {"classes": CLASSES, "rate": audio.tokenizer.config.rate, "seconds": 0.5}
-    for name, model, details in (("image", image, SQUARE), ("video", video, CLIP), ("audio", audio, heard)):
+    kinds = (("image", image, SQUARE), ("stem", stem, SQUARE))
+    for name, model, details in (*kinds, ("video", video, CLIP), ("audio", audio, heard)):
         save_model(model, folder / name, details={"preprocess": details})
     backbone = om.BackboneConfig(dim=16, depth=2, pattern=["gla", "attention"])
     save_model(om.LanguageModel(om.LanguageModelConfig(backbone=backbone, vocab_size=257)), folder / "text")
@@ -40,14 +42,14 @@ def saved(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["image", "video", "audio", "text"])
+@pytest.mark.parametrize("kind", ["image", "stem", "video", "audio", "text"])
 @pytest.mark.parametrize("format", list(FORMATS))
 def test_every_format_computes_the_same_or_says_why_not(kind: str, format: str, saved: Path, tmp_path: Path):
     if format == "hf":
         pytest.importorskip("transformers")
     if format == "onnx":
         pytest.importorskip("onnxruntime")
-    if (format == "timm" and kind != "image") or (format == "hf" and kind != "text"):
+    if (format == "timm" and kind not in ("image", "stem")) or (format == "hf" and kind != "text"):
         with pytest.raises(UnsupportedCall, match="choose (another )?--format"):
             export(saved / kind, format, tmp_path / "out")
         assert not (tmp_path / "out").exists()

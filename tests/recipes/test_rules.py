@@ -92,6 +92,8 @@ def test_choices_move_one_way_with_the_data():
     assert large == sorted(large) and large[0] < large[-1]
     epochs = [of[n]["trainer.max_epochs"].value for n in sizes]
     assert epochs == sorted(epochs, reverse=True) and epochs[0] > epochs[-1] >= 3
+    fast = [value("trainer.max_epochs", ImageFacts(samples=n, accelerator=True)) for n in sizes]
+    assert all(more >= few for more, few in zip(fast, epochs, strict=True)) and fast[-2] > epochs[-2]
     # Longer runs average over more steps, and wider models learn at a lower rate.
     assert value("model.training.ema", trainer_max_epochs=300) > value("model.training.ema", trainer_max_epochs=10)
     assert value("model.training.lr", model_backbone_dim=512) < value("model.training.lr", model_backbone_dim=64)
