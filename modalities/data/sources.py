@@ -7,6 +7,7 @@ import json
 import os
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -199,6 +200,12 @@ def find_splits(root: str | Path, suffixes: Collection[str]) -> dict[str, Source
     return splits
 
 
+@cache
+def _say_split(root: str, held_out: int, files: int) -> None:
+    """Say it once, however often a folder is looked at."""
+    logger.info("%s has no split 'val': %s of its %s files are held out, a fifth of each class", root, held_out, files)
+
+
 def hold_out(source: FileSource, root: Path, fraction: float = 0.2) -> tuple[FileSource, FileSource]:
     """The files to train on and to hold out: the same fraction of each class, which ones follows from their names.
 
@@ -224,12 +231,7 @@ def hold_out(source: FileSource, root: Path, fraction: float = 0.2) -> tuple[Fil
         raise ConfigError(
             f"no class in {str(root)!r} has two files, so that none can be held out; add files, or a split 'val'"
         )
-    logger.info(
-        "%s has no split 'val': %s of its %s files are held out, a fifth of each class",
-        root,
-        len(held_out),
-        len(source),
-    )
+    _say_split(str(root), len(held_out), len(source))
     return train, held_out
 
 

@@ -18,6 +18,7 @@ from ...errors import ConfigError
 from ...modalities import save_model
 from ...modalities.common.classifier import Classifier, pattern_name
 from ...utils.console import emit, say
+from .card import write_card
 from .cli import RecipeCLI
 from .media import IGNORED
 from .optimisers import optimise
@@ -261,6 +262,7 @@ def finish(cli: RecipeCLI, look: Look, baseline: Callable[[RecipeCLI], Baseline 
         metrics["baseline_seconds"] = round(compared.seconds, 1)
         write_metrics(folder.metrics, metrics)
     _picture(cli, seen, metrics, look)
+    write_card(folder.path, cli.task, metrics, data.preprocess.classes)
     _say(cli, metrics, look)
 
 

@@ -61,5 +61,6 @@ def quiet() -> None:
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
     # What we do on purpose: a run is resumed in its folder, and small sets have short epochs.
-    for message in ("`isinstance.*LeafSpec", "Checkpoint directory .* not empty", "The number of training batches"):
+    expected = ("Checkpoint directory .* not empty", "The number of training batches", r"Found \d+ module\(s\) in eval")
+    for message in ("`isinstance.*LeafSpec", *expected):
         warnings.filterwarnings("ignore", message=f".*{message}.*")

@@ -20,6 +20,7 @@ from ...modalities import save_model
 from ...modalities.common.classifier import pattern_name
 from ...utils.console import emit, say
 from ...utils.renamed import renamed_arguments
+from ..common.card import write_card
 from ..common.cli import NOTHING, RecipeCLI
 from ..common.commands import evaluate, run_fit
 from ..common.history import StepHistory
@@ -214,6 +215,7 @@ def _finish(cli: RecipeCLI) -> None:
     }
     write_metrics(folder.metrics, metrics)
     _picture(cli, history, samples, metrics)
+    write_card(folder.path, cli.task, metrics)
     _say(cli, metrics)
 
 

@@ -40,6 +40,7 @@ def run(photos: Path, tmp_path_factory) -> om.Run:
 
 
 def test_a_folder_becomes_a_model_that_is_used(run: om.Run, photos: Path):
+    assert (run.path / "README.md").read_text().startswith("---\nlibrary_name: omnimix")
     assert run.metrics["val_images"] == 4 and run.report.is_file() and run.metrics["mixer"] == "linear"
     best = run.predict(photos / "light" / "1.png")
     assert best[0].label == "light"
