@@ -120,7 +120,7 @@ def model_rows(pattern: str = "*") -> list[dict[str, Any]]:
     for name in found:
         # Nothing is allocated or drawn there.
         with torch.device("meta"):
-            model = create_model(name)
+            model: Any = create_model(name)
         mixers = (layer.mixer for layer in model.config.backbone.layers if layer.mixer is not None)
         rows.append(
             {
