@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError, UnsupportedCall, UnsupportedShape
+from ..utils.modes import autocast_enabled
 from .block import Block, added
 from .config import BackboneConfig, Site, StageConfig
 from .context import Context, Memory, Shared, as_memory
@@ -139,7 +140,7 @@ class Backbone(SharingModule, SequenceLayer):
     def forward(
         self,
         x: Float[Tensor, "b t d"],
-        context: Context | Layout,
+        context: Context | Layout | None = None,
         state: State | None = None,
         *,
         taps: Sequence[str] = (),
@@ -149,7 +150,7 @@ class Backbone(SharingModule, SequenceLayer):
 
         Args:
             x: tokens; none (t = 0) is legal.
-            context: what is known of them.
+            context: what is known of them; there is no default, since tokens may or may not see later ones.
             state: of the call before.
             taps: layers whose outputs are wanted in `shared`, before the last norm: "blocks.3", a tensor (b, t, d), or
                 "stages.1", a `Memory` with the tokens "x" and their layout.
@@ -162,9 +163,11 @@ class Backbone(SharingModule, SequenceLayer):
 
         Raises:
             UnsupportedShape: `x` does not have this width, or does not fit the context or the state.
-            UnsupportedCall: the layout asks a layer for what it does not declare, or the context lacks an input.
+            UnsupportedCall: no context, a layout that asks a layer for what it does not declare, or a context that
+                lacks an input.
         """
         depth = self._depth(depth)
+        self._check_tokens(x)
         entered = self._entered(x, Context.of(context), state, depth)
         self._check_taps(taps, depth)
         run = _Pass(entered, state, self._published | set(taps), self.checkpointing and torch.is_grad_enabled())
@@ -229,10 +232,24 @@ class Backbone(SharingModule, SequenceLayer):
             if name != "read" and name not in self._stateful:
                 raise UnsupportedShape(f"state holds {name}, which keeps none here; it is of another backbone")
 
+    def _check_tokens(self, x: Tensor) -> None:
+        dim = self.config.dim
+        if not isinstance(x, Tensor):
+            raise UnsupportedShape(f"x is a {type(x).__name__}; it must be a tensor (b, t, {dim})")
+        if x.ndim != 3 or x.shape[-1] != dim:
+            raise UnsupportedShape(f"x: shape {tuple(x.shape)} is not (b, t, {dim}), the backbone's tokens")
+        if torch.compiler.is_compiling() or (autocast_enabled(x.device.type) and x.dtype != torch.float64):
+            return
+        # Parts of a model may have another dtype than the rest.
+        found = dict.fromkeys(p.dtype for p in self.parameters() if p.is_floating_point())
+        if not x.is_floating_point() or (found and x.dtype not in found):
+            wanted = next(iter(found), torch.float32)
+            raise UnsupportedShape(
+                f"x is {x.dtype}, and the weights are {wanted}; pass x.to({wanted}), or move the model to {x.dtype}"
+            )
+
     def _entered(self, x: Tensor, context: Context, state: State | None, depth: int) -> Context:
         """The context, checked, with positions where a layer reads them."""
-        if x.ndim != 3 or x.shape[-1] != self.config.dim:
-            raise UnsupportedShape(f"x: shape {tuple(x.shape)} is not (b, t, {self.config.dim}), the backbone's tokens")
         context.check(x)
         if state is not None:
             self._check_state(x, context, state, depth)

@@ -64,8 +64,17 @@ class Context(Immutable):
         self._set(layout=layout, positions=positions, condition=condition, keep=keep, shared=shared or {})
 
     @staticmethod
-    def of(given: Context | Layout) -> Context:
-        """A context, of a layout where only that is given."""
+    def of(given: Context | Layout | None) -> Context:
+        """A context, of a layout where only that is given.
+
+        Raises:
+            UnsupportedCall: it is neither.
+        """
+        if not isinstance(given, Context | Layout):
+            raise UnsupportedCall(
+                f"context is {given!r}; pass Layout(causal=True) as the second argument where each token sees those "
+                "before it alone, Layout(causal=False) where it sees all, or a Context"
+            )
         return Context(given) if isinstance(given, Layout) else given
 
     def replace(self, **values: Any) -> Context:

@@ -68,6 +68,16 @@ class LanguageModelConfig(Config):
         return values | {"objective": {"type": kind, **(to_plain(options.get(kind)) or {})}}
 
 
+def check_ids(tokens: Tensor) -> None:
+    """Raise UnsupportedShape where these are no ids (b, t)."""
+    if not isinstance(tokens, Tensor):
+        raise UnsupportedShape(f"tokens is a {type(tokens).__name__}; it must be a tensor of ids, (batch, time)")
+    if tokens.ndim != 2:
+        raise UnsupportedShape(f"tokens: shape {tuple(tokens.shape)} is not (batch, time); one row is tokens[None]")
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise UnsupportedShape(f"tokens is {tokens.dtype}; ids are integers: pass tokens.long()")
+
+
 class LanguageModel(SharingModule):
     """An embedding, a backbone, an output matrix and an objective.
 
@@ -130,8 +140,7 @@ class LanguageModel(SharingModule):
         Raises:
             UnsupportedShape: ids outside the vocabulary (and the objective's own tokens), or no batch of rows.
         """
-        if tokens.ndim != 2:
-            raise UnsupportedShape(f"tokens: shape {tuple(tokens.shape)} is not (batch, time)")
+        check_ids(tokens)
         if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
             low, high = tokens.aminmax()
             if low < 0 or high >= self.embedding.num_embeddings:
@@ -227,6 +236,7 @@ class LanguageModel(SharingModule):
         """
         if cu_seqlens is not None and lengths is not None:
             raise UnsupportedCall("cu_seqlens, lengths: a row is packed or filled up at its end; pass one of them")
+        check_ids(tokens)
         return self.objective.loss(self, tokens, cu_seqlens=cu_seqlens, lengths=lengths, counted=counted)
 
     def init_state(

@@ -71,14 +71,14 @@ def from_dict(cls: type[T], values: Any) -> T:
     if missing := [name for name in required(cls) if name not in values]:
         raise ConfigError(f"{cls.__name__} needs {', '.join(missing)}")
     hints = hints_of(cls)
-    return cls(**checked(cls, {key: _restore(key, hints[key], value) for key, value in values.items()}))
+    return cls(**checked(cls, {key: restored(key, hints[key], value) for key, value in values.items()}))
 
 
-def _restore(key: str, hint: Any, value: Any) -> Any:
+def restored(key: str, hint: Any, value: Any) -> Any:
     """`value` as the field `key` with the type `hint` holds it."""
     if isinstance(value, list):
         element = next((a for option in options(hint) for a in typing.get_args(option) if a is not Ellipsis), Any)
-        return tuple(_restore(key, element, item) for item in value)
+        return tuple(restored(key, element, item) for item in value)
     if not isinstance(value, dict):
         return value
     if key in OPTIONS and "type" not in value:

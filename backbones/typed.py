@@ -27,8 +27,8 @@ _LARGEST = sys.float_info.max
 class Config:
     """Base of configurations: dataclasses that refuse values of another type than their fields have.
 
-    This happens before `__post_init__` of a subclass, which may rely on it. Lists and ranges become tuples, and
-    integers in fields of real numbers floats.
+    This happens before `__post_init__` of a subclass, which may rely on it. Lists and ranges become tuples, integers in
+    fields of real numbers floats, and mappings the configurations that they describe.
 
     Raises:
         ConfigError: a value of another type, with the class, the field, the value and what is allowed.
@@ -55,8 +55,13 @@ def _after_types(own: Callable[[Any], None]) -> Any:
 
 
 def _check_types(config: Any) -> None:
+    # That module needs this one.
+    from .serialization import restored
+
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    for name, held in checked(type(config), values).items():
+    hints = hints_of(type(config))
+    given = {n: restored(n, hints[n], v) if isinstance(v, dict) else v for n, v in values.items()}
+    for name, held in checked(type(config), given).items():
         if held is not values[name]:
             object.__setattr__(config, name, held)
 

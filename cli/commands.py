@@ -7,6 +7,7 @@ import platform
 from importlib import metadata
 from typing import Any
 
+from ..errors import ConfigError
 from ..utils.console import emit
 from ..utils.devices import devices, native_bf16, usable_device
 from ..utils.options import add_device, add_json
@@ -95,10 +96,40 @@ def objective_rows() -> list[dict[str, Any]]:
 
 
 def list_models(argv: list[str]) -> None:
-    options = _parser("list models", "The models that omnimix.create_model builds by name.").parse_args(argv)
+    parser = _parser("list models", "The models that omnimix.create_model builds by name.")
+    parser.add_argument("--filter", default="*", metavar="PATTERN", help="only those that match, such as 'vi*'")
+    options = parser.parse_args(argv)
+    emit("models", model_rows(options.filter), options.json)
+
+
+def model_rows(pattern: str = "*") -> list[dict[str, Any]]:
+    """One row a named model: how many parameters it has, and where its mixers come from.
+
+    Raises:
+        ConfigError: no name matches the pattern.
+    """
+    import torch
+
+    from ..backbones.registry import entry_of
+    from ..modalities import create_model
     from ..modalities import list_models as names
 
-    emit("models", [{"model": name} for name in names()], options.json)
+    if not (found := names(pattern)):
+        raise ConfigError(f"--filter is {pattern!r}, which no model's name matches; omnimix list models shows them all")
+    rows = []
+    for name in found:
+        # Nothing is allocated or drawn there.
+        with torch.device("meta"):
+            model: Any = create_model(name)
+        mixers = (layer.mixer for layer in model.config.backbone.layers if layer.mixer is not None)
+        rows.append(
+            {
+                "model": name,
+                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "source": "; ".join(dict.fromkeys(entry_of(mixer).source for mixer in mixers)),
+            }
+        )
+    return rows
 
 
 def list_recipes(argv: list[str]) -> None:

@@ -23,6 +23,7 @@ from ..backbones.layout import Layout
 from ..backbones.serialization import to_dict
 from ..errors import CheckpointError, UnsupportedCall, UnsupportedShape
 from ..modalities.common.weights import build_config
+from ..modalities.text.text_generator import TextGenerator
 from ..utils.private_torch import buffers_outside_state_dict
 from .cache import OmnimixCache
 from .checked import Checked
@@ -334,15 +335,23 @@ class OmnimixForCausalLM(Checked, PreTrainedModel, GenerationMixin):
             nn.init.normal_(parameter, std=0.02)
 
 
-def to_pretrained(model: LanguageModel, *, end: int | None = None) -> OmnimixForCausalLM:
+def to_pretrained(model: LanguageModel | TextGenerator, *, end: int | None = None) -> OmnimixForCausalLM:
     """A copy of a language model as transformers' model.
 
     Args:
+        model: or what `omnimix.load` returns of one, whose tokenizer says the end token.
         end: the tokenizer's end token, with which documents begin and end.
 
     Raises:
-        UnsupportedCall: the objective is one of diffusion.
+        UnsupportedCall: the objective is one of diffusion, or the model is no language model.
     """
+    if isinstance(model, TextGenerator):
+        model, end = model.model, model.tokenizer.end if end is None else end
+    if not isinstance(model, LanguageModel):
+        raise UnsupportedCall(
+            f"model is a {type(model).__name__}; transformers' model is made of a LanguageModel, or of what "
+            "omnimix.load returns of one"
+        )
     config = OmnimixConfig(
         omnimix=to_dict(model.config),
         bos_token_id=end,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,13 @@ def list_classes() -> list[type[nn.Module]]:
     return list(_classes.values())
 
 
-def list_models() -> list[str]:
-    """Names of all registered models."""
-    return sorted(_factories)
+def list_models(filter: str = "*") -> list[str]:
+    """Names of all registered models, or of those that match a pattern.
+
+    Args:
+        filter: as the shell's, "vi*"; capital letters are others than small ones.
+    """
+    return sorted(name for name in _factories if fnmatchcase(name, filter))
 
 
 def model_config(name: str, **overrides: Any) -> Any:

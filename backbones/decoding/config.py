@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from ...errors import ConfigError
 from ...utils.renamed import renamed_options
 from ..config import bounded, positive, proportion
+from ..serialization import from_dict, to_dict
 from ..typed import Config
+
+C = TypeVar("C", bound=Config)
 
 
 @renamed_options(max_tokens="max_new_tokens", beams="num_beams")
@@ -62,3 +66,16 @@ class GenerationConfig(Config):
                 f"GenerationConfig.num_beams is {self.num_beams} with temperature {self.temperature}; a beam search "
                 "does not sample: set temperature=0, or num_beams=1"
             )
+
+
+def decoding(cls: type[C], config: C | Mapping[str, Any] | None, options: Mapping[str, Any]) -> C:
+    """A configuration of decoding: the one given, or a mapping of its fields, with these fields changed.
+
+    Raises:
+        ConfigError: something else, or fields that there are not, with the nearest one.
+    """
+    if config is None or isinstance(config, Mapping):
+        return from_dict(cls, {**(config or {}), **options})
+    if not isinstance(config, cls):
+        raise ConfigError(f"config is {config!r}; it must be a {cls.__name__}, or a mapping of its fields")
+    return from_dict(cls, {**to_dict(config), **options}) if options else config

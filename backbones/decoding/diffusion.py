@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import log
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,7 @@ from ..language import LanguageModel
 from ..layout import Layout
 from ..state import State
 from ..typed import Config
+from .config import decoding
 from .generate import Generation
 from .prefill import as_lists, evaluating, last_logits
 from .sampling import draw, generator, keep_top_p
@@ -264,25 +265,28 @@ class _Filler:
 def diffuse(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]] | Int[Tensor, "n t"],
-    config: DiffusionConfig | None = None,
+    config: DiffusionConfig | Mapping[str, Any] | None = None,
     *,
     sample_ids: Sequence[int] | None = None,
     watch: Watch | None = None,
+    **options: Any,
 ) -> Diffusion:
     """Continue each prompt, and fill in its mask tokens; all its other tokens stay. Each as it would be alone.
 
     Args:
         prompts: ids, of any lengths; `model.mask_token` among them stands for tokens to be filled in.
-        config: how; greedy by default, a token a step.
+        config: how, or its fields as a mapping; greedy by default, a token a step.
         sample_ids: by which, with the seed, each prompt draws; its place by default.
         watch: called after every step with all sequences, where hidden tokens are `model.mask_token`.
+        options: fields of `DiffusionConfig`, in place of those of `config`.
 
     Raises:
+        ConfigError: no such option.
         UnsupportedCall: the model is not decoded by diffusion, or the cache would not be exact, with the remedy.
         UnsupportedShape: no prompt, ids outside the vocabulary, or nothing before the first hidden token of a model
             that predicts each token at the place before it.
     """
-    config = config or DiffusionConfig()
+    config = decoding(DiffusionConfig, config, options)
     name = model.config.objective_name
     if model.objective.decoder != "diffusion":
         raise UnsupportedCall(

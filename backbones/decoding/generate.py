@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -15,7 +15,7 @@ from ...errors import UnsupportedCall, UnsupportedShape
 from ...utils.renamed import renamed_arguments
 from ..language import LanguageModel
 from ..state import State
-from .config import GenerationConfig
+from .config import GenerationConfig, decoding
 from .prefill import advance, as_lists, check_decoder, evaluating, read
 from .prefix import Prefix
 from .sampling import Sampler
@@ -164,25 +164,28 @@ class Writer:
 def generate(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]] | Int[Tensor, "n t"],
-    config: GenerationConfig | None = None,
+    config: GenerationConfig | Mapping[str, Any] | None = None,
     *,
     prefix: Prefix | None = None,
     sample_ids: Sequence[int] | None = None,
+    **options: Any,
 ) -> Generation:
     """Continue each prompt; each text is generated as it would be alone.
 
     Args:
         prompts: ids, of any lengths; an empty one only after a prefix.
-        config: how; greedy by default.
+        config: how, or its fields as a mapping; greedy by default.
         prefix: the state after what all prompts follow (`read_prefix`).
         sample_ids: by which, with the seed, each prompt draws; its place by default. So a prompt is written the same in
             any batch where its id is the same.
+        options: fields of `GenerationConfig`, in place of those of `config`.
 
     Raises:
+        ConfigError: no such option.
         UnsupportedCall: the model is not decoded token by token, with the remedy.
         UnsupportedShape: no prompt, an empty one, or ids outside the vocabulary.
     """
-    config = config or GenerationConfig()
+    config = decoding(GenerationConfig, config, options)
     check_decoder(model, config)
     prompts = as_lists(prompts, model.vocab_size, empty=prefix is not None)
     if config.num_beams > 1:
@@ -216,17 +219,18 @@ def generate(
 def stream(
     model: LanguageModel,
     prompt: Sequence[int] | Int[Tensor, " t"],
-    config: GenerationConfig | None = None,
+    config: GenerationConfig | Mapping[str, Any] | None = None,
     *,
     prefix: Prefix | None = None,
     sample_id: int = 0,
+    **options: Any,
 ) -> Iterator[Step]:
     """The tokens that `generate` generates after one prompt, each as soon as it is known.
 
     Whoever stops listening, by an interrupt or otherwise, keeps what was written until then. For arguments and errors
     see `generate`; they are raised before the first token is asked for.
     """
-    config = config or GenerationConfig()
+    config = decoding(GenerationConfig, config, options)
     check_decoder(model, config)
     if config.num_beams > 1:
         raise UnsupportedCall(

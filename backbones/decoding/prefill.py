@@ -7,6 +7,8 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from operator import index
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -71,7 +73,11 @@ def as_lists(prompts: Sequence[Sequence[int]] | Int[Tensor, "n t"], vocab_size: 
     Raises:
         UnsupportedShape: none, an empty one unless `empty`, or ids that the model does not know.
     """
-    rows = prompts.tolist() if isinstance(prompts, Tensor) else [list(p) for p in prompts]
+    if isinstance(prompts, Tensor) and (prompts.ndim != 2 or prompts.dtype.is_floating_point):
+        raise UnsupportedShape(
+            f"prompts: a {prompts.dtype} tensor of shape {tuple(prompts.shape)}; it must hold integers, (n, t)"
+        )
+    rows = prompts.tolist() if isinstance(prompts, Tensor) else [_ids(prompt, i) for i, prompt in enumerate(prompts)]
     if not rows:
         raise UnsupportedShape("prompts: there is none; pass at least one")
     for i, row in enumerate(rows):
@@ -83,6 +89,23 @@ def as_lists(prompts: Sequence[Sequence[int]] | Int[Tensor, "n t"], vocab_size: 
                 f"{vocab_size - 1}; is this its tokenizer?"
             )
     return rows
+
+
+def _ids(prompt: Any, number: int) -> list[int]:
+    """The ids of one prompt."""
+    if isinstance(prompt, Tensor):
+        prompt = prompt.tolist()
+    if isinstance(prompt, str):
+        raise UnsupportedShape(
+            f"prompts: number {number} is the text {prompt[:40]!r}; pass its ids, tokenizer.encode(text), or have "
+            "omnimix.load(run).generate encode it"
+        )
+    try:
+        return [index(each) for each in prompt]
+    except TypeError as error:
+        raise UnsupportedShape(
+            f"prompts: number {number} is {prompt!r}; each prompt must be a list of integers, such as [[1, 2]] for one"
+        ) from error
 
 
 def last_logits(model: LanguageModel, y: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
