@@ -207,6 +207,9 @@ class RecipeCLI(OpenCLI):
         else:
             share_threads()
         if self.command == "fit":
+            if self.options.trainer.default_root_dir is not None:
+                wanted = self.options.trainer.default_root_dir
+                raise ConfigError(f"trainer.default_root_dir is {wanted!r}; runs lie in the folder of --runs: use that")
             runs = os.path.join(self._started, self.options.runs)
             self.folder = RunFolder.named(runs, self.options.name)
             if rank_zero_only.rank == 0:  # the others start when the first has made the folder

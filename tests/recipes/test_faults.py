@@ -1,0 +1,55 @@
+"""What a newcomer meets on the command line: folders of killed runs, old names, options that would have no effect."""
+
+import warnings
+
+import pytest
+
+from omnimix.__main__ import main
+from omnimix.errors import ConfigError
+from omnimix.utils.log import printed
+from omnimix.utils.run_folder import RunFolder
+
+SMALL = ["--model.dim=16", "--model.depth=1", "--trainer.max_epochs=1", "--data.batch_size=512"]
+
+
+def _killed(folder):
+    folder.check(overwrite=False, resume=False)
+    folder.create(resume=False)
+    folder.config.write_text("model: {}\n")
+
+
+def test_a_run_that_was_killed_before_its_first_step_is_replaced(tmp_path):
+    folder = RunFolder.named(str(tmp_path), "one")
+    _killed(folder)
+    _killed(folder)
+    folder.commit()
+    assert not list(folder.path.glob(".*"))
+    with pytest.raises(ConfigError, match="--overwrite"):
+        folder.check(overwrite=False, resume=False)
+
+
+def test_the_run_that_a_killed_one_was_to_replace_is_not(tmp_path):
+    folder = RunFolder.named(str(tmp_path), "one")
+    _killed(folder)
+    folder.commit()
+    folder.create(resume=False)
+    folder.config.write_text("model: {}\n")
+    with pytest.raises(ConfigError, match="--overwrite"):
+        folder.check(overwrite=False, resume=False)
+
+
+def test_the_trainers_own_folder_is_refused(tmp_path, capsys):
+    words = ["vision", "fit", f"--runs={tmp_path}", f"--trainer.default_root_dir={tmp_path / 'x'}", *SMALL]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "trainer.default_root_dir" in said and "--runs" in said and said.count("\n") == 1
+
+
+def test_warnings_of_commands_are_one_line(capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        shown = warnings.formatwarning("a\n b", FutureWarning, "file.py", 3, "source")
+        with printed():
+            assert warnings.formatwarning("a\n b", FutureWarning, "file.py", 3, "source") == "omnimix: warning: a b\n"
+        assert warnings.formatwarning("a\n b", FutureWarning, "file.py", 3, "source") == shown
+    assert "file.py" in shown
