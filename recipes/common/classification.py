@@ -18,6 +18,7 @@ from ...errors import ConfigError
 from ...modalities import save_model
 from ...modalities.common.classifier import Classifier, pattern_name
 from ...utils.console import emit, say
+from ..compare import write_predictions
 from .cli import RecipeCLI
 from .media import IGNORED
 from .optimisers import optimise
@@ -253,6 +254,10 @@ def finish(cli: RecipeCLI, look: Look, baseline: Callable[[RecipeCLI], Baseline 
         f"val_{look.noun}": int(sum(map(len, seen.labels))),
         "unreadable": data.unreadable,
     }
+    # On several devices the samples do not come in their order.
+    if seen.labels and cli.trainer.world_size == 1:
+        labels, said = torch.cat(seen.labels).tolist(), torch.cat(seen.predictions).tolist()
+        write_predictions(folder, data.preprocess.classes, labels, said)
     # Before the comparison too: whatever ends that must not cost the run its numbers.
     write_metrics(folder.metrics, metrics)
     compared = baseline(cli) if baseline is not None and measured else None
