@@ -11,6 +11,7 @@ from ...errors import ConfigError
 from ...utils.console import emit, say
 from ...utils.run_folder import RunFolder
 from .arguments import argument
+from .card import write_card
 from .cli import RecipeCLI
 from .ranks import losses_named, same_again
 from .training import Interrupted
@@ -36,7 +37,11 @@ def run_fit(
     try:
         with losses_named(f"; resume with: {again}"):
             cli = make("fit", argv)
+            if cli.options.dry_run:
+                return 0
             finish(cli)
+            if cli.trainer.is_global_zero:
+                write_card(cli.folder, task, type(cli.datamodule).__name__)
     except (Interrupted, KeyboardInterrupt) as stop:
         if rank_zero_only.rank != 0:
             return 0  # a failure of theirs would make whoever started them stop the first before it has spoken

@@ -1,8 +1,10 @@
 """What a newcomer meets on the command line: folders of killed runs, old names, options that would have no effect."""
 
+import json
 import warnings
 
 import pytest
+import yaml
 
 from omnimix.__main__ import main
 from omnimix.errors import ConfigError
@@ -53,3 +55,26 @@ def test_warnings_of_commands_are_one_line(capsys):
             assert warnings.formatwarning("a\n b", FutureWarning, "file.py", 3, "source") == "omnimix: warning: a b\n"
         assert warnings.formatwarning("a\n b", FutureWarning, "file.py", 3, "source") == shown
     assert "file.py" in shown
+
+
+def test_a_dry_run_writes_nothing(tmp_path, capsys):
+    assert main(["vision", "fit", f"--runs={tmp_path}", "--dry-run", *SMALL]) == 0
+    said = capsys.readouterr().out
+    assert "parameters" in said and "steps" in said and str(tmp_path) in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_has_a_card_predictions_and_rates(tmp_path):
+    assert main(["vision", "fit", f"--runs={tmp_path}", "--name=one", "--trainer.log_every_n_steps=1", *SMALL]) == 0
+    folder = tmp_path / "one"
+    head = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+    assert head["library_name"] == "omnimix" and head["pipeline_tag"] == "image-classification"
+    assert head["metrics"] == ["accuracy"]
+    rows = (folder / "predictions.csv").read_text().splitlines()
+    assert rows[0] == "sample,label,prediction"
+    assert len(rows) - 1 == json.loads((folder / "metrics.json").read_text())["val_images"]
+    assert "lr" in (folder / "logs" / "version_0" / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert not (folder / ".starting").exists()
+    hub = pytest.importorskip("huggingface_hub")
+    found = hub.ModelCard.load(folder / "README.md")
+    assert found.data.library_name == "omnimix" and found.data.eval_results[0].metric_type == "accuracy"
