@@ -63,7 +63,7 @@ def read(runs: Sequence[str]) -> list[Outcome]:
     """What the runs, by folder or name, left.
 
     Raises:
-        CheckpointError: one is no run, or not finished.
+        CheckpointError: one is not a run directory, or not finished.
         ConfigError: fewer than two, or one twice.
     """
     folders = [RunFolder.finished(run) for run in runs]

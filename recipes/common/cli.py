@@ -36,7 +36,7 @@ from .history import History
 from .initial import Loaded, initialise, source_of, with_model_of
 from .migration import migrated_files
 from .options import RecipeData, options_argument
-from .parser import Parser, own_error
+from .parser import Parser, of_a_package, own_error
 from .places import with_data_set
 from .plan import describe
 from .private_lightning import OpenCLI, quiet
@@ -174,7 +174,7 @@ class RecipeCLI(OpenCLI):
         if fitting:
             parser.add_argument("--overwrite", action="store_true", help="delete an older run of this name first")
             parser.add_argument("--resume", action="store_true", help="resume the run from its last saved state")
-            parser.add_argument("--dry_run", action="store_true", help="print what would be done, and do nothing")
+            parser.add_argument("--dry_run", action="store_true", help="print the plan; train and write nothing")
             parser.add_argument(
                 "--init", type=str | None, default=None, help="start with the weights of a run, a saved model or a file"
             )
@@ -219,7 +219,7 @@ class RecipeCLI(OpenCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            raise own_error(error) or ConfigError(" ".join(str(error).split())) from error
+            raise own_error(error) or ConfigError(of_a_package(" ".join(str(error).split()))) from error
 
     def _build_trees(self) -> None:
         # Lightning keeps a dump of plain values, which it makes unless there is one; then the trees become what the

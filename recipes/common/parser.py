@@ -102,3 +102,9 @@ def own_error(error: BaseException | None) -> OmnimixError | None:
     while error is not None and not isinstance(error, OmnimixError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def of_a_package(message: str) -> str:
+    """A complaint of jsonargparse, or where a class lacks a package, such as a logger, what to install."""
+    found = re.search(r"class_path '[\w.]*?(\w+)': Requirement '([^']+)' not met", message)
+    return message if found is None else f"{found[1]} needs a package that is missing: pip install '{found[2]}'"

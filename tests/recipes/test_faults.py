@@ -8,6 +8,7 @@ import yaml
 
 from omnimix.__main__ import main
 from omnimix.errors import ConfigError
+from omnimix.recipes.common.parser import of_a_package
 from omnimix.utils.log import printed
 from omnimix.utils.run_folder import RunFolder
 
@@ -78,3 +79,11 @@ def test_a_run_has_a_card_predictions_and_rates(tmp_path):
     hub = pytest.importorskip("huggingface_hub")
     found = hub.ModelCard.load(folder / "README.md")
     assert found.data.library_name == "omnimix" and found.data.eval_results[0].metric_type == "accuracy"
+
+
+def test_a_logger_without_its_package_says_what_to_install():
+    message = (
+        "Problem with given class_path 'lightning.pytorch.loggers.WandbLogger': Requirement 'wandb>=0.12.10' not met."
+    )
+    assert of_a_package(message) == "WandbLogger needs a package that is missing: pip install 'wandb>=0.12.10'"
+    assert of_a_package("something else") == "something else"
