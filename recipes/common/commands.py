@@ -37,7 +37,7 @@ def run_fit(
     try:
         with losses_named(f"; resume with: {again}"):
             cli = make("fit", argv)
-            if cli.options.dry_run:
+            if "--dry_run" in argv:
                 return 0
             finish(cli)
             if cli.trainer.is_global_zero:

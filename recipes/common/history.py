@@ -43,7 +43,7 @@ class History(Callback):
         self._since = time.monotonic()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Any, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step, every = trainer.global_step, trainer.log_every_n_steps if trainer.loggers else 0
         if every and not accumulating(trainer) and step % every == 0:

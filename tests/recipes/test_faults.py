@@ -82,8 +82,6 @@ def test_a_run_has_a_card_predictions_and_rates(tmp_path):
 
 
 def test_a_logger_without_its_package_says_what_to_install():
-    message = "Problem with class_path 'lightning.pytorch.loggers.WandbLogger': Requirement 'wandb>=0.12.10' not met."
-        "Problem with given class_path 'lightning.pytorch.loggers.WandbLogger': Requirement 'wandb>=0.12.10' not met."
-    )
+    message = "class_path 'lightning.pytorch.loggers.WandbLogger': Requirement 'wandb>=0.12.10' not met."
     assert of_a_package(message) == "WandbLogger needs a package that is missing: pip install 'wandb>=0.12.10'"
     assert of_a_package("something else") == "something else"
