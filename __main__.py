@@ -28,6 +28,7 @@ COMMANDS = {
     "text validate": (".recipes.text.recipe:validate", "evaluate a run in bits per byte on the validation split"),
     "text generate": (".recipes.text.generate:main", "continue a prompt or standard input with a run"),
     "data shard": (".cli.shard:main", "write folders of labelled files into tar shards"),
+    "compare": (".recipes.compare:main", "compare runs: numbers, curves, and what each gets right"),
     "export": (
         ".recipes.export:main",
         "write a run's model as ONNX or in other formats, and compare",

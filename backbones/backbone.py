@@ -238,7 +238,11 @@ class Backbone(SharingModule, SequenceLayer):
             raise UnsupportedShape(f"x is a {type(x).__name__}; it must be a tensor (b, t, {dim})")
         if x.ndim != 3 or x.shape[-1] != dim:
             raise UnsupportedShape(f"x: shape {tuple(x.shape)} is not (b, t, {dim}), the backbone's tokens")
-        if torch.compiler.is_compiling() or (autocast_enabled(x.device.type) and x.dtype != torch.float64):
+        if torch.compiler.is_compiling():
+            return
+        # Nearly always this is all there is to look at.
+        first = next(self.parameters(), None)
+        if first is None or x.dtype == first.dtype or (autocast_enabled(x.device.type) and x.dtype != torch.float64):
             return
         # Parts of a model may have another dtype than the rest.
         found = dict.fromkeys(p.dtype for p in self.parameters() if p.is_floating_point())

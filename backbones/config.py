@@ -110,8 +110,7 @@ class BlockConfig(Config):
         mixer, slash, ffn = (part.strip() for part in entry.partition("/"))
         if not all(name.strip() for name in mixer.split("+")) or (slash and not ffn):
             raise ConfigError(
-                f"pattern has {entry!r}, where a name is missing; write 'gla', 'attention+mamba2', 'gla/moe' or "
-                "'none/mlp'"
+                f"pattern has {entry!r}, where a name is missing; write 'gla', 'attention+gla', 'gla/moe'"
             )
         return BlockConfig(
             mixer=None if mixer == "none" else mixer, ffn=INHERIT if not slash else None if ffn == "none" else ffn

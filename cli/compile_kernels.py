@@ -25,6 +25,7 @@ from torch import Tensor
 from ..errors import BackendUnavailable, UnknownName
 from ..kernels.common.tools import interpreting, launching_ahead
 from ..kernels.registry import Case, Draw, get_op, ops
+from ..utils.log import logger_of, progress
 from ..utils.options import add_json
 from .check_kernels import is_for
 from .private_triton import active_driver
@@ -248,19 +249,20 @@ def compile_all(
             if name not in known:
                 raise UnknownName(kind, name, known)
     chosen = ops() if names is None else [get_op(name) for name in names]
+    chosen = [op for op in chosen if any(backend.name == "triton" for backend in op.backends)]
+    calls = [
+        (op, case, dtype, target) for op in chosen for case in op.cases() for dtype in dtypes for target in targets
+    ]
     rows, known = [], set()
-    for op in chosen:
-        if not any(backend.name == "triton" for backend in op.backends):
-            continue
-        for case in op.cases():
-            for dtype in dtypes:
-                for target in targets:
-                    for compiled in _compile_case(op.name, case, TARGETS[target], DTYPES[dtype]):
-                        key = (target, compiled.name, compiled.config, getattr(compiled.kernel, "hash", compiled.error))
-                        if key not in known:
-                            known.add(key)
-                            first = {"op": op.name, "case": case.name, "dtype": dtype, "target": target}
-                            rows.append(first | row_of(compiled, TARGETS[target]))
+    with progress(logger_of(__name__), "compiling kernels", len(calls)) as advance:
+        for op, case, dtype, target in calls:
+            for compiled in _compile_case(op.name, case, TARGETS[target], DTYPES[dtype]):
+                key = (target, compiled.name, compiled.config, getattr(compiled.kernel, "hash", compiled.error))
+                if key not in known:
+                    known.add(key)
+                    first = {"op": op.name, "case": case.name, "dtype": dtype, "target": target}
+                    rows.append(first | row_of(compiled, TARGETS[target]))
+            advance(1)
     return rows
 
 

@@ -7,9 +7,10 @@ import logging
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 
-from .console import markup, say
+from .console import markup, say, visible
 
 # Seconds from line to line of what takes long, where no bar can move.
 EVERY = 10.0
@@ -32,6 +33,14 @@ class _Console(logging.Handler):
 
 _console = _Console()
 _lock = threading.Lock()
+_python_format = warnings.formatwarning
+
+
+def _one_line(message: Warning | str, *_: object, **__: object) -> str:
+    """A warning as a command prints it: without the file, the line and its source, which are none of its user's."""
+    return f"omnimix: warning: {visible(' '.join(str(message).split()))}\n"
+
+
 # Level and propagation before the commands that run now, once for each.
 _before: list[tuple[int, bool]] = []
 
@@ -45,6 +54,7 @@ def printed() -> Iterator[None]:
     with _lock:
         if not _before:
             _ROOT.addHandler(_console)
+            warnings.formatwarning = _one_line
         _before.append(_before[0] if _before else (_ROOT.level, _ROOT.propagate))
         _ROOT.setLevel(logging.INFO)
         # Packages that a command imports may print the root's records too.
@@ -56,6 +66,7 @@ def printed() -> Iterator[None]:
             level, propagate = _before.pop()
             if not _before:
                 _ROOT.removeHandler(_console)
+                warnings.formatwarning = _python_format
                 _ROOT.setLevel(level)
                 _ROOT.propagate = propagate
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +33,31 @@ _NAMES = {
 _MOST = 100
 
 
-def card(task: str, name: str, metrics: dict[str, Any], classes: tuple[str, ...] = ()) -> str:
+def card(task: str, name: str, metrics: dict[str, Any], data: str, classes: Sequence[str] = ()) -> str:
     """The text of a model card.
 
     Args:
         task: "vision", "video", "audio" or "text".
         name: of the run.
         metrics: of `metrics.json`.
+        data: the name of the data set.
         classes: by index.
     """
     pipeline, use, told = _TASKS[task]
     measured = {_NAMES[key]: metrics[key] for key in told if key in metrics}
-    head = {
+    head: dict[str, Any] = {
         "library_name": "omnimix",
         "pipeline_tag": pipeline,
         "tags": ["omnimix", *dict.fromkeys(str(metrics["mixer"]).replace("+", ",").split(","))],
-        "metrics": ["accuracy"] if task != "text" else ["perplexity"],
     }
+    kind = "perplexity" if task == "text" else "accuracy"
+    if kind in measured:
+        result = {
+            "task": {"type": pipeline},
+            "dataset": {"name": data, "type": data},
+            "metrics": [{"type": kind, "value": measured[kind]}],
+        }
+        head |= {"metrics": [kind], "model-index": [{"name": name, "results": [result]}]}
     facts = {
         "mixer": metrics["mixer"],
         "parameters": f"{metrics['parameters']:,}",
@@ -95,6 +104,6 @@ def _cell(text: Any) -> str:
     return str(text).replace("|", "\\|").replace("\n", " ")
 
 
-def write_card(folder: Path, task: str, metrics: dict[str, Any], classes: tuple[str, ...] = ()) -> None:
-    """Write the card into a run's folder."""
-    write_atomically(folder / "README.md", card(task, folder.name, metrics, classes))
+def write_card(folder: Path, task: str, metrics: dict[str, Any], data: Any, classes: Sequence[str] = ()) -> None:
+    """Write the card into a run's folder; `data` is the data set."""
+    write_atomically(folder / "README.md", card(task, folder.name, metrics, type(data).__name__, classes))

@@ -18,6 +18,7 @@ from ...errors import ConfigError
 from ...modalities import save_model
 from ...modalities.common.classifier import Classifier, pattern_name
 from ...utils.console import emit, say
+from ..compare import write_predictions
 from .card import write_card
 from .cli import RecipeCLI
 from .media import IGNORED
@@ -254,6 +255,10 @@ def finish(cli: RecipeCLI, look: Look, baseline: Callable[[RecipeCLI], Baseline 
         f"val_{look.noun}": int(sum(map(len, seen.labels))),
         "unreadable": data.unreadable,
     }
+    # On several devices the samples do not come in their order.
+    if seen.labels and cli.trainer.world_size == 1:
+        labels, said = torch.cat(seen.labels).tolist(), torch.cat(seen.predictions).tolist()
+        write_predictions(folder, data.preprocess.classes, labels, said)
     # Before the comparison too: whatever ends that must not cost the run its numbers.
     write_metrics(folder.metrics, metrics)
     compared = baseline(cli) if baseline is not None and measured else None
@@ -262,7 +267,7 @@ def finish(cli: RecipeCLI, look: Look, baseline: Callable[[RecipeCLI], Baseline 
         metrics["baseline_seconds"] = round(compared.seconds, 1)
         write_metrics(folder.metrics, metrics)
     _picture(cli, seen, metrics, look)
-    write_card(folder.path, cli.task, metrics, data.preprocess.classes)
+    write_card(folder.path, cli.task, metrics, data, data.preprocess.classes)
     _say(cli, metrics, look)
 
 

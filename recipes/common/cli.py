@@ -24,7 +24,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from ...backbones.serialization import to_dict
-from ...errors import CheckpointError, ConfigError, OmnimixError
+from ...errors import CheckpointError, ConfigError
 from ...modalities import load_weights
 from ...utils.console import say
 from ...utils.files import replace_file
@@ -36,8 +36,9 @@ from .history import History
 from .initial import Loaded, initialise, source_of, with_model_of
 from .migration import migrated_files
 from .options import RecipeData, options_argument
-from .parser import Parser
+from .parser import Parser, of_a_package, own_error
 from .places import with_data_set
+from .plan import describe
 from .private_lightning import OpenCLI, quiet
 from .progress import ProgressLines
 from .ranks import share_threads, trainer_of_torchrun
@@ -56,14 +57,7 @@ from .trees import EPILOG, build, epilog, tree_defaults
 
 # No objects for the trainer.
 NOTHING: Mapping[str, Any] = MappingProxyType({})
-_OF_THE_CALL = ("overwrite", "resume", "ckpt_path", "weights_only", "json", "run")
-
-
-def _own_error(error: BaseException | None) -> OmnimixError | None:
-    """The error of ours that a parser has wrapped into its own, if there is one."""
-    while error is not None and not isinstance(error, OmnimixError):
-        error = error.__cause__ or error.__context__
-    return error
+_OF_THE_CALL = ("overwrite", "resume", "ckpt_path", "weights_only", "json", "run", "dry_run")
 
 
 class RecipeCLI(OpenCLI):
@@ -180,6 +174,7 @@ class RecipeCLI(OpenCLI):
         if fitting:
             parser.add_argument("--overwrite", action="store_true", help="delete an older run of this name first")
             parser.add_argument("--resume", action="store_true", help="resume the run from its last saved state")
+            parser.add_argument("--dry_run", action="store_true", help="print the plan; train and write nothing")
             parser.add_argument(
                 "--init", type=str | None, default=None, help="start with the weights of a run, a saved model or a file"
             )
@@ -207,6 +202,9 @@ class RecipeCLI(OpenCLI):
         else:
             share_threads()
         if self.command == "fit":
+            if self.options.trainer.default_root_dir is not None:
+                wanted = self.options.trainer.default_root_dir
+                raise ConfigError(f"trainer.default_root_dir is {wanted!r}; runs lie in the folder of --runs: use that")
             runs = os.path.join(self._started, self.options.runs)
             self.folder = RunFolder.named(runs, self.options.name)
             if rank_zero_only.rank == 0:  # the others start when the first has made the folder
@@ -221,7 +219,7 @@ class RecipeCLI(OpenCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            raise _own_error(error) or ConfigError(" ".join(str(error).split())) from error
+            raise own_error(error) or ConfigError(of_a_package(" ".join(str(error).split()))) from error
 
     def _build_trees(self) -> None:
         # Lightning keeps a dump of plain values, which it makes unless there is one; then the trees become what the
@@ -296,6 +294,8 @@ class RecipeCLI(OpenCLI):
         folder = self.folder
         if rank_zero_only.rank == 0:
             self.plan.show()
+        if self.options.dry_run:
+            return describe(self) if rank_zero_only.rank == 0 else None
         if self.options.resume:
             ckpt_path = str(folder.last) if folder.last.is_file() else None
             if ckpt_path is None:

@@ -36,6 +36,8 @@ def run_fit(
     try:
         with losses_named(f"; resume with: {again}"):
             cli = make("fit", argv)
+            if "--dry_run" in argv:
+                return 0
             finish(cli)
     except (Interrupted, KeyboardInterrupt) as stop:
         if rank_zero_only.rank != 0:

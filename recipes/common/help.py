@@ -105,6 +105,7 @@ def groups(task: str) -> dict[str, list[Row]]:
             ("--runs DIR", "the folder that holds the runs"),
             ("--resume", "continue the run from its last saved state"),
             ("--overwrite", "delete an older run of this name first"),
+            ("--dry_run", "print the plan; train and write nothing"),
             ("--seed_everything N", "seed of weights, order and augmentation"),
             ("--threads N", "processor threads of each process"),
         ],

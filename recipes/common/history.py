@@ -42,6 +42,15 @@ class History(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._since = time.monotonic()
 
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step, every = trainer.global_step, trainer.log_every_n_steps if trainer.loggers else 0
+        if every and not accumulating(trainer) and step % every == 0:
+            rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
+            for logger in trainer.loggers:
+                logger.log_metrics({"lr": rate}, step=step)
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         epoch = trainer.current_epoch + 1

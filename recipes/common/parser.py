@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser
 
-from ...errors import ConfigError, UnknownName
+from ...errors import ConfigError, OmnimixError, UnknownName
 from .help import MEANT
 from .options import RecipeData
 from .private_jsonargparse import actions
@@ -95,3 +95,16 @@ def subclasses(cls: type) -> set[type]:
     """The classes of omnimix that derive from `cls`."""
     found = {child for direct in cls.__subclasses__() for child in (direct, *subclasses(direct))}
     return {child for child in found if child.__module__.split(".")[0] == __name__.split(".")[0]}
+
+
+def own_error(error: BaseException | None) -> OmnimixError | None:
+    """The error of ours that a parser has wrapped into its own, if there is one."""
+    while error is not None and not isinstance(error, OmnimixError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def of_a_package(message: str) -> str:
+    """A complaint of jsonargparse, or where a class lacks a package, such as a logger, what to install."""
+    found = re.search(r"class_path '[\w.]*?(\w+)': Requirement '([^']+)' not met", message)
+    return message if found is None else f"{found[1]} needs a package that is missing: pip install '{found[2]}'"

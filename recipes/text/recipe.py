@@ -215,7 +215,7 @@ def _finish(cli: RecipeCLI) -> None:
     }
     write_metrics(folder.metrics, metrics)
     _picture(cli, history, samples, metrics)
-    write_card(folder.path, cli.task, metrics)
+    write_card(folder.path, cli.task, metrics, cli.datamodule)
     _say(cli, metrics)
 
 
