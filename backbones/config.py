@@ -61,8 +61,7 @@ class Site:
         depth: how many blocks there are.
         scan: the orders in which mixers with causal kernels run over the tokens; see scan.py.
         norm_eps: of every normalisation.
-        written: names in `Context.shared` that earlier blocks of the stage write; the first of several layers may share
-            what it computes.
+        written: names in `Context.shared` that earlier blocks of the stage write; the first layer may share its own.
     """
 
     layer: int = 0
@@ -109,9 +108,7 @@ class BlockConfig(Config):
             return entry
         mixer, slash, ffn = (part.strip() for part in entry.partition("/"))
         if not all(name.strip() for name in mixer.split("+")) or (slash and not ffn):
-            raise ConfigError(
-                f"pattern has {entry!r}, where a name is missing; write 'gla', 'attention+gla', 'gla/moe'"
-            )
+            raise ConfigError(f"pattern has {entry!r}, where a name is missing; write 'gla', 'gla+mamba2' or 'gla/moe'")
         return BlockConfig(
             mixer=None if mixer == "none" else mixer, ffn=INHERIT if not slash else None if ffn == "none" else ffn
         )
@@ -199,9 +196,8 @@ class BackboneConfig(Config):
         for name, options in self.mixers.items():
             entry = lookup(MixerConfig, name)
             if not isinstance(options, entry.config):
-                raise ConfigError(
-                    f"mixers[{name!r}] is a {type(options).__name__}; it must be a {entry.config.__name__}"
-                )
+                kind = type(options).__name__
+                raise ConfigError(f"mixers[{name!r}] is a {kind}; it must be a {entry.config.__name__}")
             if name not in named:
                 raise ConfigError(
                     f"mixers has options for {name!r}, which the pattern does not name ({', '.join(sorted(named))})"
