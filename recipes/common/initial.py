@@ -144,19 +144,20 @@ def initialise(module: Any, data: RecipeData, init: str) -> Loaded:
     own = plain_names(model.state_dict())
     loaded = Loaded(str(init), unused=sorted(weights.keys() - own.keys()))
     before, after = _classes(source), tuple(getattr(getattr(data, "preprocess", None), "classes", ()))
+    values: dict[str, Tensor] = {}
     for name, tensor in own.items():
         given = fitted.get(name)
         if given is None:
             loaded.left[name] = "not in the source"
         elif name.startswith(_HEADS):
-            _head(loaded, name, tensor, given, before, after)
+            values[name] = _head(loaded, name, tensor, given, before, after)
         elif given.shape != tensor.shape and (adapted := _channels(tensor, given)) is not None:
-            tensor.copy_(adapted)
+            values[name] = adapted
             loaded.changed[name] = f"from {given.shape[1]} channels"
         elif given.shape != tensor.shape or given.is_floating_point() != tensor.is_floating_point():
             loaded.left[name] = f"{tuple(given.shape)} there, {tuple(tensor.shape)} here"
         else:
-            tensor.copy_(given)
+            values[name] = given
             if given.shape == weights[name].shape:
                 loaded.whole.append(name)
             else:
@@ -168,6 +169,8 @@ def initialise(module: Any, data: RecipeData, init: str) -> Loaded:
             f"init: less than half of the model's tensors are in {str(source)!r} ({shown}); give the model the same "
             "mixer, width and depth, or leave --init out"
         )
+    for name, value in values.items():
+        own[name].copy_(value)
     _statistics(source, data)
     say(f"init: {loaded}")
     for name, why in loaded.left.items():
@@ -177,18 +180,23 @@ def initialise(module: Any, data: RecipeData, init: str) -> Loaded:
 
 def _head(
     loaded: Loaded, name: str, tensor: Tensor, given: Tensor, before: Sequence[str], after: Sequence[str]
-) -> None:
-    """Rows of the classes that both have, by their names."""
-    if given.shape[1:] != tensor.shape[1:] or len(before) != len(given):
-        loaded.left[name] = "other classes" if len(before) == len(given) else "its classes have no names there"
-        return
+) -> Tensor:
+    """A tensor of the head, with the rows of the classes that both have, by their names."""
+    if given.shape[1:] != tensor.shape[1:]:
+        loaded.left[name] = f"{tuple(given.shape)} there, {tuple(tensor.shape)} here"
+        return tensor
+    if len(before) != len(given):
+        loaded.left[name] = "its classes have no names there"
+        return tensor
     pairs = [(i, before.index(label)) for i, label in enumerate(after) if label in before]
     if not pairs:
         loaded.left[name] = "other classes"
-        return
+        return tensor
+    found = tensor.clone()
     for own, other in pairs:
-        tensor[own] = given[other]
+        found[own] = given[other].to(found)
     loaded.changed[name] = f"has {len(pairs)} of {len(after)} classes from there"
+    return found
 
 
 def _channels(tensor: Tensor, given: Tensor) -> Tensor | None:

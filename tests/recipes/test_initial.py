@@ -12,6 +12,7 @@ import omnimix as om
 from omnimix.__main__ import main
 from omnimix.errors import CheckpointError, ConfigError, UnknownName
 from omnimix.recipes.common.freezing import freeze
+from omnimix.recipes.common.initial import initialise
 from omnimix.recipes.common.optimisers import build_optimiser
 from omnimix.recipes.common.training import TrainingConfig
 from omnimix.recipes.vision.recipe import VisionClassification
@@ -109,6 +110,14 @@ def test_a_state_with_no_steps_left(source: om.Run, tmp_path: Path, capsys):
     assert "has made all its 2 steps" in capsys.readouterr().err and not (tmp_path / "vision").exists()
     om.fit("vision", runs=source.path.parent, resume=True)
     assert "larger --trainer.max_epochs (or max_steps), with --resume" in capsys.readouterr().out
+
+
+def test_nothing_is_loaded_where_too_little_fits(source: om.Run):
+    module = VisionClassification(backbone=om.BackboneConfig(dim=16, depth=9, pattern=["mamba2"], scan="bidirectional"))
+    before = {name: tensor.clone() for name, tensor in module.model.state_dict().items()}
+    with pytest.raises(CheckpointError, match="less than half"):
+        initialise(module, None, str(source.path))
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.model.state_dict().items())
 
 
 def test_what_does_not_fit(source: om.Run, tmp_path: Path, capsys):
