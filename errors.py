@@ -45,6 +45,10 @@ class MediaError(OmnimixError, OSError):
     """An image, video, audio or text file that cannot be read."""
 
 
+class OutputError(OmnimixError, OSError):
+    """A file that is to be written cannot be."""
+
+
 class CheckpointError(OmnimixError, RuntimeError):
     """A checkpoint or weights file that is corrupt or does not fit; nothing of it has been loaded."""
 

@@ -6,6 +6,7 @@ import argparse
 import csv
 import io
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -211,7 +212,7 @@ def main(argv: list[str]) -> int:
     if options.json is not None:
         text = json.dumps({"runs": rows, "classes": classes, "pairs": tested}, indent=1) + "\n"
         if options.json == "-":
-            print(text, end="")
+            sys.stdout.write(text)
             return 0
         write_atomically(options.json, text)
     _print(outcomes, rows, classes, tested)

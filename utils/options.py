@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, OutputError
 from .console import say
 from .renamed import warn_renamed
 
@@ -32,19 +32,19 @@ def output_file(name: str) -> str:
     """The name of a file that a command is to write at its end, once it is sure that it can; "-" is no file.
 
     Raises:
-        argparse.ArgumentTypeError: it is a folder, or nothing can be written next to it.
+        OutputError: it is a folder, or nothing can be written next to it.
     """
     if name == "-":
         return name
     path = Path(name)
     if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{name!r} is a folder; name a file in it")
+        raise OutputError(f"{name!r}, where the result is to go, is a folder; name a file in it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{name!r} cannot be written: {error.strerror}; name another file") from error
+        raise OutputError(f"{name!r} cannot be written: {error.strerror}; name another file") from error
     return name
 
 

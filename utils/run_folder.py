@@ -26,8 +26,6 @@ class RunFolder:
         self.report = path / "report.png"
         self.samples = path / "samples.txt"
         self.tokenizer = path / "tokenizer.json"
-        # It stands in a run that has not made its first step yet.
-        self._starting = path / ".starting"
         self._older = path.with_name(f".{path.name}.older")
         self._gone = path.with_name(f".{path.name}.gone")
 
@@ -62,8 +60,6 @@ class RunFolder:
             return
         if not self.config.is_file():
             raise ConfigError(f"{str(self.path)!r} is not empty and not a run directory; choose another --name")
-        if self._starting.is_file() and not self._older.is_dir():
-            return  # a process that was killed before its first step has left it: nothing is lost with it
         if not overwrite:
             raise ConfigError(
                 f"the run {str(self.path)!r} exists; add --resume to continue it, or --overwrite to start anew"
@@ -76,16 +72,13 @@ class RunFolder:
             if self.path.exists():
                 self.path.rename(self._older)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            self._starting.touch()
         # What a process that was killed while it wrote has left.
         for folder in (self.path, self.checkpoints):
             for left in folder.glob(f".*{PART}"):
                 left.unlink(missing_ok=True)
 
     def commit(self) -> None:
-        """Delete the older run of this name; this one has made a step."""
-        self._starting.unlink(missing_ok=True)
+        """Delete the older run of this name."""
         shutil.rmtree(self._gone, ignore_errors=True)
         if self._older.is_dir():
             # A process that is killed here leaves half a run, which must never be restored.

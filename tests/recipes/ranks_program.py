@@ -15,6 +15,7 @@ from omnimix.recipes.common.loading import EpochLoader
 from omnimix.recipes.common.optimisers import parameter_groups
 from omnimix.recipes.common.ranks import Agreement, summed
 from omnimix.recipes.common.strategies import shard, sharded
+from omnimix.recipes.common.training import TrainingConfig
 
 ROWS, STEPS = 3, 4
 
@@ -53,7 +54,9 @@ class Module(pl.LightningModule):
 
 def train(module: pl.LightningModule, step, rank: int, world: int) -> dict[str, torch.Tensor]:
     """The gradients of the first step; the weights move on."""
-    optimizer = torch.optim.AdamW(parameter_groups(module, 0.1), lr=1e-2, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(
+        parameter_groups(module, TrainingConfig(lr=1e-2, weight_decay=0.1)), lr=1e-2, betas=(0.9, 0.95)
+    )
     first = {}
     for batch in batches(2 * ROWS // world, rank, world):
         found = step(batch)

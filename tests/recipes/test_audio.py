@@ -155,7 +155,11 @@ def test_predict_names_class_and_probability(place, tmp_path, capsys):
     assert main([*words, "--policy", "raise"]) == 2
     assert "d.flac" in capsys.readouterr().err
     assert main([*words[:4], str(tmp_path / "none.wav")]) == 2
-    for typed, said in (("--top=0", "top is 0"), ("--every=0", "every is 0"), (f"--json={more}", "which is a folder")):
+    for typed, said in (
+        ("--top=0", "top is 0"),
+        ("--every=0", "every is 0"),
+        (f"--json={more}", "is a folder; name a file in it"),
+    ):
         assert main([*words, typed]) == 2
         assert said in capsys.readouterr().err
     assert main([*words, "--json", str(tmp_path / "new" / "rows.json")]) == 0

@@ -1,4 +1,4 @@
-"""What a newcomer meets on the command line: folders of killed runs, old names, options that would have no effect."""
+"""What a newcomer meets on the command line: old names, options that would have no effect."""
 
 import json
 import warnings
@@ -7,38 +7,10 @@ import pytest
 import yaml
 
 from omnimix.__main__ import main
-from omnimix.errors import ConfigError
 from omnimix.recipes.common.parser import of_a_package
 from omnimix.utils.log import printed
-from omnimix.utils.run_folder import RunFolder
 
 SMALL = ["--model.dim=16", "--model.depth=1", "--trainer.max_epochs=1", "--data.batch_size=512"]
-
-
-def _killed(folder):
-    folder.check(overwrite=False, resume=False)
-    folder.create(resume=False)
-    folder.config.write_text("model: {}\n")
-
-
-def test_a_run_that_was_killed_before_its_first_step_is_replaced(tmp_path):
-    folder = RunFolder.named(str(tmp_path), "one")
-    _killed(folder)
-    _killed(folder)
-    folder.commit()
-    assert not list(folder.path.glob(".*"))
-    with pytest.raises(ConfigError, match="--overwrite"):
-        folder.check(overwrite=False, resume=False)
-
-
-def test_the_run_that_a_killed_one_was_to_replace_is_not(tmp_path):
-    folder = RunFolder.named(str(tmp_path), "one")
-    _killed(folder)
-    folder.commit()
-    folder.create(resume=False)
-    folder.config.write_text("model: {}\n")
-    with pytest.raises(ConfigError, match="--overwrite"):
-        folder.check(overwrite=False, resume=False)
 
 
 def test_the_trainers_own_folder_is_refused(tmp_path, capsys):
@@ -75,7 +47,6 @@ def test_a_run_has_a_card_predictions_and_rates(tmp_path):
     assert rows[0] == "sample,label,prediction"
     assert len(rows) - 1 == json.loads((folder / "metrics.json").read_text())["val_images"]
     assert "lr" in (folder / "logs" / "version_0" / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert not (folder / ".starting").exists()
     hub = pytest.importorskip("huggingface_hub")
     found = hub.ModelCard.load(folder / "README.md")
     assert found.data.library_name == "omnimix" and found.data.eval_results[0].metric_type == "accuracy"

@@ -133,7 +133,7 @@ def test_help_names_the_short_forms_and_a_data_set_s_own_defaults(capsys):
         assert stop.value.code == 0
         return " ".join(capsys.readouterr().out.split())
 
-    text = printed("--help")
+    text = printed("--help", "all")
     assert "--data.batch_size, --data.workers, --data.policy" in text and "short for --data.loading.OPTION" in text
     text = printed("--data.help=ImageFolderData")
     assert "--data.loading.workers WORKERS" in text and "(type: int | null, default: 2)" in text

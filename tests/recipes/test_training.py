@@ -32,7 +32,7 @@ def test_parameters_that_say_so_do_not_decay():
     model = Backbone(BackboneConfig(dim=16, depth=2, pattern=["mamba2", "attention"]))
     frozen = next(model.parameters())
     frozen.requires_grad_(False)
-    groups = {group["name"]: group for group in parameter_groups(model, 0.3)}
+    groups = {group["name"]: group for group in parameter_groups(model, ClassificationTrainingConfig(weight_decay=0.3))}
     assert groups["decay"]["weight_decay"] == 0.3 and groups["no_decay"]["weight_decay"] == 0.0
     names = {id(p): name for name, p in model.named_parameters()}
     spared = {names[id(p)] for _, p in groups["no_decay"]["params"]}
