@@ -7,17 +7,19 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..utils.console import emit, say, write_atomically
 from ..utils.options import add_json, output_file, summary
 from ..utils.run_folder import RunFolder
 
+Row = TypeVar("Row")
 PREDICTIONS = "predictions.csv"
 # Classes and samples that are printed; the JSON has all of them.
 SHOWN = 30
@@ -80,8 +82,7 @@ def _outcome(name: str, folder: RunFolder) -> Outcome:
     file = folder.path / PREDICTIONS
     predictions = None
     if file.is_file():
-        with file.open(encoding="utf-8", newline="") as rows:
-            predictions = [(row["label"], row["prediction"]) for row in csv.DictReader(rows)]
+        predictions = _rows(file, lambda row: (row["label"], row["prediction"]))
     try:
         metrics = json.loads(folder.metrics.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -90,11 +91,21 @@ def _outcome(name: str, folder: RunFolder) -> Outcome:
     # A resumed run has one file for each part of it.
     parts = sorted(folder.path.glob("logs/version_*/metrics.csv"), key=lambda p: int(p.parent.name.partition("_")[2]))
     for part in parts:
-        with part.open(encoding="utf-8", newline="") as rows:
-            history += [
-                {key: float(value) for key, value in row.items() if key and value} for row in csv.DictReader(rows)
-            ]
+        history += _rows(part, lambda row: {key: float(value) for key, value in row.items() if key and value})
     return Outcome(name=name, metrics=metrics, history=history, predictions=predictions)
+
+
+def _rows(file: Path, take: Callable[[dict[str, str]], Row]) -> list[Row]:
+    """What `take` makes of each row of a table.
+
+    Raises:
+        CheckpointError: the table is corrupt.
+    """
+    try:
+        with file.open(encoding="utf-8", newline="") as rows:
+            return [take(row) for row in csv.DictReader(rows)]
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
+        raise CheckpointError(f"{file} is corrupt ({type(error).__name__}: {error}); train the run again") from error
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -161,7 +172,7 @@ def same_samples(a: Outcome, b: Outcome) -> bool:
 
 def picture(outcomes: Sequence[Outcome], path: str) -> None:
     """Draw the curves of the runs over each other."""
-    from .common.report import LINES, Row, curves, write_report
+    from .common import report
 
     wanted = {"val/acc1": "top 1", "val/bits_per_byte": "bits per byte", "val/loss": "held-out loss"}
     wanted |= {"train/loss": "training loss"}
@@ -171,10 +182,10 @@ def picture(outcomes: Sequence[Outcome], path: str) -> None:
         rows = [{"step": row["step"], each.name: row[key]} for each in outcomes for row in each.history if key in row]
         if rows:
             lines = {each.name: each.name for each in outcomes}
-            panels.append(curves(rows, lines, title, percent=key == "val/acc1", over="step"))
-    if len(outcomes) > len(LINES):
+            panels.append(report.curves(rows, lines, title, percent=key == "val/acc1", over="step"))
+    if len(outcomes) > len(report.LINES):
         raise ConfigError(
-            f"{len(outcomes)} runs; the picture has colours for {len(LINES)}: name fewer, or --picture ''"
+            f"{len(outcomes)} runs; the picture has colours for {len(report.LINES)}: name fewer, or --picture ''"
         )
     numbers = [
         f"{each.name}: "
@@ -185,7 +196,9 @@ def picture(outcomes: Sequence[Outcome], path: str) -> None:
         )
         for each in outcomes
     ]
-    write_report(path, "runs compared", "  ·  ".join(numbers), [Row(panels=panels, height=4.6)] if panels else [])
+    report.write_report(
+        path, "runs compared", "  ·  ".join(numbers), [report.Row(panels=panels, height=4.6)] if panels else []
+    )
 
 
 def main(argv: list[str]) -> int:

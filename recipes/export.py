@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -201,22 +202,29 @@ def export(source: str | Path, format: str, out: str | Path | None = None) -> tu
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"out is {str(folder)!r}, which is not empty; name another folder with --out")
     folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as unfinished:
+        # Whatever ends this, half an export must not stand in the way of the next one.
+        unfinished.callback(shutil.rmtree, folder, ignore_errors=True)
+        made, difference = _written(model, format, folder)
+        unfinished.pop_all()
+    return made, difference
+
+
+def _written(model: Predictor | TextGenerator, format: str, folder: Path) -> tuple[Path, float]:
     try:
         with torch.inference_mode(False), torch.no_grad():
             made, again = FORMATS[format](model, folder)
             difference = max(_difference(model, again, batch) for batch in (2, 3))
-        if not difference <= BOUND:
-            raise ExportError(
-                f"what was written as {format!r} differs from the model by {difference:.1e}, relative to the largest "
-                f"logit; at most {BOUND:.0e} is allowed"
-            )
     except OmnimixError:
-        shutil.rmtree(folder, ignore_errors=True)
         raise
     except (RuntimeError, ValueError, TypeError, NotImplementedError, torch.onnx.errors.OnnxExporterError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
         said = " ".join(str(error).split())[:300]
         raise ExportError(f"the model cannot be written as {format!r}: {said}; choose another --format") from error
+    if not difference <= BOUND:
+        raise ExportError(
+            f"what was written as {format!r} differs from the model by {difference:.1e}, relative to the largest "
+            f"logit; at most {BOUND:.0e} is allowed"
+        )
     return made, difference
 
 

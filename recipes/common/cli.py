@@ -33,7 +33,7 @@ from ...utils.run_folder import RunFolder
 from .arguments import argument, configurations, prepared
 from .help import short_help
 from .history import History
-from .initial import Loaded, initialise, source_of, with_model_of
+from .initial import Loaded, adopt_statistics, initialise, source_of, with_model_of
 from .migration import migrated_files
 from .options import RecipeData, options_argument
 from .parser import Parser, of_a_package, own_error
@@ -374,6 +374,7 @@ class RecipeCLI(OpenCLI):
 
     def _load(self, module: Any) -> None:
         load_weights(module.model, self.folder.weights)
+        adopt_statistics(self.folder.path, self.datamodule)
 
     def _begin(self) -> None:
         """After the first step the configuration has proved to work: it replaces that of the run so far."""

@@ -171,7 +171,8 @@ def initialise(module: Any, data: RecipeData, init: str) -> Loaded:
         )
     for name, value in values.items():
         own[name].copy_(value)
-    _statistics(source, data)
+    if adopt_statistics(source, data):
+        say("init: inputs are normalised as they were there")
     say(f"init: {loaded}")
     for name, why in loaded.left.items():
         logger.debug("init: %s is new: %s", name, why)
@@ -222,13 +223,14 @@ def _preprocess(source: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _statistics(source: Path, data: Any) -> None:
-    """Normalise inputs as the weights are used to."""
+def adopt_statistics(source: Path, data: Any) -> bool:
+    """Let a data set normalise its inputs as the weights in a folder or file are used to; whether that is a change."""
     told = _preprocess(source)
     own: Any = getattr(data, "preprocess", None)
     values = {name: tuple(map(float, told[name])) for name in ("mean", "std") if isinstance(told.get(name), list)}
     if len(values) < 2 or not hasattr(own, "mean") or any(len(v) != len(own.mean) for v in values.values()):
-        return
-    if any(getattr(own, name) != value for name, value in values.items()):
+        return False
+    changed = any(getattr(own, name) != value for name, value in values.items())
+    if changed:
         data.preprocess = replace(own, **values)
-        say("init: inputs are normalised as they were there")
+    return changed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +19,8 @@ from .options import LOADING, LoadingOptions, RecipeData
 from .preprocess import Preprocess
 
 logger = logger_of(__name__)
+# By which inputs are normalised, where they are.
+_STATISTICS = ("mean", "std")
 
 # The label of samples that fill up a batch, so that every rank takes equally many: losses and metrics skip them.
 IGNORED = -100
@@ -177,10 +180,16 @@ class MediaData(RecipeData):
         raise MediaError(f"no file can be read, among them {problems[0][0]!r}")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"unreadable": dict(self.unreadable)}
+        # Those that a fit has taken over with weights are none of the data set's own.
+        told = {name: list(getattr(self.preprocess, name)) for name in _STATISTICS if hasattr(self.preprocess, name)}
+        return {"unreadable": dict(self.unreadable), **told}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.unreadable.update(state["unreadable"])
+        told = {name: tuple(state[name]) for name in _STATISTICS if name in state}
+        if any(getattr(self.preprocess, name) != value for name, value in told.items()):
+            self.preprocess = replace(self.preprocess, **told)
+            self.setup("fit")
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

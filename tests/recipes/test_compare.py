@@ -5,7 +5,7 @@ import json
 import pytest
 
 from omnimix.__main__ import main
-from omnimix.errors import ConfigError
+from omnimix.errors import CheckpointError, ConfigError
 from omnimix.recipes.compare import mcnemar, read, write_predictions
 from omnimix.utils.run_folder import RunFolder
 
@@ -58,3 +58,15 @@ def test_two_different_runs(tmp_path):
     for runs in ([a], [a, a]):
         with pytest.raises(ConfigError, match="two or more different"):
             read(runs)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"), [("predictions.csv", "a,b\n1,2\n"), ("logs/version_0/metrics.csv", "step,val/acc1\n1,x\n")]
+)
+def test_corrupt_tables_of_a_run_are_named(file, text, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name / "logs" / "version_0").mkdir(parents=True)
+        for each, content in (("config.yaml", "{}"), ("model.safetensors", ""), ("metrics.json", "{}"), (file, text)):
+            (tmp_path / name / each).write_text(content)
+    with pytest.raises(CheckpointError, match="is corrupt"):
+        read([str(tmp_path / "one"), str(tmp_path / "two")])

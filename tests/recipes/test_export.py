@@ -98,6 +98,17 @@ def test_a_different_result_is_an_error_and_leaves_nothing(saved: Path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_an_interrupt_leaves_nothing(saved: Path, tmp_path: Path, monkeypatch):
+    def interrupted(source, out):
+        (out / "half").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(FORMATS, "safetensors", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(saved / "image", "safetensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_command(saved: Path, tmp_path: Path, capsys):
     file = tmp_path / "rows.json"
     words = ["export", str(saved / "image"), "--format", "torch-export"]
