@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import pkgutil
-import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ...errors import ConfigError
-from .. import CONFIGS, RECIPES
+from .. import CONFIGS
 from .options import RecipeData
 from .rules import Layers, Plan, Rule, fill, left_open
 from .trees import DataTrees, Trees
@@ -162,8 +161,6 @@ def _defaults(base: Path, argv: list[str]) -> dict[str, Any]:
     content = yaml.safe_load(base.read_text(encoding="utf-8"))
     own = _name(_class_paths(content["data"])[0])
     named = [_name(path) for path in data_paths(argv)]
-    if not named:
-        _check_root(argv, base, own)
     if any(name != own for name in named):
         del content["data"]
         # They are beginnings of its texts.
@@ -217,12 +214,3 @@ def data_class(base: type[RecipeData], path: str) -> type[RecipeData] | None:
     except (ImportError, AttributeError, ValueError):
         return None
     return cls if isinstance(cls, type) and issubclass(cls, base) else None
-
-
-def _check_root(argv: list[str], base: Path, own: str) -> None:
-    for name, command in RECIPES.items():
-        found = re.search(r"(--data\.\w+) \w+$", command)
-        if found is None or command.split(" --")[0] != RECIPES[base.stem].split(" --")[0] or name == base.stem:
-            continue
-        if argument(argv, found[1], ""):
-            raise ConfigError(f"{found[1]} is for your own files, and {own} makes its own: add --config {name}")

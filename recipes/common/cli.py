@@ -107,7 +107,8 @@ class RecipeCLI(OpenCLI):
         # Whatever changes the current folder later, the run stays where it was started.
         self._started = os.getcwd()
         quiet()
-        argv = with_data_set(short_help(argv, self.task, command), data)
+        argv = short_help(argv, self.task, command)
+        argv = with_data_set(argv, data, fresh=command == "fit" and "--resume" not in argv)
         run = run_of(command, argv, self.task)
         init = argument(argv, "--init", "") if command == "fit" and run is None else ""
         with contextlib.ExitStack() as files:

@@ -14,8 +14,6 @@ from ...backbones import BackboneConfig
 from ...backbones.config import not_negative
 from ...modalities import ImageClassifier
 from ...modalities.image.model import image_classifier
-from .. import CONFIGS
-from ..common.arguments import argument, data_paths
 from ..common.classification import Classification, ClassificationTrainingConfig, Look, finish
 from ..common.cli import NOTHING, RecipeCLI
 from ..common.commands import evaluate, run_fit
@@ -24,7 +22,7 @@ from .data import DigitsData, ImageData, TensorData
 from .folders import ImageFolderData
 from .rules import VISION_RULE
 
-RECIPE, FOLDER = "vision_classification", "vision_folder"
+RECIPE = "vision_classification"
 __all__ = ["DigitsData", "ImageFolderData", "TensorData", "VisionClassification"]
 
 
@@ -139,7 +137,7 @@ def make_cli(command: str, argv: list[str], objects: Mapping[str, Any] = NOTHING
         command,
         model=VisionClassification,
         data=ImageData,
-        recipe=_recipe(command, argv),
+        recipe=RECIPE,
         argv=argv,
         objects=objects,
         links=LINKS,
@@ -147,14 +145,6 @@ def make_cli(command: str, argv: list[str], objects: Mapping[str, Any] = NOTHING
         mode="max",
         rule=VISION_RULE,
     )
-
-
-def _recipe(command: str, argv: list[str]) -> str:
-    """The configuration that a command begins with: the folder's where a folder is all that is said of the data."""
-    words = [word.partition("=")[2] if word.startswith("-") else word for word in argv]
-    named = any((CONFIGS / f"{word}.yaml").is_file() for word in words if word)
-    own = command == "fit" and argument(argv, "--data.root", "") and not data_paths(argv) and not named
-    return FOLDER if own else RECIPE
 
 
 def _finish(cli: RecipeCLI) -> None:

@@ -101,9 +101,8 @@ def test_another_data_set_takes_nothing_from_the_recipe_s(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        ("video fit --data.root x", "--data.root is for your own files"),
-        ("video fit --data.root x", "add --config video_folder"),
-        ("text fit --data.path x", "add --config text_files"),
+        ("video fit --data.root x", "data is 'x'; there is no such folder or file"),
+        ("text fit --data.path x", "data is 'x'; there is no such folder or file"),
         ("video fit --config video_folder", "--data.root is required"),
         ("video fit --data.size 32", "did you mean 'clip.size'?"),
         ("video fit --data.clip.frmes 8", "error: --data: unrecognized arguments: --clip.frmes"),

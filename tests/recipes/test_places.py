@@ -1,6 +1,7 @@
 """`--data PATH`: a folder or file of one's own."""
 
 import gzip
+import json
 
 import pytest
 import torch
@@ -37,6 +38,17 @@ def test_a_folder_of_media(data, name, config, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConfigError, match="name a folder of"):
         with_data_set(["--data", str(tmp_path / "file")], data)
+
+
+@pytest.mark.parametrize(("data", "option"), [(VideoData, "--data.root"), (ImageData, "--data.root")])
+def test_a_root_alone_is_a_folder_of_ones_own(data, option, tmp_path):
+    wanted = with_data_set([f"--data={tmp_path}"], data)
+    assert with_data_set([option, str(tmp_path)], data) == wanted
+    # Somebody else says which data set it is: the command line, a configuration, a run.
+    name = wanted[3]
+    for words in (["--data", name], ["--config", wanted[1]]):
+        assert with_data_set([*words, f"{option}={tmp_path}"], data) == [*words, f"{option}={tmp_path}"]
+    assert with_data_set([f"{option}={tmp_path}"], data, fresh=False) == [f"{option}={tmp_path}"]
 
 
 @pytest.mark.parametrize("typed", [["--data", name] for name in ("TextFiles", "nix", "{class_path: TextFiles}")])
@@ -83,7 +95,12 @@ def test_folders_of_classes_train(tmp_path, capsys):
     options = [f"--runs={tmp_path / 'runs'}", "--trainer.max_epochs=1", "--data.size=16", "--data.workers=0"]
     assert main(["vision", "fit", "--data", str(tmp_path / "photos"), *options, *TINY]) == 0
     assert "4 of its 20 files are held out" in capsys.readouterr().err
-    assert main(["vision", "validate", "--run", str(tmp_path / "runs" / "vision")]) == 0
+    validate = ["vision", "validate", "--run", str(tmp_path / "runs" / "vision")]
+    assert main(validate) == 0
+    # The model on another folder, in any of the ways that say which.
+    for other in (f"--data={tmp_path / 'photos'}", f"--data.root={tmp_path / 'photos'}"):
+        assert main([*validate, other, "--json", str(tmp_path / "rows.json")]) == 0
+        assert json.loads((tmp_path / "rows.json").read_text())[0]["val/acc1"] is not None
 
 
 def test_a_file_of_text_trains(tmp_path):
