@@ -61,5 +61,5 @@ class MissingPackage(OmnimixError, ImportError):
     """An optional package is needed, with the command that installs it."""
 
     def __init__(self, package: str, purpose: str, extra: str | None = None):
-        command = f"pip install 'omnimix[{extra}]'" if extra else f"pip install {package}"
+        command = f"pip install '.[{extra}]' (in the clone of omnimix)" if extra else f"pip install {package}"
         super().__init__(f"{purpose} needs the package {package!r}: {command}")
