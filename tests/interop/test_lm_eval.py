@@ -347,7 +347,7 @@ def test_bad_arguments(adapter, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     from omnimix.interop.importing import wanted
 
-    with pytest.raises(MissingPackage, match=r"omnimix\[eval\]"):
+    with pytest.raises(MissingPackage, match=r"'\.\[eval\]'"):
         wanted("lm_eval", "evaluation", "eval")
 
 

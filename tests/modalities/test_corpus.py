@@ -143,7 +143,7 @@ def test_what_webdataset_writes_is_read(tmp_path):
 
 def test_parquet_without_its_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(MissingPackage, match=r"omnimix\[parquet\]"):
+    with pytest.raises(MissingPackage, match=r"'\.\[parquet\]'"):
         corpora.Parquet(tmp_path)
 
 
